@@ -253,10 +253,7 @@ def given_options(name: str, options: Mapping[str, object]) -> dict[str, Value]:
 
 
 def read_options(name: str, options: Mapping[str, object]) -> tuple[dict[str, Value], CommonOptions]:
-    """Check options, fill in defaults, and return the data set's own and the common ones.
-
-    UserError for an unknown key or an invalid value.
-    """
+    """Check options, fill in defaults, and return the data set's own and the common ones."""
     given: dict[str, Any] = {key: _find_option(name, key).convert(value) for key, value in options.items()}
     own = {key: given.pop(key, option.default) for key, option in lookup(name).options.items()}
     return own, CommonOptions(**given)

@@ -52,11 +52,7 @@ def flush(path: Path) -> None:
 
 
 def make_folder(path: Path, *, fresh: bool = False) -> None:
-    """Make a folder with its parents, which must not exist if ``fresh``.
-
-    Raises:
-        Unwritable: the folder is a link, or cannot be made.
-    """
+    """Make a folder with its parents, which must not exist if ``fresh``, or raise Unwritable."""
     with report_unwritable(path):
         if path.is_symlink():
             raise OSError(errno.ELOOP, filesystem.LINK, str(path))

@@ -24,11 +24,7 @@ LINK = "it is a link, through which nothing is written"
 
 
 def expand(path: str | Path) -> Path:
-    """Expand a leading ``~`` or ``~name``.
-
-    Raises:
-        UserError: this machine knows no home folder for that user.
-    """
+    """Expand a leading ``~`` or ``~name``, or raise UserError for an unknown user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -40,11 +36,7 @@ def expand(path: str | Path) -> Path:
 
 
 def cache_folder(name: str) -> Path:
-    """Return ``$FEDKERN_CACHE_DIR/name``, ``$XDG_CACHE_HOME/fedkern/name`` or ``~/.cache/fedkern/name``.
-
-    Raises:
-        UserError: the user has no home folder, and neither variable is set.
-    """
+    """Return ``$FEDKERN_CACHE_DIR/name``, ``$XDG_CACHE_HOME/fedkern/name`` or ``~/.cache/fedkern/name``."""
     if folder := os.environ.get("FEDKERN_CACHE_DIR"):
         return expand(folder) / name
     base = os.environ.get("XDG_CACHE_HOME")

@@ -66,9 +66,17 @@ class Detections:
         return rasterise(self.boxes(split, classes), height, width)
 
     def boxes(self, split: Split, classes: Sequence[str]) -> list[Tensor]:
-        """Return the boxes of every image, float64 ``[n_i, 4]``, from the cache where possible.
+        """Return the boxes of every image, from the cache where possible.
 
-        UserError for a cache that is damaged or cannot be written.
+        Args:
+            split: images uint8 ``[n, C, H, W]`` with labels int64 ``[n]``.
+            classes: names by label, which the detector looks for.
+
+        Returns:
+            One float64 ``[n_i, 4]`` per image, xyxy in pixels of ``split.images``.
+
+        Raises:
+            UserError: a damaged cache file, one of another format, or one that cannot be written.
         """
         names = [classes[label] for label in split.labels.tolist()]
         keys = [_key(image, name) for image, name in zip(split.images, names, strict=True)]

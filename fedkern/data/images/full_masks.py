@@ -63,10 +63,7 @@ class FullMasks:
         return FullMasks(self.store, self.rows[indices])
 
     def load_masks(self) -> FullMasks | None:
-        """Hold all masks in memory, compressed, or return None if none was resized.
-
-        UserError for a mask that cannot be read or holds no class.
-        """
+        """Hold all masks in memory, compressed, or return None if none was resized."""
         numbers = sorted(set(self.rows.tolist()))
         run_in_threads(lambda place: self.store.classes(numbers[place]), len(numbers))
         sides = self.store.size, self.store.size

@@ -81,10 +81,7 @@ def _look(image: Image.Image, pixels: bool) -> Look:
 
 
 def window_of(text: str, looks: Collection[Look]) -> Window | None:
-    """Parse ``CENTRE,WIDTH`` or percentiles ``LOW%,HIGH%`` of the pixels of ``looks``, or return None if empty.
-
-    UserError for other texts and empty windows.
-    """
+    """Parse ``CENTRE,WIDTH`` or percentiles ``LOW%,HIGH%`` of the pixels of ``looks``, or return None if empty."""
     if not text:
         return None
     if match := re.fullmatch(rf"{_NUMBER}\s*,\s*{_NUMBER}", text.strip()):

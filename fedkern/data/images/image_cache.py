@@ -79,7 +79,7 @@ def store_files(
     """Decode the images or masks at ``needed`` into a file, unless they fit in memory.
 
     Without ``cache``, images over `MEMORY_BYTES` go to a temporary file; ``in_memory``: bytes in memory per byte of an
-    image.  UserError for damaged images, and for folders that are full or cannot be written.
+    image.
     """
     if cache is not None:
         files.stored = _Cache(files, expand(cache), notice).fetch(needed)

@@ -58,10 +58,7 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Return the image files directly in ``folder``, sorted, without hidden ones.
-
-    UserError for names that are not UTF-8, and for broken links, pipes, sockets and devices.
-    """
+    """Return the image files directly in ``folder``, sorted, without hidden ones."""
     named = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not is_hidden(path.name))
     images = sorted(path for path in named if not path.is_dir())
     for path in images:
@@ -72,9 +69,9 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def check_distinct(data: str, paths: Sequence[Path], names: Sequence[str]) -> None:
-    """Raise UserError if one real file has two names, because training and test could then share the image.
+    """Raise UserError if links give one real file two names, because training and test could then share the image.
 
-    Links make such names.  An image with several texts occurs several times under one name.
+    An image with several texts occurs several times under one name.
     """
     names_of: dict[object, str] = {}
     for path, name in zip(paths, names, strict=True):
@@ -182,8 +179,7 @@ class ImageFiles:
     def read(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Decode the files at ``rows``, int64 ``[n]``, by default all, or take stored images.
 
-        Returns uint8 ``[n, 3 or 1, size, size]``, and width and height before resizing, int64 ``[n, 2]``.  UserError
-        for damaged or too large images and greys out of range.
+        Returns uint8 ``[n, 3 or 1, size, size]``, and width and height before resizing, int64 ``[n, 2]``.
         """
         rows = torch.arange(len(self)) if rows is None else rows
         if self.stored is not None:
@@ -255,9 +251,8 @@ def read_mask(
 ) -> npt.NDArray[np.uint8]:
     """Decode a mask as uint8 ``[H, W]``, resized by the nearest pixel if ``size`` is given.
 
-    Mask and image are each rotated by their own EXIF orientation.  The mask has one channel (grey, palette,
-    black-and-white, or whole numbers in floats) of class numbers.  UserError if it is damaged, too large, lossy, unlike
-    its image, or ambiguous.
+    Mask and image are each rotated by their own EXIF orientation.  The mask has one channel of class numbers: grey,
+    palette, black-and-white, or whole numbers in floats.
     """
     with (
         _readable(data, MaskFiles.thing, path),

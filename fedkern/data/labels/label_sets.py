@@ -33,7 +33,7 @@ def parse_label_sets(
 ) -> tuple[tuple[str, ...], npt.NDArray[np.uint8], list[str]]:
     """Return label names, uint8 ``[n, L]`` (1 where the row has the label), and notices on spelling.
 
-    ``order`` is as in `classes_of`.  UserError if no row has a label.
+    ``order`` is as in `classes_of`.
     """
     parts = [[part.strip() for part in cell.split(SEPARATOR)] for cell in cells]
     split = [[part for part in row if clean_cell(part)] for row in parts]

@@ -99,7 +99,7 @@ def training_cases(
     """Return the clients' training rows and the public rows, sorted and with no case in both.
 
     Cases are taken in random order.  ``count`` may cut the clients' last case.  ``public`` may cut a case too, whose
-    other images then go to no client.  UserError if rows are too few.
+    other images then go to no client.
     """
     names, position = np.unique(cases, return_inverse=True)
     place = np.empty(len(names), dtype=np.int64)

@@ -23,8 +23,7 @@ def number_patients(split: Split) -> Rows:
 def limit_patients(data: FederatedData, images: int, seed: int) -> FederatedData:
     """Keep at most ``images`` training images of every patient, drawn at random, in order.
 
-    A draw depends on no other patient's images: otherwise no bound on one patient's influence would hold.  UserError
-    for images without patients, or a patient at two clients.
+    A draw depends on no other patient's images: otherwise no bound on one patient's influence would hold.
     """
     owners: dict[int, int] = {}
     for k, split in enumerate(data.clients):

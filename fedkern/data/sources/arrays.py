@@ -98,10 +98,9 @@ def parts_of_arrays(
 
 
 def key_by_text(sets: Mapping[K, T], noun: str, training: str = "") -> dict[str, T]:
-    """Return the sets by their keys as texts.
+    """Return the sets by their keys as texts, or raise UserError for equal texts.
 
-    ``training`` is advice for a dict of a data set's own splits, which are no clients.  UserError for such a dict and
-    for equal texts.
+    ``training`` is advice for a dict of a data set's own splits, which are no clients.
     """
     named: dict[str, T] = {}
     for key, dataset in sets.items():

@@ -32,7 +32,7 @@ def find_copies(
     """Describe images with equal decoded pixels and different names in at most one sentence.
 
     ``pixels`` are hashes in the order of ``sets``, whose first training parts are the clients.  ``outside`` is advice
-    on a wrong window.  UserError if one image has two labels or masks.
+    on a wrong window.
     """
     sentences: list[tuple[bool, str]] = []
     for group in _groups(sets, pixels, sites):

@@ -323,8 +323,7 @@ def _draw_samples(count: int, samples: int, seed: int, patients: Tensor | None) 
 def classes_of(pool: Items) -> Tensor:
     """Return the class of every item, int64 ``[n]``, stated by the data set or read item by item.
 
-    All items are read if some disagree with the stated classes.  UserError for targets that are no classes, or too many
-    to read.
+    All items are read if some disagree with the stated classes.
     """
     count, classes = len(pool.dataset), stated_targets(pool.dataset, {})
     reason = "give the data set an attribute targets of whole numbers"

@@ -96,7 +96,7 @@ def gunzip(file: BinaryIO, due: Callable[[bytes], int], header: int) -> bytes:
     """Return the content of a gzip file (RFC 1952, one or several members), checked to its last byte.
 
     Decompression stops at a limit, else a small file could fill the memory: ``due`` maps the first ``header`` bytes of
-    the content to its largest size.  ValueError for damaged files or too much content.
+    the content to its largest size.
     """
     try:
         with gzip.GzipFile(fileobj=file) as unzipped:

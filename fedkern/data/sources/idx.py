@@ -77,10 +77,7 @@ def read_idx(folder: Path, name: str, data: str, dimensions: int) -> np.ndarray:
 
 
 def open_idx(data: str, root: str | Path | None) -> Source:
-    """Read MNIST or Fashion-MNIST from ``root``, ``root/<name>`` or torchvision's layout.
-
-    UserError for a damaged file, or for files of the other data set.
-    """
+    """Read MNIST or Fashion-MNIST from ``root``, ``root/<name>`` or torchvision's layout."""
     idx_set = IDX_SETS[data]
     folder = find_folder(root, data, idx_set.subfolders, _FILES)
     train_images, train_labels = _read_pair(folder, data, _FILES[0], _FILES[1], len(idx_set.classes))

@@ -238,10 +238,7 @@ class Items:
         return self.store.take(rows)
 
     def watch_items(self, places: list[int], items: list[object], batch: object = None) -> None:
-        """Show items, and the batch that torch's collation makes of them, to the store.
-
-        UserError if the user wants rows and items cannot become rows.
-        """
+        """Show items, and the batch that torch's collation makes of them, to the store."""
         if self.store is None:
             return
         try:
