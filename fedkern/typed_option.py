@@ -12,12 +12,13 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 from fedkern.errors import UserError, quote_value, suggest_name
 from fedkern.ops._core.checks import python_number
 
 Value = bool | int | float | str
+T = TypeVar("T")
 
 LARGEST = 1e30
 """Largest value of a float option, which has to fit fp32, also after a division by a bias correction."""
@@ -122,7 +123,7 @@ class Option:
         """
         return self.absolute(self.convert(value))
 
-    def absolute(self, value: object) -> Any:
+    def absolute(self, value: T) -> T | str:
         """Return a value with an absolute path, so that a run can be resumed and compared from any folder."""
         return self.path(value) if self.path is not None and isinstance(value, str) and value else value
 

@@ -59,7 +59,8 @@ def parse_words(words: Sequence[str]) -> Request:
         raise UserError(f"{parser.prog} needs the folder of {parser.folder_of}.")
     settings = SETTINGS if "data_option" in arguments else (*SETTINGS, "data")
     request = as_request(vars(arguments), settings, name)
-    return getattr(module, "check_request", lambda request, _: request)(request, parser)
+    checked: Request = getattr(module, "check_request", lambda request, _: request)(request, parser)
+    return checked
 
 
 def play_request(request: Request) -> int:

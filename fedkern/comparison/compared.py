@@ -303,7 +303,7 @@ def compare(
     plan = replace(plan, variants=of_objects)
     data, model = settings.pop("data", None), settings.pop("model", None)
     check_in_memory(data, model, {**settings, **{name: values[0] for name, values in points.items() if values}})
-    cache: dict[Any, Any] = {}
+    cache: dict[tuple[str, ...], str | FederatedData | None] = {}
 
     def data_of(how: Mapping[str, object]) -> str | FederatedData | None:  # every seed draws and shares out anew
         key = tuple(str(how.get(name)) for name in ("seed", "clients", "partition", "train_samples"))

@@ -93,6 +93,7 @@ class RunProcess:
             script.network,
         )
         self.cell, self.log = cell, log
+        self.connection: Connection
         self.connection, end = context.Pipe()
         work = end, log, state, script, play
         self.process = context.Process(target=play_run, args=work)

@@ -43,7 +43,8 @@ class TokenDecoder(nn.Module):
         half = [max(-(-side // 2), cells) for side, cells in zip(self.size, network.grid, strict=True)]
         x = F.interpolate(F.relu(self.first(x)), half, mode="bilinear", align_corners=False)
         x = F.interpolate(F.relu(self.second(x)), self.size, mode="bilinear", align_corners=False)
-        return self.last(x)
+        logits: Tensor = self.last(x)
+        return logits
 
 
 def train_decoder(

@@ -70,9 +70,9 @@ class Deployed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map fp32 ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``, for segmentation ``[B, classes, H, W]``."""
-        if images.dtype == torch.uint8:  # of a network of the user's own
-            return self.module(images)
-        return self.module((images - self.mean) / self.std)
+        is_user_network = images.dtype == torch.uint8
+        logits: Tensor = self.module(images if is_user_network else (images - self.mean) / self.std)
+        return logits
 
 
 @dataclass(frozen=True)

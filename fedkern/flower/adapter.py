@@ -126,6 +126,7 @@ class StreamedGrid:
 
     def __init__(self, grid: Grid, strategy: InformedStrategy) -> None:
         self._grid, self._strategy = grid, strategy
+        self._send: Callable[..., Iterable[Message]] = grid.send_and_receive
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)
@@ -138,13 +139,13 @@ class StreamedGrid:
             self._strategy.begin_evaluation([message.metadata.dst_node_id for message in sent])
             return list(Arrivals(self._grid, sent, timeout, len(sent)))
         if kind != MessageType.TRAIN:
-            return self._grid.send_and_receive(sent, timeout=timeout)
+            return self._send(sent, timeout=timeout)
         array_records = find_records(sent[0].content, ArrayRecord)
         named = sent[0].content.get(self._strategy.arrayrecord_key)
         arrays = named if isinstance(named, ArrayRecord) else next(iter(array_records), None)
         self._strategy.begin(arrays, [message.metadata.dst_node_id for message in sent])
         if not getattr(self._strategy.aggregate_train, "streams", False):
-            return self._grid.send_and_receive(sent, timeout=timeout)
+            return self._send(sent, timeout=timeout)
         size = 0 if arrays is None else sum(len(array.data) for array in arrays.values())
         return Arrivals(self._grid, sent, timeout, max(1, _GROUP_BYTES // max(size, 1)))
 

@@ -246,7 +246,8 @@ def take_rank(rows: Sequence[np.ndarray], rank: int = -1) -> np.ndarray:
     """Return the value of a rank among M arrays, element by element (-1: the largest)."""
     if len(rows) == 1:
         return rows[0].copy()
-    return np.sort(np.stack(rows), axis=0)[rank].astype(rows[0].dtype, copy=False)
+    ranked: np.ndarray = np.sort(np.stack(rows), axis=0)[rank]
+    return ranked.astype(rows[0].dtype, copy=False)
 
 
 def _magnitude(part: Tensor) -> float:
