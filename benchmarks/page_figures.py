@@ -693,7 +693,7 @@ def options_of(method: str) -> Lines:
     """Options of a method as its help lists them."""
     rows = [
         [f"`{one.name}`", "" if one.default is None else f"{one.default}", one.range, one.help.replace("|", r"\|")]
-        for one in METHODS[method].Options.declared()
+        for one in METHODS[method].Options.list_options()
     ]
     return table(["option", "default", "values", "meaning"], rows).split("\n")
 

@@ -549,7 +549,7 @@ def read_request(
     name, made_with = find_method(method)
     memory = data if isinstance(data, FederatedData) else None
     option_names = method_registry.option_names(name)
-    fields = {entry.field for entry in RunConfig.declared()} | {"options", "data_options", "plugins"}
+    fields = {entry.field for entry in RunConfig.list_options()} | {"options", "data_options", "plugins"}
     options = settings.pop("options")
     for key in [key for key in settings if key in option_names and key not in fields]:
         options[key] = settings.pop(key)

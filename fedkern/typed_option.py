@@ -209,7 +209,7 @@ class OptionTable:
     label: ClassVar[str] = "--{}"
 
     @classmethod
-    def declared(cls) -> tuple[Option, ...]:
+    def list_options(cls) -> tuple[Option, ...]:
         """Return the options in the order of their declaration.
 
         Raises:

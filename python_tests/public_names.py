@@ -49,9 +49,9 @@ def typed_words() -> Iterator[str]:
         yield from (
             f"flag {command} {flag}" for flag in re.findall(r"^ +(?:-\w, )?(--[\w-]+)", help_page, re.MULTILINE)
         )
-    yield from (f"setting {setting.field}" for setting in RunConfig.declared())
+    yield from (f"setting {setting.field}" for setting in RunConfig.list_options())
     for name, method in METHODS.items():
-        yield from (f"option {name} {option.name}" for option in method.Options.declared())
+        yield from (f"option {name} {option.name}" for option in method.Options.list_options())
     for name, source in DATASETS.items():
         yield from (f"data option {name} {option}" for option in source.options)
 

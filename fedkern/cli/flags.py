@@ -165,7 +165,7 @@ def _parser(method: str | None, data: str) -> Parser:
 
 def _sections() -> dict[str, list[Option]]:
     """Return the settings by section, named by its file."""
-    declared = {entry.field: entry for entry in RunConfig.declared() if entry.field != "method"}
+    declared = {entry.field: entry for entry in RunConfig.list_options() if entry.field != "method"}
     sections = {
         section.__module__.rpartition(".")[2]: [declared[name] for name in get_annotations(section) if name in declared]
         for section in reversed(RunConfig.__mro__)
@@ -175,7 +175,7 @@ def _sections() -> dict[str, list[Option]]:
 
 def _method_options(method: str, data: str) -> str:
     kind = METHODS[method]
-    declared = kind.Options.declared()
+    declared = kind.Options.list_options()
     if not declared:
         return f"{method}: {kind.description}\nIt has no options of its own."
     base = kind.Options.parse(defaults(method, data).get("options", {}), method=method).to_dict()
@@ -253,7 +253,7 @@ def parse_run(argv: Sequence[str], *around: Parser) -> Request:
             parser.begin(f"{PROGRAM} {named} [flags]\n\n{_method_options(named, data)}")
         return Request("help", method=method, help=parser.format_help())
 
-    names = [entry.field for entry in RunConfig.declared() if entry.field != "method"]
+    names = [entry.field for entry in RunConfig.list_options() if entry.field != "method"]
     request = as_request(vars(values), names, "resume" if values.resume else "run")
     _check(request)
     return request

@@ -120,7 +120,7 @@ def variants(
     Raises:
         UserError: an unknown, unsweepable or repeated name, or a wrong or repeated value.
     """
-    declared = {setting.field: setting for setting in RunConfig.declared()}
+    declared = {setting.field: setting for setting in RunConfig.list_options()}
     swept: dict[str, Sequence[Any]] = {}
     for flag, values in sweep.items():
         name = flag.strip().replace("-", "_")
@@ -140,7 +140,7 @@ def variants(
         swept[name] = values
     result: dict[str, list[Variant]] = {}
     for method in methods:
-        declarations = {option.name: option for option in method_registry.get(method).Options.declared()}
+        declarations = {option.name: option for option in method_registry.get(method).Options.list_options()}
         fields = {option.field: name for name, option in declarations.items()}
         axes: list[list[tuple[str, str, Any]]] = []
         for name, values in swept.items():

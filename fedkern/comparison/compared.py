@@ -294,7 +294,7 @@ def compare(
             raise UserError(f"{name} as a function or a module is for one run, fedkern.simulate: leave it out.")
     about = {name: settings.pop(name) for name in api.ABOUT if name in settings}
     options = api.table_of(settings.pop("options", None), "options")
-    fields = {setting.field for setting in RunConfig.declared()} | {"data_options", "plugins"}
+    fields = {setting.field for setting in RunConfig.list_options()} | {"data_options", "plugins"}
     options |= {name: settings.pop(name) for name in list(settings) if name not in fields}
     plan = Plan.of(
         names, settings, options, sweep=points, seeds=seeds, select=select, target=target, similar={*fields, *api.ABOUT}

@@ -39,7 +39,7 @@ class CommonOptions(OptionTable):
     )
 
 
-COMMON_OPTIONS = {entry.name: replace(entry, name="", field="", label="") for entry in CommonOptions.declared()}
+COMMON_OPTIONS = {entry.name: replace(entry, name="", field="", label="") for entry in CommonOptions.list_options()}
 
 SIDE = 8192
 """Largest side of an image in pixels: a thousand images of this side take 200 GB."""

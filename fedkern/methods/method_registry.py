@@ -74,13 +74,13 @@ def unknown_method(name: str, likely: Iterable[str]) -> UserError:
 
 
 def option_names(method: str) -> set[str]:
-    return {name for entry in get(method).Options.declared() for name in (entry.name, entry.field)}
+    return {name for entry in get(method).Options.list_options() for name in (entry.name, entry.field)}
 
 
 def given_options(method: str, texts: Iterable[str] | Mapping[str, object]) -> dict[str, Value]:
     """Return the given method options by published name, converted, with absolute paths, without defaults."""
     kind = get(method).Options
-    options = {entry.name: entry for entry in kind.declared()}
+    options = {entry.name: entry for entry in kind.list_options()}
     return {name: options[name].absolute(value) for name, value in kind.parse(texts, method=method).given().items()}
 
 

@@ -26,7 +26,7 @@ class Options(OptionTable):
         return options
 
     def __post_init__(self) -> None:
-        for entry in self.declared():
+        for entry in self.list_options():
             value = getattr(self, entry.field)
             if entry.field in self._given or not isinstance(value, entry.type):  # other defaults are checked already
                 object.__setattr__(self, entry.field, entry.convert(value))
@@ -43,8 +43,8 @@ class Options(OptionTable):
                 if not equals:
                     raise UserError(f'Method option "{word}" must have the form key=value.')
                 pairs.append((key.strip(), text.strip()))
-        names = {entry.name: entry for entry in cls.declared()}
-        fields = {entry.field: entry for entry in cls.declared()}
+        names = {entry.name: entry for entry in cls.list_options()}
+        fields = {entry.field: entry for entry in cls.list_options()}
         values: dict[str, object] = {}
         for key, value in pairs:
             plain = key.replace("-", "_")
@@ -62,7 +62,7 @@ class Options(OptionTable):
     @classmethod
     def of(cls, values: Mapping[str, object]) -> Self:
         """Make the options from converted values by published name."""
-        fields = {entry.name: entry.field for entry in cls.declared()}
+        fields = {entry.name: entry.field for entry in cls.list_options()}
         options = cls()
         for name, value in values.items():
             object.__setattr__(options, fields[name], value)
@@ -72,12 +72,12 @@ class Options(OptionTable):
 
     def code(self) -> list[tuple[str, str]]:
         """Return the code that given values import: pairs of an option's published name and the code's name."""
-        given = [(entry, entry.code) for entry in self.declared() if entry.field in self._given]
+        given = [(entry, entry.code) for entry in self.list_options() if entry.field in self._given]
         return [(entry.name, part) for entry, code in given if code for part in code(getattr(self, entry.field))]
 
     def given(self) -> dict[str, Value]:
         """Return the given values by published name, without defaults."""
-        return {entry.name: getattr(self, entry.field) for entry in self.declared() if entry.field in self._given}
+        return {entry.name: getattr(self, entry.field) for entry in self.list_options() if entry.field in self._given}
 
     def to_dict(self) -> dict[str, Value]:
-        return {entry.name: getattr(self, entry.field) for entry in self.declared()}
+        return {entry.name: getattr(self, entry.field) for entry in self.list_options()}

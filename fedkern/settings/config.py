@@ -47,7 +47,7 @@ class RunConfig(Fingerprints, ExecutionSettings, TrainingSettings, PrivacySettin
     @classmethod
     def read(cls, values: Mapping[str, object], *, stored: bool = False) -> Values:
         """Convert values to the types of their settings, with absolute paths unless ``stored``."""
-        options = {entry.field: entry for entry in cls.declared()}
+        options = {entry.field: entry for entry in cls.list_options()}
         take = Option.convert if stored else Option.read
         result = {name: take(options[name], value) if name in options else value for name, value in values.items()}
         for name, value in result.items():

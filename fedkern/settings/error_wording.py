@@ -78,14 +78,14 @@ def _argument(match: re.Match[str]) -> str:
 def is_data_option(name: str) -> bool:
     """Return whether data sets have an option of this name that is no setting of a run."""
     options = {*COMMON_OPTIONS}.union(*(info.options for info in DATASETS.values()))
-    return name in options - {entry.field for entry in RunConfig.declared()}
+    return name in options - {entry.field for entry in RunConfig.list_options()}
 
 
 def _is_value(flag: str, word: str) -> bool:
     """Return whether the word behind a flag is its value: a number, a placeholder, a path, or a choice."""
     named: dict[str, Collection[Any]] = {"data": DATASETS, "model": MODELS}
     choices = named.get(flag) or next(
-        (entry.choices for entry in RunConfig.declared() if entry.label == f"--{flag}"), None
+        (entry.choices for entry in RunConfig.list_options() if entry.label == f"--{flag}"), None
     )
     return word[:1].isdigit() or word[:1].isupper() or bool({*"/=:'\"."} & {*word}) or word in (choices or ())
 

@@ -147,7 +147,7 @@ def test_every_option_that_imports_says_so():
     """An option that offers or takes MODULE:NAME is one that a stored run must confirm."""
     found = set()
     for name, kind in METHODS.items():
-        for option in kind.Options.declared():
+        for option in kind.Options.list_options():
             if "MODULE:NAME" in option.help or option.code is not None:
                 assert option.code is not None, (name, option.name)
                 found.add((name, option.name))

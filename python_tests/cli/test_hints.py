@@ -79,7 +79,7 @@ def test_python_names_the_way_out(given, way, tmp_path):
 
 
 def test_every_meaning_is_a_setting_an_argument_or_a_call():
-    settings = {setting.field for setting in RunConfig.declared()}
+    settings = {setting.field for setting in RunConfig.list_options()}
     arguments = {"resume", "progress", "listener", "cuda", "fedkern.load(DIR).resume()", "loss_fn", *vars(Listener)}
     assert {name.partition("=")[0] for names in MEANT.values() for name in names} <= settings | arguments
     assert not MEANT.keys() & settings

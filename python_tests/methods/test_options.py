@@ -104,7 +104,7 @@ def test_what_is_no_such_number_is_refused(key, value):
 
 def test_every_number_of_every_method_fits_the_networks():
     for name, kind in METHODS.items():
-        for spec in kind.Options.declared():
+        for spec in kind.Options.list_options():
             if spec.type is float:
                 with pytest.raises(UserError, match=rf'"{spec.name}" must be '):
                     kind.Options.parse({spec.name: 1e300}, method=name)
@@ -129,12 +129,12 @@ def test_every_method_is_described_and_its_options_round_trip(name):
     assert method.Options.parse(options.to_dict()) == options
     given = {k: v for k, v in options.to_dict().items() if v is not None}  # an option left open has no text
     assert method.Options.parse([f"{k}={v}" for k, v in given.items()]) == options
-    for spec in method.Options.declared():
+    for spec in method.Options.list_options():
         assert spec.help
 
 
 def test_every_published_option_of_fedgid_can_be_set():
-    names = {spec.name for spec in METHODS["fedgid"].Options.declared()}
+    names = {spec.name for spec in METHODS["fedgid"].Options.list_options()}
     assert {
         "alpha", "lambda", "temperature", "mix_stage", "kl_direction", "distill_on",
         "intervention", "distillation",

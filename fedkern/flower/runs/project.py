@@ -128,7 +128,7 @@ clientapp = "fedkern.flower.runs.client_app:app"
         usual = defaults(self.method, self._data)
         settings = {**GOES_ON, **self.settings}
         rows: dict[str, tuple[object, str]] = {"method": (self.method, "")}
-        for setting in RunConfig.declared():
+        for setting in RunConfig.list_options():
             if setting.field == "method" or setting.field in LOCAL_ONLY:
                 continue
             value = settings.get(setting.field)
@@ -150,7 +150,7 @@ clientapp = "fedkern.flower.runs.client_app:app"
         return f"{Path(named.file).name}:{named.name}" if named is not None and named.file else value
 
     def _options(self) -> dict[str, tuple[object, str]]:
-        declared = method_registry.get(self.method).Options.declared()
+        declared = method_registry.get(self.method).Options.list_options()
         return {
             option.name: ("" if self.options.get(option.name) is None else self.options[option.name], "")
             for option in declared

@@ -26,7 +26,7 @@ TINY = [*SMALL, "--rounds", "2", "--grad-cam", "8"]
 
 def test_the_help_of_a_method_names_every_setting(result):
     text, _ = result("fedavg", "--help")
-    for setting in RunConfig.declared():
+    for setting in RunConfig.list_options():
         if setting.field != "method":
             assert re.search(rf"^  {flags.flag(setting.field)} ", text, re.MULTILINE), setting.field
     for name in (
@@ -90,12 +90,12 @@ def test_help_shows_the_defaults_of_the_data_set(result):
 def test_the_help_of_a_method_shows_its_options_with_ranges(result, method):
     text, _ = result(method, "--help")
     assert METHODS[method].description in " ".join(text.split())
-    if not METHODS[method].Options.declared():
+    if not METHODS[method].Options.list_options():
         assert "It has no options of its own." in text
         return
     options = text[text.index("method options") :]
     flat = " ".join(options.split())
-    for option in METHODS[method].Options.declared():
+    for option in METHODS[method].Options.list_options():
         assert re.search(rf"^  {option.name} ", options, re.MULTILINE)
         assert option.range in flat
 

@@ -102,7 +102,7 @@ def test_every_setting_can_be_overridden(tmp_path):
     """Flower refuses keys that the project does not have."""
     assert main(["fedprox", "--flower", str(tmp_path / "project")]) == 0
     found = run_config(tmp_path / "project")
-    settings = {run_settings.setting_key(spec.field) for spec in RunConfig.declared()} - {*run_settings.LOCAL_ONLY}
+    settings = {run_settings.setting_key(spec.field) for spec in RunConfig.list_options()} - {*run_settings.LOCAL_ONLY}
     assert settings <= set(found)
     assert {"method-option.mu", "method-option.weighting", "out", "resume", "plugins", "flower.deadline"} <= set(found)
     changed = run_settings.read_run_config(

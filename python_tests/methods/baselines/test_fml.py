@@ -87,7 +87,7 @@ def test_fml_private_models_of_another_kind(make_data, make_config, tmp_path):
 
 
 def test_the_parsed_names_are_the_published_ones():
-    options = {option.name for option in FedLPFM.Options.declared()}
+    options = {option.name for option in FedLPFM.Options.list_options()}
     assert {"teacher", "lambda", "temperature", "prompts"} <= options
     assert math.isclose(FedLPFM.Options().lam, 0.5)
     assert models.MODELS["mobilenetv2"].width == 32
