@@ -1,4 +1,4 @@
-"""acceleration: convolutions of any network wait for what follows them, and both are computed by one operator."""
+"""acceleration: convolutions of any network, delayed and then computed in one operator with the layers behind them."""
 
 from fedkern.acceleration.calls import plain
 from fedkern.acceleration.rehearsal import accelerate

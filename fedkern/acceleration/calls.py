@@ -1,10 +1,9 @@
-"""fedkern.accelerate: a network whose convolutions wait, within a call, for what follows them.
+"""fedkern.accelerate: a network whose convolutions wait, within a call, for the layers behind them.
 
-Modules keep their class, state and repr.  A convolution gets a ``_conv_forward`` in its own dictionary, which torch
-calls with the weight and bias of the caller, and a network two hooks, which are given their module.  So copies of a
-module's dictionary compute with their own tensors.  A deep copy is accelerated too, and a pickle loads without fedkern.
-
-How far a convolution waits is fixed in a rehearsal of the first call of each mode (`rehearsal`), or by a plan.
+Modules keep their class, state and repr. A convolution gets a ``_conv_forward`` in its own dictionary, which torch
+calls with the caller's weight and bias, and a network two hooks, which are given their module. So copies of a module's
+dictionary compute with their own tensors. A deep copy is accelerated too, and a pickle loads without fedkern. How far a
+convolution waits is fixed by a `rehearsal` of the first call of each mode, or by a plan.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from torch import Tensor, nn
 
 from fedkern.acceleration import pending
 from fedkern.acceleration.layers import GLOBAL_HOOKS, HOOKS, SETTINGS, Windows, has_hooks, is_untouched, square_windows
-from fedkern.acceleration.pending import Chain, Node, Norm, Pending, Run, Site, compute_pending, is_plain, value
+from fedkern.acceleration.pending import Chain, Node, Norm, Pending, Run, Site, compute_node, compute_pending, is_plain
 from fedkern.messages.leaves import map_leaves
-from fedkern.ops._conv.conv_norm import run, serving
-from fedkern.ops._conv.conv_pool import pooling, run_pooling
+from fedkern.ops._conv.conv_norm import choose_norm_kernel, compute_conv_norm
+from fedkern.ops._conv.conv_pool import choose_pool_kernel, run_pooling
 from fedkern.ops._conv.kernels import Inputs, Pooling, Settings
 from fedkern.ops._core.backend import is_intercepted
 from fedkern.ops._core.private_torch import functorch_active, saved_hooks
@@ -36,7 +35,7 @@ M = TypeVar("M", bound=nn.Module)
 _CONV_FORWARD: Any = nn.Conv2d._conv_forward
 _CHANNELS_LAST = torch.channels_last
 _thread = threading.local()
-"""``run``: the call of a network that this thread is in; the rest: of :func:`calling`."""
+"""``run``: the call of a network that this thread is in; the rest: of :func:`override_calls`."""
 _NO_EPS = 1e-30  # above 0, and nothing beside 1
 MOVE = 64
 """Products for which an element counts that is copied into another layout (benchmarks/bench_guest.py)."""
@@ -63,10 +62,7 @@ def put_hooks(module: M, begin: Begin) -> M:
 
 
 def apply_plan(module: M, plan: str) -> M:
-    """Accelerate a network, in place, by a plan of :func:`plan_of`, and return it.
-
-    A mode that the plan does not know runs as written.
-    """
+    """Accelerate a network, in place, by a plan of :func:`plan_of`: modes that it does not know run as written."""
     known, *texts = plan.split(" ")
     put_hooks(module, Begin({mode: known[at] == "+" for at, mode in enumerate(MODES)}))
     found = convolutions(module)
@@ -84,7 +80,6 @@ def plan_of(module: nn.Module) -> str:
 
 
 def convolutions(module: nn.Module) -> list[Convolution]:
-    """Return what computes a network's convolutions, in order of its modules."""
     found = (vars(layer).get("_conv_forward") for layer in module.modules())
     return [item for item in found if isinstance(item, Convolution)]
 
@@ -104,7 +99,7 @@ def plain(module: M) -> M:
 
 
 class _Hook:
-    """A hook of an accelerated network, whose pickle is a function that does nothing."""
+    """Hook of an accelerated network, pickled as a function that does nothing."""
 
     takes_computed = True
 
@@ -123,7 +118,7 @@ def _is_unpickled(hook: object) -> bool:
 
 
 class Begin(_Hook):
-    """The hook at the beginning of a network's calls.
+    """Hook at the beginning of a network's calls.
 
     Attributes:
         modes: whether calls are accelerated, by the modes that were rehearsed.
@@ -138,7 +133,7 @@ class Begin(_Hook):
         return twin
 
     def rehearse(self, module: nn.Module, args: tuple[object, ...], named: Mapping[str, object]) -> None:
-        """Decide on the mode of a call that begins: here none but those of the plan is accelerated."""
+        """Decide on the mode of a call that begins: here only the plan's modes are accelerated."""
 
     def __call__(self, module: nn.Module, args: tuple[object, ...], named: Mapping[str, object] | None = None) -> None:
         begun: Run | None = getattr(_thread, "run", None)
@@ -181,7 +176,7 @@ END = _End()
 
 
 def _is_on_stack(begun: Run) -> bool:
-    """Return whether a call is running: an interrupt leaves it without its end."""
+    """Return whether a call is running: an interrupt leaves a call without its end."""
     frame: Any = sys._getframe(1)
     while frame is not None and frame is not begun.frame:
         frame = frame.f_back
@@ -189,7 +184,6 @@ def _is_on_stack(begun: Run) -> bool:
 
 
 def begin_of(module: nn.Module) -> Begin | None:
-    """Return the hook at the beginning of a network's calls, or None."""
     return next((hook for hook in module._forward_pre_hooks.values() if isinstance(hook, Begin)), None)
 
 
@@ -208,12 +202,11 @@ def call_parts(module: nn.Module, function: Callable[..., object], *args: object
 
 
 @contextmanager
-def calling(**how: Any) -> Iterator[None]:
-    """Inside, in this thread, calls differ.
+def override_calls(**how: Any) -> Iterator[None]:
+    """Change calls in this thread within the block.
 
     Args:
-        how: another ``serve``, which computes chains, a ``record`` of the convolutions of calls, or a ``recorder`` of a
-            rehearsal.
+        how: another ``serve``, which computes chains, a ``record`` of convolutions, or a ``recorder`` of a rehearsal.
     """
     vars(_thread).update(how)
     try:
@@ -224,7 +217,6 @@ def calling(**how: Any) -> Iterator[None]:
 
 
 def _result(windows: Windows, channels: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of a convolution's result."""
     batch, _, height, width = shape
     side, stride, padding = windows
     height, width = (height + 2 * padding - side) // stride + 1, (width + 2 * padding - side) // stride + 1
@@ -232,16 +224,12 @@ def _result(windows: Windows, channels: int, shape: tuple[int, ...]) -> tuple[in
 
 
 def _products(shape: tuple[int, ...], weight: Tensor) -> int:
-    """Return the products that a convolution's result of this shape takes."""
     batch, _, height, width = shape
     return batch * height * width * weight.numel()
 
 
 def _plain(part: object) -> object:
-    """Return a part of a network's result, computed.
-
-    Objects with tensors are looked into as far as attributes.
-    """
+    """Return a part of a network's result, computed, also in the attributes of an object."""
     if type(part) is Pending:
         return compute_pending(part)
     for name, item in list(getattr(part, "__dict__", {}).items()):
@@ -251,7 +239,7 @@ def _plain(part: object) -> object:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Return whether something looks at the layers of a network, or takes their operations apart."""
+    """Return whether anything observes the layers of a network, or takes their operations apart."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_intercepted() or functorch_active():
         return True
     if torch.is_autocast_enabled("cpu") or any(GLOBAL_HOOKS) or saved_hooks(True) is not None:
@@ -260,10 +248,7 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _hooks(module: nn.Module) -> Iterator[object]:
-    """Hooks of a network's parts, and those of gradients that it has itself.
-
-    Parts of TorchScript count as hooks.
-    """
+    """Yield the hooks of a network's parts (parts of TorchScript count), and its own hooks of gradients."""
     layers: list[Any] = [module]
     while layers:
         layer = layers.pop()
@@ -278,16 +263,16 @@ def _hooks(module: nn.Module) -> Iterator[object]:
 
 
 def takes_computed(hook: object) -> bool:
-    """Whether a hook computes what it is given by itself, with :func:`fedkern.acceleration.pending.compute_pending`."""
+    """Return whether a hook calls :func:`fedkern.acceleration.pending.compute_pending` on its arguments itself."""
     return getattr(getattr(hook, "func", hook), "takes_computed", False) is True
 
 
 class Convolution:
-    """A convolution's ``_conv_forward``, whose result waits where an operator may serve it.
+    """``_conv_forward`` of a convolution, whose result waits if an operator may compute it.
 
     Attributes:
-        plan: by the number of a mode of gradients of a mode of calls (:data:`MODES`), how many steps the result waits
-            for, as a digit, or as a letter from ``a`` where only convolutions and sums take what the last gives.
+        plan: for the number of a mode of gradients of a mode of calls (:data:`MODES`), the steps that the result waits
+            for: a digit, or a letter from ``a`` if only convolutions and sums take the last result.
     """
 
     def __init__(self, layer: nn.Module, settings: tuple[object, ...], plan: Mapping[int, str] | None = None) -> None:
@@ -302,13 +287,11 @@ class Convolution:
         return partial, (_CONV_FORWARD, self._owner())
 
     def _owner(self) -> object:
-        """Return an object with the convolution's settings."""
         names = "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
         layer = self._layer()
         return SimpleNamespace(**dict(zip(names, self._settings if layer is None else SETTINGS(layer), strict=True)))
 
-    def written(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the result as torch computes it."""
+    def compute_as_written(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         layer = self._layer()
         result: Tensor = _CONV_FORWARD(self._owner() if layer is None else layer, compute_pending(x), weight, bias)
         return result
@@ -316,12 +299,12 @@ class Convolution:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         begun: Run | None = getattr(_thread, "run", None)
         if begun is None:
-            return self.written(x, weight, bias)
+            return self.compute_as_written(x, weight, bias)
         begun.settle()
         key = 2 * MODES.index(begun.mode) + torch.is_grad_enabled()
         if begun.recorder is not None:
             begun.recorder.convolution = self, key
-            return self.written(x, weight, bias)
+            return self.compute_as_written(x, weight, bias)
         layer = self._layer()
         windows = square_windows(*(self._settings if layer is None else SETTINGS(layer)))
         node: Node | None = x.__dict__["node"] if type(x) is Pending else None
@@ -331,24 +314,24 @@ class Convolution:
             record[1].append(_products(_result(windows, weight.shape[0], shape), weight))
         code = self.plan.get(key)
         if code is None or windows is None or not self._serves(windows, weight, bias, shape):
-            return self.written(x, weight, bias)
+            return self.compute_as_written(x, weight, bias)
         if torch.is_autocast_enabled("cpu") or functorch_active() or saved_hooks(True) is not None or (
             torch.is_inference_mode_enabled() and torch.is_grad_enabled()
         ):  # fmt: skip
-            return self.written(x, weight, bias)
+            return self.compute_as_written(x, weight, bias)
         last = (is_last(x) if node is None else node.chain.site.last) or is_last(weight)
         if node is not None:
-            x = value(node, dense=False)
+            x = compute_node(node, dense=False)
         if not is_plain(x, shape):
-            return self.written(x, weight, bias)
+            return self.compute_as_written(x, weight, bias)
         shape = _result(windows, weight.shape[0], shape)
         if last and min(4 * weight.shape[0], *shape[2:]) < 4:  # torch's layers decide on the layout at every step
-            return self.written(x, weight, bias)
+            return self.compute_as_written(x, weight, bias)
         site = Site(x, weight, bias, windows[1], windows[2], shape, last, code.isalpha())
-        return begun.started(Node(begun, Chain(site), shape), int(code, 36) % 10)
+        return begun.make_result(Node(begun, Chain(site), shape), int(code, 36) % 10)
 
     def _serves(self, windows: Windows, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...]) -> bool:
-        """Return whether an operator may serve the convolution on maps of this shape: a rule on shapes alone."""
+        """Return whether an operator may compute the convolution on maps of this shape: a rule on shapes alone."""
         sizes = tuple(weight.shape)
         if not is_plain(weight, sizes) or (bias is not None and not is_plain(bias, sizes[:1])):
             return False
@@ -359,7 +342,7 @@ class Convolution:
 
 
 def is_last(tensor: Tensor) -> bool:
-    """Return whether torch's convolutions take a tensor for channels-last."""
+    """Return whether torch's convolutions treat a tensor as channels-last."""
     return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=_CHANNELS_LAST)
 
 
@@ -369,18 +352,15 @@ def _fits(weight: Tensor, windows: Windows, shape: tuple[int, ...]) -> bool:
         return False
     x = torch.empty(shape, memory_format=_CHANNELS_LAST)
     weight, units = weight.detach(), torch.ones(len(weight))
-    if stride == 1 and pooling(x, weight, None, padding) is not None:
+    if stride == 1 and choose_pool_kernel(x, weight, None, padding) is not None:
         return True
     if padding != side // 2:
         return False
-    return serving(Inputs(x, weight, units, units), Settings(units, units, stride=stride)) is not None
+    return choose_norm_kernel(Inputs(x, weight, units, units), Settings(units, units, stride=stride)) is not None
 
 
 def _serve(chain: Chain, dense: bool) -> Tensor | None:
-    """Return a chain by an operator.
-
-    None where the layers have to run as written, or are faster than copies around it.
-    """
+    """Compute a chain by an operator, or None if the layers as written are needed, or faster than copies."""
     site = chain.site
     products = _products(site.shape, site.weight)
     result = _serve_pool(chain, dense)
@@ -393,18 +373,17 @@ def _serve(chain: Chain, dense: bool) -> Tensor | None:
 
 
 def _serve_pool(chain: Chain, dense: bool) -> Tensor | None:
-    """Return a chain without norm by ``conv_pool``, which reads and writes maps of either layout."""
+    """Compute a chain without norm by ``conv_pool``, which reads and writes maps of either layout."""
     site = chain.site
     if chain.norm is not None or chain.residual is not None or chain.pool == 1 or site.stride > 1:
         return None
-    kernel = pooling(site.x, site.weight, site.bias, site.padding)
+    kernel = choose_pool_kernel(site.x, site.weight, site.bias, site.padding)
     if kernel is None:
         return None
     return run_pooling(kernel, site.x, site.weight, site.bias, Pooling(site.padding, chain.relu, dense))
 
 
 def _serve_norm(chain: Chain, dense: bool, products: int) -> Tensor | None:
-    """Return a chain by ``conv_norm``."""
     site, norm, x, bias = chain.site, chain.norm, chain.site.x, chain.site.bias
     moved = 0 if x.is_contiguous(memory_format=_CHANNELS_LAST) else x.numel()
     behind = math.prod(site.shape) // chain.pool**2 if dense else 0
@@ -428,8 +407,8 @@ def _serve_norm(chain: Chain, dense: bool, products: int) -> Tensor | None:
             shift, bias = shift + bias * norm.weight * torch.rsqrt(variance + norm.eps), None
         settings = Settings(mean, variance, norm.momentum, norm.eps, *after, tracks, norm.training)
     inputs = Inputs(x, site.weight, norm.weight, shift, bias, residual)
-    kernel = serving(inputs if settings.groups else inputs._replace(bias=None), settings)
+    kernel = choose_norm_kernel(inputs if settings.groups else inputs._replace(bias=None), settings)
     if kernel is None:
         return None
     site.moved += moved
-    return run(kernel, inputs, settings)
+    return compute_conv_norm(kernel, inputs, settings)

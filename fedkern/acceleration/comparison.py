@@ -1,4 +1,4 @@
-"""How far results of an accelerated network are from those of the network as written."""
+"""Comparison of an accelerated network's results with those of the network as written."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ Found = dict[str, Tensor | None]
 """Outputs, buffers and gradients (``the gradient of ...``) by name."""
 
 
-def differs(results: Found, plain: Found, tolerance: float) -> str:
-    """Return the first thing that differs by more than a share of the largest of its kind.
-
-    Empty where nothing does.
-    """
+def find_difference(results: Found, plain: Found, tolerance: float) -> str:
+    """Return the first name whose results differ by more than a share of the largest of its kind, or ""."""
     sizes = {name: _size(tensor) for name, tensor in plain.items()}
     largest = max((size for name, size in sizes.items() if name.startswith("the gradient")), default=0.0)
     for name, expected in plain.items():
@@ -31,18 +28,14 @@ def differs(results: Found, plain: Found, tolerance: float) -> str:
 
 
 def _size(tensor: Tensor | None) -> float:
-    """Return the largest finite value."""
     return 0.0 if tensor is None or not tensor.numel() else float(tensor.double().nan_to_num(0, 0, 0).abs().max())
 
 
-def far(results: Found, plain: Found) -> str:
-    """Return what operators have computed too far from torch.
-
-    Empty where nothing is.
-    """
+def find_far_result(results: Found, plain: Found) -> str:
+    """Return the first name for which operators and torch differ too much, or ""."""
     gradients = {name: grad for name, grad in plain.items() if name.startswith("the gradient") and grad is not None}
     outputs = {name: tensor for name, tensor in plain.items() if name not in gradients}
-    if name := differs(results, outputs, 1e-3):
+    if name := find_difference(results, outputs, 1e-3):
         return name
     if missing := [name for name in gradients if results[name] is None]:
         return missing[0]

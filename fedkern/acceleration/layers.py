@@ -1,4 +1,4 @@
-"""Which convolutions of torch an operator may take the place of: one inspection for networks of any origin."""
+"""Convolutions of torch that an operator may replace: one inspection for networks of any origin."""
 
 from __future__ import annotations
 
@@ -25,12 +25,9 @@ Convolution = tuple[Tensor, Tensor | None, int, int, int]
 
 
 def convolution(layer: object) -> Convolution | None:
-    """Return a convolution with square windows that are neither dilated nor grouped.
+    """Return a convolution with square windows that are neither dilated nor grouped, or None.
 
-    None for other layers.
-
-    Also where something else stands in the place of a parameter, as ``weight_norm``, pruning and parametrisations leave
-    it.
+    Also None if another object replaces a parameter, as after ``weight_norm``, pruning or parametrisations.
     """
     if type(layer) is not nn.Conv2d:
         return None
@@ -43,7 +40,6 @@ def convolution(layer: object) -> Convolution | None:
 
 
 def is_untouched(layer: nn.Module) -> bool:
-    """Return whether a module is a convolution of torch with torch's methods."""
     if type(layer) is not nn.Conv2d or [nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.Conv2d.__call__] != _METHODS:
         return False
     return vars(layer).keys().isdisjoint(("forward", "_conv_forward", "__call__"))
@@ -52,7 +48,7 @@ def is_untouched(layer: nn.Module) -> bool:
 def square_windows(
     size: object, stride: object, padding: object, dilation: object, groups: object, padding_mode: object
 ) -> Windows | None:
-    """Return the windows of a convolution that is neither dilated nor grouped, or None for others."""
+    """Return the windows of a convolution that is neither dilated nor grouped, or None."""
     try:
         return _square(size, stride, padding, dilation, groups, padding_mode)
     except TypeError:  # lists where torch writes tuples
@@ -63,10 +59,9 @@ def square_windows(
 def _square(size: Any, stride: Any, padding: Any, dilation: Any, groups: int, mode: str) -> Windows | None:
     if groups != 1 or dilation != (1, 1) or mode != "zeros" or isinstance(padding, str):
         return None
-    same = all(one == other for one, other in (size, stride, padding))
-    return (size[0], stride[0], padding[0]) if same else None
+    is_square = all(height == width for height, width in (size, stride, padding))
+    return (size[0], stride[0], padding[0]) if is_square else None
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Return whether a module has hooks of its own."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)

@@ -1,7 +1,7 @@
-"""Tensors that are not computed yet: the result of a convolution, and of what is done with it next.
+"""Tensors that are not computed yet: the result of a convolution, and of the steps behind it.
 
-A norm, an addition, a ReLU and a 2 x 2 max pooling extend the one chain that waits, as far as a rehearsal saw them; the
-last of them computes it.  Whatever else happens has it computed before.
+A norm, an addition, a ReLU and a 2 x 2 max pooling extend the one chain that waits, as far as a rehearsal saw them. The
+last of them, or any other operation, computes the chain.
 """
 
 from __future__ import annotations
@@ -33,15 +33,14 @@ Noted = list[tuple[Tensor, int]]
 
 @dataclass(slots=True, eq=False)
 class Site:
-    """A call of a convolution.
+    """Call of a convolution.
 
     Attributes:
-        x, weight, bias: of the call, ``noted`` with their versions.
-        stride, padding: of the convolution; ``shape`` is that of its result.
+        noted: the tensors with their versions.
         last: whether torch's layers would give its result, and what follows, channels-last.
-        opens: whether only convolutions and sums take what the chain gives, which may have an operator's layout.
+        opens: whether only convolutions and sums take the chain's result, which may have an operator's layout.
         grad: whether gradients were enabled.
-        moved: elements that an operator's call had to copy into another layout, before it and behind it.
+        moved: elements that an operator's call had to copy into another layout.
     """
 
     x: Tensor
@@ -62,11 +61,11 @@ class Site:
 
 @dataclass(slots=True, eq=False)
 class Norm:
-    """The arguments of a batch norm, or with ``groups`` of a group norm.
+    """Arguments of a batch norm, or with ``groups`` of a group norm.
 
     Attributes:
         noted: the tensors with their versions.
-        counted: whether no running statistics have to be moved, or they are.
+        counted: whether the running statistics are updated already, or need no update.
     """
 
     weight: Tensor
@@ -85,7 +84,6 @@ class Norm:
         self.counted = not self.training or self.mean is None
 
     def __call__(self, y: Tensor) -> Tensor:
-        """Return the norm as torch computes it."""
         if self.groups:
             return F.group_norm(y, self.groups, self.weight, self.bias, self.eps)
         statistics = (None, None) if self.training and self.counted else (self.mean, self.variance)
@@ -93,17 +91,17 @@ class Norm:
         return F.batch_norm(y, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
 
     def count(self) -> None:
-        """Note that running statistics are moved: the chain needs them no more."""
+        """Note that running statistics were updated: the chain needs them no more."""
         self.counted = True
         if self.training:
             del self.noted[2:]
 
 
 class Chain(NamedTuple):
-    """A convolution with what follows it: ``pool(relu(norm(conv(x)) + residual))``.
+    """Convolution with the steps behind it: ``pool(relu(norm(conv(x)) + residual))``.
 
     Attributes:
-        residual: what is added, with its version.
+        residual: the summand, with its version.
     """
 
     site: Site
@@ -122,11 +120,9 @@ Step = Callable[[Tensor], Tensor]
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A result that may wait.
+    """Result that may wait.
 
     Attributes:
-        chain: all that leads to it.
-        shape: of the result.
         parent, step: the node before and the function of its value, as the network's author wrote it.
         value: the result, once it is computed.
         taken: whether a function took the value, so that others may hold a view of it.
@@ -169,31 +165,27 @@ class Run:
     made: list[weakref.ref[Pending]] = field(default_factory=list)
 
     def settle(self) -> None:
-        """Compute what waits."""
         if self.waits is not None:
-            value(self.waits, dense=not self.waits.chain.site.opens)
+            compute_node(self.waits, dense=not self.waits.chain.site.opens)
 
     def end(self) -> None:
-        """Compute what waits, and what somebody holds."""
+        """Compute the waiting node, and all nodes whose handles are still held."""
         self.settle()
         for reference in self.made:
             if (tensor := reference()) is not None:
-                value(tensor.__dict__["node"])
+                compute_node(tensor.__dict__["node"])
 
-    def started(self, node: Node, steps: int) -> Tensor:
-        """Return the result of a convolution, or of a step: a handle where ``steps`` follow it, else the tensor."""
+    def make_result(self, node: Node, steps: int) -> Tensor:
+        """Return the result of a node: a handle if ``steps`` follow, else the tensor."""
         self.waits, self.left = node, steps
         if steps > 0:
-            return handle(node)
-        result = value(node, dense=not node.chain.site.opens)
-        return handle(node) if node.chain.site.opens else result
+            return make_handle(node)
+        result = compute_node(node, dense=not node.chain.site.opens)
+        return make_handle(node) if node.chain.site.opens else result
 
 
-def version(tensor: Tensor) -> int:
-    """Return the count of changes of a tensor.
-
-    0 where none is kept, as in inference mode.
-    """
+def version_of(tensor: Tensor) -> int:
+    """Return the count of changes of a tensor, 0 if torch keeps none, as in inference mode."""
     try:
         return tensor._version
     except RuntimeError:
@@ -201,8 +193,7 @@ def version(tensor: Tensor) -> int:
 
 
 def _note_versions(*tensors: Tensor | None) -> Noted:
-    """Return tensors with their versions."""
-    return [(item, version(item)) for item in tensors if item is not None]
+    return [(item, version_of(item)) for item in tensors if item is not None]
 
 
 def _refuse_gradient(gradient: Tensor) -> None:
@@ -216,10 +207,7 @@ _LOST: Any = OrderedDict({0: _refuse_gradient})
 
 
 class Pending(Tensor):
-    """The handle of a :class:`Node`.
-
-    Its shape, dtype and device are those of the result.
-    """
+    """Handle of a :class:`Node`, with the shape, dtype and device of the result."""
 
     @classmethod
     def __torch_function__(
@@ -229,11 +217,11 @@ class Pending(Tensor):
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        how = EXTENDING.get(func)
-        if how is not None and not _autocast("cpu") and "out" not in (named := dict(kwargs or {})) and _is_calm():
-            first = (named.pop("input"),) if "input" in named else ()
-            last = (named.pop("other"),) if "other" in named else ()
-            result = how(*first, *args, *last, **named)
+        extend = EXTENDING.get(func)
+        if extend is not None and not _autocast("cpu") and "out" not in (named := dict(kwargs or {})) and _is_calm():
+            leading = (named.pop("input"),) if "input" in named else ()
+            trailing = (named.pop("other"),) if "other" in named else ()
+            result = extend(*leading, *args, *trailing, **named)
             if result is not None:
                 return result
         elif func in ABOUT:
@@ -255,8 +243,7 @@ class Pending(Tensor):
         )
 
 
-def handle(node: Node) -> Pending:
-    """Return a tensor for the network's code."""
+def make_handle(node: Node) -> Pending:
     grad = node.chain.site.grad
     tensor: Pending = Tensor._make_wrapper_subclass(Pending, node.shape, dtype=torch.float32, requires_grad=grad)
     if grad:
@@ -271,17 +258,14 @@ def handle(node: Node) -> Pending:
 
 
 def compute_pending(item: Any) -> Any:
-    """Return a value with what waits in it computed, in torch's layout."""
+    """Return a value with all waiting tensors in it computed, in torch's layout."""
     if type(item) is Pending:
-        return value(item.__dict__["node"])
+        return compute_node(item.__dict__["node"])
     return type(item)(map(compute_pending, item)) if type(item) in (tuple, list) else item
 
 
-def value(node: Node, dense: bool = True) -> Tensor:
-    """Return the result of a node, computed once.
-
-    ``dense``: with torch's strides, else as the operator gave it.
-    """
+def compute_node(node: Node, dense: bool = True) -> Tensor:
+    """Return the result of a node, computed once, with torch's strides (``dense``) or the operator's."""
     if node.value is None:
         _compute(node, dense)
     elif dense:
@@ -312,8 +296,7 @@ def _is_calm() -> bool:
     return saved_hooks(True) is None
 
 
-def strides(shape: tuple[int, ...], last: bool) -> tuple[int, ...]:
-    """Return the strides of dense maps of a shape, channels-last or not."""
+def dense_strides(shape: tuple[int, ...], last: bool) -> tuple[int, ...]:
     _, channels, height, width = shape
     if last:
         return channels * height * width, 1, channels * width, channels
@@ -321,8 +304,7 @@ def strides(shape: tuple[int, ...], last: bool) -> tuple[int, ...]:
 
 
 def _lay_out(result: Tensor, site: Site) -> Tensor:
-    """Return a result in torch's layout."""
-    if result.stride() == strides(tuple(result.shape), site.last):
+    if result.stride() == dense_strides(tuple(result.shape), site.last):
         return result
     site.moved += result.numel()
     return result.clone(memory_format=torch.channels_last if site.last else torch.contiguous_format)
@@ -331,7 +313,7 @@ def _lay_out(result: Tensor, site: Site) -> Tensor:
 def _compute_value(node: Node, dense: bool) -> Tensor:
     chain, parent = node.chain, node.parent
     marks = chain.site.noted + (chain.norm.noted if chain.norm else []) + ([chain.residual] if chain.residual else [])
-    if any(version(tensor) != before for tensor, before in marks):
+    if any(version_of(tensor) != before for tensor, before in marks):
         raise RuntimeError(
             "A tensor was changed in place before fedkern.accelerate computed what an earlier step takes of it: write "
             "the change without in-place operations, or run fedkern.plain(module)."
@@ -348,14 +330,14 @@ def _compute_value(node: Node, dense: bool) -> Tensor:
         x = site.x if site.last or site.x.is_contiguous() else site.x.contiguous()
         return F.conv2d(x, site.weight, site.bias, site.stride, site.padding)
     assert node.step is not None
-    return node.step(value(parent))
+    return node.step(compute_node(parent))
 
 
 # -- what extends a chain ----------------------------------------------------------------------------------------------
 
 
 def _waiting(x: object) -> Node | None:
-    """Return the node of the tensor that waits, in the mode of gradients in which it was begun; else None."""
+    """Return the node of a tensor that waits in the current mode of gradients, or None."""
     node: Node | None = x.__dict__["node"] if type(x) is Pending else None
     return node if node is not None and node.run.waits is node and node.chain.site.grad == _grad_enabled() else None
 
@@ -367,7 +349,6 @@ def is_plain(tensor: Tensor, shape: tuple[int, ...]) -> bool:
 
 
 def shape_of(x: Tensor) -> tuple[int, ...]:
-    """Return the shape of a tensor, which may wait."""
     return x.__dict__["node"].shape if type(x) is Pending else tuple(x.shape)
 
 
@@ -376,7 +357,7 @@ def _extend_chain(x: Tensor, node: Node, step: Step, chain: Chain, inplace: bool
     if chain.pool > node.chain.pool:
         shape = (*shape[:2], shape[2] // 2, shape[3] // 2)
     after = Node(node.run, chain, shape, node, step)
-    result = node.run.started(after, node.run.left - 1)
+    result = node.run.make_result(after, node.run.left - 1)
     if not inplace:
         return result
     x.__dict__["node"] = after
@@ -386,10 +367,7 @@ def _extend_chain(x: Tensor, node: Node, step: Step, chain: Chain, inplace: bool
 def _takes_norm(
     x: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, *statistics: Tensor | None
 ) -> Node | None:
-    """Return the node of a convolution's result that a norm may extend.
-
-    Torch raises its errors where the norm is called.
-    """
+    """Return the node that a norm may extend, or None. Torch raises its errors where the norm is called."""
     node = _waiting(x)
     if node is None or node.parent is not None or weight is None or bias is None or eps <= 0:
         return None
@@ -434,30 +412,30 @@ def _takes_sum(x: object) -> Node | None:
     return node if open_ else None
 
 
-def _add(x: object, other: object, *, alpha: float = 1, inplace: bool = False) -> Tensor | None:
-    if alpha != 1 or not isinstance(other, Tensor) or not isinstance(x, Tensor) or x is other:
+def _add(x: object, term: object, *, alpha: float = 1, inplace: bool = False) -> Tensor | None:
+    if alpha != 1 or not isinstance(term, Tensor) or not isinstance(x, Tensor) or x is term:
         return None
-    node, summand, writes = _takes_sum(x), other, inplace
+    node, summand, writes = _takes_sum(x), term, inplace
     if node is None:
-        node, summand, writes = _takes_sum(other), x, False
+        node, summand, writes = _takes_sum(term), x, False
         before = x.__dict__["node"] if type(x) is Pending else None
         if inplace and (before is None or before.taken):  # others would see the sum
             return None
     if node is None or shape_of(summand) != node.shape:
         return None
     if type(summand) is Pending:
-        summand = value(summand.__dict__["node"], dense=False)
+        summand = compute_node(summand.__dict__["node"], dense=False)
     if not is_plain(summand, node.shape):
         return None
-    chain = Chain(node.chain.site, node.chain.norm, (summand, version(summand)))
+    chain = Chain(node.chain.site, node.chain.norm, (summand, version_of(summand)))
     return _extend_chain(x, node, (lambda y: y.add_(summand)) if writes else lambda y: y + summand, chain, inplace)
 
 
-def halves(
+def is_half_pooling(
     x: object, kernel_size: object, stride: object = None, padding: object = 0, dilation: object = 1,
     ceil_mode: bool = False, return_indices: bool = False,
 ) -> bool:  # fmt: skip
-    """Return whether arguments of max pooling are those of windows of 2 x 2 side by side."""
+    """Return whether arguments of max pooling describe adjacent windows of 2 x 2."""
     pairs = [(kernel_size, 2), (kernel_size if stride is None or stride == [] else stride, 2), (padding, 0)]
     square = all(actual in (size, (size, size), [size, size]) for actual, size in (*pairs, (dilation, 1)))
     return square and not ceil_mode and not return_indices
@@ -465,7 +443,7 @@ def halves(
 
 def _max_pool(x: Tensor, *args: Any, **named: Any) -> Tensor | None:
     node = _waiting(x)
-    if node is None or not halves(x, *args, **named) or min(node.shape[2:]) < 2:
+    if node is None or not is_half_pooling(x, *args, **named) or min(node.shape[2:]) < 2:
         return None
     site, norm, residual, relu, pool = node.chain
     if pool > 1 or residual is not None:

@@ -1,4 +1,4 @@
-"""The first call of each mode: a rehearsal on a copy of the network, which fixes how far its convolutions wait."""
+"""Rehearsal of the first call of each mode, on a copy of the network, which fixes how far its convolutions wait."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from fedkern.acceleration.calls import (
     Convolution,
     Mode,
     begin_of,
-    calling,
     convolutions,
     is_last,
+    override_calls,
     put_hooks,
 )
-from fedkern.acceleration.comparison import Found, far
+from fedkern.acceleration.comparison import Found, find_far_result
 from fedkern.acceleration.layers import HOOKS
-from fedkern.acceleration.pending import ABOUT, ADDS, EXTENDING, POOLS, halves, strides
+from fedkern.acceleration.pending import ABOUT, ADDS, EXTENDING, POOLS, dense_strides, is_half_pooling
 from fedkern.errors import describe_error
 from fedkern.messages.leaves import leaves
 from fedkern.ops._core.private_torch import saved_hooks
@@ -68,17 +68,14 @@ def accelerate(module: M, *, check: bool = True) -> M:
 
 
 class Rehearsal(Begin):
-    """The hook of :func:`accelerate`, with its ``check``."""
+    """Hook of :func:`accelerate`, with its ``check``."""
 
     def __init__(self, check: bool) -> None:
         super().__init__({})
         self.check = check
 
     def rehearse(self, module: nn.Module, args: tuple[object, ...], named: Mapping[str, object]) -> None:
-        """Play a copy as written and note what follows its convolutions.
-
-        Then check another copy, accelerated.
-        """
+        """Run a copy as written to record the steps behind its convolutions, then check another copy, accelerated."""
         mode = module.training, torch.is_grad_enabled()
         self.modes[mode] = False
         try:
@@ -99,14 +96,14 @@ class Rehearsal(Begin):
                     tensor.copy_(content)
             return self._leave(mode, "a copy of the network calls layers of the network itself")
         recorder.stop()
-        for part, *others in zip(*map(convolutions, (module, *(twin[0] for twin in twins))), strict=True):
-            for other in others:
-                part.plan = other.plan = others[0].plan
+        for part, *copies in zip(*map(convolutions, (module, *(twin[0] for twin in twins))), strict=True):
+            for layer_copy in copies:
+                part.plan = layer_copy.plan = copies[0].plan
         self.modes[mode] = True
         if not self.check or not recorder.states:
             return None
         try:
-            name = far(_play_call(*twins[1]), expected)
+            name = find_far_result(_play_call(*twins[1]), expected)
         except Exception as error:  # a network's code may raise anything about a tensor that it does not know
             return self._leave(mode, describe_error(error))
         return self._leave(mode, f"{name} would be another one") if name else None
@@ -120,7 +117,7 @@ _Call = tuple[nn.Module, tuple[object, ...], dict[str, object]]
 
 
 def _copy_call(module: nn.Module, args: tuple[object, ...], named: Mapping[str, object]) -> _Call:
-    """Deep copies of a network and of the inputs of a call, also of tensors that were computed."""
+    """Deep copy a network and the inputs of a call, also tensors that were computed."""
     call: _Call = module, args, dict(named)
     parts = leaves([call[1:], *(list(vars(layer).values()) for layer in module.modules())])
     results = (leaf for leaf in parts if isinstance(leaf, Tensor) and not leaf.is_leaf)
@@ -142,7 +139,7 @@ def _play_call(
     assert begin is not None
     begin.modes = dict.fromkeys(MODES, True)
     with seeded_generators(0):
-        with recorder or nullcontext(), calling(recorder=recorder):
+        with recorder or nullcontext(), override_calls(recorder=recorder):
             result = module(*args, **named)
         outputs = [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
         inputs = [leaf for leaf in leaves((args, named)) if isinstance(leaf, Tensor)]
@@ -158,29 +155,26 @@ def _play_call(
 
 
 class _Chain:
-    """What follows the calls of a convolution: the fewest steps, and who takes what they give."""
+    """Steps behind the calls of a convolution: the fewest, and the functions that take the last result."""
 
     def __init__(self) -> None:
         self.steps, self.opens, self.closes = 9, False, False
 
     def end(self, steps: int, opens: bool | None = None) -> None:
-        """End behind so many steps at the latest, where a convolution or a sum (``opens``) or another function is."""
+        """End after ``steps`` at the latest, before a convolution or a sum (``opens``) or another function."""
         self.steps = min(self.steps, steps)
         self.opens, self.closes = self.opens or opens is True, self.closes or opens is False
 
     @property
     def code(self) -> str | None:
-        """As in a plan.
-
-        None: as written.
-        """
+        """Return the code in a plan, None for a convolution that runs as written."""
         if self.steps < 0:
             return None
         return "abcdefghij"[self.steps] if self.opens and not self.closes else str(self.steps)
 
 
 class _State(NamedTuple):
-    """A result in a chain: the steps before it, the mode of gradients, its place in the graph, and its layout."""
+    """Result in a chain: the steps before it, the mode of gradients, its place in the graph, and its layout."""
 
     chain: _Chain
     steps: int
@@ -195,7 +189,7 @@ class _State(NamedTuple):
 
 
 class Recorder(TorchFunctionMode):
-    """Notes how far the results of a network's convolutions go through steps alone, one at once behind another.
+    """Record of how far results of convolutions pass through consecutive steps only.
 
     Attributes:
         convolution: the convolution that is called, and the key of its plan.
@@ -236,7 +230,7 @@ class Recorder(TorchFunctionMode):
         convolution, self.convolution = self.convolution, None
         state, operands = self._latest, tensors[: 2 if func in ADDS else 1]
         if state is not None and not (
-            func in EXTENDING and "out" not in named and (func not in POOLS or halves(*args, **named))
+            func in EXTENDING and "out" not in named and (func not in POOLS or is_half_pooling(*args, **named))
             and state.is_as_made() and any(tensor is state.result for tensor in operands)
         ):  # fmt: skip
             self._end_latest()
@@ -258,7 +252,7 @@ class Recorder(TorchFunctionMode):
         return result
 
     def _go_on(self, result: Tensor, chain: _Chain, steps: int, last: bool) -> None:
-        if result.dim() != 4 or result.stride() != strides(tuple(result.shape), last):
+        if result.dim() != 4 or result.stride() != dense_strides(tuple(result.shape), last):
             chain.end(steps - 1, False)
         self._extended.discard(id(result))
         self._latest = _State(chain, steps, torch.is_grad_enabled(), result.grad_fn, last, result)

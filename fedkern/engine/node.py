@@ -11,7 +11,7 @@ import torch
 from fedkern.engine.context import RunContext
 from fedkern.errors import UserError
 from fedkern.messages.leaves import move_to_device
-from fedkern.ops._core.checks import real
+from fedkern.ops._core.checks import to_float
 from fedkern.tasks import Task
 
 # The engine's own figures of a client.
@@ -80,7 +80,7 @@ def figures(report: Mapping[str, object], owner: str, taken: Collection[str] = (
         if name in taken:
             raise UserError(f"{where} has a name of the engine's: choose one besides {', '.join(sorted(taken))}.")
         try:
-            numbers[name] = value if isinstance(value, int) else real(value, where)
+            numbers[name] = value if isinstance(value, int) else to_float(value, where)
         except (TypeError, ValueError) as error:
             raise UserError(f"{error}: report a number, or leave it out.") from None
     return numbers

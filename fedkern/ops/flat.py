@@ -27,12 +27,11 @@ class FlatGroup(NamedTuple):
     """The flat tensors of one dtype.
 
     Attributes:
-        vector: ``[N]``, all elements of that dtype; zeros between tensors, so that each begins at a multiple of
-            eight elements.
+        vector: ``[N]``, all elements of that dtype; zeros between tensors, so that each begins at a multiple of eight
+            elements.
         parameters: ``[P]``, its first elements: the module's parameters in the order of ``module.parameters()``.
         personal: ``[A]``, the trained parameters that are personal, in the order of the names.
-        frozen: ``[F]``, the frozen parameters of a module that also has trained ones, in the order of
-            ``module.parameters()``; else empty.
+        frozen: ``[F]``, the frozen parameters of a module that also has trained ones, in the same order; else empty.
         buffers: ``[Q]``, floating buffers in the order of ``module.buffers()``.
         personal_buffers: ``[B]``, its last elements: the personal floating buffers, in the order of the names.
     """
@@ -46,8 +45,6 @@ class FlatGroup(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """One tensor of the module and its place in the vector."""
-
     name: str  # qualified name, as in state_dict
     tensor: Tensor
     kind: str  # the group's vector that it was put into, a name in _KINDS
@@ -56,10 +53,7 @@ class Slot(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """Where a tensor of a flat module must be found.
-
-    Integers (``place`` None) may be replaced by others.
-    """
+    """Place and form of a tensor that keeps a module flat (integers, without a place, may be replaced)."""
 
     owner: nn.Module
     key: str
@@ -72,7 +66,7 @@ class Expected(NamedTuple):
 
 
 class FlatParameters:
-    """Moves the parameters and floating buffers of ``module`` into one vector per dtype.
+    """Move the parameters and floating buffers of ``module`` into one vector per dtype.
 
     They become views into it.
 
@@ -144,7 +138,7 @@ class FlatParameters:
         self.flatten()
 
     def flatten(self) -> FlatParameters:
-        """Flattens the module (again), with the values it has now, into new vectors.
+        """Flatten the module (again), with its current values, into new vectors.
 
         Returns ``self``.
         """
@@ -179,7 +173,7 @@ class FlatParameters:
             if not owner._state_dict_hooks:  # else handles of its hooks would lose them
                 owner._state_dict_hooks = _StateDictHooks(owner)
             if owner is self.module and isinstance(owner._state_dict_hooks, _StateDictHooks):
-                owner._state_dict_hooks.whole = True
+                owner._state_dict_hooks.is_root = True
         return self
 
     @property
@@ -429,7 +423,7 @@ class FlatParameters:
             )
 
     def mark_changed(self) -> None:
-        """Tells autograd that the vectors were written to directly."""
+        """Tell autograd that the vectors were written to directly."""
         self.check()
         self._count_writing()
 
@@ -487,32 +481,32 @@ class FlatParameters:
         return tensor if current is None else current
 
     def _stray(self) -> str | None:
-        """Return what happened to the first tensor that is not where :meth:`flatten` would put it, or None."""
+        """Describe the first tensor that is not where :meth:`flatten` would put it, or return None."""
         if torch.compiler.is_compiling():  # which knows no addresses
             return None
         # Relative to the vectors, whose storage may be freed and reallocated.
         starts = {dtype: group.vector.data_ptr() for dtype, group in self._groups.items()}
-        expected = iter(self._expect)
+        entries = iter(self._expect)
         frozen, trained, changed = 0, 0, None
         for owner, key, name, tensor, is_parameter in _tensors_of(self.module):
-            then = next(expected, None)
-            if then is None or owner is not then.owner or key != then.key or tensor.dtype is not then.dtype:
+            spot = next(entries, None)
+            if spot is None or owner is not spot.owner or key != spot.key or tensor.dtype is not spot.dtype:
                 return _describe_change(name)
-            if then.place is None:
+            if spot.place is None:
                 continue
             if not (
-                tensor is then.tensor
-                and tensor.data_ptr() == starts[then.dtype] + then.place
-                and tensor.stride() == then.stride
+                tensor is spot.tensor
+                and tensor.data_ptr() == starts[spot.dtype] + spot.place
+                and tensor.stride() == spot.stride
             ):
                 return _describe_change(name)
             if is_parameter:
                 trained, frozen = trained + tensor.requires_grad, frozen + (not tensor.requires_grad)
-                if tensor.requires_grad is not then.trained:
+                if tensor.requires_grad is not spot.trained:
                     changed = changed or name
-        then = next(expected, None)
-        if then is not None:
-            return _describe_change(then.name)
+        spot = next(entries, None)
+        if spot is not None:
+            return _describe_change(spot.name)
         if changed is None or not (self._mixed or (trained and frozen)):
             return None
         return f"requires_grad of {changed!r} was changed, and frozen parameters lie behind the trained ones"
@@ -523,7 +517,6 @@ def _describe_change(name: str) -> str:
 
 
 def _check_values(vector: Tensor, name: str) -> None:
-    """Raise TypeError for a tensor that is not dense, ValueError for one on the meta device."""
     check_dense(vector, name)
     if vector.is_meta:
         raise ValueError(f"{name} must have values, and a tensor on the meta device has none")
@@ -547,13 +540,13 @@ def _check_personal(slots: list[Slot]) -> None:
 
 
 class _StateDictHooks(OrderedDict[int, Any]):
-    """Hooks of a flat module.  A copy or pickle of the module gets the others alone, so that it is an ordinary one.
+    """Hooks of a flat module. Copies and pickles get only foreign hooks, so that they are ordinary modules.
 
     Attributes:
-        whole: whether the owner was flattened itself, and not only as a part of another module.
+        is_root: whether the owner was flattened itself, not only as a part of another module.
     """
 
-    whole = False
+    is_root = False
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__({0: separate_storages})
@@ -577,13 +570,10 @@ class _StateDictHooks(OrderedDict[int, Any]):
 
 
 def separate_storages(module: nn.Module, state: dict[str, object], prefix: str, _metadata: object) -> None:
-    """Give the module's tensors in a state dict storages of their own over the same memory.
-
-    Tied ones share one.
-    """
+    """Give the module's tensors in a state dict their own storages over the same memory (tied tensors share one)."""
     if torch.compiler.is_compiling() or functorch_active():
         return
-    if prefix and not getattr(module._state_dict_hooks, "whole", False):
+    if prefix and not getattr(module._state_dict_hooks, "is_root", False):
         return  # the module around it does the work for all its parts at once
     live = {id(tensor) for _, _, _, tensor, _ in _tensors_of(module)}  # with keep_vars=True
     storages: dict[tuple[int, int], torch.UntypedStorage] = {}
@@ -608,10 +598,7 @@ def separate_storages(module: nn.Module, state: dict[str, object], prefix: str, 
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Entry]:
-    """Yield (owner, attribute, qualified name, tensor, is parameter).
-
-    A shared tensor once, under its first name.
-    """
+    """Yield (owner, attribute, qualified name, tensor, is parameter), a shared tensor once, under its first name."""
     seen: set[int] = set()
     owners = list(module.named_modules())
     for is_parameter in (True, False):
@@ -647,10 +634,7 @@ def _check_tensors(entries: list[Entry]) -> None:
 
 
 def _flatten_group(entries: list[Entry], mixed: bool, personal: Collection[str]) -> tuple[FlatGroup, list[Slot]]:
-    """Move parameters and buffers into a vector.
-
-    Frozen parameters behind the trained ones if ``mixed``.
-    """
+    """Move parameters and buffers into a vector, frozen parameters behind the trained ones if ``mixed``."""
 
     def kind(entry: Entry) -> str:
         _, _, name, tensor, is_parameter = entry
@@ -679,11 +663,11 @@ def _flatten_group(entries: list[Entry], mixed: bool, personal: Collection[str])
             end += tensor.numel()
         ends[kind(entry)] = end
     taken.sort()
-    for (_, stop, name), (start, _, other) in itertools.pairwise(taken):
+    for (_, stop, name), (start, _, next_name) in itertools.pairwise(taken):
         if start < stop:
-            raise ValueError(f"{name!r} and {other!r} overlap in memory without being the same tensor")
-    first = entries[0][3]
-    vector = torch.zeros(end, dtype=first.dtype, device=first.device)
+            raise ValueError(f"{name!r} and {next_name!r} overlap in memory without being the same tensor")
+    template = entries[0][3]
+    vector = torch.zeros(end, dtype=template.dtype, device=template.device)
     slots = []
     with torch.no_grad():
         strides = {id(tensor): dense_stride(tensor) for _, _, _, tensor, _ in entries}
@@ -702,12 +686,11 @@ def _flatten_group(entries: list[Entry], mixed: bool, personal: Collection[str])
 
 
 def _view_of(flat: Tensor, slot: Slot) -> Tensor:
-    """Return the slot's piece of ``flat``, in the slot's shape and strides."""
     return flat[slot.offset : slot.offset + slot.tensor.numel()].as_strided(slot.tensor.shape, slot.stride)
 
 
 def _shape_piece(piece: Tensor, slot: Slot) -> Tensor:
-    """Return a piece of a vector in the slot's shape and strides, by differentiable views that vmap supports."""
+    """Return a piece in the slot's shape and strides, by differentiable views that vmap supports."""
     order = sorted(range(slot.tensor.dim()), key=lambda axis: (-slot.stride[axis], -slot.tensor.shape[axis]))
     in_memory = piece.view([slot.tensor.shape[axis] for axis in order])
     back = sorted(range(len(order)), key=lambda position: order[position])
@@ -715,7 +698,6 @@ def _shape_piece(piece: Tensor, slot: Slot) -> Tensor:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Bytes from the start of the first element to the end of the last."""
     if not tensor.numel():
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.acceleration import accelerate, calls
-from fedkern.acceleration.comparison import Found, differs, far
+from fedkern.acceleration.comparison import Found, find_difference, find_far_result
 from fedkern.engine.context import RunContext
 from fedkern.errors import describe_error
 from fedkern.messages.leaves import leaves
@@ -57,20 +57,20 @@ def _check_served(context: RunContext, network: nn.Module) -> tuple[str, str]:
     batch = context.samples.of_client(largest).batch(rows)
     batch = replace(batch, task=batch.task.with_loss_copied())  # a loss may count its calls
     plain = _play_batch(network, batch)
-    if differs(_play_batch(network, batch), plain, 0.0):
+    if find_difference(_play_batch(network, batch), plain, 0.0):
         raise _AsWritten("it draws from generators of its own, or changes as it runs")
     plan = _rehearse(network, batch)
     calls.apply_plan(inner(network), plan)
-    with calls.calling(serve=lambda chain, dense: None):
+    with calls.override_calls(serve=lambda chain, dense: None):
         waiting = _play_batch(network, batch)
-    if name := differs(waiting, plain, 1e-5):
+    if name := find_difference(waiting, plain, 1e-5):
         raise _AsWritten(f"{name} is another one where convolutions wait")
     record: calls.Record = ([], [])
-    with calls.calling(record=record):
+    with calls.override_calls(record=record):
         results = _play_batch(network, batch)
     if (share := worth(record)) < LEAST:
         raise _AsWritten(f"operators would save work in {share:.0%} of its convolutions")
-    if name := far(results, plain):
+    if name := find_far_result(results, plain):
         raise _AsWritten(f"{name} is another one where operators compute it")
     return f"served {len(dict(record[0])) // 2} of {len(record[1]) // 2} convolutions", plan
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._aggregate.checks import check_out, check_vector, check_weight, deliver, direct_target
+from fedkern.ops._aggregate.checks import check_out, check_vector, check_weight, copy_result, direct_target
 from fedkern.ops._aggregate.mean import select
 from fedkern.ops._aggregate.plain import PLAIN
 from fedkern.ops._aggregate.reference import INFINITE, LOWEST, NOT_A_NUMBER, exact_merge_reference
@@ -159,8 +159,8 @@ class Accumulator:
                 f"other must have size {self.size} on {self.device} like the accumulator, but has size {other.size} on "
                 f"{other.device}"
             )
-        one, two = sorted((self, other), key=id)  # in one order: nobody waits for who waits for him
-        with one._lock, two._lock:
+        lower, higher = sorted((self, other), key=id)  # in one order: nobody waits for who waits for him
+        with lower._lock, higher._lock:
             if self._count + other._count > _MOST_EXACT:
                 raise OverflowError(f"an exact accumulator takes at most {_MOST_EXACT} vectors")
             try:
@@ -210,10 +210,10 @@ class Accumulator:
                 result = kernel.exact_mean(self._digits, self._top, self.weight, into)
             else:
                 result = kernel.accumulated_mean(self._sum, self.weight, into)
-            return result if out is None else deliver(result, out)
+            return result if out is None else copy_result(result, out)
 
     def reset(self) -> None:
-        """Forgets all vectors and weights."""
+        """Forget all vectors and weights."""
         with self._lock:
             self._count, self._dtype, self._weight, self._units = 0, None, 0.0, 0
             self._sum.zero_()
@@ -233,7 +233,6 @@ class Accumulator:
             if self.exact:
                 units = self._units.to_bytes(_WEIGHT_BYTES, "little")
                 state["units"] = torch.tensor(list(units), dtype=torch.uint8, device="cpu")
-            if self.exact:
                 state["digits"], state["top"] = self._digits.clone(), self._top.clone()
             else:
                 state["sum"] = self._sum.clone()
@@ -259,10 +258,7 @@ class Accumulator:
             self._count, self._weight, self._dtype = count, weight, dtype
 
     def _check_state(self, state: Mapping[str, Any]) -> tuple[int, float, torch.dtype | None]:
-        """Return count, weight and dtype of a valid state.
-
-        Raises as :meth:`load_state_dict` does.
-        """
+        """Return count, weight and dtype of a valid state."""
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a dict made by state_dict(), not {type(state).__name__}")
         numbers = ("size", "exact", "count", "weight", "dtype")
@@ -318,10 +314,6 @@ class Accumulator:
 
 
 def _whole(state: Mapping[str, Any], name: str) -> int:
-    """Return the entry ``name`` as a whole number.
-
-    A tensor of one element is accepted too.
-    """
     value = state[name]
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point() and not value.is_complex():
         value = value.item()
@@ -342,14 +334,11 @@ def _units(stored: Tensor) -> int:
 
 
 def _check_digits(digits: Tensor, top: Tensor, count: int) -> None:
-    """Raise ValueError for digits that no sum of ``count`` vectors can have.
-
-    Every vector adds less than 2^32 to a digit.  With larger digits a later sum could overflow.
-    """
+    """Raise ValueError for digits that no sum of ``count`` vectors has: a vector adds less than 2^32 to a digit."""
     if top.numel() and not LOWEST <= int(top.min()) <= int(top.max()) <= NOT_A_NUMBER:
         raise ValueError(f"the state's top must be between {LOWEST} and {NOT_A_NUMBER}")
-    most = count << 32
-    if digits.numel() and not -most <= int(digits.min()) <= int(digits.max()) <= most:
+    limit = count << 32
+    if digits.numel() and not -limit <= int(digits.min()) <= int(digits.max()) <= limit:
         raise ValueError(f"the state's digits must be within 2^32 for each of its {count} vectors")
     if bool(((top >= INFINITE) & (digits != 0).any(0)).any()):
         raise ValueError("the state's digits must be 0 where its top says that the sum is not finite")

@@ -1,4 +1,4 @@
-"""aggregate: checks of vectors, weights and outputs that all its operators share."""
+"""aggregate: shared checks of vectors, weights and outputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import backend
-from fedkern.ops._core.checks import check_dense, check_device, check_floating, mark_written, real, refuse_gradient
+from fedkern.ops._core.checks import check_dense, check_device, check_floating, mark_written, refuse_gradient, to_float
 from fedkern.ops._core.library import numbers_tensor
 from fedkern.ops._core.memory import place_values
 
@@ -21,32 +21,28 @@ Weights = Sequence[float] | Tensor
 
 
 def check_vectors(vectors: Vectors) -> tuple[Tensor, int]:
-    """Check the vectors.
-
-    Returns one tensor with their dtype, device and last dimension P, and M.
-    """
+    """Return a tensor with the vectors' dtype, device and last dimension P, and their number M."""
     if isinstance(vectors, Tensor):
         check_floating(vectors, "vectors")
         if vectors.dim() != 2 or not vectors.shape[0]:
             raise ValueError(f"vectors must have shape [M, P] with M > 0, but has {list(vectors.shape)}")
         return vectors, vectors.shape[0]
     if not isinstance(vectors, Sequence):
-        kind = type(vectors).__name__
-        raise TypeError(f"vectors must be a list of tensors [P] or one tensor [M, P], not {kind}")
+        raise TypeError(f"vectors must be a list of tensors [P] or one tensor [M, P], not {type(vectors).__name__}")
     if not len(vectors):
         raise ValueError("vectors must hold at least one tensor [P]: a list of them, or one [M, P]")
-    first = vectors[0]
-    if isinstance(first, (Mapping, list, tuple, np.ndarray)):
+    template = vectors[0]
+    if isinstance(template, (Mapping, list, tuple, np.ndarray)):
         raise TypeError(
-            f"vectors[0] must be a tensor [P], not {type(first).__name__}: average whole models entry by entry, or as "
-            "the vectors of FlatParameters"
+            f"vectors[0] must be a tensor [P], not {type(template).__name__}: average whole models entry by entry, or "
+            "as the vectors of FlatParameters"
         )
-    check_vector(first, "vectors[0]")
-    dtype, shape, device = first.dtype, first.shape, first.device
+    check_vector(template, "vectors[0]")
+    dtype, shape, device = template.dtype, template.shape, template.device
     for position, vector in enumerate(vectors):
         if (
             isinstance(vector, Tensor)
-            and vector.layout is first.layout
+            and vector.layout is template.layout
             and not vector.is_nested
             and vector.dtype is dtype
             and vector.shape == shape
@@ -55,25 +51,23 @@ def check_vectors(vectors: Vectors) -> tuple[Tensor, int]:
             continue
         name = f"vectors[{position}]"
         check_vector(vector, name)
-        if vector.dtype != first.dtype:
-            raise TypeError(f"{name} must have the dtype {first.dtype} of vectors[0], but has {vector.dtype}")
-        if vector.shape != first.shape:
+        if vector.dtype != template.dtype:
+            raise TypeError(f"{name} must have the dtype {template.dtype} of vectors[0], but has {vector.dtype}")
+        if vector.shape != template.shape:
             raise ValueError(
-                f"{name} must have the shape {list(first.shape)} of vectors[0], but has {list(vector.shape)}"
+                f"{name} must have the shape {list(template.shape)} of vectors[0], but has {list(vector.shape)}"
             )
-        check_device(vector, name, first, "vectors[0]")
-    return first, len(vectors)
+        check_device(vector, name, template, "vectors[0]")
+    return template, len(vectors)
 
 
 def check_vector(vector: Tensor, name: str, size: int | None = None) -> None:
-    """Raise TypeError or ValueError unless ``vector`` is a floating tensor ``[size]``."""
     check_floating(vector, name)
     if vector.dim() != 1 or (size is not None and vector.shape[0] != size):
         raise ValueError(f"{name} must have shape [{'P' if size is None else size}], but has {list(vector.shape)}")
 
 
 def check_out(out: Tensor, size: int, device: torch.device, name: str = "out") -> None:
-    """Raise TypeError or ValueError unless ``out`` can take a result ``[size]``."""
     check_vector(out, name, size)
     if out.device != device:
         raise ValueError(f"{name} must be on {device} like the vectors, but is on {out.device}")
@@ -82,7 +76,6 @@ def check_out(out: Tensor, size: int, device: torch.device, name: str = "out") -
 
 
 def check_weights_tensor(weights: Tensor, count: int, device: torch.device) -> None:
-    """Raise TypeError or ValueError unless ``weights`` is a real tensor ``[count]``, of any values."""
     check_dense(weights, "weights")
     if weights.dim() != 1 or weights.shape[0] != count:
         raise ValueError(f"weights must have shape [{count}], but has {list(weights.shape)}")
@@ -93,11 +86,7 @@ def check_weights_tensor(weights: Tensor, count: int, device: torch.device) -> N
 
 
 def check_weight(value: float | Tensor, name: str) -> float:
-    """Return one weight as a float.
-
-    Negative and non-finite ones raise ValueError.
-    """
-    value = real(value, name)
+    value = to_float(value, name)
     if not 0 <= value < math.inf:  # comparisons: torch.compile traces them where a float is symbolic
         raise ValueError(f"{name} must be finite and not negative, not {value}")
     return value
@@ -110,11 +99,11 @@ TINY = 1e-200
 def check_weights(weights: Tensor | Iterable[float], count: int) -> tuple[list[float], float]:
     """Return ``count`` weights as floats, and their sum, added up in order.
 
-    Weights beneath :data:`TINY` are scaled by :func:`near_one`: their products with the vectors would be subnormal.
+    Weights of a sum below :data:`TINY` are scaled: their products with the vectors would be subnormal.
 
     Raises:
-        TypeError: the weights have no order (a set, a generator), or one of them is not a number.
-        ValueError: there are not ``count`` weights, one is negative or not finite, or their sum is zero or infinite.
+        TypeError: the weights have no order (a set, a generator), or a weight is not a number.
+        ValueError: the number of weights, a weight or the sum is wrong.
     """
     if isinstance(weights, Tensor):
         numbers = weights.tolist()
@@ -145,17 +134,13 @@ def check_weights(weights: Tensor | Iterable[float], count: int) -> tuple[list[f
 
 
 def _constant(value: object, name: str) -> float:
-    """Return ``value`` as a float.
-
-    Raises ValueError for a tensor that asks for a gradient.
-    """
     if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} asks for a gradient, which numbers in a list do not get; give weights as one tensor")
-    return real(value, name)
+    return to_float(value, name)
 
 
 def kernel_weights(weights: Tensor | Sequence[float], count: int) -> Tensor | list[float]:
-    """Return weights as kernels take them: checked numbers, or an unchecked tensor where it is not on the CPU."""
+    """Return checked numbers, or an unchecked tensor if the weights are not on the CPU."""
     if isinstance(weights, Tensor) and weights.device.type != "cpu":
         return near_one(weights.detach()) if weights.dtype is torch.float64 else weights.detach()
     return check_weights(weights.detach() if isinstance(weights, Tensor) else weights, count)[0]
@@ -166,7 +151,7 @@ def near_one(weights: Tensor) -> Tensor: ...
 @overload
 def near_one(weights: Sequence[float]) -> list[float]: ...
 def near_one(weights: Weights) -> Weights:
-    """``weights`` times a power of two that brings the largest to about 1, so that sums and halves stay in range."""
+    """Scale weights by a power of two that brings the largest to about 1, so that sums and halves stay in range."""
     if not isinstance(weights, Tensor):
         exponent = math.frexp(max(weights))[1]
         return [math.ldexp(weight, -exponent) for weight in weights]
@@ -177,52 +162,45 @@ def near_one(weights: Weights) -> Weights:
 
 
 def check_call(
-    name: str, vectors: Vectors, weights: Tensor | Sequence[float] | None, first: Tensor, count: int
+    name: str, vectors: Vectors, weights: Tensor | Sequence[float] | None, template: Tensor, count: int
 ) -> None:
-    """Check the form of ``weights`` and refuse gradients, for the operator ``name`` that has none."""
     if isinstance(weights, Tensor):
-        check_weights_tensor(weights, count, first.device)
+        check_weights_tensor(weights, count, template.device)
     refuse_gradient(name, *rows_or_stack(vectors), weights)
 
 
 def rows_or_stack(vectors: Vectors) -> Sequence[Tensor]:
-    """Return the tensors that hold the vectors: the stack ``[M, P]`` alone, or M tensors ``[P]``."""
+    """Return the stack ``[M, P]`` alone, or M tensors ``[P]``."""
     return (vectors,) if isinstance(vectors, Tensor) else vectors
 
 
 def count_of(vectors: Vectors) -> int:
-    """M.  ``len`` of a tensor takes longer."""
+    """Return M (``len`` of a tensor takes longer)."""
     return vectors.shape[0] if isinstance(vectors, Tensor) else len(vectors)
 
 
 def size_of(vectors: Vectors) -> int:
-    """P."""
     return vectors.shape[1] if isinstance(vectors, Tensor) else vectors[0].shape[0]
 
 
 def rows_of(vectors: Vectors) -> list[Tensor]:
-    """Return the vectors as M tensors ``[P]``."""
     return list(vectors.unbind(0)) if isinstance(vectors, Tensor) else list(vectors)
 
 
 def eager(vectors: Vectors, *others: object) -> bool:
-    """:func:`fedkern.ops._core.backend.eager` of the vectors and of the tensors among ``others``."""
+    """Apply ``backend.eager`` to the vectors and to all other tensors."""
     return backend.eager(*rows_or_stack(vectors), *(value for value in others if isinstance(value, Tensor)))
 
 
-def as_tensor(weights: Tensor | Sequence[float], first: Tensor, count: int) -> Tensor:
-    """Return the weights as a tensor.
-
-    Numbers are checked and go to the device of ``first``.
-    """
+def as_tensor(weights: Tensor | Sequence[float], template: Tensor, count: int) -> Tensor:
     if isinstance(weights, Tensor):
         return weights
     values, _ = check_weights(weights, count)
-    return numbers_tensor(values, first.device) if torch.compiler.is_compiling() else place_values(values, first.device)
+    return (numbers_tensor if torch.compiler.is_compiling() else place_values)(values, template.device)
 
 
 def direct_target(out: Tensor | None, vectors: Vectors) -> Tensor | None:
-    """Return ``out`` if a kernel may write to it element by element while it reads the vectors, else None."""
+    """Return ``out`` if a kernel may write to it while it reads the vectors, else None."""
     if out is None or out.dtype not in backend.FLOATS or out.is_neg():
         return None
     size = out.shape[0]
@@ -232,14 +210,14 @@ def direct_target(out: Tensor | None, vectors: Vectors) -> Tensor | None:
     for row in rows_of(vectors):
         place, stride = row.data_ptr(), row.stride(0)
         last = place + ((size - 1) * stride + 1) * row.element_size()
-        same = place == begin and stride == 1 and out.dtype == row.dtype
-        if not same and place < end and begin < last:
+        in_place = place == begin and stride == 1 and out.dtype == row.dtype
+        if not in_place and place < end and begin < last:
             return None
     return out
 
 
-def deliver(result: Tensor, out: Tensor) -> Tensor:
-    """Return ``out`` with ``result`` in it, copied if necessary, and tell autograd that ``out`` has changed."""
+def copy_result(result: Tensor, out: Tensor) -> Tensor:
+    """Copy ``result`` into ``out`` if necessary, and tell autograd."""
     if result is out:
         mark_written(out)
         return out

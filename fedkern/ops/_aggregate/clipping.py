@@ -10,15 +10,15 @@ from torch import Tensor
 from fedkern.ops._aggregate.checks import Vectors, check_vectors, eager, rows_of, rows_or_stack, size_of
 from fedkern.ops._aggregate.kernels import SHORT, AggregateKernels
 from fedkern.ops._aggregate.mean import select
-from fedkern.ops._aggregate.philox import signed
+from fedkern.ops._aggregate.philox import to_signed
 from fedkern.ops._aggregate.plain import PlainAggregate
 from fedkern.ops._core import backend, library
-from fedkern.ops._core.backend import ready
+from fedkern.ops._core.backend import select_ordinary
 from fedkern.ops._core.checks import check_count, check_dense, check_number, refuse_gradient
 
 
 def clip_by_norm(vectors: Vectors, max_norm: float) -> Any:
-    """Scales every vector down to a Euclidean norm of at most ``max_norm``: ``x * min(1, max_norm / |x|)``.
+    """Scale every vector down to a Euclidean norm of at most ``max_norm``: ``x * min(1, max_norm / |x|)``.
 
     Norms are taken in fp64 over a whole vector.  The bound holds up to rounding: a norm may exceed it by about
     ``torch.finfo(dtype).eps``, and by more where results or the factor are below the normal range (of the dtype, of
@@ -44,7 +44,7 @@ def clip_by_norm(vectors: Vectors, max_norm: float) -> Any:
 
 
 def clip_and_noise(vectors: Vectors, max_norm: float, noise: float, seed: int, offset: int = 0) -> Any:
-    """Clips every vector and adds Gaussian noise: ``x * min(1, max_norm / |x|) + N(0, (noise * max_norm)^2)``.
+    """Clip every vector and add Gaussian noise: ``x * min(1, max_norm / |x|) + N(0, (noise * max_norm)^2)``.
 
     The sum is rounded once.  Without noise this is :func:`clip_by_norm`.
 
@@ -93,7 +93,7 @@ def _call(name: str, vectors: Vectors, max_norm: float, deviation: float, seed: 
     if isinstance(vectors, Tensor) and vectors.dim() not in (1, 2) and vectors.dtype in backend.FLOATS:
         raise ValueError(f"vectors must have shape [P] or [M, P], or be a list of [P], but has {list(vectors.shape)}")
     stack: Vectors = (vectors,) if single else vectors  # type: ignore[assignment]
-    kernel: AggregateKernels | None = ready("aggregate", stack, torch.is_grad_enabled())
+    kernel: AggregateKernels | None = select_ordinary("aggregate", stack, torch.is_grad_enabled())
     if kernel is not None:
         _check_deviation(deviation, stack[0].dtype)
         return _rows(kernel, vectors, stack, max_norm, deviation, seed, offset)
@@ -106,24 +106,21 @@ def _call(name: str, vectors: Vectors, max_norm: float, deviation: float, seed: 
     if eager(stack):
         return _rows(select(stack), vectors, stack, max_norm, deviation, seed, offset)
     numbers = library.numbers_tensor((max_norm, deviation))
-    result = _operator(rows_of(stack), numbers, signed(seed), signed(offset))
+    result = _operator(rows_of(stack), numbers, to_signed(seed), to_signed(offset))
     return result[0] if single else result if isinstance(vectors, Tensor) else [row.clone() for row in result.unbind(0)]
 
 
 def _check_deviation(deviation: float, dtype: torch.dtype) -> None:
-    """Raise ValueError where the largest noise that there is, of 9.5 standard deviations, is infinite in ``dtype``."""
+    """Raise ValueError if the largest possible noise, of 9.5 standard deviations, is infinite in ``dtype``."""
     if 9.5 * deviation > torch.finfo(dtype).max:
-        most = torch.finfo(dtype).max / 9.5
-        raise ValueError(f"noise times max_norm must be at most {most:g} for vectors of {dtype}, not {deviation:g}")
+        limit = torch.finfo(dtype).max / 9.5
+        raise ValueError(f"noise times max_norm must be at most {limit:g} for vectors of {dtype}, not {deviation:g}")
 
 
 def _rows(
     kernel: PlainAggregate, vectors: Vectors, stack: Vectors, max_norm: float, deviation: float, seed: int, offset: int
 ) -> Any:
-    """Return the results in the form of ``vectors``, whose rows are ``stack``.
-
-    Those of a list have memory of their own.
-    """
+    """Return the results in the form of ``vectors``, with separate memory for a list."""
     if isinstance(vectors, Tensor):
         result = kernel.clip_and_noise(stack, max_norm, deviation, seed, offset)
         return result[0] if vectors.dim() == 1 else result

@@ -1,4 +1,4 @@
-"""aggregate: distances between flat model vectors, and the robust means built on them (Krum, geometric median)."""
+"""aggregate: distances between flat model vectors, Krum and the geometric median."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from fedkern.ops._aggregate.robust_reference import (
     FAR,
     FAR_BESIDE_SMOOTHING,
     MOST_FROM_DISTANCES,
-    difference,
     geometric_median_reference,
     krum_scores_reference,
-    stack,
-    start,
+    stack_piece,
+    start_shares,
+    subtract_vectors,
 )
 from fedkern.ops._core import library
-from fedkern.ops._core.backend import ready
+from fedkern.ops._core.backend import select_ordinary
 from fedkern.ops._core.checks import check_count, check_number, show_value
 
 # Vectors at larger distances than this, in multiples of most vectors', leave too few digits of most vectors' distances
@@ -70,11 +70,11 @@ def pairwise_distances(vectors: Vectors) -> Tensor:
         TypeError, ValueError: vectors are of the wrong type, dtype, device or shape, or a gradient was asked for.
         RuntimeError: a forced backend cannot serve the call.
     """
-    kernel: AggregateKernels | None = ready("aggregate", vectors, torch.is_grad_enabled())
+    kernel: AggregateKernels | None = select_ordinary("aggregate", vectors, torch.is_grad_enabled())
     if kernel is not None:
         return kernel.distances(vectors)
-    first, count = check_vectors(vectors)
-    check_call("pairwise_distances", vectors, None, first, count)
+    template, count = check_vectors(vectors)
+    check_call("pairwise_distances", vectors, None, template, count)
     return _pairwise(vectors) if eager(vectors) else _pairwise_operator(rows_of(vectors))
 
 
@@ -99,13 +99,13 @@ def krum(vectors: Vectors, byzantine: int, keep: int = 1) -> Tensor:
             On the CPU, also fewer than ``keep`` vectors have a finite score; on CUDA the result is then NaN.
         RuntimeError: a forced backend cannot serve the call.
     """
-    kernel: AggregateKernels | None = ready("aggregate", vectors, torch.is_grad_enabled())
+    kernel: AggregateKernels | None = select_ordinary("aggregate", vectors, torch.is_grad_enabled())
     if kernel is not None:
         _check_krum(byzantine, keep, count_of(vectors))
         return _krum(kernel, vectors, byzantine, keep)
-    first, count = check_vectors(vectors)
+    template, count = check_vectors(vectors)
     _check_krum(byzantine, keep, count)
-    check_call("krum", vectors, None, first, count)
+    check_call("krum", vectors, None, template, count)
     if not eager(vectors):
         return _krum_operator(rows_of(vectors), byzantine, keep)
     return _krum(select(vectors), vectors, byzantine, keep)
@@ -153,17 +153,17 @@ def geometric_median(
     check_number(smoothing, "smoothing", above=True)
     kernel: AggregateKernels | None = None
     if not isinstance(weights, Tensor):
-        kernel = ready("aggregate", vectors, torch.is_grad_enabled())
+        kernel = select_ordinary("aggregate", vectors, torch.is_grad_enabled())
     if kernel is not None and kernel.host and count_of(vectors) <= MOST_FROM_DISTANCES:
         count = count_of(vectors)
         numbers = [1.0] * count if weights is None else near_one(kernel.numbers(weights, count))
         return _median_from_distances(kernel, vectors, numbers, iterations, tolerance, smoothing)
-    first, count = check_vectors(vectors)
-    check_call("geometric_median", vectors, weights, first, count)
+    template, count = check_vectors(vectors)
+    check_call("geometric_median", vectors, weights, template, count)
     if weights is None:  # made on the device: a copy from the host would wait, and end the capture of a CUDA graph
-        weight_tensor = torch.ones(count, dtype=torch.float64, device=first.device)
+        weight_tensor = torch.ones(count, dtype=torch.float64, device=template.device)
     else:
-        weight_tensor = as_tensor(weights, first, count)
+        weight_tensor = as_tensor(weights, template, count)
     if not eager(vectors, weights):
         return _geometric_median_operator(rows_of(vectors), weight_tensor, iterations, tolerance, smoothing)
     return _geometric_median(vectors, weight_tensor, iterations, tolerance, smoothing)
@@ -203,9 +203,7 @@ def _krum(kernel: PlainAggregate, vectors: Vectors, byzantine: int, keep: int) -
 
 
 def _shares(scores: Tensor, keep: int) -> Tensor:
-    """1 for the vectors that Krum keeps, 0 for the others.
-
-    All NaN where a kept score is infinite.
+    """Return 1 for the vectors that Krum keeps and 0 for the others, all NaN if a kept score is infinite.
 
     The host reads nothing: on a GPU it would wait, and end the capture of a CUDA graph.
     """
@@ -215,23 +213,19 @@ def _shares(scores: Tensor, keep: int) -> Tensor:
 
 
 def _scores(squared: Tensor, byzantine: int) -> Tensor:
-    """Krum's scores.
-
-    Distances that are not finite count as infinite, in ``squared`` itself.
-    """
+    """Compute Krum's scores, after setting non-finite entries of ``squared`` to infinity in place."""
     return krum_scores_reference(squared.nan_to_num_(nan=math.inf, posinf=math.inf), byzantine)
 
 
 def _krum_weights(squared: Tensor, byzantine: int, keep: int) -> list[float]:
-    """1 for the vectors that Krum keeps, 0 for the others."""
     count = len(squared)
     if count > FEW:
         scores = _scores(squared, byzantine).tolist()
     else:  # the calls of torch would take longer than the sums
         scores = []
         for m, row in enumerate(squared.tolist()):
-            others = sorted([x if x == x else math.inf for x in row[:m] + row[m + 1 :]])
-            scores.append(sum(others[: count - byzantine - 2]))
+            to_others = sorted([x if x == x else math.inf for x in row[:m] + row[m + 1 :]])
+            scores.append(sum(to_others[: count - byzantine - 2]))
     _check_scores(scores, keep)
     weights = [0.0] * count
     for m in sorted(range(count), key=scores.__getitem__)[:keep]:
@@ -240,7 +234,7 @@ def _krum_weights(squared: Tensor, byzantine: int, keep: int) -> list[float]:
 
 
 def _check_scores(scores: list[float], keep: int) -> None:
-    """Raise ValueError where fewer than ``keep`` scores are finite: of equal scores Krum would keep the first."""
+    """Raise ValueError if fewer than ``keep`` scores are finite: of equal scores Krum would keep the first."""
     finite = sum(score < math.inf for score in scores)
     if finite < keep:
         raise ValueError(
@@ -250,7 +244,7 @@ def _check_scores(scores: list[float], keep: int) -> None:
 
 
 def _mean(vectors: Vectors, shares: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return the weighted mean with ``shares``.  NaN shares, which come from NaN in the vectors, give NaN."""
+    """Return the weighted mean. NaN shares, which come from NaN in the vectors, give NaN."""
     weights = shares.tolist() if shares.device.type == "cpu" else shares
     return select(vectors).weighted_mean(vectors, weights, out)
 
@@ -274,16 +268,16 @@ def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolera
     used = weight_tensor > 0
     products: Tensor | None = None
     if count <= MOST_FROM_DISTANCES:
-        both = used & used[:, None]
-        distances = torch.where(both, kernel.squared_distances(vectors), 0.0).sqrt_()
+        both_used = used & used[:, None]
+        distances = torch.where(both_used, kernel.squared_distances(vectors), 0.0).sqrt_()
         middle = torch.where(used, distances @ weight_tensor, math.inf).argmin(0, keepdim=True)
-        apart = distances.index_select(0, middle)[0]
+        radii = distances.index_select(0, middle)[0]
         centre = _point(vectors, torch.zeros_like(weight_tensor).scatter_(0, middle, 1.0))
-        scale, current = start(apart, weight_tensor, smoothing)
-        products = torch.where(both, _products(kernel, vectors, centre, apart, scale), 0.0)
+        scale, current = start_shares(radii, weight_tensor, smoothing)
+        products = torch.where(both_used, _products(kernel, vectors, centre, radii, scale), 0.0)
     else:
         centre = kernel.weighted_median(vectors, weight_tensor).double()
-        scale, current = start(kernel.squared_distances_to(vectors, centre).sqrt_(), weight_tensor, smoothing)
+        scale, current = start_shares(kernel.squared_distances_to(vectors, centre).sqrt_(), weight_tensor, smoothing)
     settled = torch.zeros((), dtype=torch.bool, device=device)
     for _ in range(iterations):
         distances = _distances_to_mean(vectors, current, products)
@@ -294,8 +288,8 @@ def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolera
         settled = settled | (step <= tolerance * scale)
         if device.type == "cpu" and bool(settled):
             break
-    alone = used.sum() == 1  # a vector with NaN is at no distance from itself
-    return _mean(vectors, torch.where(alone, used.double(), current))
+    is_single = used.sum() == 1  # a vector with NaN is at no distance from itself
+    return _mean(vectors, torch.where(is_single, used.double(), current))
 
 
 def _median_from_distances(
@@ -314,35 +308,30 @@ def _median_from_distances(
     with np.errstate(all="ignore"):  # NaN and infinities spread as they do in torch
         distances = np.sqrt(squared)
         middle = int((distances * weight_array).sum(1).argmin())
-        apart = distances[middle]
-        order = apart.argsort(kind="stable")
+        radii = distances[middle]
+        order = radii.argsort(kind="stable")
         below = weight_array[order].cumsum()
-        scale = max(float(apart[order[min(int((2 * below <= below[-1]).sum()), len(order) - 1)]]), smoothing)
-        most = float(apart.max())
-        if most <= _MOST_APART * scale:
+        scale = max(float(radii[order[min(int((2 * below <= below[-1]).sum()), len(order) - 1)]]), smoothing)
+        largest = float(radii.max())
+        if largest <= _MOST_APART * scale:
             products = (squared[middle, :, None] + squared[middle] - squared) / 2
         else:
             rows = [vectors[m] for m in used]
-            parts = torch.from_numpy(apart), torch.tensor(scale, dtype=torch.float64)
+            parts = torch.from_numpy(radii), torch.tensor(scale, dtype=torch.float64)
             products = _products(kernel, rows, rows[middle], *parts).numpy()
-        far = most > max(FAR * scale, FAR_BESIDE_SMOOTHING * smoothing)
-        pulls = weight_array / np.maximum(apart, scale) if far else weight_array
+        far = largest > max(FAR * scale, FAR_BESIDE_SMOOTHING * smoothing)
+        pulls = weight_array / np.maximum(radii, scale) if far else weight_array
         shares = _weiszfeld(products, weight_array, pulls / pulls.sum(), iterations, tolerance * scale, smoothing)
-    every = [0.0] * len(weights)
+    all_shares = [0.0] * len(weights)
     for m, share in zip(used, shares.tolist(), strict=True):
-        every[m] = share
-    return kernel.weighted_mean(vectors, every, None)
+        all_shares[m] = share
+    return kernel.weighted_mean(vectors, all_shares, None)
 
 
 def _weiszfeld(
-    products: np.ndarray, weights: np.ndarray, shares: np.ndarray, iterations: int, least: float, smoothing: float
+    products: np.ndarray, weights: np.ndarray, shares: np.ndarray, iterations: int, shortest: float, smoothing: float
 ) -> np.ndarray:
-    """Return the final shares of the iterations, from :func:`_products`.
-
-    In NumPy, whose calls cost less.
-
-    They end with a step no longer than ``least``.
-    """
+    """Return the shares after the iterations, in NumPy, whose calls cost less than torch's."""
     squares = products.diagonal()
     for _ in range(iterations):
         sums = (products * shares).sum(1)  # not by BLAS, whose bits may depend on its threads
@@ -350,41 +339,35 @@ def _weiszfeld(
         following = weights / np.maximum(distances, smoothing)
         following /= following.sum()
         change, shares = following - shares, following
-        if float(((products * change).sum(1) * change).sum()) <= least * least:
+        if float(((products * change).sum(1) * change).sum()) <= shortest * shortest:
             break
     return shares
 
 
-def _products(kernel: PlainAggregate, vectors: Vectors, centre: Tensor, apart: Tensor, scale: Tensor) -> Tensor:
-    """fp64 ``[M, M]``: the products ``<x_m - centre, x_k - centre>``.
+def _products(kernel: PlainAggregate, vectors: Vectors, centre: Tensor, radii: Tensor, scale: Tensor) -> Tensor:
+    """Return the products ``<x_m - centre, x_k - centre>``, fp64 ``[M, M]``, from distances.
 
-    They follow from distances.  These are taken between vectors that are drawn towards the centre to a distance of at
-    most ``scale``: beside a vector that is 1e8 times as far away as others, no digit of their products would be left.
-    ``apart`` are the vectors' distances from the centre.
+    The vectors, at distances ``radii``, are first drawn to ``scale`` at most: beside a vector 1e8 times as far away as
+    the others, no digit of their products would be left.
     """
-    factors = (scale / apart).clamp_max_(1.0)
-    count, size = len(apart), len(centre)
-    squared = torch.zeros(count, count, dtype=torch.float64, device=apart.device)
-    norms = torch.zeros_like(apart)
+    factors = (scale / radii).clamp_max_(1.0)
+    count, size = len(radii), len(centre)
+    squared = torch.zeros(count, count, dtype=torch.float64, device=radii.device)
+    norms = torch.zeros_like(radii)
     length = max(_HELD // count, 1)
     for begin in range(0, size, length):
         piece = slice(begin, begin + length)
-        drawn = difference(stack(vectors, piece).double(), centre[piece].double()).mul_(factors[:, None])
+        drawn = subtract_vectors(stack_piece(vectors, piece).double(), centre[piece].double()).mul_(factors[:, None])
         squared += kernel.squared_distances(drawn)
         norms += kernel.squared_norms(drawn)
     return (norms[:, None] + norms - squared) / (2 * factors[:, None] * factors)
 
 
 def _point(vectors: Vectors, shares: Tensor) -> Tensor:
-    """Return the vectors' mean with ``shares``, in fp64."""
     return _mean(vectors, shares, torch.empty(vectors[0].shape[0], dtype=torch.float64, device=shares.device))
 
 
 def _distances_to_mean(vectors: Vectors, shares: Tensor, products: Tensor | None) -> Tensor:
-    """Return the vectors' distances to their mean with ``shares`` (of sum one).
-
-    They come from their :func:`_products` if given.
-    """
     if products is None:
         return select(vectors).squared_distances_to(vectors, _point(vectors, shares)).sqrt_()
     sums = products @ shares
@@ -392,9 +375,8 @@ def _distances_to_mean(vectors: Vectors, shares: Tensor, products: Tensor | None
 
 
 def _step(vectors: Vectors, shares: Tensor, following: Tensor, products: Tensor | None) -> Tensor:
-    """Return the distance between the vectors' means with ``shares`` and with ``following``."""
     if products is None:
-        return difference(_point(vectors, following), _point(vectors, shares)).norm()
+        return subtract_vectors(_point(vectors, following), _point(vectors, shares)).norm()
     change = following - shares
     return (change @ (products @ change)).clamp_min_(0.0).sqrt_()
 

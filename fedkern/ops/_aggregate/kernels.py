@@ -1,9 +1,6 @@
 """aggregate: the calls of both compiled cores.
 
-The public functions check their arguments, choose a kernel object and call one of these methods.  Operators built from
-others (krum, geometric_median, clip_by_norm) use these methods and are written once for all backends.
-:class:`~fedkern.ops._aggregate.plain.PlainAggregate` says what the methods do.  It is the reference, and a backend
-inherits from it the methods that it does not implement.
+Operators built from others (krum, geometric_median, clip_by_norm) are written once, on these methods.
 """
 
 from __future__ import annotations
@@ -20,8 +17,8 @@ from fedkern.ops._aggregate.checks import (
     Vectors,
     Weights,
     check_weights,
+    copy_result,
     count_of,
-    deliver,
     rows_or_stack,
     size_of,
 )
@@ -40,9 +37,9 @@ MOST_ITERATIONS = 100_000  # of one kernel, which nobody can stop
 
 
 class AggregateKernels(PlainAggregate, Launcher):
-    """:class:`PlainAggregate` on a compiled core.
+    """:class:`PlainAggregate`, which specifies the methods, on a compiled core.
 
-    Left to plain PyTorch on a GPU (inherited): ``server_step`` of more than 128 vectors, distances between more than
+    Plain PyTorch (inherited) computes on a GPU: ``server_step`` of more than 128 vectors, distances between more than
     64, and medians and trimmed means of more than 64 vectors or of weighted fp64.
     """
 
@@ -51,7 +48,7 @@ class AggregateKernels(PlainAggregate, Launcher):
         self.host = not self.gpu
 
     def numbers(self, weights: Any, count: int) -> list[float]:
-        """:func:`~fedkern.ops._aggregate.checks.check_weights` in one step for a list of ordinary numbers."""
+        """Check ordinary numbers in one call of the core, other weights by ``check_weights``."""
         values: list[float] | None = self.core.plain_weights(weights, count)
         return values if values and max(values) > TINY else check_weights(weights, count)[0]
 
@@ -65,7 +62,7 @@ class AggregateKernels(PlainAggregate, Launcher):
         several = self.gpu and count_of(vectors) > self.core.aggregate_table
         sums = torch.empty(target.shape, dtype=torch.float64, device=target.device) if several else None
         self._call(self.core.weighted_mean, vectors, self._weights(weights), target, sums, self.at(target))
-        return target if out is None else deliver(target, out)
+        return target if out is None else copy_result(target, out)
 
     def accumulate(self, total: Tensor, vector: Tensor, weight: float) -> None:
         self.core.accumulator_add(vector, weight, total, self.at(total))
@@ -111,7 +108,6 @@ class AggregateKernels(PlainAggregate, Launcher):
         return self._call_sorted(vectors, 0, count_of(vectors), weights, True)
 
     def _sorts(self, vectors: Vectors, weights: Weights | None) -> bool:
-        """Return whether a GPU's kernel can sort the vectors."""
         dtype, count = rows_or_stack(vectors)[0].dtype, count_of(vectors)
         if count <= self.core.aggregate_sorted and (weights is None or dtype is not torch.float64):
             return True
@@ -137,23 +133,23 @@ class AggregateKernels(PlainAggregate, Launcher):
             backend.not_forced("distances", "cuda", f"of {count} vectors")
             squared = super().squared_distances(vectors)
             return squared.sqrt_() if root else squared
-        one = rows_or_stack(vectors)[0]
-        result = torch.empty(count, count, dtype=torch.float64, device=one.device)
-        self._call(self.core.squared_distances, vectors, root, result, self._workspace(one), self.at(one))
+        sample = rows_or_stack(vectors)[0]
+        result = torch.empty(count, count, dtype=torch.float64, device=sample.device)
+        self._call(self.core.squared_distances, vectors, root, result, self._workspace(sample), self.at(sample))
         return result
 
     def squared_distances_to(self, vectors: Vectors, point: Tensor | None) -> Tensor:
-        one = rows_or_stack(vectors)[0]
-        result = self._per_vector(count_of(vectors), one)
-        self._call(self.core.squared_distances_to, vectors, point, result, self._workspace(one), self.at(one))
+        sample = rows_or_stack(vectors)[0]
+        result = self._per_vector(count_of(vectors), sample)
+        self._call(self.core.squared_distances_to, vectors, point, result, self._workspace(sample), self.at(sample))
         return result
 
     def krum_shares(self, vectors: Vectors, byzantine: int, keep: int) -> Tensor | None:
         if self.host or count_of(vectors) > self.core.aggregate_sorted:
             return None
-        one = rows_or_stack(vectors)[0]
-        shares = self._per_vector(count_of(vectors), one)
-        self._call(self.core.krum_shares, vectors, byzantine, keep, shares, self._workspace(one), self.at(one))
+        sample = rows_or_stack(vectors)[0]
+        shares = self._per_vector(count_of(vectors), sample)
+        self._call(self.core.krum_shares, vectors, byzantine, keep, shares, self._workspace(sample), self.at(sample))
         return shares
 
     def geometric_shares(
@@ -191,10 +187,9 @@ class AggregateKernels(PlainAggregate, Launcher):
         return results
 
     def _call(self, function: Callable[..., bool], vectors: Vectors, *others: Any) -> None:
-        """Call a function of the core with the vectors, or with copies where it cannot walk their strides.
+        """Call a function of the core with the vectors, or with copies if it cannot walk their strides.
 
-        The CPU's kernels take unit strides, all but that of the weighted mean.  A GPU's take any stride that all
-        vectors have in common.
+        CPU kernels take unit strides (``weighted_mean`` any), GPU kernels any stride that all vectors share.
         """
         if not function(vectors, *others):
             copied = vectors.contiguous() if isinstance(vectors, Tensor) else [row.contiguous() for row in vectors]
@@ -202,7 +197,6 @@ class AggregateKernels(PlainAggregate, Launcher):
             assert served
 
     def _weights(self, weights: Weights) -> list[float] | Tensor:
-        """Weights as the core takes them."""
         if not isinstance(weights, Tensor):
             return weights if type(weights) is list else list(weights)
         if self.host:
@@ -213,19 +207,16 @@ class AggregateKernels(PlainAggregate, Launcher):
         return self.fresh(torch.empty(size, dtype=dtype, device=like.device))
 
     def _vector(self, vectors: Vectors) -> Tensor:
-        """Return a new tensor ``[P]`` of the vectors' dtype."""
         if isinstance(vectors, Tensor):
             return self.fresh(vectors.new_empty(vectors.shape[1]))
         return self.fresh(_empty_like(vectors[0]))
 
     def _matrix(self, vectors: Vectors) -> Tensor:
-        """Return a new tensor ``[M, P]`` of the vectors' dtype."""
         if isinstance(vectors, Tensor):
             return self.fresh(_empty_like(vectors, memory_format=torch.contiguous_format))
         return self.fresh(vectors[0].new_empty(len(vectors), size_of(vectors)))
 
     def _per_vector(self, count: int, like: Tensor) -> Tensor:
-        """Return a new fp64 tensor ``[M]``."""
         if self.gpu:
             return torch.empty(count, dtype=torch.float64, device=like.device)
         if count not in _NUMBERS:

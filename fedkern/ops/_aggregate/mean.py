@@ -25,7 +25,7 @@ from fedkern.ops._aggregate.kernels import AggregateKernels
 from fedkern.ops._aggregate.plain import PLAIN, PlainAggregate
 from fedkern.ops._aggregate.reference import countable, weighted_mean_reference
 from fedkern.ops._core import backend, library
-from fedkern.ops._core.backend import ready
+from fedkern.ops._core.backend import select_ordinary
 from fedkern.ops._core.function import Context, EagerFunction, saved_tensors
 from fedkern.ops._core.memory import place_values
 
@@ -33,7 +33,7 @@ from fedkern.ops._core.memory import place_values
 def weighted_mean(
     vectors: Tensor | Sequence[Tensor], weights: Tensor | Sequence[float], out: Tensor | None = None
 ) -> Tensor:
-    """Averages the clients' flat vectors: ``sum_m weights[m] * vectors[m] / sum(weights)`` (FedAvg, arXiv 1602.05629).
+    """Average the clients' flat vectors: ``sum_m weights[m] * vectors[m] / sum(weights)`` (FedAvg, arXiv 1602.05629).
 
     Sums are taken in fp64 whatever the dtype, in the order given.  The mean of equal fp32, bf16 or fp16 vectors is that
     vector exactly, and the bits do not depend on the number of threads.  An :class:`Accumulator` that gets the same
@@ -60,24 +60,24 @@ def weighted_mean(
     """
     if not isinstance(weights, Tensor):
         recorded = torch.is_grad_enabled()
-        kernel: AggregateKernels | None = ready("aggregate", vectors, recorded, out)
+        kernel: AggregateKernels | None = select_ordinary("aggregate", vectors, recorded, out)
         if kernel is not None:
             return kernel.weighted_mean(vectors, kernel.numbers(weights, count_of(vectors)), out)
         if recorded and out is None:
-            kernel = ready("aggregate", vectors, False)
+            kernel = select_ordinary("aggregate", vectors, False)
             if kernel is not None:
                 checked = check_weights(weights, count_of(vectors))
                 return _WeightedMean.call(kernel, isinstance(vectors, Tensor), checked, *rows_or_stack(vectors))
-    first, count = check_vectors(vectors)
+    template, count = check_vectors(vectors)
     if isinstance(weights, Tensor):
-        check_weights_tensor(weights, count, first.device)
+        check_weights_tensor(weights, count, template.device)
     if out is not None:
-        check_out(out, first.shape[-1], first.device)
+        check_out(out, template.shape[-1], template.device)
     rows: Sequence[Tensor] = (vectors,) if isinstance(vectors, Tensor) else vectors
     tensors = [*rows, weights] if isinstance(weights, Tensor) else [*rows]
     if not backend.eager(*tensors, *(() if out is None else (out,))):
         stacked = vectors if isinstance(vectors, Tensor) else torch.stack(list(vectors))
-        weights = as_tensor(weights, first, count)
+        weights = as_tensor(weights, template, count)
         result = _weighted_mean(stacked, weights, None if out is None else out.dtype)
         return result if out is None else out.copy_(result)
     if torch.is_grad_enabled():
@@ -93,26 +93,19 @@ def weighted_mean(
 
 
 def _compute(vectors: Vectors, weights: Tensor | Sequence[float], out: Tensor | None) -> Tensor:
-    """Return the mean of ordinary tensors, outside of autograd."""
     return select(vectors).weighted_mean(vectors, kernel_weights(weights, len(vectors)), out)
 
 
 def select(vectors: Vectors, *others: Tensor) -> PlainAggregate:
-    """Return the kernel object that serves a call: a backend's, or the plain reference."""
+    """Return the backend's kernel object for a call, or the plain reference."""
     return backend.select("aggregate", *rows_or_stack(vectors), *others) or PLAIN
 
 
 def fake_vector(vectors: list[Tensor], *others: Any) -> Tensor:
-    """Return the fake result ``[P]`` of an operator that takes a list of vectors."""
     return vectors[0].new_empty(vectors[0].shape)
 
 
 class _WeightedMean(EagerFunction):
-    """weighted_mean with its gradient.
-
-    ``weights`` is a tensor, or a pair of checked numbers and their sum.
-    """
-
     @staticmethod
     def forward(
         ctx: Context, kernel: PlainAggregate, stacked: bool, weights: Tensor | tuple[list[float], float], *rows: Tensor
@@ -151,7 +144,6 @@ def _shares(weights: Tensor, grad: Tensor) -> Tensor:
 
 
 def _outer(shares: Tensor | list[float], grad: Tensor) -> Tensor:
-    """``[M, P]`` from shares ``[M]`` and a gradient ``[P]``."""
     dtype = grad.dtype if grad.dtype.itemsize > 2 else torch.float32
     shares = shares.to(dtype) if isinstance(shares, Tensor) else place_values(shares, grad.device, dtype)
     outer = torch.outer(shares, grad)
@@ -159,10 +151,7 @@ def _outer(shares: Tensor | list[float], grad: Tensor) -> Tensor:
 
 
 def _by_weights(grad: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Gradient of the weights: <grad, row - mean>, divided by the sum of the weights.
-
-    It is NaN where a vector of weight 0 is not finite.  Such a vector reaches no other derivative.
-    """
+    """Compute <grad, row - mean> / sum(weights), NaN for a non-finite vector of weight 0."""
     values = weights.to(rows.device, torch.float64)
     counted = countable(rows, values)
     wide = torch.where(counted[:, None], rows.to(torch.float64), 0.0)
@@ -218,4 +207,4 @@ _weighted_mean = library.register(
 )  # fmt: skip
 
 
-backend.serve("aggregate", cpu=AggregateKernels, cuda=AggregateKernels, fits="vectors_fit")
+backend.register_kernels("aggregate", cpu=AggregateKernels, cuda=AggregateKernels, fits="vectors_fit")

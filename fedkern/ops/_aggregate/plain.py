@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._aggregate import robust_reference as robust
-from fedkern.ops._aggregate.checks import Vectors, Weights, deliver, rows_or_stack, size_of
+from fedkern.ops._aggregate.checks import Vectors, Weights, copy_result, rows_or_stack, size_of
 from fedkern.ops._aggregate.reference import (
     add_reference,
     exact_add_reference,
@@ -24,13 +24,11 @@ _LEAST_SQUARE = 1e-280
 
 
 class PlainAggregate:
-    """The interface of aggregation kernels, in plain PyTorch: calls the references.
+    """Interface of the aggregation kernels, implemented by the references.
 
     ``vectors`` are M >= 1 tensors ``[P]`` or one ``[M, P]``, of one dtype and device and any strides; P may be 0.
-
-    Results are new and contiguous unless an argument receives them.  All sums are taken in fp64, in a fixed order.
-    An argument ``out`` has unit stride and any of the four dtypes.  It does not overlap the inputs, unless the method
-    says otherwise.
+    Results are new and contiguous unless an argument receives them. Sums are taken in fp64, in a fixed order. An
+    ``out`` has unit stride and any of the four dtypes, and overlaps no input unless stated.
 
     Attributes:
         host: whether the host may look at results; on a GPU it would wait for them.
@@ -39,26 +37,23 @@ class PlainAggregate:
     host = False  # it serves any device
 
     def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
-        """``sum_m w_m x_m / sum_m w_m``, m ascending.
+        """Compute ``sum_m w_m x_m / sum_m w_m``, m ascending, skipping vectors of weight zero.
 
-        A vector of weight zero is skipped.
-
-        ``out`` is that of :func:`fedkern.ops.weighted_mean`: it may have any stride and overlap the vectors.  The sums
-        are rounded once, to its dtype.  Weights of sum zero give NaN.
+        ``out`` may have any stride and overlap the vectors. Weights of sum zero give NaN.
         """
         dtype = None if out is None else out.dtype
         if isinstance(weights, Tensor):
             result = weighted_mean_reference(vectors, weights, dtype)
         else:
             result = mean_in_pieces(vectors, weights, dtype)
-        return result if out is None else deliver(result, out)
+        return result if out is None else copy_result(result, out)
 
     def accumulate(self, total: Tensor, vector: Tensor, weight: float) -> None:
-        """Add ``weight * vector`` to ``total``, fp64 ``[P]``, and round product and sum each."""
+        """Add ``weight * vector`` to ``total``, fp64 ``[P]``, rounding product and sum each."""
         add_reference(total, vector, weight)
 
     def accumulated_mean(self, total: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
-        """``total / weight`` in the tensor ``out``, or in a new tensor of the dtype ``out``."""
+        """Divide ``total`` by ``weight``, into ``out`` or a new tensor of that dtype."""
         target = _target(out, total)
         if target.dtype == torch.float64:
             return torch.div(total, weight, out=target)
@@ -69,85 +64,69 @@ class PlainAggregate:
         exact_add_reference(digits, top, vector, weight)
 
     def exact_mean(self, digits: Tensor, top: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
-        """Return the digits' sum divided by ``weight``.
-
-        It is in the tensor ``out`` or in a new tensor of the dtype ``out``.
-        """
+        """Divide the digits' sum by ``weight``, into ``out`` or a new tensor of that dtype."""
         target = _target(out, top)
         exact_mean_reference(digits, top, weight, target)
         return target
 
     def server_step(self, call: ServerCall) -> tuple[Tensor, Tensor, Tensor]:
-        """One round of a server optimiser, in one pass over the vectors.
-
-        ``out`` may be ``global_``.
+        """Perform one round of a server optimiser, where ``call.out`` may be ``call.global_``.
 
         Returns:
-            ``out`` or a new model of the vectors' dtype, the M norms of the deltas in fp64, and their M cosines to the
-            mean delta in fp64; without ``similarities`` these two are empty.
+            ``out`` or a new model, and with ``similarities`` the M norms of the deltas and their cosines to the mean
+            delta, fp64 (else empty).
         """
         target = _target(call.global_.dtype if call.out is None else call.out, call.global_)
         return target, *robust.server_step_reference(call, target)
 
     def sorted_mean(self, vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
-        """Return the (weighted) mean of the values at places ``low <= k < high`` of every coordinate's ascending order.
+        """Return the (weighted) mean of places ``low <= k < high`` in every coordinate's ascending order.
 
-        Equal values stay in the order of the vectors, and NaN is larger than every number.  Where the weights of these
-        values sum to zero, the result is NaN.
+        Equal values stay in order, and NaN is largest. Values of total weight zero give NaN.
         """
         return robust.sorted_mean_reference(vectors, low, high, weights)
 
     def weighted_median(self, vectors: Vectors, weights: Weights) -> Tensor:
-        """See :func:`fedkern.ops.median`: the mean of the lower and the upper weighted median."""
         return robust.weighted_median_reference(vectors, weights)
 
     def squared_distances(self, vectors: Vectors) -> Tensor:
-        """fp64 ``[M, M]``: sums of squared differences (subtracted first).
-
-        Exactly symmetric, diagonal 0.
-        """
+        """Sum the squared differences (subtracted first), fp64 ``[M, M]``, exactly symmetric with diagonal 0."""
         return robust.squared_distances_reference(vectors)
 
     def distances(self, vectors: Vectors) -> Tensor:
-        """Return the square roots of :meth:`squared_distances`."""
         return self.squared_distances(vectors).sqrt_()
 
     def squared_distances_to(self, vectors: Vectors, point: Tensor | None) -> Tensor:
-        """fp64 ``[M]``: the squared distances to ``point``, fp64 ``[P]`` of unit stride.
-
-        None: to 0.
-        """
+        """Return the squared distances to ``point`` (fp64 ``[P]`` of unit stride; None: 0), fp64 ``[M]``."""
         if point is None:
             point = torch.zeros_like(vectors[0], dtype=torch.float64)
         return robust.squared_distances_to_reference(vectors, point)
 
     def krum_shares(self, vectors: Vectors, byzantine: int, keep: int) -> Tensor | None:
-        """fp64 ``[M]``: 1 for the vectors that Krum keeps, 0 for the others, where a kernel chooses them; else None.
+        """Return 1 for vectors that Krum keeps, else 0, fp64 ``[M]``, all NaN if a kept score is infinite.
 
-        All are NaN where fewer than ``keep`` scores are finite.
+        None if no kernel computes them.
         """
         return None
 
     def geometric_shares(
         self, vectors: Vectors, weights: Tensor, iterations: int, tolerance: float, smoothing: float
     ) -> Tensor | None:
-        """fp64 ``[M]``: the vectors' shares in their geometric median, where a kernel runs all iterations; else None.
+        """Return the vectors' shares in their geometric median, fp64 ``[M]``, or None without a kernel.
 
-        ``weights`` fp64 ``[M]`` on the vectors' device; at least one iteration.
+        ``weights``: fp64 ``[M]`` on the vectors' device. ``iterations`` is at least 1.
         """
         return None
 
     def squared_norms(self, vectors: Vectors) -> Tensor:
-        """fp64 ``[M]``: the squared Euclidean norms."""
         return self.squared_distances_to(vectors, None)
 
     def clip_and_noise(self, vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:
-        """:meth:`scale_and_noise` with :meth:`clip_factors`."""
         factors = self.clip_factors(vectors, max_norm, deviation)
         return self.scale_and_noise(vectors, factors, deviation, seed, offset)
 
     def clip_factors(self, vectors: Vectors, max_norm: float, deviation: float) -> Tensor:
-        """fp64 ``[M]``: ``min(1, max_norm / |x_m|)``, and without noise a little less for 16-bit vectors."""
+        """Return ``min(1, max_norm / |x_m|)``, fp64 ``[M]``, and without noise a little less for 16-bit vectors."""
         factors = self._factors(vectors, max_norm)
         dtype = rows_or_stack(vectors)[0].dtype
         if dtype.itemsize == 2 and not deviation:  # what rounding may add to a norm; noise has no bound to keep
@@ -155,7 +134,6 @@ class PlainAggregate:
         return factors
 
     def _factors(self, vectors: Vectors, max_norm: float) -> Tensor:
-        """fp64 ``[M]``: ``min(1, max_norm / |x_m|)``."""
         squares = self.squared_norms(vectors)
         factors = (max_norm / squares.sqrt()).clamp_max_(1.0)
         if rows_or_stack(vectors)[0].dtype != torch.float64 or not size_of(vectors):
@@ -172,20 +150,17 @@ class PlainAggregate:
         return torch.where(outside & usable, exact, factors)
 
     def scale_and_noise(self, vectors: Vectors, factors: Tensor, deviation: float, seed: int, offset: int) -> Tensor:
-        """``[M, P]``: ``factors[m] * x_m + deviation * normal(seed, offset + m * P + j)``.
+        """Compute ``factors[m] * x_m + deviation * normal(seed, offset + m * P + j)``, ``[M, P]``.
 
-        No noise at deviation 0.
-
-        ``factors`` fp64 ``[M]`` on the vectors' device; ``seed`` and ``offset`` in [0, 2^64).  The counter-based normal
-        numbers are those of :func:`fedkern.ops._aggregate.philox.normal`, to the rounding of log, sine and cosine in
-        fp32.
+        ``factors``: fp64 ``[M]`` on the vectors' device; ``seed`` and ``offset`` lie in [0, 2^64). The normal numbers
+        are philox's, to the rounding of log, sine and cosine in fp32.
         """
         return torch.stack(list(robust.scale_and_noise_reference(vectors, factors, deviation, seed, offset)))
 
     def scale_each(
         self, vectors: Sequence[Tensor], factors: Tensor, deviation: float, seed: int, offset: int
     ) -> list[Tensor]:
-        """Return the rows of :meth:`scale_and_noise`, each in memory of its own."""
+        """Return the rows of :meth:`scale_and_noise`, each in its own memory."""
         size = len(vectors[0])
         return [
             self.scale_and_noise([vector], factor, deviation, seed, (offset + m * size) % (1 << 64))[0]

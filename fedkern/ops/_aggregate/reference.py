@@ -1,4 +1,4 @@
-"""aggregate: references of the weighted means and of the exact accumulator, in plain PyTorch."""
+"""aggregate: plain PyTorch references of the weighted means and of the exact accumulator."""
 
 from __future__ import annotations
 
@@ -20,10 +20,7 @@ LOWEST, HIGHEST, INFINITE, MINUS_INFINITE, NOT_A_NUMBER = -31, 31, 32, 33, 34
 def weighted_mean_reference(
     vectors: Tensor | Sequence[Tensor], weights: Tensor | Sequence[float], dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return the specification of :func:`fedkern.ops.weighted_mean`: sums in fp64, in the order given.
-
-    ``dtype`` is that of the result; None: that of the vectors.
-    """
+    """Specify :func:`fedkern.ops.weighted_mean`: sums in fp64, in the order given."""
     rows = list(vectors)
     values = near_one(torch.as_tensor(weights, dtype=torch.float64, device=rows[0].device))
     total = torch.zeros_like(rows[0], dtype=torch.float64)
@@ -34,30 +31,25 @@ def weighted_mean_reference(
 
 
 def countable(vectors: Tensor, weights: Tensor) -> Tensor:
-    """Mask ``[...]`` of the ``vectors [..., P]`` that can be multiplied by their ``weights [...]``.
+    """Return the mask ``[...]`` of the ``vectors [..., P]`` that can be multiplied by ``weights [...]``.
 
-    A vector of weight 0 does not count, so a vector of weight 0 that is not finite is masked out.  A finite vector of
-    weight 0 is multiplied all the same: its weight has a derivative, which a mask by the weight alone would hide.
+    A non-finite vector of weight 0 is masked out. A finite one is not: its weight has a derivative.
     """
     return (weights != 0) | vectors.isfinite().all(-1)
 
 
 def pieces(size: int) -> Iterator[slice]:
-    """Slices of at most :data:`PIECE` elements that cover ``size``."""
     return (slice(begin, min(begin + PIECE, size)) for begin in range(0, size, PIECE))
 
 
 def add_reference(total: Tensor, vector: Tensor, weight: float) -> None:
-    """``total += weight * vector`` in fp64.
-
-    Product and sum are each rounded.
-    """
+    """Add ``weight * vector`` to ``total`` in fp64, rounding product and sum each."""
     for piece in pieces(len(total)):
         total[piece].add_(vector[piece].to(torch.float64, copy=True).mul_(weight))
 
 
 def mean_in_pieces(vectors: Tensor | Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype | None) -> Tensor:
-    """:func:`weighted_mean_reference` of weights that the host knows, without its large temporaries and a graph."""
+    """Compute :func:`weighted_mean_reference` without large temporaries and a graph."""
     *_, weight_sum = itertools.accumulate(weights)
     result = torch.empty_like(vectors[0], dtype=dtype)
     for piece in pieces(len(result)):
@@ -70,7 +62,6 @@ def mean_in_pieces(vectors: Tensor | Sequence[Tensor], weights: Sequence[float],
 
 
 def exact_add_reference(digits: Tensor, top: Tensor, vector: Tensor, weight: float) -> None:
-    """Add ``weight * vector`` to the digits ``int64 [3, P]`` and positions ``int8 [P]`` of aggregate.h."""
     for piece in pieces(len(top)):
         _exact_add(digits[:, piece], top[piece], vector[piece].double() * weight)
 
@@ -85,19 +76,19 @@ def _exact_add(digits: Tensor, top: Tensor, product: Tensor) -> None:
         digit == INFINITE, merged, torch.where(before >= INFINITE, before, torch.maximum(before, digit))
     )
     finite = after < INFINITE
-    digits.copy_(risen(digits, torch.where(finite, after - before, 0)))
+    digits.copy_(raise_digits(digits, torch.where(finite, after - before, 0)))
     top.copy_(after)
     product = torch.where(finite, product, 0.0)
-    rest = product * _power_of_two(-32 * after.clamp(max=HIGHEST))
+    remainder = product * _power_of_two(-32 * after.clamp(max=HIGHEST))
     digits *= finite
     for row in digits:
-        integer = rest.trunc()
+        integer = remainder.trunc()
         row += integer.to(torch.int64)
-        rest = (rest - integer) * 2.0**32
+        remainder = (remainder - integer) * 2.0**32
 
 
-def risen(digits: Tensor, rise: Tensor) -> Tensor:
-    """Return the digits ``int64 [3, P]`` at positions higher by ``rise [P]``, where the lowest of them are cut off."""
+def raise_digits(digits: Tensor, rise: Tensor) -> Tensor:
+    """Raise the digits ``int64 [3, P]`` by ``rise [P]`` positions, cutting off the lowest."""
     high, middle, low = digits
     zero = torch.zeros_like(high)
     return torch.stack(
@@ -109,23 +100,21 @@ def risen(digits: Tensor, rise: Tensor) -> Tensor:
     )
 
 
-def exact_merge_reference(digits: Tensor, top: Tensor, more: Tensor, more_top: Tensor) -> None:
-    """Add another sum, ``more`` at the positions ``more_top``, to the digits ``int64 [3, P]`` of aggregate.h."""
+def exact_merge_reference(digits: Tensor, top: Tensor, more_digits: Tensor, more_top: Tensor) -> None:
     for piece in pieces(len(top)):
         before, theirs = top[piece].to(torch.int64), more_top[piece].to(torch.int64)
         after = torch.maximum(before, theirs)
         finite = after < INFINITE
         opposed = (torch.minimum(before, theirs) >= INFINITE) & (before != theirs)
         ours, added = (
-            risen(sums[:, piece], torch.where(finite, after - position, 0))
-            for sums, position in ((digits, before), (more, theirs))
+            raise_digits(sums[:, piece], torch.where(finite, after - position, 0))
+            for sums, position in ((digits, before), (more_digits, theirs))
         )
         digits[:, piece] = (ours + added) * finite
         top[piece] = torch.where(opposed, NOT_A_NUMBER, after).to(torch.int8)
 
 
 def exact_mean_reference(digits: Tensor, top: Tensor, total: float, out: Tensor) -> None:
-    """Write the digits' sum, divided by ``total``, to ``out [P]``."""
     for piece in pieces(len(top)):
         out[piece] = _exact_mean(digits[:, piece], top[piece].to(torch.int64), total)
 
@@ -135,9 +124,9 @@ def _exact_mean(digits: Tensor, top: Tensor, total: float) -> Tensor:
     sign = torch.where(high + ((middle + (low >> 32)) >> 32) < 0, -1, 1)
     high, middle, low = sign * high, sign * middle, sign * low
     carried = middle + (low >> 32)
-    rest = (carried & 0xFFFFFFFF).double() * 2.0**-32 + (low & 0xFFFFFFFF).double() * 2.0**-64
+    fraction = (carried & 0xFFFFFFFF).double() * 2.0**-32 + (low & 0xFFFFFFFF).double() * 2.0**-64
     half = _power_of_two(16 * top.clamp(max=HIGHEST))
-    value = sign * ((high + (carried >> 32)).double() + rest) * half / total * half
+    value = sign * ((high + (carried >> 32)).double() + fraction) * half / total * half
     value = torch.where(top == INFINITE, math.inf, value)
     value = torch.where(top == MINUS_INFINITE, -math.inf, value)
     return torch.where(top == NOT_A_NUMBER, math.nan, value)

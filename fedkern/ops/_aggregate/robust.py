@@ -21,12 +21,12 @@ from fedkern.ops._aggregate.checks import (
 from fedkern.ops._aggregate.kernels import AggregateKernels
 from fedkern.ops._aggregate.mean import fake_vector, select, weighted_mean
 from fedkern.ops._core import library
-from fedkern.ops._core.backend import ready
+from fedkern.ops._core.backend import select_ordinary
 from fedkern.ops._core.checks import check_count, show_value
 
 
 def trimmed_mean(vectors: Vectors, trim: int, weights: Tensor | Sequence[float] | None = None) -> Tensor:
-    """Averages every coordinate without its ``trim`` largest and ``trim`` smallest values (arXiv 1803.01498).
+    """Average every coordinate without its ``trim`` largest and ``trim`` smallest values (arXiv 1803.01498).
 
     ``sum_{k = trim}^{M - trim - 1} w_(k) x_(k) / sum_{k = trim}^{M - trim - 1} w_(k)``, where ``x_(0) <= x_(1) <= ...``
     are a coordinate's values in order and ``w_(k)`` their vectors' weights.  Sums are taken in fp64.  ``trim=0`` is
@@ -51,17 +51,17 @@ def trimmed_mean(vectors: Vectors, trim: int, weights: Tensor | Sequence[float] 
     """
     kernel: AggregateKernels | None = None
     if weights is None and trim:
-        kernel = ready("aggregate", vectors, torch.is_grad_enabled())
+        kernel = select_ordinary("aggregate", vectors, torch.is_grad_enabled())
     if kernel is not None:
         count = count_of(vectors)
         _check_trim(trim, count)
         return kernel.sorted_mean(vectors, trim, count - trim, None)
-    first, count = check_vectors(vectors)
+    template, count = check_vectors(vectors)
     _check_trim(trim, count)
-    check_call("trimmed_mean", vectors, weights, first, count)
+    check_call("trimmed_mean", vectors, weights, template, count)
     if trim == 0:
         return weighted_mean(vectors, [1.0] * count if weights is None else weights)
-    return _sorted_mean(vectors, trim, count - trim, weights, first, count)
+    return _sorted_mean(vectors, trim, count - trim, weights, template, count)
 
 
 def median(vectors: Vectors, weights: Tensor | Sequence[float] | None = None) -> Tensor:
@@ -88,16 +88,16 @@ def median(vectors: Vectors, weights: Tensor | Sequence[float] | None = None) ->
     """
     kernel: AggregateKernels | None = None
     if weights is None:
-        kernel = ready("aggregate", vectors, torch.is_grad_enabled())
+        kernel = select_ordinary("aggregate", vectors, torch.is_grad_enabled())
     if kernel is not None:
         count = count_of(vectors)
         return kernel.sorted_mean(vectors, (count - 1) // 2, count // 2 + 1, None)
-    first, count = check_vectors(vectors)
-    check_call("median", vectors, weights, first, count)
+    template, count = check_vectors(vectors)
+    check_call("median", vectors, weights, template, count)
     if weights is None:
-        return _sorted_mean(vectors, (count - 1) // 2, count // 2 + 1, None, first, count)
+        return _sorted_mean(vectors, (count - 1) // 2, count // 2 + 1, None, template, count)
     if not eager(vectors, weights):
-        return _weighted_median_operator(rows_of(vectors), as_tensor(weights, first, count))
+        return _weighted_median_operator(rows_of(vectors), as_tensor(weights, template, count))
     return _weighted_median_implementation(vectors, weights)
 
 
@@ -108,10 +108,10 @@ def _check_trim(trim: int, count: int) -> None:
 
 
 def _sorted_mean(
-    vectors: Vectors, low: int, high: int, weights: Tensor | Sequence[float] | None, first: Tensor, count: int
+    vectors: Vectors, low: int, high: int, weights: Tensor | Sequence[float] | None, template: Tensor, count: int
 ) -> Tensor:
     if not eager(vectors, weights):
-        weight_tensor = None if weights is None else as_tensor(weights, first, count)
+        weight_tensor = None if weights is None else as_tensor(weights, template, count)
         return _sorted_mean_operator(rows_of(vectors), low, high, weight_tensor)
     return _sorted_mean_implementation(vectors, low, high, weights)
 

@@ -1,4 +1,4 @@
-"""aggregate: references of the robust means, the distances and the server optimisers, in plain PyTorch."""
+"""aggregate: plain PyTorch references of the robust means, the distances and the server optimisers."""
 
 from __future__ import annotations
 
@@ -26,26 +26,21 @@ MOST_FROM_DISTANCES = 128
 FAR, FAR_BESIDE_SMOOTHING = 1e4, 1e10
 
 
-def stack(vectors: Vectors, piece: slice) -> Tensor:
-    """One piece of all vectors, ``[M, n]``."""
+def stack_piece(vectors: Vectors, piece: slice) -> Tensor:
     return vectors[:, piece] if isinstance(vectors, Tensor) else torch.stack([vector[piece] for vector in vectors])
 
 
 def as_weights(weights: Weights, like: Tensor) -> Tensor:
-    """fp64 ``[M]`` on the device of ``like``."""
     if isinstance(weights, Tensor):
         return weights.to(like.device, torch.float64)
     return place_values(weights, like.device)
 
 
 def sorted_mean_reference(vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
-    """Return the (weighted) mean of values at places [low, high) of every coordinate.
-
-    Places are in ascending order, NaN last.
-    """
+    """Average the values at places [low, high) of every coordinate's ascending order, NaN last."""
     out = torch.empty_like(vectors[0], memory_format=torch.contiguous_format)
     for piece in pieces(len(out)):
-        values, order = torch.sort(stack(vectors, piece), dim=0, stable=True)
+        values, order = torch.sort(stack_piece(vectors, piece), dim=0, stable=True)
         middle = values[low:high].double()
         if weights is None:
             out[piece] = middle.sum(0) / (high - low)
@@ -56,12 +51,11 @@ def sorted_mean_reference(vectors: Vectors, low: int, high: int, weights: Weight
 
 
 def weighted_median_reference(vectors: Vectors, weights: Weights) -> Tensor:
-    """Return the mean of the lower and the upper weighted median, as :func:`fedkern.ops.median` does."""
     out = torch.empty_like(vectors[0], memory_format=torch.contiguous_format)
     weight_tensor = as_weights(weights, out)
     half = weight_tensor.cumsum(0)[-1] / 2
     for piece in pieces(len(out)):
-        values, order = torch.sort(stack(vectors, piece), dim=0, stable=True)
+        values, order = torch.sort(stack_piece(vectors, piece), dim=0, stable=True)
         below = weight_tensor[order].cumsum(0)
         last = len(values) - 1
         lower = (below < half * (1 - HALF)).sum(0, keepdim=True).clamp_max(last)
@@ -71,34 +65,32 @@ def weighted_median_reference(vectors: Vectors, weights: Weights) -> Tensor:
     return out
 
 
-def difference(one: Tensor, other: Tensor) -> Tensor:
-    """``one - other``, and 0 between equal infinities: a mask of -inf that all models hold keeps none of them apart."""
-    return torch.where(one == other, 0.0, one - other)
+def subtract_vectors(x: Tensor, y: Tensor) -> Tensor:
+    """Return ``x - y``, and 0 between equal infinities: a shared mask of -inf must not separate models."""
+    return torch.where(x == y, 0.0, x - y)
 
 
 def squared_distances_reference(vectors: Vectors) -> Tensor:
-    """fp64 ``[M, M]``: squared distances between all pairs of vectors."""
     count = len(vectors)
     result = torch.zeros(count, count, dtype=torch.float64, device=vectors[0].device)
     for piece in pieces(vectors[0].shape[0]):
-        wide = stack(vectors, piece).double()
+        wide = stack_piece(vectors, piece).double()
         for m in range(1, count):
-            result[m, :m] += difference(wide[:m], wide[m]).square().sum(1)
+            result[m, :m] += subtract_vectors(wide[:m], wide[m]).square().sum(1)
     return result + result.t()
 
 
 def squared_distances_to_reference(vectors: Vectors, point: Tensor) -> Tensor:
-    """fp64 ``[M]``: squared distances to ``point [P]``."""
     result = torch.zeros(len(vectors), dtype=torch.float64, device=point.device)
     for piece in pieces(len(point)):
-        result += difference(stack(vectors, piece).double(), point[piece]).square().sum(1)
+        result += subtract_vectors(stack_piece(vectors, piece).double(), point[piece]).square().sum(1)
     return result
 
 
 def geometric_median_reference(
     vectors: Vectors, weights: Weights | None, iterations: int, tolerance: float, smoothing: float
 ) -> Tensor:
-    """Smoothed Weiszfeld iterations (RFA, arXiv 1912.13445, algorithm 2) on the vectors themselves, in fp64."""
+    """Iterate smoothed Weiszfeld steps (RFA, arXiv 1912.13445, algorithm 2) in fp64."""
     wide = torch.stack([vector.double() for vector in vectors])
     weight_tensor = as_weights([1.0] * len(wide) if weights is None else weights, wide)
     wide, weight_tensor = wide[weight_tensor > 0], weight_tensor[weight_tensor > 0]
@@ -107,49 +99,48 @@ def geometric_median_reference(
     shares = weight_tensor / weight_tensor.sum()
     if iterations:
         if len(vectors) <= MOST_FROM_DISTANCES:
-            apart = squared_distances_reference(wide).sqrt()
-            apart = apart[(apart @ weight_tensor).argmin()]
+            radii = squared_distances_reference(wide).sqrt()
+            radii = radii[(radii @ weight_tensor).argmin()]
         else:
-            apart = squared_distances_to_reference(wide, weighted_median_reference(wide, weight_tensor)).sqrt()
-        scale, shares = start(apart, weight_tensor, smoothing)
+            radii = squared_distances_to_reference(wide, weighted_median_reference(wide, weight_tensor)).sqrt()
+        scale, shares = start_shares(radii, weight_tensor, smoothing)
     point = (shares[:, None] * wide).sum(0)
     for _ in range(iterations):
         distances = squared_distances_to_reference(wide, point).sqrt()
         pulls = weight_tensor / distances.clamp_min(smoothing)
         before, point = point, (pulls[:, None] * wide).sum(0) / pulls.sum()
-        if float(difference(point, before).norm()) <= tolerance * float(scale):
+        if float(subtract_vectors(point, before).norm()) <= tolerance * float(scale):
             break
     return point.to(vectors[0].dtype)
 
 
-def start(apart: Tensor, weights: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Scale of a geometric median, and the shares of the point from which its iterations start.
+def start_shares(radii: Tensor, weights: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Return the scale of a geometric median, and the shares of its iterations' start.
 
-    The scale is the distance within which more than half of the weight lies, ``apart`` being the vectors' distances
-    from a point among most of them.  The shares are those of the weighted mean, unless a vector lies :data:`FAR` times
-    the scale away or farther.  Such a vector would hold the mean so far from the others that 100 iterations may not
-    lead back.
+    The scale is the distance within which more than half of the weight lies; ``radii`` are the distances from a point
+    among most vectors. The shares are the weights, unless a vector lies :data:`FAR` times the scale away: it would pull
+    the mean so far that 100 iterations may not lead back.
     """
     used = weights > 0
-    order = torch.where(used, apart, math.inf).argsort(stable=True)
+    order = torch.where(used, radii, math.inf).argsort(stable=True)
     below = weights[order].cumsum(0)
     middle = (2 * below <= below[-1]).sum().clamp_max(len(order) - 1)
-    scale = apart.gather(0, order.gather(0, middle[None]))[0].clamp_min(smoothing)
-    far = torch.where(used, apart, 0.0).max() > (FAR * scale).clamp_min(FAR_BESIDE_SMOOTHING * smoothing)
-    pulls = torch.where(used & far, weights / torch.maximum(apart, scale), weights)
-    pulls = pulls + torch.where(used, apart - apart, 0.0)  # NaN where the distance is not finite
+    scale = radii.gather(0, order.gather(0, middle[None]))[0].clamp_min(smoothing)
+    far = torch.where(used, radii, 0.0).max() > (FAR * scale).clamp_min(FAR_BESIDE_SMOOTHING * smoothing)
+    pulls = torch.where(used & far, weights / torch.maximum(radii, scale), weights)
+    pulls = pulls + torch.where(used, radii - radii, 0.0)  # NaN where the distance is not finite
     return scale, pulls / pulls.sum()
 
 
 def krum_scores_reference(squared: Tensor, byzantine: int) -> Tensor:
-    """``[M]``: for every vector the sum of its M - byzantine - 2 smallest squared distances to others."""
-    others = squared.clone().fill_diagonal_(-1.0).sort(dim=1).values[:, 1:]
-    return others[:, : squared.shape[0] - byzantine - 2].sum(1)
+    """Sum each vector's M - byzantine - 2 smallest squared distances to others, ``[M]``."""
+    to_others = squared.clone().fill_diagonal_(-1.0).sort(dim=1).values[:, 1:]
+    return to_others[:, : squared.shape[0] - byzantine - 2].sum(1)
 
 
 def server_step_reference(call: ServerCall, out: Tensor) -> tuple[Tensor, Tensor]:
-    """One round of FedAvg, FedAvgM, FedAdam, FedYogi or FedAdagrad in fp64, whose model is written to ``out``."""
-    global_, vectors, weights, rule, first, second, _, similarities = call
+    """Perform one round of a server optimiser in fp64, writing the model to ``out``."""
+    global_, vectors, weights, rule, moment1, moment2, _, similarities = call
     weight_tensor = as_weights(weights, global_)
     total = weight_tensor.cumsum(0)[-1]
     count = len(vectors) if similarities else 0
@@ -157,7 +148,7 @@ def server_step_reference(call: ServerCall, out: Tensor) -> tuple[Tensor, Tensor
     square = torch.zeros((), dtype=torch.float64, device=global_.device)
     for piece in pieces(len(global_)):
         old = global_[piece].double()
-        deltas = difference(stack(vectors, piece).double(), old)
+        deltas = subtract_vectors(stack_piece(vectors, piece).double(), old)
         mean = torch.zeros_like(old)
         for weight, delta in zip(weight_tensor, deltas, strict=True):
             # A client of weight zero does not count, whatever it sent.
@@ -167,44 +158,40 @@ def server_step_reference(call: ServerCall, out: Tensor) -> tuple[Tensor, Tensor
             squares += deltas.square().sum(1)
             products += (deltas * mean).sum(1)
             square += mean.square().sum()
-        one = None if first is None else first[piece]
-        two = None if second is None else second[piece]
-        out[piece] = old + _update(mean, rule, one, two)
+        piece1 = None if moment1 is None else moment1[piece]
+        piece2 = None if moment2 is None else moment2[piece]
+        out[piece] = old + _update(mean, rule, piece1, piece2)
     scale = (squares * square).sqrt()
     cosines = torch.where(scale == 0, 0.0, products / scale)
     return squares.sqrt(), cosines
 
 
-def _update(mean: Tensor, rule: ServerRule, first: Tensor | None, second: Tensor | None) -> Tensor:
-    """Return the change of the global model.
-
-    Updates the states in place.
-    """
+def _update(mean: Tensor, rule: ServerRule, moment1: Tensor | None, moment2: Tensor | None) -> Tensor:
+    """Return the change of the global model, and update the states in place."""
     name = RULES[rule.rule]
-    if first is None:
+    if moment1 is None:
         return rule.learning_rate * mean
     if name == "momentum":
-        momentum = rule.beta1 * first.double() + mean
-        first.copy_(momentum)
+        momentum = rule.beta1 * moment1.double() + mean
+        moment1.copy_(momentum)
         return rule.learning_rate * momentum
-    assert second is not None
-    one = rule.beta1 * first.double() + (1 - rule.beta1) * mean
-    two, square = second.double(), mean * mean
+    assert moment2 is not None
+    direction = rule.beta1 * moment1.double() + (1 - rule.beta1) * mean
+    spread, square = moment2.double(), mean * mean
     if name == "adam":
-        two = rule.beta2 * two + (1 - rule.beta2) * square
+        spread = rule.beta2 * spread + (1 - rule.beta2) * square
     elif name == "yogi":
-        two = two - (1 - rule.beta2) * square * torch.sign(two - square)
+        spread = spread - (1 - rule.beta2) * square * torch.sign(spread - square)
     else:
-        two = two + square
-    first.copy_(one)
-    second.copy_(two)
-    return rule.learning_rate * one / (two.sqrt() + rule.tau)
+        spread = spread + square
+    moment1.copy_(direction)
+    moment2.copy_(spread)
+    return rule.learning_rate * direction / (spread.sqrt() + rule.tau)
 
 
 def scale_and_noise_reference(
     vectors: Vectors, factors: Tensor, deviation: float, seed: int, offset: int
 ) -> Sequence[Tensor]:
-    """M tensors ``[P]``: every vector times its factor, plus normal noise of standard deviation ``deviation``."""
     rows = []
     for m, (vector, factor) in enumerate(zip(vectors, factors, strict=True)):
         row = torch.empty_like(vector, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""aggregate: server optimisers: their rules, by name and number, with their hyperparameters, and a call of one."""
+"""aggregate: rules and hyperparameters of the server optimisers, and the arguments of a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RULES = ("mean", "momentum", "adam", "yogi", "adagrad")
 
 
 class ServerRule(NamedTuple):
-    """A server optimiser: the index of its rule in :data:`RULES`, and its hyperparameters."""
+    """Server optimiser: the index of its rule in :data:`RULES`, and its hyperparameters."""
 
     rule: int
     learning_rate: float
@@ -23,12 +23,12 @@ class ServerRule(NamedTuple):
 
 
 class ServerCall(NamedTuple):
-    """A call of :func:`fedkern.ops.server_step`.
+    """Arguments of :func:`fedkern.ops.server_step`.
 
     Attributes:
         global_: ``[P]`` of the vectors' dtype and any stride.
-        first, second: ``[P]``, fp32 or fp64 of unit stride, updated in place; None where the rule has no such state.
-        out: tensor ``[P]`` that receives the new model; None: a new one of the vectors' dtype.
+        first, second: ``[P]``, fp32 or fp64 of unit stride, updated in place; None if the rule has no such state.
+        out: tensor ``[P]`` that receives the new model; None: a new tensor of the vectors' dtype.
         similarities: whether norms and cosines are computed; else they are empty.
     """
 

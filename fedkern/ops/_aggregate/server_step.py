@@ -16,8 +16,8 @@ from fedkern.ops._aggregate.checks import (
     check_vector,
     check_vectors,
     check_weights_tensor,
+    copy_result,
     count_of,
-    deliver,
     eager,
     kernel_weights,
     rows_of,
@@ -27,7 +27,7 @@ from fedkern.ops._aggregate.kernels import AggregateKernels
 from fedkern.ops._aggregate.mean import select
 from fedkern.ops._aggregate.rules import DEFAULTS, RULES, ServerCall, ServerRule
 from fedkern.ops._core import library
-from fedkern.ops._core.backend import ready
+from fedkern.ops._core.backend import select_ordinary
 from fedkern.ops._core.checks import (
     check_device,
     check_flag,
@@ -130,7 +130,7 @@ def server_step(
     check_flag(similarities, "similarities")
     if not isinstance(weights, Tensor) and global_ is not None:
         kernel: AggregateKernels | None
-        kernel = ready("aggregate", vectors, torch.is_grad_enabled(), global_, first, second, out)
+        kernel = select_ordinary("aggregate", vectors, torch.is_grad_enabled(), global_, first, second, out)
         if kernel is not None:
             settings = _settings(rule, learning_rate, beta1, beta2, tau)
             if _ordinary(kernel, global_, vectors, settings.rule, first, second, out):
@@ -140,29 +140,29 @@ def server_step(
                 if first is not None or out is not None:
                     mark_written(first, second, out)
                 return ServerStep(*step)
-    one, count = check_vectors(vectors)
-    size = one.shape[-1]
+    template, count = check_vectors(vectors)
+    size = template.shape[-1]
     check_vector(global_, "global_", size)
-    if global_.dtype != one.dtype:
-        raise ValueError(f"global_ must have the dtype {one.dtype} of the vectors, but has {global_.dtype}")
-    check_device(global_, "global_", one, "the vectors")
+    if global_.dtype != template.dtype:
+        raise ValueError(f"global_ must have the dtype {template.dtype} of the vectors, but has {global_.dtype}")
+    check_device(global_, "global_", template, "the vectors")
     if isinstance(weights, Tensor):
-        check_weights_tensor(weights, count, one.device)
+        check_weights_tensor(weights, count, template.device)
     settings = _settings(rule, learning_rate, beta1, beta2, tau)
-    _check_states(rule, first, second, size, one.device)
+    _check_states(rule, first, second, size, template.device)
     if out is not None:
-        check_out(out, size, one.device)
+        check_out(out, size, template.device)
     ordinary = eager(vectors, weights, global_, first, second, out)
     call = ServerCall(global_, vectors, weights, settings, first, second, out, similarities)
     if first is not None:
         _check_apart(call, share_memory if ordinary else operator.is_)
     refuse_gradient("server_step", global_, *rows_or_stack(vectors), weights, first, second, out)
     if not ordinary:
-        weight_tensor = as_tensor(weights, one, count)
+        weight_tensor = as_tensor(weights, template, count)
         dtype = None if out is None else out.dtype
         numbers = library.numbers_tensor(settings[1:])  # a schedule compiles nothing anew
-        others = settings.rule, numbers, first, second, dtype, similarities
-        result = ServerStep(*_operator(global_, rows_of(vectors), weight_tensor, *others))
+        settings_and_states = settings.rule, numbers, first, second, dtype, similarities
+        result = ServerStep(*_operator(global_, rows_of(vectors), weight_tensor, *settings_and_states))
         return result if out is None else result._replace(model=out.copy_(result.model))
     return _compute(call)
 
@@ -187,27 +187,27 @@ def _ordinary(
     global_: Tensor,
     vectors: Vectors,
     rule: int,
-    first: Tensor | None,
-    second: Tensor | None,
+    moment1: Tensor | None,
+    moment2: Tensor | None,
     out: Tensor | None,
 ) -> bool:
-    """Whether a kernel may take plain tensors ``[P]`` as they are: their dtypes, the states given, memory shared."""
+    """Return whether a kernel may take plain tensors ``[P]`` unchanged: dtypes, states, shared memory."""
     if global_.dtype is not rows_or_stack(vectors)[0].dtype:
         return False
     # "mean" has no state, "momentum" has only the first.
-    if (first is None) is not (rule == 0) or (second is None) is not (rule < 2):
+    if (moment1 is None) is not (rule == 0) or (moment2 is None) is not (rule < 2):
         return False
-    if first is not None:
-        if first.dtype not in _STATES or (second is not None and second.dtype is not first.dtype):
+    if moment1 is not None:
+        if moment1.dtype not in _STATES or (moment2 is not None and moment2.dtype is not moment1.dtype):
             return False
     elif out is None:
         return True
-    return kernel.core.writable((first, second, out), vectors, (global_,))
+    return kernel.core.writable((moment1, moment2, out), vectors, (global_,))
 
 
-def _check_states(rule: str, first: Tensor | None, second: Tensor | None, size: int, device: torch.device) -> None:
+def _check_states(rule: str, moment1: Tensor | None, moment2: Tensor | None, size: int, device: torch.device) -> None:
     required = {"first": rule != "mean", "second": rule in ("adam", "yogi", "adagrad")}
-    for (name, needed), state in zip(required.items(), (first, second), strict=True):
+    for (name, needed), state in zip(required.items(), (moment1, moment2), strict=True):
         if not needed:
             if state is not None:
                 raise ValueError(f'{name} must be None for rule "{rule}", which keeps no such state')
@@ -219,50 +219,50 @@ def _check_states(rule: str, first: Tensor | None, second: Tensor | None, size: 
             raise TypeError(f"{name} must have dtype float32 or float64, but has {state.dtype}")
         if not state.is_contiguous():
             raise ValueError(f"{name} must be contiguous")
-    if first is not None and second is not None and first.dtype != second.dtype:
-        raise TypeError(f"second must have the dtype {first.dtype} of first, but has {second.dtype}")
+    if moment1 is not None and moment2 is not None and moment1.dtype != moment2.dtype:
+        raise TypeError(f"second must have the dtype {moment1.dtype} of first, but has {moment2.dtype}")
 
 
 def _check_apart(call: ServerCall, shared: Callable[[Tensor, Tensor], bool]) -> None:
-    """Raise ValueError if ``shared`` is true for a state and another argument: states are written to."""
-    others: dict[str, object] = {name: getattr(call, name) for name in ("second", "out", "global_", "weights")}
-    others |= {f"vectors[{m}]": vector for m, vector in enumerate(rows_of(call.vectors))}
+    """Raise ValueError if a state, which is written to, is ``shared`` with another argument."""
+    arguments: dict[str, object] = {name: getattr(call, name) for name in ("second", "out", "global_", "weights")}
+    arguments |= {f"vectors[{m}]": vector for m, vector in enumerate(rows_of(call.vectors))}
     for name, state in (("first", call.first), ("second", call.second)):
-        others.pop(name, None)
-        for other, tensor in others.items():
+        arguments.pop(name, None)
+        for argument, tensor in arguments.items():
             if state is not None and isinstance(tensor, Tensor) and shared(state, tensor):
-                raise ValueError(f"{name} must not share memory with {other}: it is written to while that is used")
+                raise ValueError(f"{name} must not share memory with {argument}: it is written to while that is used")
 
 
 def _compute(call: ServerCall) -> ServerStep:
-    global_, vectors, weights, _, first, second, out, _ = call
-    kernel = select(vectors, global_, *(state for state in (first, second) if state is not None))
+    global_, vectors, weights, _, moment1, moment2, out, _ = call
+    kernel = select(vectors, global_, *(state for state in (moment1, moment2) if state is not None))
     values = kernel_weights(weights, len(vectors))
     target = out
-    if out is not None and not _direct(out, global_, vectors, first, second):
+    if out is not None and not _direct(out, global_, vectors, moment1, moment2):
         target = torch.empty_like(out, memory_format=torch.contiguous_format)  # rounded once, to out's dtype
     model, norms, cosines = kernel.server_step(call._replace(weights=values, out=target))
-    mark_written(first, second)
-    return ServerStep(model if out is None else deliver(model, out), norms, cosines)
+    mark_written(moment1, moment2)
+    return ServerStep(model if out is None else copy_result(model, out), norms, cosines)
 
 
 def _direct(out: Tensor, global_: Tensor, vectors: Vectors, *states: Tensor | None) -> bool:
-    """Return whether a kernel may write to ``out`` while it reads the rest: ``global_`` or no overlap."""
+    """Return whether a kernel may write to ``out`` while it reads: ``out`` is ``global_`` or overlaps nothing."""
     if not out.is_contiguous() or out.is_neg():
         return False
     storage = out.untyped_storage().data_ptr()
-    same = out.data_ptr() == global_.data_ptr() and global_.is_contiguous() and out.dtype == global_.dtype
-    others = [*rows_or_stack(vectors), *(state for state in states if state is not None)]
-    if not same:
-        others.append(global_)
-    return all(other.untyped_storage().data_ptr() != storage for other in others)
+    in_place = out.data_ptr() == global_.data_ptr() and global_.is_contiguous() and out.dtype == global_.dtype
+    tensors = [*rows_or_stack(vectors), *(state for state in states if state is not None)]
+    if not in_place:
+        tensors.append(global_)
+    return all(tensor.untyped_storage().data_ptr() != storage for tensor in tensors)
 
 
 def _implementation(global_: Tensor, vectors: list[Tensor], weights: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    rule, numbers, first, second, dtype, similarities = others
+    rule, numbers, moment1, moment2, dtype, similarities = others
     settings = ServerRule(rule, *numbers.tolist())
     out = None if dtype is None else global_.new_empty(global_.shape, dtype=dtype)
-    return tuple(_compute(ServerCall(global_, vectors, weights, settings, first, second, out, similarities)))
+    return tuple(_compute(ServerCall(global_, vectors, weights, settings, moment1, moment2, out, similarities)))
 
 
 def _fake(global_: Tensor, vectors: list[Tensor], *others: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from fedkern.ops._blend.kernels import BlendCall, BlendKernels, check_memory
 from fedkern.ops._blend.library import BLEND, BLEND_BACKWARD
 from fedkern.ops._blend.reference import blend_reference, check_values
 from fedkern.ops._core import backend, library
-from fedkern.ops._core.backend import eager, ready, select
+from fedkern.ops._core.backend import eager, select, select_ordinary
 from fedkern.ops._core.checks import check_device, check_floating, check_number, check_tensor
 from fedkern.ops._core.function import Context, EagerFunction, saved_tensors
 
@@ -19,7 +19,7 @@ _new = tuple.__new__  # makes a named tuple in half the time that its own constr
 def blend(
     foreground: Tensor, background: Tensor, alpha: float | Tensor = 0.5, *, index: Tensor | None = None
 ) -> Tensor:
-    """Mixes each sample's feature map with another sample's background (FedGID, arXiv 2504.00850).
+    """Mix each sample's feature map with another sample's background (FedGID, arXiv 2504.00850).
 
     ``out[b] = alpha[b] * foreground[b] + (1 - alpha[b]) * background[index[b]]``; the permuted background is never
     materialised.
@@ -43,7 +43,7 @@ def blend(
             alpha out of range.  On CUDA an index out of range is a device assertion.
         RuntimeError: a forced backend cannot serve the call.
     """
-    kernel: BlendKernels | None = ready("blend", foreground, background, alpha, index)
+    kernel: BlendKernels | None = select_ordinary("blend", foreground, background, alpha, index)
     weights: Tensor | None = None
     value = 0.5
     if kernel is None:
@@ -109,11 +109,6 @@ def _check(foreground: Tensor, background: Tensor, alpha: float | Tensor, index:
 
 
 class _Blend(EagerFunction):
-    """Autograd function of a kernel.
-
-    Its tensors are (foreground, background, alpha), alpha that of the call.
-    """
-
     @staticmethod
     def forward(
         ctx: Context,
@@ -141,11 +136,13 @@ class _Blend(EagerFunction):
         kernel, value, background_rows, strides = ctx.settings
         call = BlendCall(alpha, value, index, background_rows)
         check_memory(foreground, background, call)
-        if not backend.readable(grad) or grad.is_neg():
+        if not backend.is_readable(grad) or grad.is_neg():
             # Recorded (create_graph=True) or batched (is_grads_batched=True): the library operator has rules for both.
             gradients = BLEND_BACKWARD(grad, foreground, background, *call, *needs)
             return (None, None, *(g if need else None for g, need in zip(gradients, needs, strict=True)))
         return (None, None, *kernel.backward(grad, foreground, background, call, needs, strides))
 
 
-backend.serve("blend", cpu=BlendKernels, cuda=BlendKernels, triton="_blend.triton.blend:TritonBlend", fits="blend_fits")
+backend.register_kernels(
+    "blend", cpu=BlendKernels, cuda=BlendKernels, triton="_blend.triton.blend:TritonBlend", fits="blend_fits"
+)

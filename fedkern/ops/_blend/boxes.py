@@ -1,4 +1,4 @@
-"""boxes: pixels inside a detector's boxes erased from images (the background is left), or kept alone."""
+"""boxes: images with the pixels inside a detector's boxes erased (the background remains), or with only these kept."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from fedkern.ops._blend.kernels import BoxesKernels, output_strides
 from fedkern.ops._core import backend, library
-from fedkern.ops._core.backend import eager, ready, select
-from fedkern.ops._core.checks import check_dense, check_device, check_memory, check_tensor, real, show_value
+from fedkern.ops._core.backend import eager, select, select_ordinary
+from fedkern.ops._core.checks import check_dense, check_device, check_memory, check_tensor, show_value, to_float
 from fedkern.ops._core.function import Context, EagerFunction
 from fedkern.ops._core.memory import place_values
 
 
 def boxes_mask_reference(boxes: Tensor, height: int, width: int) -> Tensor:
-    """``bool [B, height, width]``: the pixels whose centre lies in any of ``boxes [B, n, 4]``."""
+    """Return the mask ``[B, height, width]`` of pixels whose centre lies in any of ``boxes [B, n, 4]``."""
     x1, y1, x2, y2 = (side.unsqueeze(-1) for side in boxes.to(torch.float64).unbind(-1))
     x = torch.arange(width, dtype=torch.float64, device=boxes.device) + 0.5
     y = torch.arange(height, dtype=torch.float64, device=boxes.device) + 0.5
@@ -72,7 +72,7 @@ def keep_boxes(
 def _boxes(
     images: Tensor, boxes: Tensor | Sequence[Tensor], fill: float | Sequence[float] | Tensor, keep: bool
 ) -> Tensor:
-    kernel: BoxesKernels | None = ready("boxes", images, boxes, fill)
+    kernel: BoxesKernels | None = select_ordinary("boxes", images, boxes, fill)
     if kernel is not None:
         padded, fills = cast(Tensor, boxes), _constant(cast(float, fill), images)
     else:
@@ -94,10 +94,7 @@ def _make_fill(fill: float, sign: float, dtype: torch.dtype, channels: int) -> T
 
 
 def _constant(fill: float, images: Tensor) -> Tensor:
-    """Return the fill as ``[1, C]``, cached on the CPU.
-
-    The sign is a key of its own, since 0.0 and -0.0 are equal keys.
-    """
+    """Return the fill as ``[1, C]``, cached on the CPU by value and sign: 0.0 and -0.0 are equal."""
     channels = images.shape[1]
     if images.is_cpu:
         return _make_fill(fill, math.copysign(1.0, fill), images.dtype, channels)
@@ -111,7 +108,6 @@ def _check_real(tensor: Tensor, name: str, *, boolean: bool = True) -> None:
 
 
 def _pad_boxes(boxes: Tensor | Sequence[Tensor], images: Tensor) -> Tensor:
-    """Boxes as one ``[B, n, 4]`` tensor on the images' device."""
     batch = images.shape[0]
     if isinstance(boxes, Tensor):
         check_dense(boxes, "boxes")
@@ -141,7 +137,6 @@ def _pad_boxes(boxes: Tensor | Sequence[Tensor], images: Tensor) -> Tensor:
 
 
 def _fills(fill: float | Sequence[float] | Tensor, images: Tensor) -> Tensor:
-    """Return the fill as ``[1, C]`` in the images' dtype."""
     channels = images.shape[1]
     if isinstance(fill, Tensor):
         check_dense(fill, "fill")
@@ -160,7 +155,7 @@ def _fills(fill: float | Sequence[float] | Tensor, images: Tensor) -> Tensor:
     several = isinstance(fill, Sequence) and not isinstance(fill, (str, bytes, bytearray))
     values: list[Any] = list(fill) if several else [fill]  # type: ignore[arg-type]
     for value in values:
-        real(value, "fill", "a number, one per channel, or a tensor")
+        to_float(value, "fill", "a number, one per channel, or a tensor")
     if len(values) not in (1, channels):
         raise ValueError(f"fill must be a number or have {channels} values, not {len(values)}")
     _check_values(values, images.dtype)
@@ -170,7 +165,6 @@ def _fills(fill: float | Sequence[float] | Tensor, images: Tensor) -> Tensor:
 
 
 def _check_values(values: Sequence[float], dtype: torch.dtype) -> None:
-    """Raise ValueError if ``dtype`` is of whole numbers and cannot hold one of the values."""
     if dtype.is_floating_point:
         return
     info = torch.iinfo(dtype) if dtype != torch.bool else None
@@ -195,10 +189,6 @@ class _FillBoxes(EagerFunction):
 
 
 def _run(kernel: BoxesKernels | None, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
-    """Return an ordinary call's result, from its kernel.
-
-    None: from what serves other calls.
-    """
     if kernel is None:
         return _implementation(images, boxes, fill, keep)
     out = torch.empty_like(images)
@@ -264,4 +254,4 @@ _fill_boxes = library.register(
 
 
 _DTYPES = backend.FLOATS | {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}
-backend.serve("boxes", cpu=BoxesKernels, cuda=BoxesKernels, dtypes=_DTYPES, fits="boxes_fit")
+backend.register_kernels("boxes", cpu=BoxesKernels, cuda=BoxesKernels, dtypes=_DTYPES, fits="boxes_fit")

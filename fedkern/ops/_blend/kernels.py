@@ -1,4 +1,4 @@
-"""blend and boxes: the launchers of both compiled cores, and what blend shares with Triton's."""
+"""blend and boxes: the launchers of both compiled cores, and helpers that Triton's blend shares."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class BlendCall(NamedTuple):
-    """A call of blend, but for its maps.
+    """Arguments of blend, without its maps.
 
     Attributes:
         alpha: ``[B]``, or None where ``value`` is the weight of every foreground.
@@ -33,7 +33,7 @@ class BlendCall(NamedTuple):
 
 
 def sample_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | None:
-    """Return ``strides``, or None unless a sample fills its memory without gaps or repeats, in any order of axes."""
+    """Return ``strides``, or None unless a sample is dense, in any order of axes."""
     expected = 1
     for stride, size in sorted(zip(strides, shape, strict=True)):
         if size != 1:
@@ -44,11 +44,7 @@ def sample_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, .
 
 
 def output_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
-    """Strides of the result for an input of this shape and these strides.
-
-    Samples lie one after another.  Within a sample the result has the input's layout if that has no gaps, otherwise it
-    is contiguous.
-    """
+    """Return a result's strides: dense samples in the input's layout if that has no gaps, else contiguous."""
     size = math.prod(shape[1:])
     if size == 0:
         return tuple(strides)
@@ -59,7 +55,7 @@ def output_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, .
 
 
 def in_layout(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """``tensor``, copied if its samples have another layout than ``strides`` (of a result, batch first)."""
+    """Return ``tensor``, copied if its samples have another layout than ``strides`` (of a result, batch first)."""
     axes = zip(tensor.shape[1:], tensor.stride()[1:], strides[1:], strict=True)
     if all(stride == target or size == 1 for size, stride, target in axes):
         return tensor
@@ -71,7 +67,7 @@ def in_layout(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 def check_memory(foreground: Tensor | None, background: Tensor | None, call: BlendCall) -> None:
-    """Raise RuntimeError, for every backend, if the memory of a tensor that the backward pass reads was freed."""
+    """Raise RuntimeError, for every backend, if memory that the backward pass reads was freed."""
     if call.indices is not None:
         checks.check_memory(call.indices, "index")
     if call.alpha is not None:
@@ -80,8 +76,8 @@ def check_memory(foreground: Tensor | None, background: Tensor | None, call: Ble
                 checks.check_memory(tensor, name)
 
 
-def users(index: Tensor, background_rows: int) -> tuple[Tensor, Tensor]:
-    """(start, order): the samples that use background row n are ``order[start[n] : start[n + 1]]``, ascending."""
+def group_users(index: Tensor, background_rows: int) -> tuple[Tensor, Tensor]:
+    """Return (start, order): samples that use background row n are ``order[start[n] : start[n + 1]]``, ascending."""
     ordered, order = torch.sort(index, stable=True)
     return torch.searchsorted(ordered, torch.arange(background_rows + 1, device=index.device)), order
 
@@ -92,16 +88,15 @@ class _Launcher(Launcher):
         self._wide = (torch.float64,) if self.gpu else (torch.float32, torch.float64)
 
     def wide(self, tensor: Tensor) -> Tensor:
-        """``tensor`` as the core takes it where kernels read fp64: the CPU core converts fp32 itself."""
+        """Convert to a dtype that the core accepts as fp64 (the CPU core converts fp32 itself)."""
         return tensor if tensor.dtype in self._wide else tensor.double()
 
 
 class BlendKernels(_Launcher):
-    """blend of both compiled cores, with the methods of Triton's launcher.
+    """blend of both compiled cores.
 
-    Tensors have been checked and lie on one device.  Kernels walk samples in the order of memory.  A core answers
-    False, and does nothing, where the samples of a call have gaps or do not lie alike.  To ask this in Python would
-    take longer than a small blend.
+    Tensors have been checked and lie on one device. A core returns False, and does nothing, if the samples have gaps or
+    differ in layout: asking in Python would take longer than a small blend.
     """
 
     def forward(self, foreground: Tensor, background: Tensor, call: BlendCall) -> Tensor:
@@ -137,8 +132,7 @@ class BlendKernels(_Launcher):
     ) -> Gradients:
         """Return the gradients of foreground, background and alpha where ``needs`` asks for them.
 
-        The maps are read for alpha's gradient alone. ``strides`` are the result's, which the maps' gradients get too;
-        None: those of ``grad`` without gaps.
+        Only alpha's gradient reads the maps. The maps' gradients get the result's ``strides``; None: those of ``grad``.
         """
         alpha, value, index, background_rows = call
         shape, count, sums = grad.shape, grad.numel(), 1
@@ -147,8 +141,8 @@ class BlendKernels(_Launcher):
             if needs[0]:
                 to_front = _empty_like(grad)
             if needs[1]:
-                same = background_rows == shape[0]
-                to_back = _empty_like(grad) if same else grad.new_empty((background_rows, *shape[1:]))
+                equal_rows = background_rows == shape[0]
+                to_back = _empty_like(grad) if equal_rows else grad.new_empty((background_rows, *shape[1:]))
         else:
             strides = output_strides(shape, grad.stride() if strides is None else strides)
             grad = in_layout(grad, strides)
@@ -169,14 +163,14 @@ class BlendKernels(_Launcher):
         weights = None if alpha is None else self.wide(alpha)
         if self.gpu and index is not None and to_back is not None:
             start, order = self._users(index, background_rows)  # the CPU core finds them itself
-        run, rest = self.core.blend_backward, (to_front, to_back, per_sample, start, order, self.at(grad))
-        if not run(grad, foreground, background, index, weights, value, background_rows, *rest):
+        run, trailing = self.core.blend_backward, (to_front, to_back, per_sample, start, order, self.at(grad))
+        if not run(grad, foreground, background, index, weights, value, background_rows, *trailing):
             # The batch stride of a result of one sample can be anything; rows of a background must follow each other.
             strides = output_strides(shape, grad.stride())
             if foreground is not None and background is not None:
                 foreground, background = in_layout(foreground, strides), in_layout(background, strides)
             index = None if index is None else index.contiguous()
-            served = run(grad, foreground, background, index, weights, value, background_rows, *rest)
+            served = run(grad, foreground, background, index, weights, value, background_rows, *trailing)
             assert served
         if per_sample is not None and alpha is not None:
             if sums != 1:
@@ -185,9 +179,9 @@ class BlendKernels(_Launcher):
         return to_front, to_back, per_sample
 
     def _users(self, index: Tensor, background_rows: int) -> tuple[Tensor, Tensor]:
-        """Return the result of :func:`users` in one launch, where torch takes several."""
+        """Compute :func:`group_users` in one launch, where torch takes several."""
         if max(index.shape[0], background_rows) > self.core.blend_few:
-            return users(index, background_rows)
+            return group_users(index, background_rows)
         index = index.contiguous()
         start, order = index.new_empty(background_rows + 1), _empty_like(index)
         self.core.blend_users(index, start, order, self.at(index))
@@ -195,13 +189,11 @@ class BlendKernels(_Launcher):
 
 
 class BoxesKernels(_Launcher):
-    """erase_boxes and keep_boxes of both compiled cores."""
-
     def fill(self, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool, out: Tensor) -> None:
         """Write ``images`` to ``out``, with ``fill`` for pixels inside any box or (``keep``) outside all boxes.
 
-        ``fill`` is ``[1 or B, C]`` of the images' dtype. ``out`` was just allocated; its samples are dense in some
-        order of axes. A box with a NaN is empty on a GPU, a ValueError on the CPU.
+        ``fill`` is ``[1 or B, C]`` of the images' dtype. ``out`` is new, its samples dense. A box with a NaN is empty
+        on a GPU, a ValueError on the CPU.
         """
         boxes, fill = self.wide(boxes).contiguous(), fill.contiguous()
         if self.core.fill_boxes(images, boxes, fill, keep, self.fresh(out), self.at(out)):

@@ -76,10 +76,7 @@ def _setup_second(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 
 def _fold_index(index: Tensor, axis: int | None, count: int, rows: int) -> Tensor:
-    """Return the indices into ``count`` backgrounds of ``rows`` rows in sequence.
-
-    An index out of range stays out of range.
-    """
+    """Return the indices into ``count`` concatenated backgrounds. An index out of range stays out of range."""
     mapped = library.mapped_first(index, axis, count)
     shifted = mapped + rows * torch.arange(count, device=index.device)[:, None]
     return torch.where((mapped < 0) | (mapped >= rows), count * rows, shifted).flatten()

@@ -1,4 +1,4 @@
-"""blend: reference of the operator, its gradients and its second derivatives, in plain PyTorch."""
+"""blend: plain PyTorch references of the operator, its gradients and its second derivatives."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from fedkern.ops._core.function import Context
 def blend_reference(
     foreground: Tensor, background: Tensor, alpha: float | Tensor = 0.5, index: Tensor | None = None
 ) -> Tensor:
-    """Return the specification of :func:`blend`."""
-    front, back = wide(foreground), wide(background)
+    """Specify :func:`blend`."""
+    front, back = widen(foreground), widen(background)
     back = back if index is None else back[index]
     if isinstance(alpha, Tensor):
         alpha = per_sample(alpha.to(front.dtype), front)
     return (alpha * front + (1 - alpha) * back).to(torch.promote_types(foreground.dtype, background.dtype))
 
 
-def wide(x: Tensor) -> Tensor:
-    """``x`` in its compute dtype: fp32 for 16-bit dtypes, otherwise its own."""
+def widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -49,7 +48,7 @@ def backward_reference(
     grad: Tensor, foreground: Tensor | None, background: Tensor | None, call: BlendCall, needs: Sequence[bool]
 ) -> Gradients:
     alpha, value, index, background_rows = call
-    dtype, grad = grad.dtype, wide(grad)
+    dtype, grad = grad.dtype, widen(grad)
     weight = value if alpha is None else per_sample(alpha.to(grad.dtype), grad)
     to_front = (weight * grad).to(dtype) if needs[0] else None
     to_back = None
@@ -63,18 +62,18 @@ def backward_reference(
         assert foreground is not None
         assert background is not None
         assert alpha is not None
-        difference = wide(foreground) - wide(background if index is None else background[index])
+        difference = widen(foreground) - widen(background if index is None else background[index])
         by_alpha = (grad * difference).flatten(1).sum(1) if grad.dim() > 1 else grad * difference
         by_alpha = by_alpha.to(alpha.dtype)
     return to_front, to_back, by_alpha
 
 
 def second_derivative(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """Backward pass of the backward pass, in plain PyTorch, so that autograd can take any higher derivative."""
+    """Differentiate the backward pass, so that autograd can take any higher derivative."""
     grad, foreground, background, alpha, index = ctx.saved_tensors
     value, needs = ctx.settings
-    dtype, grad = grad.dtype, wide(grad)
-    to_own, to_other, to_alpha = (wide(g) if need else None for g, need in zip(grads, needs, strict=True))
+    dtype, grad = grad.dtype, widen(grad)
+    to_own, to_other, to_alpha = (widen(g) if need else None for g, need in zip(grads, needs, strict=True))
     weight = value if alpha is None else per_sample(alpha.to(grad.dtype), grad)
     picked = None if to_other is None else to_other if index is None else to_other[index]
     total = torch.zeros_like(grad)
@@ -85,7 +84,7 @@ def second_derivative(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]
     by_alpha = by_foreground = by_background = None
     if to_alpha is not None:
         scale = per_sample(to_alpha.to(grad.dtype), grad)
-        total = total + scale * (wide(foreground) - wide(background if index is None else background[index]))
+        total = total + scale * (widen(foreground) - widen(background if index is None else background[index]))
         by_foreground = scale * grad
         by_background = -by_foreground
         if index is not None:

@@ -9,7 +9,6 @@ from fedkern.ops._core.checks import check_device, check_floating, check_number
 
 
 def check_pair(x: Tensor, y: Tensor) -> None:
-    """Raise TypeError or ValueError unless both are embeddings ``[B, D]`` of one shape on one device."""
     for name, tensor in (("x", x), ("y", y)):
         check_floating(tensor, name)
         if tensor.dim() != 2:
@@ -20,11 +19,7 @@ def check_pair(x: Tensor, y: Tensor) -> None:
 
 
 def check_temperature(temperature: float | Tensor, x: Tensor) -> float | Tensor:
-    """Return ``temperature`` as a float, or unchanged if it is a tensor.
-
-    Raises:
-        TypeError, ValueError: the temperature's type, dtype, shape, device or value is wrong.
-    """
+    """Return ``temperature`` as a float above 0, or unchanged if it is a tensor."""
     if isinstance(temperature, Tensor):
         check_floating(temperature, "temperature")
         if temperature.dim() != 0:

@@ -1,8 +1,4 @@
-"""contrastive: the symmetric in-batch contrastive loss of image-text training.
-
-The reference is in reference.py, the torch.library operator in library.py, the launchers in kernels.py, and the loop
-over tiles of similarities on a GPU in tiled.py.
-"""
+"""contrastive: the symmetric in-batch contrastive loss of image-text training."""
 
 from __future__ import annotations
 
@@ -15,13 +11,13 @@ from fedkern.ops._contrast.library import CONTRASTIVE, reference_at
 from fedkern.ops._contrast.reference import ContrastCall, contrastive_reference
 from fedkern.ops._contrast.tiled import TiledContrast
 from fedkern.ops._core import library
-from fedkern.ops._core.backend import eager, readable, ready, select, serve
+from fedkern.ops._core.backend import eager, is_readable, register_kernels, select, select_ordinary
 from fedkern.ops._core.checks import autocast
 from fedkern.ops._core.function import Context, EagerFunction, handed_out, saved_tensors
 
 
 def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Tensor:
-    """Symmetric in-batch contrastive loss of pairs (InfoNCE; CLIP, arXiv 2103.00020; FedDRA's L_NCE).
+    """Compute the symmetric in-batch contrastive loss of pairs (InfoNCE, CLIP, arXiv 2103.00020, FedDRA's L_NCE).
 
     ``CE(S, diagonal) + CE(Sᵀ, diagonal)`` with ``S = x yᵀ / temperature``: each row of x must find its partner among
     the rows of y, and each row of y its partner among the rows of x.  Each direction is averaged over the batch; CLIP's
@@ -52,7 +48,7 @@ def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Ten
     x, y = autocast(x, y)
     learnt = temperature if isinstance(temperature, Tensor) else None
     tensors = (x, y) if learnt is None else (x, y, learnt)
-    kernel = ready("contrastive", *tensors)
+    kernel = select_ordinary("contrastive", *tensors)
     if kernel is None or x.dim() != 2 or x.shape != y.shape:
         check_pair(x, y)
     if type(temperature) is not float or not 0 < temperature < 1e30:
@@ -70,7 +66,6 @@ def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Ten
 
 
 def _call_operator(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float | Tensor) -> Tensor:
-    """Call the torch.library operator."""
     if not isinstance(temperature, Tensor) and torch.compiler.is_compiling():
         learnt = library.number_tensor(temperature).to(x.device)
     recorded = torch.is_grad_enabled()
@@ -79,11 +74,9 @@ def _call_operator(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: flo
 
 
 class _Contrastive(EagerFunction):
-    """Autograd function of the eager path.
+    """Autograd function of eager calls.
 
-    Its tensors are (x, y, [temperature]).
-
-    The loss is a scalar, so the forward pass computes the gradients for a grad_output of 1 and the backward pass scales
+    The loss is a scalar, so the forward pass computes gradients for a grad_output of 1, and the backward pass scales
     them.
     """
 
@@ -100,11 +93,13 @@ class _Contrastive(EagerFunction):
         saved = saved_tensors(ctx)
         tensors, gradients = saved[:-3], saved[-3:]
         kernel, temperature = ctx.settings
-        if not readable(grad):
+        if not is_readable(grad):
             reference, needs = reference_at(temperature), ctx.needs_input_grad[2:]
             return (None, None, *library.differentiate_reference(reference, tensors, needs, grad))
-        scaled = kernel.scaled(gradients[: len(tensors)], grad, tensors)
+        scaled = kernel.scale_gradients(gradients[: len(tensors)], grad, tensors)
         return (None, None, *handed_out(scaled, gradients))
 
 
-serve("contrastive", cpu=CpuContrast, cuda=CudaContrast, triton="_contrast.triton:TritonContrast", fits="tensors_fit")
+register_kernels(
+    "contrastive", cpu=CpuContrast, cuda=CudaContrast, triton="_contrast.triton:TritonContrast", fits="tensors_fit"
+)

@@ -1,7 +1,6 @@
 """contrastive: the launchers of the compiled cores.
 
-On the CPU torch multiplies, and csrc/cpu/contrast.cpp computes loss and gradient from the products.  On a GPU the loop
-over tiles of similarities is in tiled.py, which Triton shares.
+On the CPU torch multiplies, and csrc/cpu/contrast.cpp computes loss and gradient from the products.
 """
 
 from __future__ import annotations
@@ -31,8 +30,6 @@ _SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in DTYPE
 
 
 class _Batch(NamedTuple):
-    """Contiguous embeddings in the computing dtype, 1 / temperature, and the loss's dtype."""
-
     x: Tensor
     y: Tensor
     scale: float
@@ -42,12 +39,10 @@ class _Batch(NamedTuple):
 # A launcher for each core: the CPU core returns the loss as a number and takes tiles of any height. On a GPU the loss
 # stays in a tensor, and tiles are looked at in blocks.
 class CpuContrast(Launcher):
-    """contrastive of ``fedkern._cpu``.
+    """contrastive of ``fedkern._cpu``, with the methods of :class:`TiledContrast`.
 
-    :class:`TiledContrast` has the same methods for GPUs.
-
-    Sums are taken in float32 (float64 where an input is float64) and rounded once.  On CUDA no method reads a tensor's
-    value, because that would synchronise.
+    Sums are taken in float32 (float64 for a float64 input) and rounded once. On CUDA no method reads a tensor's value,
+    which would synchronise.
     """
 
     def __init__(self, core: ModuleType) -> None:
@@ -55,7 +50,6 @@ class CpuContrast(Launcher):
         self._contrast = core.contrast_whole
 
     def loss(self, call: ContrastCall) -> Tensor:
-        """Return the loss, in the promoted dtype of x and y."""
         return self._loss(_batch(call), None)
 
     def loss_and_gradients(self, call: ContrastCall, needs: Sequence[bool]) -> tuple[Tensor, Gradients]:
@@ -70,13 +64,10 @@ class CpuContrast(Launcher):
         to_y = transposed_times(matrix, batch.x).contiguous() if needs[1] else None
         return loss, self._with_temperature(batch, to_x, to_y, needs)
 
-    def scaled(
+    def scale_gradients(
         self, gradients: Sequence[Tensor | None], grad: Tensor, inputs: Sequence[Tensor | None]
     ) -> tuple[Tensor | None, ...]:
-        """``gradients`` times ``grad``, one for each of ``inputs`` and in its dtype.
-
-        ``gradients`` stay unchanged.
-        """
+        """Return ``gradients`` times ``grad`` in new tensors of the ``inputs``' dtypes."""
         factor = grad.item()
         if factor != 1.0:
             gradients = [None if g is None else g * factor for g in gradients]
@@ -93,37 +84,34 @@ class CpuContrast(Launcher):
         return _scalar(self._contrast(x, y, matrix, scale, factor, None, self.at(x)), dtype)
 
     def _loss(self, batch: _Batch, sums: Tensor | None) -> Tensor:
-        """Return the loss.
+        """Return the loss, and store the maxima and sums of rows, then of columns, in ``sums [4, B]``.
 
-        ``sums`` receives softmax statistics ``[4, B]``: maxima and sums of the rows, then of the columns.
-
-        A softmax is ``exp((x yᵀ - maximum) / temperature) / sum``.  The statistics have the computing dtype.
+        A softmax is ``exp((x yᵀ - maximum) / temperature) / sum``.
         """
         x, y, scale, dtype = batch
         if _fits(batch):
             return self._whole(batch, similarities(x, y), 0.0)
         bounded = self.core.contrast_bounded(x, y, scale)
         statistics = x.new_empty(5, x.shape[0], dtype=torch.float64)
-        for first, rows in _tiles(x):
-            tile = similarities(x[first : first + rows], y)
-            self.core.contrast_sums(tile, first, scale, bounded, statistics, self.at(x))
+        for begin, rows in _tiles(x):
+            tile = similarities(x[begin : begin + rows], y)
+            self.core.contrast_sums(tile, begin, scale, bounded, statistics, self.at(x))
         return _scalar(self.core.contrast_finish(scale, bounded, statistics, sums), dtype)
 
     def _gradients(self, batch: _Batch, sums: Tensor, needs: Sequence[bool]) -> Gradients:
-        """Return the gradients, from similarities that are multiplied again, tile by tile."""
         x, y, scale, _ = batch
         factor, bounded = scale / max(x.shape[0], 1), self.core.contrast_bounded(x, y, scale)
         to_x = torch.empty_like(x) if needs[0] or needs[2] else None
         to_y = None
-        for first, rows in _tiles(x):
-            block = x[first : first + rows]
+        for begin, rows in _tiles(x):
+            block = x[begin : begin + rows]
             tile = similarities(block, y)
-            self.core.contrast_gradient(tile, first, scale, bounded, factor, sums, self.at(x))
+            self.core.contrast_gradient(tile, begin, scale, bounded, factor, sums, self.at(x))
             if to_x is not None:
-                to_x[first : first + rows] = times(tile, y)
+                to_x[begin : begin + rows] = times(tile, y)
             if needs[1]:
-                more = transposed_times(tile, block)
-                to_y = more if to_y is None else to_y.add_(more)
+                part = transposed_times(tile, block)
+                to_y = part if to_y is None else to_y.add_(part)
         if needs[1]:
             to_y = torch.empty_like(y) if to_y is None else to_y.contiguous()
         return self._with_temperature(batch, to_x, to_y, needs)
@@ -131,7 +119,7 @@ class CpuContrast(Launcher):
     def _with_temperature(
         self, batch: _Batch, to_x: Tensor | None, to_y: Tensor | None, needs: Sequence[bool]
     ) -> Gradients:
-        """Add the temperature's gradient, whose Σ G S is the sum of the products of x and the gradient of x."""
+        """Add the temperature's gradient: Σ G S is the sum of the products of x and the gradient of x."""
         to_temperature = None
         if needs[2] and to_x is not None:
             product = self.core.contrast_dot(batch.x, to_x)
@@ -145,15 +133,15 @@ class CudaContrast(TiledContrast, Launcher):
     def block(self, dtype: torch.dtype) -> int:
         return int(self.core.contrast_block)
 
-    def look(self, pairs: Pairs, tile: Tensor, first: int, pieces: Tensor, partners: Tensor) -> None:
-        self.core.contrast_look(tile, first, pairs.temperature, pieces, partners, self.at(tile))
+    def look(self, pairs: Pairs, tile: Tensor, begin: int, pieces: Tensor, partners: Tensor) -> None:
+        self.core.contrast_look(tile, begin, pairs.temperature, pieces, partners, self.at(tile))
 
     def join(self, pairs: Pairs, pieces: Tensor, partners: Tensor, sums: Tensor, loss: Tensor) -> None:
         losses = partners.new_empty(2 * pairs.size, dtype=torch.float64)
         self.core.contrast_join(pairs.temperature, pieces, partners, sums, losses, loss, self.at(loss))
 
-    def gradient(self, pairs: Pairs, tile: Tensor, first: int, sums: Tensor) -> None:
-        self.core.contrast_gradient(tile, first, pairs.temperature, sums, self.at(tile))
+    def gradient(self, pairs: Pairs, tile: Tensor, begin: int, sums: Tensor) -> None:
+        self.core.contrast_gradient(tile, begin, pairs.temperature, sums, self.at(tile))
 
 
 def _batch(call: ContrastCall) -> _Batch:
@@ -176,8 +164,8 @@ def _fits(batch: _Batch) -> bool:
 
 
 def _tiles(x: Tensor) -> Iterator[tuple[int, int]]:
-    """First row and row count of each tile of similarities."""
+    """Yield the first row and the row count of each tile of similarities."""
     count = x.shape[0]
     rows = max(LEAST_ROWS, TILE // max(count * x.element_size(), 1))
-    for first in range(0, count, rows):
-        yield first, min(rows, count - first)
+    for begin in range(0, count, rows):
+        yield begin, min(rows, count - begin)

@@ -17,8 +17,6 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def reference_at(temperature: Any) -> Any:
-    """Return the reference at ``temperature``, or at a learnt one."""
-
     def loss(x: Tensor, y: Tensor, learnt: Tensor | None = None) -> Tensor:
         return contrastive_reference(x, y, temperature if learnt is None else learnt)
 
@@ -26,12 +24,11 @@ def reference_at(temperature: Any) -> Any:
 
 
 def _loss_alone(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float, *needs: bool) -> tuple[Tensor]:
-    """Return the operator's reference: only the loss, of all that :func:`_run` returns."""
     return (reference_at(temperature)(x, y, learnt),)
 
 
 def _run(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float, *needs: bool) -> Results:
-    """Return the loss, and the gradients that ``needs`` asks for, in the forward pass as in eager calls."""
+    """Return the loss and, already in the forward pass, the gradients that ``needs`` asks for."""
     if x.dim() != 2 or x.shape != y.shape:
         raise ValueError(f"x and y must have one shape [B, D], but have {list(x.shape)} and {list(y.shape)}")
     if learnt is not None and learnt.dim():
@@ -42,8 +39,8 @@ def _run(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float, *needs
     if kernel is None:
         loss = contrastive_reference(*call)
         wide = [t if t is None else t.to(compute) for t in (x, y, learnt)]
-        one = loss.new_ones((), dtype=compute)
-        gradients = library.differentiate_reference(reference_at(temperature), wide, needs, one, twice=False)
+        unit = loss.new_ones((), dtype=compute)
+        gradients = library.differentiate_reference(reference_at(temperature), wide, needs, unit, twice=False)
     elif any(needs):
         loss, gradients = kernel.loss_and_gradients(call, needs)
     else:

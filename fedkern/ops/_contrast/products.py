@@ -1,6 +1,6 @@
-"""The matrix products of contrastive on the CPU, by the faster of torch's two libraries (oneDNN and MKL).
+"""Matrix products of contrastive on the CPU, by the faster of oneDNN and MKL.
 
-Products use ``mm(out=...)`` or an operator of oneDNN's own: autocast would round the result of a plain ``mm``.
+They use ``mm(out=...)`` or oneDNN's operator: autocast would round the result of a plain ``mm``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _by_onednn(a: Tensor, size: int) -> bool:
 
 
 def similarities(x: Tensor, y: Tensor) -> Tensor:
-    """``x yᵀ``."""
+    """Compute ``x yᵀ``."""
     if _by_onednn(x, y.shape[0]):
         assert _linear is not None
         return _linear(x, y, None, "none", [], "")
@@ -29,7 +29,7 @@ def similarities(x: Tensor, y: Tensor) -> Tensor:
 
 
 def times(tile: Tensor, y: Tensor) -> Tensor:
-    """``tile y``."""
+    """Compute ``tile y``."""
     if _by_onednn(tile, y.shape[1]):
         assert _linear is not None
         return _linear(tile, y.t(), None, "none", [], "")
@@ -37,10 +37,7 @@ def times(tile: Tensor, y: Tensor) -> Tensor:
 
 
 def transposed_times(tile: Tensor, x: Tensor) -> Tensor:
-    """``tileᵀ x``.
-
-    From oneDNN a transposed view, since ``(xᵀ tile)ᵀ`` spares oneDNN a copy of the tile.
-    """
+    """Compute ``tileᵀ x``, with oneDNN as the transposed view ``(xᵀ tile)ᵀ``, which saves a copy of the tile."""
     if _by_onednn(tile, x.shape[1]):
         assert _linear is not None
         return _linear(x.t().contiguous(), tile.t(), None, "none", [], "").t()

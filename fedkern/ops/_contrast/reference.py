@@ -1,4 +1,4 @@
-"""Reference of contrastive in plain PyTorch: the specification, the tests' oracle and the fallback."""
+"""Reference of contrastive in plain PyTorch: specification, test oracle and fallback."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedkern.ops._core.backend import compute_dtype
 
 
 class ContrastCall(NamedTuple):
-    """A call of contrastive, checked: embeddings ``[B, D]`` with any strides, and a number or a 0-d tensor."""
+    """Checked arguments of contrastive: embeddings ``[B, D]`` with any strides, and a number or a 0-d tensor."""
 
     x: Tensor
     y: Tensor
@@ -20,10 +20,7 @@ class ContrastCall(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients with respect to x, y and the temperature, for a grad_output of 1, in the computing dtype.
-
-    None where a gradient is not needed.
-    """
+    """Gradients for a grad_output of 1, in the computing dtype; None if not needed."""
 
     x: Tensor | None
     y: Tensor | None
@@ -31,7 +28,7 @@ class Gradients(NamedTuple):
 
 
 def contrastive_reference(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Tensor:
-    """Return the specification of :func:`fedkern.ops.contrastive`."""
+    """Specify :func:`fedkern.ops.contrastive`."""
     dtype = torch.promote_types(x.dtype, y.dtype)
     compute = compute_dtype(dtype)
     if isinstance(temperature, Tensor):

@@ -1,8 +1,6 @@
 """contrastive on a GPU, for CUDA and Triton: torch multiplies tiles of similarities, three kernels process them.
 
-``look`` reads a tile in square blocks and writes the maxima and sums of exponentials of each block's rows and columns.
-``join`` combines these pieces into the loss, ``gradient`` overwrites a tile with its gradient.  Nothing here reads a
-tensor's value, because that would synchronise.
+Nothing here reads a tensor's value, because that would synchronise.
 """
 
 from __future__ import annotations
@@ -22,8 +20,6 @@ TILE = 64 << 20
 
 
 class Pairs(NamedTuple):
-    """Contiguous embeddings in the computing dtype, the temperature, and the loss's dtype."""
-
     x: Tensor
     y: Tensor
     temperature: float | Tensor
@@ -35,25 +31,25 @@ class Pairs(NamedTuple):
 
 
 class TiledContrast:
-    """The methods of :class:`fedkern.ops._contrast.kernels.CpuContrast` on three kernels that a subclass launches."""
+    """:class:`fedkern.ops._contrast.kernels.CpuContrast` on three kernels of a subclass."""
 
     def block(self, dtype: torch.dtype) -> int:
-        """Rows and columns of a block of similarities of the computing ``dtype``."""
+        """Return the rows (and columns) of a block of similarities of the computing ``dtype``."""
         raise NotImplementedError
 
-    def look(self, pairs: Pairs, tile: Tensor, first: int, pieces: Tensor, partners: Tensor) -> None:
-        """Read a tile that begins with row ``first``, a multiple of the block size.
+    def look(self, pairs: Pairs, tile: Tensor, begin: int, pieces: Tensor, partners: Tensor) -> None:
+        """Read the square blocks of a tile from row ``begin``, a multiple of the block size.
 
-        Writes the tile's part of ``partners`` ``[B]``, pairs' similarities, and of ``pieces`` ``[2, blocks, 2 B]``, the
+        Writes the tile's part of ``partners [B]``, the pairs' similarities, and of ``pieces [2, blocks, 2 B]``, the
         maxima and sums of blocks: for the B rows by blocks of columns, then for the B columns by blocks of rows.
         """
         raise NotImplementedError
 
     def join(self, pairs: Pairs, pieces: Tensor, partners: Tensor, sums: Tensor, loss: Tensor) -> None:
-        """Join the pieces into ``sums`` ``[4, B]`` and write the loss."""
+        """Join the pieces into ``sums [4, B]`` and write the loss."""
         raise NotImplementedError
 
-    def gradient(self, pairs: Pairs, tile: Tensor, first: int, sums: Tensor) -> None:
+    def gradient(self, pairs: Pairs, tile: Tensor, begin: int, sums: Tensor) -> None:
         """Overwrite a tile with the loss's gradient with respect to ``x yᵀ``."""
         raise NotImplementedError
 
@@ -67,14 +63,13 @@ class TiledContrast:
         loss, sums = self._sums(pairs, memory)
         return loss, self._gradients(pairs, sums, needs, memory, ready=memory.shape[0] == pairs.size)
 
-    def scaled(
+    def scale_gradients(
         self, gradients: Sequence[Tensor | None], grad: Tensor, inputs: Sequence[Tensor | None]
     ) -> tuple[Tensor | None, ...]:
         pairs = zip(gradients, inputs, strict=False)
         return tuple([None if g is None or t is None else (g * grad).to(t.dtype) for g, t in pairs])
 
     def _memory(self, pairs: Pairs) -> Tensor:
-        """Memory for all similarities, or for a tile whose rows are whole blocks."""
         count, dtype = pairs.size, pairs.x.dtype
         rows = count
         if count * count * dtype.itemsize > HELD:
@@ -84,8 +79,8 @@ class TiledContrast:
 
     def _tiles(self, pairs: Pairs, memory: Tensor) -> Iterator[tuple[int, Tensor]]:
         rows = memory.shape[0]
-        for first in range(0, pairs.size, max(rows, 1)):
-            yield first, memory[: pairs.size - first]
+        for begin in range(0, pairs.size, max(rows, 1)):
+            yield begin, memory[: pairs.size - begin]
 
     def _sums(self, pairs: Pairs, memory: Tensor) -> tuple[Tensor, Tensor]:
         count, dtype = pairs.size, pairs.x.dtype
@@ -95,28 +90,24 @@ class TiledContrast:
             return loss, sums
         blocks = -(-count // self.block(dtype))
         pieces, partners = pairs.x.new_empty(2, blocks, 2 * count), pairs.x.new_empty(count)
-        for first, tile in self._tiles(pairs, memory):
+        for begin, tile in self._tiles(pairs, memory):
             # With out=, which autocast leaves alone.
-            torch.mm(pairs.x[first : first + tile.shape[0]], pairs.y.t(), out=tile)
-            self.look(pairs, tile, first, pieces, partners)
+            torch.mm(pairs.x[begin : begin + tile.shape[0]], pairs.y.t(), out=tile)
+            self.look(pairs, tile, begin, pieces, partners)
         self.join(pairs, pieces, partners, sums, loss)
         return loss, sums
 
     def _gradients(self, pairs: Pairs, sums: Tensor, needs: Sequence[bool], memory: Tensor, ready: bool) -> Gradients:
-        """Return the gradients.
-
-        ``ready``: ``memory`` already holds all similarities.
-        """
         x, y, temperature, _ = pairs
         to_x = torch.empty_like(x) if needs[0] or needs[2] else None
         to_y = torch.zeros_like(y) if needs[1] else None
-        for first, tile in self._tiles(pairs, memory):
-            block = x[first : first + tile.shape[0]]
+        for begin, tile in self._tiles(pairs, memory):
+            block = x[begin : begin + tile.shape[0]]
             if not ready:
                 torch.mm(block, y.t(), out=tile)
-            self.gradient(pairs, tile, first, sums)
+            self.gradient(pairs, tile, begin, sums)
             if to_x is not None:
-                torch.mm(tile, y, out=to_x[first : first + tile.shape[0]])
+                torch.mm(tile, y, out=to_x[begin : begin + tile.shape[0]])
             if to_y is not None:
                 if tile.shape[0] == pairs.size:
                     torch.mm(tile.t(), block, out=to_y)

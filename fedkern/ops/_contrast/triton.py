@@ -1,7 +1,4 @@
-"""contrastive in Triton: the kernels on tiles of similarities.
-
-The loop over the tiles is in tiled.py.
-"""
+"""contrastive in Triton: the kernels on tiles of similarities, over which tiled.py loops."""
 
 from __future__ import annotations
 
@@ -23,7 +20,6 @@ LINES = 128
 
 @triton.jit
 def scale_of(learnt, temperature, COMPUTE: tl.constexpr):
-    """One over the temperature, which is a tensor or the bits of a double."""
     if learnt is not None:
         return 1.0 / tl.load(learnt).to(COMPUTE)
     return 1.0 / double_of(temperature, COMPUTE)
@@ -31,10 +27,7 @@ def scale_of(learnt, temperature, COMPUTE: tl.constexpr):
 
 @triton.jit
 def place_of(across, rows, count, stride, BLOCK: tl.constexpr):
-    """Return this program's block.
-
-    It has its place down and along, its rows, columns and offsets, and the mask of real elements.
-    """
+    """Return this program's block: place down and along, rows, columns, offsets, and mask of existing elements."""
     program = tl.program_id(0)
     row = program // across * BLOCK + tl.arange(0, BLOCK)
     column = program % across * BLOCK + tl.arange(0, BLOCK)
@@ -44,32 +37,32 @@ def place_of(across, rows, count, stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def base_of(top):
-    """Return the number to subtract before exp: 0 for a row or column that is all -inf, which then adds nothing."""
+    """Return the number to subtract before exp: 0 for a row or column of only -inf, which then adds nothing."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
-@triton.jit(do_not_specialize=["temperature", "first"])
+@triton.jit(do_not_specialize=["temperature", "begin"])
 def look_kernel(
-    tile, tops, totals, partners, learnt, temperature, rows, count, first, stride, across,
+    tile, tops, totals, partners, learnt, temperature, rows, count, begin, stride, across,
     COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Maxima and sums of exponentials of one block's rows and columns, and partners' similarities."""
+    """Write maxima and sums of exponentials of one block's rows and columns, and the partners' similarities."""
     scale = scale_of(learnt, temperature, COMPUTE)
     down, along, row, column, offset, mask = place_of(across, rows, count, stride, BLOCK)
     s = tl.where(mask, tl.load(tile + offset, mask=mask, other=0), float("-inf"))
     top = tl.max(s, axis=1)
     total = tl.sum(tl.exp((s - base_of(top)[:, None]) * scale), axis=1)
-    place = along.to(tl.int64) * 2 * count + first + row
+    place = along.to(tl.int64) * 2 * count + begin + row
     tl.store(tops + place, top, mask=row < rows)
     tl.store(totals + place, total, mask=row < rows)
     top = tl.max(s, axis=0)
     total = tl.sum(tl.exp((s - base_of(top)[None, :]) * scale), axis=0)
-    place = (first // BLOCK + down).to(tl.int64) * 2 * count + count + column
+    place = (begin // BLOCK + down).to(tl.int64) * 2 * count + count + column
     tl.store(tops + place, top, mask=column < count)
     tl.store(totals + place, total, mask=column < count)
-    partner = (first + row)[:, None] == column[None, :]
+    partner = (begin + row)[:, None] == column[None, :]
     mine = tl.sum(tl.where(partner & mask, s, 0.0), axis=1)
-    tl.store(partners + first + row, mine, mask=(row < rows) & ((first + row) // BLOCK == along))
+    tl.store(partners + begin + row, mine, mask=(row < rows) & ((begin + row) // BLOCK == along))
 
 
 @triton.jit(do_not_specialize=["temperature"])
@@ -77,10 +70,7 @@ def join_kernel(
     tops, totals, partners, sums, losses, learnt, temperature, count, blocks,
     COMPUTE: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
-    """Join the pieces of each line (row or column).
-
-    Writes its loss: log-sum-exp minus the partner's similarity.
-    """
+    """Join the pieces of each line (row or column), and write its loss: log-sum-exp minus the partner's similarity."""
     scale = scale_of(learnt, temperature, COMPUTE)
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     mask = line < 2 * count
@@ -88,8 +78,8 @@ def join_kernel(
     total = tl.zeros([LINES], COMPUTE)
     place = line.to(tl.int64)
     for _ in range(0, blocks):
-        more = tl.load(tops + place, mask=mask, other=0)
-        top, total = join(top, total, more, tl.load(totals + place, mask=mask, other=1), scale)
+        piece_top = tl.load(tops + place, mask=mask, other=0)
+        top, total = join(top, total, piece_top, tl.load(totals + place, mask=mask, other=1), scale)
         place += 2 * count
     place = line + tl.where(line < count, 0, count)
     tl.store(sums + place, top, mask=mask)
@@ -99,24 +89,24 @@ def join_kernel(
     tl.store(losses + line, tl.where(loss < 0, 0.0, loss), mask=mask)
 
 
-@triton.jit(do_not_specialize=["temperature", "first"])
+@triton.jit(do_not_specialize=["temperature", "begin"])
 def gradient_kernel(
-    tile, sums, learnt, temperature, rows, count, first, stride, across,
+    tile, sums, learnt, temperature, rows, count, begin, stride, across,
     COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(softmax of rows + softmax of columns - 2 I) / (temperature count), in place."""
+    """Compute (softmax of rows + softmax of columns - 2 I) / (temperature count), in place."""
     scale = scale_of(learnt, temperature, COMPUTE)
     _, _, row, column, offset, mask = place_of(across, rows, count, stride, BLOCK)
     s = tl.load(tile + offset, mask=mask, other=0)
-    line = first + row
+    line = begin + row
     base = base_of(tl.load(sums + line, mask=row < rows, other=0))[:, None]
     share = 1.0 / tl.load(sums + count + line, mask=row < rows, other=1)
-    both = tl.exp((s - base) * scale) * share[:, None]
+    softmaxes = tl.exp((s - base) * scale) * share[:, None]
     base = base_of(tl.load(sums + 2 * count + column, mask=column < count, other=0))[None, :]
     share = 1.0 / tl.load(sums + 3 * count + column, mask=column < count, other=1)
-    both += tl.exp((s - base) * scale) * share[None, :]
-    both -= tl.where(line[:, None] == column[None, :], 2.0, 0.0)
-    tl.store(tile + offset, both * (scale / count), mask=mask)
+    softmaxes += tl.exp((s - base) * scale) * share[None, :]
+    softmaxes -= tl.where(line[:, None] == column[None, :], 2.0, 0.0)
+    tl.store(tile + offset, softmaxes * (scale / count), mask=mask)
 
 
 class TritonContrast(TiledContrast):
@@ -125,11 +115,11 @@ class TritonContrast(TiledContrast):
     def block(self, dtype: torch.dtype) -> int:
         return BLOCK[dtype]
 
-    def look(self, pairs: Pairs, tile: Tensor, first: int, pieces: Tensor, partners: Tensor) -> None:
+    def look(self, pairs: Pairs, tile: Tensor, begin: int, pieces: Tensor, partners: Tensor) -> None:
         rows, across = tile.shape[0], pieces.shape[1]
         launch(
             look_kernel, cdiv(rows, self.block(tile.dtype)) * across, tile.device,
-            tile, pieces[0], pieces[1], partners, *_temperature(pairs), rows, pairs.size, first, tile.stride(0), across,
+            tile, pieces[0], pieces[1], partners, *_temperature(pairs), rows, pairs.size, begin, tile.stride(0), across,
             **_meta(tile, self.block(tile.dtype)),
         )  # fmt: skip
 
@@ -143,12 +133,12 @@ class TritonContrast(TiledContrast):
         )  # fmt: skip
         finish(losses, loss, count)
 
-    def gradient(self, pairs: Pairs, tile: Tensor, first: int, sums: Tensor) -> None:
+    def gradient(self, pairs: Pairs, tile: Tensor, begin: int, sums: Tensor) -> None:
         rows, block = tile.shape[0], self.block(tile.dtype)
         across = cdiv(pairs.size, block)
         launch(
             gradient_kernel, cdiv(rows, block) * across, tile.device,
-            tile, sums, *_temperature(pairs), rows, pairs.size, first, tile.stride(0), across,
+            tile, sums, *_temperature(pairs), rows, pairs.size, begin, tile.stride(0), across,
             **_meta(tile, block),
         )  # fmt: skip
 

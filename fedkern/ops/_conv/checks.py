@@ -14,11 +14,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def check_settings(settings: Settings) -> Settings:
-    """Return the settings, as plain numbers.
-
-    Raises:
-        TypeError, ValueError: a setting has the wrong type or value.
-    """
+    """Return the settings as plain numbers, or raise TypeError or ValueError."""
     mean, variance, momentum, eps, stride, relu, pool, update, training, groups = settings
     for name, flag in (("relu", relu), ("update", update), ("training", training)):
         check_flag(flag, name)
@@ -29,7 +25,6 @@ def check_settings(settings: Settings) -> Settings:
 
 
 def check_tensors(inputs: Inputs, settings: Settings) -> None:
-    """Raise TypeError or ValueError unless all tensors fit together."""
     x, weight, scale, shift, bias, residual = inputs
     mean, variance, _, _, stride, _, pool, _, training, groups = settings
     _check_maps(x, weight)
@@ -87,7 +82,6 @@ def check_tensors(inputs: Inputs, settings: Settings) -> None:
 
 
 def check_pooled(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, relu: bool) -> None:
-    """Raise TypeError or ValueError unless all arguments of conv_pool fit together."""
     check_flag(relu, "relu")
     _check_maps(x, weight)
     taps = tuple(weight.shape[2:])
@@ -99,8 +93,8 @@ def check_pooled(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, r
     padding = check_count(padding, "padding", 0, taps[0] // 2)
     if 0 < padding < taps[0] // 2:
         raise ValueError(f"padding must be 0 or {taps[0] // 2}, half of the kernel's side, but is {padding}")
-    if min(x.shape[2:]) < (least := taps[0] + 1 - 2 * padding):
-        raise ValueError(f"x must have at least {least} rows and columns to be pooled, but has {list(x.shape)}")
+    if min(x.shape[2:]) < (smallest := taps[0] + 1 - 2 * padding):
+        raise ValueError(f"x must have at least {smallest} rows and columns to be pooled, but has {list(x.shape)}")
     free = _converts(x)
     _check_like(weight, "weight", x, free)
     if bias is not None:
@@ -118,12 +112,11 @@ def _check_maps(x: Tensor, weight: Tensor) -> None:
 
 
 def _converts(x: Tensor) -> bool:
-    """Return whether torch converts dtypes: under autocast."""
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _check_like(tensor: Tensor, name: str, like: Tensor, any_dtype: bool, other: str = "x") -> None:
-    check_device(tensor, name, like, other)
+def _check_like(tensor: Tensor, name: str, like: Tensor, any_dtype: bool, like_name: str = "x") -> None:
+    check_device(tensor, name, like, like_name)
     if tensor.dtype != like.dtype and not any_dtype:
-        raise TypeError(f"{name} must have dtype {like.dtype} like {other}, but has {tensor.dtype}")
+        raise TypeError(f"{name} must have dtype {like.dtype} like {like_name}, but has {tensor.dtype}")

@@ -1,7 +1,4 @@
-"""conv_norm: a 3x3 or 1x1 convolution, batch or group norm, residual, ReLU and max pooling in one call.
-
-The reference is in reference.py, the launcher in kernels.py.
-"""
+"""conv_norm: a 3x3 or 1x1 convolution, batch or group norm, residual, ReLU and max pooling in one call."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from fedkern.ops._conv.dispatch import check_forced, choose_kernels
 from fedkern.ops._conv.kernels import ConvKernels, Inputs, NotFinite, Settings
 from fedkern.ops._conv.reference import conv_norm_reference, norm_reference
 from fedkern.ops._core import backend, library
-from fedkern.ops._core.backend import readable
+from fedkern.ops._core.backend import is_readable
 from fedkern.ops._core.function import Context, EagerFunction, saved_tensors
 
 _grad_enabled = torch.is_grad_enabled
@@ -39,7 +36,7 @@ def conv_norm(
     groups: int = 0,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Convolution, batch or group norm, residual, ReLU and max pooling: a stage of a network in one call.
+    """Compute convolution, batch or group norm, residual, ReLU and max pooling: a stage of a network in one call.
 
     The same in PyTorch::
 
@@ -104,19 +101,16 @@ def conv_norm(
     """
     settings = check_settings(Settings(mean, variance, momentum, eps, stride, relu, pool, update, training, groups))
     inputs = Inputs(x, weight, scale, shift, bias, residual)
-    kernel = serving(inputs, settings)
+    kernel = choose_norm_kernel(inputs, settings)
     if kernel is None or (mean is None and not training and not groups):
         check_tensors(inputs, settings)
         check_forced("conv_norm", *inputs, mean, variance)
         return conv_norm_reference(inputs, settings)
-    return run(kernel, inputs, settings)
+    return compute_conv_norm(kernel, inputs, settings)
 
 
-def serving(inputs: Inputs, settings: Settings) -> ConvKernels | None:
-    """Return the kernel that serves this call, for :func:`run`.
-
-    None where there is none. Never raises.
-    """
+def choose_norm_kernel(inputs: Inputs, settings: Settings) -> ConvKernels | None:
+    """Return the kernel of a call for :func:`compute_conv_norm`, or None, and never raise."""
     x, weight, scale, shift, bias, residual = inputs
     mean, variance, _, _, stride, _, pool, _, _, groups = settings
     arguments = x, weight, scale, shift, mean, variance, residual, pool, stride, groups, bias
@@ -128,11 +122,11 @@ def serving(inputs: Inputs, settings: Settings) -> ConvKernels | None:
     return kernel
 
 
-def run(kernel: ConvKernels, inputs: Inputs, settings: Settings) -> Tensor:
-    """Return :func:`conv_norm` by the kernel that :func:`serving` gave, without checks of the settings.
+def compute_conv_norm(kernel: ConvKernels, inputs: Inputs, settings: Settings) -> Tensor:
+    """Compute :func:`conv_norm` with the kernel of :func:`choose_norm_kernel`, without checks of the settings.
 
-    A bias may come with batch statistics too.  They take it out again, so that it moves the running mean alone and has
-    zeros for a gradient.  As in torch's batch norm, autograd does not count changes of the running statistics.
+    Batch statistics subtract a bias again, so that it changes only the running mean and has a gradient of zeros. As in
+    torch's batch norm, autograd does not count changes of the running statistics.
     """
     x, weight, scale, shift, bias, residual = inputs
     if not x.is_contiguous(memory_format=_CHANNELS_LAST):  # the weight is channels-last
@@ -159,11 +153,6 @@ def run(kernel: ConvKernels, inputs: Inputs, settings: Settings) -> Tensor:
 
 
 class _ConvNorm(EagerFunction):
-    """Autograd function of the kernel.
-
-    Its tensors are those of :class:`Inputs`.
-    """
-
     @staticmethod
     def forward(ctx: Context, kernel: ConvKernels, settings: Settings, *tensors: Tensor) -> Tensor:
         inputs = Inputs(*tensors)
@@ -184,7 +173,7 @@ class _ConvNorm(EagerFunction):
         frozen = x is None
         if frozen:  # the kernel takes nothing but their shapes from them
             x, weight = (torch.empty(n, dtype=y.dtype, device="cpu", memory_format=_CHANNELS_LAST) for n in shapes)
-        if readable(grad):
+        if is_readable(grad):
             # Hooks on saved tensors may have changed strides.
             last = x.contiguous(memory_format=_CHANNELS_LAST)
             after = None if out is None else out.contiguous(memory_format=_CHANNELS_LAST)
@@ -223,4 +212,4 @@ class _ConvNorm(EagerFunction):
         return (None, None, *gradients, grad if needs[5] else None)
 
 
-backend.serve("conv_norm", cpu=ConvKernels, dtypes=frozenset({torch.float32}), fits="conv_fits")
+backend.register_kernels("conv_norm", cpu=ConvKernels, dtypes=frozenset({torch.float32}), fits="conv_fits")

@@ -1,7 +1,4 @@
-"""conv_pool: a 3x3 or 5x5 convolution, bias, ReLU and max pooling in one call.
-
-The reference is in reference.py, the launcher in kernels.py.
-"""
+"""conv_pool: a 3x3 or 5x5 convolution, bias, ReLU and max pooling in one call."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from fedkern.ops._conv.dispatch import check_forced, choose_kernels
 from fedkern.ops._conv.kernels import NotFinite, Pooling, PoolKernels
 from fedkern.ops._conv.reference import conv_pool_reference
 from fedkern.ops._core import backend, library
-from fedkern.ops._core.backend import readable
+from fedkern.ops._core.backend import is_readable
 from fedkern.ops._core.checks import python_number
 from fedkern.ops._core.function import Context, EagerFunction, saved_tensors
 
@@ -22,7 +19,7 @@ _CHANNELS_LAST = torch.channels_last
 
 
 def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding: int = 0, relu: bool = True) -> Tensor:
-    """Convolution, bias, ReLU and max pooling: a stage of a convolutional network without norm in one call.
+    """Compute convolution, bias, ReLU and max pooling: a stage of a convolutional network without norm in one call.
 
     The same in PyTorch::
 
@@ -58,7 +55,7 @@ def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding:
         RuntimeError: a forced backend cannot serve the call.
     """
     padding = python_number(padding)
-    kernel = pooling(x, weight, bias, padding)
+    kernel = choose_pool_kernel(x, weight, bias, padding)
     if kernel is None or not isinstance(relu, bool):
         check_pooled(x, weight, bias, padding, relu)
         check_forced("conv_pool", x, weight, bias)
@@ -67,16 +64,12 @@ def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding:
     return run_pooling(kernel, x, weight, bias, Pooling(padding, relu, not last or len(weight) == 1))
 
 
-def pooling(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> PoolKernels | None:
-    """Return the kernel that serves this call, for :func:`run_pooling`.
-
-    None where there is none. Never raises.
-    """
+def choose_pool_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> PoolKernels | None:
+    """Return the kernel of a call for :func:`run_pooling`, or None, and never raise."""
     return choose_kernels("conv_pool", x, weight, bias, padding)
 
 
 def run_pooling(kernel: PoolKernels, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Pooling) -> Tensor:
-    """:func:`conv_pool` by the kernel that :func:`pooling` gave."""
     try:
         if _grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
             result: Tensor = _ConvPool.call(kernel, settings, x, weight, bias)
@@ -87,11 +80,6 @@ def run_pooling(kernel: PoolKernels, x: Tensor, weight: Tensor, bias: Tensor | N
 
 
 class _ConvPool(EagerFunction):
-    """Autograd function of the kernel.
-
-    Its tensors are (x, weight, bias).
-    """
-
     @staticmethod
     def forward(
         ctx: Context, kernel: PoolKernels, settings: Pooling, x: Tensor, weight: Tensor, bias: Tensor | None
@@ -106,7 +94,7 @@ class _ConvPool(EagerFunction):
         kernel, settings = ctx.settings
         x, weight, bias, places = saved_tensors(ctx)
         needs = ctx.needs_input_grad[2:]
-        if readable(grad):
+        if is_readable(grad):
             try:
                 return (None, None, *kernel.backward(grad, x, weight, places, settings, needs))
             except NotFinite:
@@ -121,4 +109,4 @@ class _ConvPool(EagerFunction):
         return (None, None, *gradients)
 
 
-backend.serve("conv_pool", cpu=PoolKernels, dtypes=frozenset({torch.float32}), fits="pool_fits")
+backend.register_kernels("conv_pool", cpu=PoolKernels, dtypes=frozenset({torch.float32}), fits="pool_fits")

@@ -1,4 +1,4 @@
-"""Whether a kernel serves a call of conv_norm or conv_pool, and what is said where it was forced and does not."""
+"""Choice of the kernel for a call of conv_norm or conv_pool, and errors where a forced backend has none."""
 
 from __future__ import annotations
 
@@ -8,27 +8,24 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import backend
-from fedkern.ops._core.backend import eager, is_intercepted, ready, select, settle
+from fedkern.ops._core.backend import eager, is_intercepted, select, select_ordinary, settle_choice
 
 _autocast = torch.is_autocast_enabled
 
 
 def choose_kernels(operator: str, *arguments: object) -> Any | None:
-    """Return the kernel that serves an ordinary call.
-
-    None where there is none. Never raises.
-    """
+    """Return the kernel for an ordinary call, or None, and never raise."""
     try:
-        kernel = ready(operator, *arguments)
-        if kernel is None and not is_intercepted() and settle(operator, "cpu"):
-            kernel = ready(operator, *arguments)
+        kernel = select_ordinary(operator, *arguments)
+        if kernel is None and not is_intercepted() and settle_choice(operator, "cpu"):
+            kernel = select_ordinary(operator, *arguments)
     except (RuntimeError, ValueError):  # another backend is forced; torch.jit.trace is recording
         return None
     return None if kernel is None or _autocast("cpu") else kernel
 
 
 def check_forced(operator: str, *tensors: Tensor | None) -> None:
-    """Raise RuntimeError if a backend was forced, and not the reference, which serves these tensors."""
+    """Raise RuntimeError if a backend was forced whose kernels cannot take these tensors."""
     operands = [tensor for tensor in tensors if tensor is not None]
     if not eager(*operands):
         if not backend.needs_reference(operator):

@@ -21,10 +21,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Te
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call of conv_norm that may have a gradient.
-
-    See :func:`fedkern.ops.conv_norm`.
-    """
+    """Tensors of a call of conv_norm that may have a gradient."""
 
     x: Tensor
     weight: Tensor
@@ -35,7 +32,7 @@ class Inputs(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """The settings of a call of conv_norm, and the running statistics, which autograd does not see."""
+    """Settings of a call of conv_norm, and the running statistics."""
 
     mean: Tensor | None = None
     variance: Tensor | None = None
@@ -50,10 +47,7 @@ class Settings(NamedTuple):
 
 
 class Pooling(NamedTuple):
-    """The settings of a call of conv_pool.
-
-    ``dense``: the result is contiguous, else channels-last.
-    """
+    """Settings of a call of conv_pool, with ``dense`` for a contiguous result, else channels-last."""
 
     padding: int
     relu: bool
@@ -68,25 +62,20 @@ Kept = tuple[Tensor | None, Tensor | None, Tensor]
 
 
 class NotFinite(Exception):
-    """A pass met an infinity or NaN, which the kernel spreads further than a convolution does."""
+    """An infinity or NaN in a pass, which the kernel spreads further than a convolution does."""
 
 
 class ConvKernels(Launcher):
-    """conv_norm of ``fedkern._cpu``, for calls that ``conv_fits`` takes.
-
-    Maps are channels-last here, in and out.
-    """
+    """conv_norm of ``fedkern._cpu``, on channels-last maps that ``conv_fits`` accepts."""
 
     def __init__(self, core: ModuleType) -> None:
         super().__init__(core)
         self._forward, self._backward, self._channels = core.conv_forward, core.conv_backward, core.conv_channels
 
     def forward(self, inputs: Inputs, settings: Settings, keep: bool) -> tuple[Tensor, Kept]:
-        """Return the result and what the backward pass reads.
+        """Return the result and what the backward pass reads, and update the running statistics.
 
-        Without ``keep`` only the last of that.
-
-        Writes the running statistics where the settings say so.
+        Without ``keep`` the backward pass gets the last tensor only.
 
         Raises:
             NotFinite: nothing is written then.
@@ -129,9 +118,7 @@ class ConvKernels(Launcher):
         out: Tensor | None,
         needs: Sequence[bool],
     ) -> Gradients:
-        """Return the gradients of (x, weight, scale, shift, bias, residual) that ``needs`` asks for.
-
-        They have the inputs' layouts.
+        """Return the gradients of the :class:`Inputs` that ``needs`` asks for, in their layouts.
 
         ``out`` is the result where a residual was added before the ReLU, else None.
 
@@ -163,16 +150,13 @@ class ConvKernels(Launcher):
 
 
 class PoolKernels(Launcher):
-    """conv_pool of ``fedkern._cpu``, for calls that ``pool_fits`` takes.
-
-    Maps are contiguous or channels-last.
-    """
+    """conv_pool of ``fedkern._cpu``, on contiguous or channels-last maps that ``pool_fits`` accepts."""
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, pooling: Pooling) -> tuple[Tensor, Tensor]:
-        """Return the result, and which values the maxima were.
+        """Return the result, and the positions of the maxima.
 
         Raises:
-            NotFinite: x or weight has an infinity or NaN, whose products with zeros the backward pass would leave out.
+            NotFinite: an infinity or NaN, whose products with zeros the backward pass would leave out.
         """
         padding, relu, dense = pooling
         batch, channels = len(x), len(weight)
@@ -187,11 +171,7 @@ class PoolKernels(Launcher):
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, chosen: Tensor, pooling: Pooling, needs: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of (x, weight, bias) that ``needs`` asks for, in the inputs' layouts.
-
-        Raises:
-            NotFinite: there are no gradients then.
-        """
+        """Return the gradients of (x, weight, bias) that ``needs`` asks for, in the inputs' layouts."""
         padding, relu, dense = pooling
         grad = grad.resolve_neg().contiguous(memory_format=torch.contiguous_format if dense else _CHANNELS_LAST)
         x, weight = (

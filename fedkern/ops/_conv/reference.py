@@ -1,4 +1,4 @@
-"""References of conv_norm and conv_pool in plain PyTorch: the specification, the tests' oracle and the fallback."""
+"""References of conv_norm and conv_pool in plain PyTorch: specification, test oracle and fallback."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fedkern.ops._core.layout import apply_norm, conv2d, group_normed
 
 
 def conv_norm_reference(inputs: Inputs, settings: Settings) -> Tensor:
-    """Return the specification of :func:`fedkern.ops.conv_norm`."""
+    """Specify :func:`fedkern.ops.conv_norm`."""
     x, weight, _, _, bias, _ = inputs
     y = conv2d(x, weight, bias, (settings.stride,) * 2, (weight.shape[2] // 2,) * 2, (1, 1), 1)
     return norm_reference(y, inputs, settings)
 
 
 def norm_reference(y: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
-    """Return the same from the convolution's result ``y``."""
+    """Specify the steps of :func:`fedkern.ops.conv_norm` after the convolution."""
     _, _, scale, shift, _, residual = inputs
     mean, variance, momentum, eps, _, relu, pool, update, training, groups = settings
     if training and not update:
@@ -38,6 +38,6 @@ def norm_reference(y: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
 
 
 def conv_pool_reference(x: Tensor, weight: Tensor, bias: Tensor | None, *, padding: int, relu: bool) -> Tensor:
-    """Return the specification of :func:`fedkern.ops.conv_pool`."""
+    """Specify :func:`fedkern.ops.conv_pool`."""
     y = conv2d(x, weight, bias, (1, 1), (padding, padding), (1, 1), 1)
     return F.max_pool2d(torch.relu(y) if relu else y, 2)

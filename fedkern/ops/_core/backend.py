@@ -1,13 +1,11 @@
-"""Choice of the backend (reference, cpu, triton, cuda) that serves a call.
+"""Choice of the backend (reference, cpu, triton, cuda) of a call.
 
-Every operator registers its kernels here with :func:`register`.  The public function asks :func:`select` for the kernel
-that fits its tensors, and falls back to its reference where none does.  ``FEDKERN_BACKEND`` or :func:`use_backend`
-force one backend; a call that this backend cannot serve is then an error, but for what it leaves to the reference on
-purpose (``serve``; ``doctor`` names it).  ``FEDKERN_CPU_ISA`` or :func:`use_isa` force
-an ISA level of the CPU core.  CUDA tensors can have two backends: the CUDA core serves wherever it was built and can be
-used, else Triton.
+The public functions ask :func:`select` for a registered kernel that fits their tensors, and fall back to their
+reference. ``FEDKERN_BACKEND`` or :func:`use_backend` force a backend; a call without a kernel is then an error, unless
+it ``leaves`` the call to the reference on purpose. ``FEDKERN_CPU_ISA`` or :func:`use_isa` force an ISA level of the CPU
+core. CUDA tensors use the CUDA core if usable, else Triton.
 
-``TRITON_INTERPRET=1``, set before the first call that Triton serves, lets a forced "triton" serve CPU tensors too.
+``TRITON_INTERPRET=1``, set before the first call of Triton, lets a forced "triton" compute on CPU tensors too.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import devices, private_torch
-from fedkern.ops._core.loading import REBUILD, Unavailable, Unsuited, is_interpreted, load_core, load_triton, tell
+from fedkern.ops._core.loading import REBUILD, Unavailable, Unsuited, is_interpreted, load_core, load_triton, warn_once
 from fedkern.ops._core.memory import cache
 from fedkern.ops._core.private_torch import outlived as outlived
 from fedkern.ops._core.torchscript import refuse
@@ -39,7 +37,6 @@ FLOATS = frozenset(DTYPES)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that kernels compute in: float64 for float64, float32 for all other dtypes."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
@@ -56,14 +53,13 @@ _forward_ad = private_torch.forward_ad
 
 @dataclass(frozen=True)
 class Kernel:
-    """One backend's implementation of one operator.
+    """Implementation of one operator by one backend.
 
     Attributes:
-        load: returns the object that the operator file calls (a module, a namespace of functions), or raises
-            :class:`Unavailable`.
+        load: returns the launcher, or raises :class:`Unavailable`.
         dtypes: dtypes that the implementation takes.
         devices: device types that the implementation takes.
-        leaves: what of the operator it leaves to the reference, in words; also where it is forced.
+        leaves: part of the operator that is left to the reference even if this backend is forced, in words.
     """
 
     load: Callable[[], object]
@@ -73,10 +69,7 @@ class Kernel:
 
 
 class Row(NamedTuple):
-    """One line of ``doctor``'s table: whether ``backend`` serves ``operator`` here.
-
-    ``reason`` says why it does not, or which dtypes it takes; ``leaves`` what it leaves to the reference.
-    """
+    """Line of ``doctor``'s table: whether ``backend`` serves ``operator`` here, and why not or for which dtypes."""
 
     operator: str
     backend: str
@@ -105,7 +98,7 @@ def register(operator: str, backend: str, kernel: Kernel) -> None:
     _forget()
 
 
-def serve(
+def register_kernels(
     operator: str,
     *,
     cpu: Callable[[ModuleType], object],
@@ -119,14 +112,13 @@ def serve(
 
     Args:
         operator: name of the operator.
-        cpu: launcher of the CPU kernels; called with ``fedkern._cpu`` when a call first needs it.
-        cuda: launcher of the CUDA kernels; called with ``fedkern._cuda``. None: there are none.
-        triton: module of ``fedkern.ops`` and class of the Triton launcher, for example ``"_fuse.triton:TritonFuse"``.
-            Triton is imported when a call first needs it. "": there is none, and the reference serves an operator of
-            the CUDA core where Triton would.
-        triton_leaves: what of the operator Triton leaves to the reference, in words.
+        cpu: launcher of the CPU kernels; called with ``fedkern._cpu`` at the first use.
+        cuda: launcher of the CUDA kernels; called with ``fedkern._cuda``.
+        triton: module of ``fedkern.ops`` and class of the launcher, such as ``"_fuse.triton:TritonFuse"``, imported at
+            the first use; "": the reference takes Triton's place.
+        triton_leaves: part of the operator that Triton leaves to the reference, in words.
         dtypes: dtypes that the implementations take.
-        fits: function of ``fedkern._cpu`` that tells ordinary calls from others, for :func:`ready`; "" where none does.
+        fits: function of ``fedkern._cpu`` that recognises ordinary calls for :func:`select_ordinary`; "": none.
     """
     if fits:
         _checks[operator] = fits
@@ -155,9 +147,8 @@ def cpu_core() -> ModuleType:
     """Return ``fedkern._cpu`` with the ISA level of ``FEDKERN_CPU_ISA``.
 
     Raises:
-        Unavailable: the core was not built, does not load or is outdated, or torch is too old for it.
-        ValueError: ``FEDKERN_CPU_ISA`` names a level that this CPU or this build lacks, or ``FEDKERN_CACHE_MB`` is
-            not a number of megabytes.
+        Unavailable: the core cannot be used.
+        ValueError: ``FEDKERN_CPU_ISA`` or ``FEDKERN_CACHE_MB`` is wrong.
     """
     global _isa_applied
     core = load_core("_cpu")
@@ -178,7 +169,6 @@ _isa_applied = False
 
 
 def active_isa() -> str:
-    """Return the active ISA level of the CPU core, "none" where there is no core."""
     try:
         return str(cpu_core().isa())
     except Unavailable:
@@ -190,7 +180,7 @@ _NEWEST = {"_cpu": "pool_fits", "_cuda": "take_tensors"}
 
 
 def _show_tensors(core: ModuleType, name: str) -> None:
-    """Hands the core the table of functions through which it reads tensors (csrc/bindings/exchange.h)."""
+    """Hand the core the table through which it reads tensors (csrc/bindings/exchange.h)."""
     table = private_torch.exchange_table()
     if not hasattr(core, _NEWEST[name]):
         raise Unavailable(f"fedkern.{name} was built from older sources than these Python files: {REBUILD}")
@@ -198,12 +188,7 @@ def _show_tensors(core: ModuleType, name: str) -> None:
 
 
 def cuda_core() -> ModuleType:
-    """Return ``fedkern._cuda``.
-
-    Raises:
-        Unavailable: the core was not built or does not load, torch is a build without CUDA, or a GPU or its driver is
-            too old.
-    """
+    """Return ``fedkern._cuda``, or raise :class:`Unavailable`."""
     core = load_core("_cuda")
     if private_torch.raw_stream is None:
         lacking = "is a build without CUDA" if torch.version.cuda is None else "lacks _C._cuda_getCurrentRawStream"
@@ -215,7 +200,6 @@ def cuda_core() -> ModuleType:
 
 
 def forced_backend() -> str | None:
-    """Return the backend forced by :func:`use_backend` or ``FEDKERN_BACKEND``, or None."""
     if _forced is not None:
         return _forced
     name = os.environ.get("FEDKERN_BACKEND", "")
@@ -278,14 +262,11 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def trust_fork() -> None:
-    """Lets the CPU core use threads in this forked process.
+    """Let the CPU core use threads in this forked process, whose parent must never have used OpenMP threads.
 
-    Its parent must never have used OpenMP threads.
-
-    Without this call the core computes on one thread in a forked process: OpenMP threads do not survive a fork, and a
-    parallel region would wait for them.  torch's own operators do wait, and hang, so a fork also sets torch to one
-    thread; ``torch.set_num_threads`` gives it more.  torch is left as it is in a process that imports fedkern only
-    after its fork.
+    Otherwise the core computes on one thread: OpenMP threads do not survive a fork, and a parallel region would wait
+    for them. torch's operators do wait, and hang, so a fork also sets torch to one thread (``torch.set_num_threads``
+    raises this), but not before fedkern is imported.
     """
     with contextlib.suppress(Unavailable):
         cpu_core().trust_fork()
@@ -298,7 +279,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def is_intercepted() -> bool:
-    """Return True where a compiler, a torch.func transform, forward-mode AD or a mode sees calls before a kernel does.
+    """Return whether a compiler, a torch.func transform, forward-mode AD or a mode sees calls before a kernel does.
 
     Raises:
         RuntimeError: ``torch.jit.trace`` is recording, which cannot see kernels.
@@ -311,10 +292,7 @@ def is_intercepted() -> bool:
 
 
 def needs_reference(operator: str, *, has_rules: bool = False) -> bool:
-    """Return whether only the reference serves: inside forward-mode AD, and under other transforms of torch.func.
-
-    Forward-mode AD is ``torch.func.jvp`` and ``forward_ad.dual_level``; ``has_rules``: the operator has rules for the
-    other transforms.
+    """Return whether only the reference works: in forward-mode AD, or a transform of torch.func without rules.
 
     Raises:
         RuntimeError: another backend was forced.
@@ -329,7 +307,7 @@ def needs_reference(operator: str, *, has_rules: bool = False) -> bool:
 
 
 def _lifting() -> str:
-    """Return the way to lift the forced backend, for the end of a sentence."""
+    """Return how to lift the forced backend, for the end of a sentence."""
     if _forced is None:
         return "unsetting FEDKERN_BACKEND"
     set_too = " and unsetting FEDKERN_BACKEND" if os.environ.get("FEDKERN_BACKEND") else ""
@@ -337,7 +315,7 @@ def _lifting() -> str:
 
 
 def only_reference(operator: str, where: str) -> None:
-    """Raise RuntimeError if a forced backend is not the reference, which alone serves under ``where``."""
+    """Raise RuntimeError if a forced backend is not the reference, which alone works under ``where``."""
     forced = forced_backend()
     if forced not in (None, "reference"):
         raise RuntimeError(
@@ -346,16 +324,15 @@ def only_reference(operator: str, where: str) -> None:
         )
 
 
-def not_forced(operator: str, backend: str, what: str) -> None:
-    """Raise RuntimeError if ``backend`` was forced: it has no kernel for this call, described by ``what``."""
+def not_forced(operator: str, backend: str, case: str) -> None:
+    """Raise RuntimeError if ``backend`` was forced and has no kernel for the ``case`` of this call."""
     if forced_backend() == backend:
         raise RuntimeError(
-            f"backend {backend!r} was forced, but it has no kernel for {operator} {what}; allow another by {_lifting()}"
+            f"backend {backend!r} was forced, but it has no kernel for {operator} {case}; allow another by {_lifting()}"
         )
 
 
-def tangents(values: Iterable[object]) -> bool:
-    """Return True where a tensor among ``values`` has a tangent of forward-mode AD."""
+def has_tangent(values: Iterable[object]) -> bool:
     if _forward_ad._current_level < 0 or _is_compiling():
         return False
     for value in values:
@@ -367,8 +344,8 @@ def tangents(values: Iterable[object]) -> bool:
     return False
 
 
-def readable(grad: Tensor) -> bool:
-    """Return True where a backward pass may hand ``grad`` to a kernel: the pass is neither recorded nor mapped over."""
+def is_readable(grad: Tensor) -> bool:
+    """Return whether a backward pass may hand ``grad`` to a kernel: the pass is neither recorded nor mapped over."""
     # is_grads_batched=True hands a legacy batched tensor to a backward pass.
     if type(grad) is not Tensor or _grad_enabled() or is_intercepted():
         return False
@@ -376,7 +353,7 @@ def readable(grad: Tensor) -> bool:
 
 
 def eager(*tensors: Tensor) -> bool:
-    """Return whether kernels may use the pointers of ``tensors``: ordinary ones, no transform, mode or compiler."""
+    """Return whether kernels may use the pointers of ``tensors``: ordinary tensors, no transform, mode or compiler."""
     if is_intercepted():
         return False
     return all(
@@ -389,13 +366,11 @@ def eager(*tensors: Tensor) -> bool:
     )
 
 
-def ready(operator: str, *arguments: object) -> Any | None:
-    """Return the launcher of a compiled core that serves an ordinary call, found in few steps.
+def select_ordinary(operator: str, *arguments: object) -> Any | None:
+    """Return the core's launcher for an ordinary call, or None, where :func:`select` decides.
 
-    None: the general path decides.
-
-    A call is ordinary where nothing intercepts it, a core serves the operator, and the check that :func:`serve` named
-    finds nothing unusual about ``arguments``.  On small tensors the general path takes longer than a kernel.
+    Nothing intercepts an ordinary call, and the check ``fits`` accepts its arguments. On small tensors :func:`select`
+    takes longer than a kernel.
     """
     if is_intercepted():  # first of all: a compiler would guard on everything that is looked up below
         return None
@@ -403,13 +378,11 @@ def ready(operator: str, *arguments: object) -> Any | None:
     return None if entry is None else entry[1][entry[0](*arguments)]
 
 
-def settle(operator: str, device: str) -> bool:
-    """Make the choice that :func:`ready` looks up, where none was made yet.
-
-    Returns whether it did.
+def settle_choice(operator: str, device: str) -> bool:
+    """Make the choice that :func:`select_ordinary` looks up, and return whether it was missing.
 
     Raises:
-        RuntimeError: a backend was forced and cannot serve tensors on ``device``.
+        RuntimeError: a backend was forced and cannot take tensors on ``device``.
     """
     if (operator, device) in _chosen:
         return False
@@ -418,10 +391,10 @@ def settle(operator: str, device: str) -> bool:
 
 
 def select(operator: str, *tensors: Tensor) -> Any | None:
-    """Return the kernel object that serves ``operator`` for these tensors, or None for the reference.
+    """Return the kernel object for these tensors, or None for the reference.
 
     Raises:
-        RuntimeError: a backend was forced and cannot serve the call.
+        RuntimeError: a backend was forced and cannot take the call.
     """
     device = tensors[0].device.type
     try:
@@ -456,20 +429,14 @@ def _load(operator: str, backend: str) -> object:
 
 
 def _candidates(device: str) -> tuple[str, ...]:
-    """Return the backends to try, in order, where none is forced.
-
-    Triton's interpreter serves only where it is forced.
-    """
+    """Return the backends to try, in order (Triton's interpreter has to be forced)."""
     if device == "cuda":
         return ("cuda",) if is_interpreted() or devices.only_forced("triton") else ("cuda", "triton")
     return ("cpu",) if device == "cpu" else ()
 
 
 def _is_left_by_triton(operator: str) -> bool:
-    """Return whether ``operator`` has kernels for GPUs, but none in Triton.
-
-    Its reference serves under a forced Triton.
-    """
+    """Return whether ``operator`` has kernels for GPUs, but none in Triton."""
     kernels = _kernels.get(operator, {})
     return "cuda" in kernels and "triton" not in kernels
 
@@ -504,10 +471,7 @@ def _choose(operator: str, device: str) -> Choice:
 
 
 def _choose_unforced(operator: str, device: str) -> tuple[str | None, Choice]:
-    """Return the first backend that can serve, its kernel and the dtypes that it takes.
-
-    None, None and none: the reference.
-    """
+    """Return the first usable backend, its kernel and its dtypes, or None, None and no dtypes."""
     for name in _candidates(device):
         kernel = _kernels.get(operator, {}).get(name)
         if kernel is None or device not in kernel.devices:
@@ -516,14 +480,14 @@ def _choose_unforced(operator: str, device: str) -> tuple[str | None, Choice]:
             return name, (_load(operator, name), kernel.dtypes)
         except Unsuited as error:
             if device == "cpu":
-                tell(f"plain PyTorch serves every operator, because {error}")
+                warn_once(f"plain PyTorch serves every operator, because {error}")
         except Unavailable:
             continue
     return None, (None, frozenset())
 
 
 def status() -> list[Row]:
-    """Return, for every operator and backend, whether the backend can serve here and why not."""
+    """Return, for every operator and backend, whether the backend is usable here and why not."""
     rows = []
     # Not forced_backend(), which raises for a wrong FEDKERN_BACKEND.
     forced = _forced or os.environ.get("FEDKERN_BACKEND")

@@ -22,7 +22,6 @@ _SEARCH = 100_000
 
 
 def show_value(value: object) -> str:
-    """``value`` as error messages show it, cut short if long."""
     if isinstance(value, int) and value.bit_length() > 64:
         return f"an integer of {value.bit_length()} bits"
     text = str(value)
@@ -30,10 +29,7 @@ def show_value(value: object) -> str:
 
 
 def python_number(value: object) -> Any:
-    """``value`` as Python's own number where it is another real one, such as NumPy's.
-
-    Anything else as it is.
-    """
+    """Convert a real number of another type, such as NumPy's, to Python's; leave all other values unchanged."""
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     if isinstance(value, Integral):
@@ -41,11 +37,11 @@ def python_number(value: object) -> Any:
     return float(value) if isinstance(value, Real) else value
 
 
-def real(value: object, name: str, kind: str = "a number") -> float:
-    """``value``, a real number of any type or a tensor of one element, as a float.
+def to_float(value: object, name: str, kind: str = "a number") -> float:
+    """Return a real number of any type, or a tensor of one element, as a float.
 
     Raises:
-        TypeError: ``value`` is something else: text, None, a complex number, several numbers.
+        TypeError: ``value`` is not one real number.
         ValueError: ``value`` is too large for a float.
     """
     if type(value) is float:
@@ -62,7 +58,6 @@ def real(value: object, name: str, kind: str = "a number") -> float:
 
 
 def check_dense(tensor: Tensor, name: str) -> None:
-    """Raise TypeError for tensors without strides (sparse, nested and others), and for quantised ones."""
     if tensor.is_quantized:
         raise TypeError(f"{name} must be a dense tensor, not a quantised one; .dequantize() makes one")
     if tensor.layout is not torch.strided or tensor.is_nested:
@@ -71,10 +66,9 @@ def check_dense(tensor: Tensor, name: str) -> None:
 
 
 def check_number(value: object, name: str, high: float = math.inf, *, above: bool = False) -> float:
-    """Return ``value`` as a finite float in [0, high], or with ``above`` in (0, high]."""
     if isinstance(value, (bool, Tensor)):
         raise TypeError(f"{name} must be a number, not {type(value).__name__}")
-    number = real(value, name)
+    number = to_float(value, name)
     # Comparisons, and not math.isinf: torch.compile traces them where a float is symbolic.
     if not (0 <= number <= high) or number == math.inf or (above and number == 0):
         bound = "greater than 0" if above else "at least 0"
@@ -85,7 +79,6 @@ def check_number(value: object, name: str, high: float = math.inf, *, above: boo
 
 
 def check_count(value: int, name: str, low: int, high: int | None = None) -> int:
-    """Return ``value``, a whole number in [low, high]."""
     value = python_number(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number, not {type(value).__name__}")
@@ -96,20 +89,18 @@ def check_count(value: int, name: str, low: int, high: int | None = None) -> int
 
 
 def check_flag(value: bool, name: str) -> None:
-    """Raise TypeError unless ``value`` is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, not {type(value).__name__}")
 
 
 def refuse_gradient(name: str, *arguments: object) -> None:
-    """Raise ValueError if a tensor in ``arguments`` asks for a gradient: the operator ``name`` has none."""
     recorded = torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
-    if recorded or backend.tangents(arguments):
+    if recorded or backend.has_tangent(arguments):
         raise ValueError(f"{name} has no gradient; call it under torch.no_grad(), or detach its arguments")
 
 
 def mark_written(*tensors: Tensor | None) -> None:
-    """Tells autograd that a kernel has written to ``tensors``."""
+    """Tell autograd that a kernel has written to ``tensors``."""
     changed = []
     for tensor in tensors:
         if tensor is not None and not tensor.is_inference():
@@ -118,9 +109,9 @@ def mark_written(*tensors: Tensor | None) -> None:
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """Return ``tensors``, those of 16 bits as float32 where autocast is on, as torch's losses take them."""
-    first = tensors[0]
-    kind = None if not isinstance(first, Tensor) else "cpu" if first.is_cpu else "cuda" if first.is_cuda else None
+    """Convert 16-bit tensors to float32 under autocast, as torch's losses do."""
+    sample = tensors[0]
+    kind = None if not isinstance(sample, Tensor) else "cpu" if sample.is_cpu else "cuda" if sample.is_cuda else None
     if kind is None or not torch.is_autocast_enabled(kind):
         return tensors
     return tuple(
@@ -129,10 +120,6 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 
 
 def check_tensor(tensor: object, name: str, kind: str = "a tensor") -> None:
-    """Raise TypeError unless ``tensor`` is a dense tensor.
-
-    ``kind`` says of what, for the message.
-    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be {kind}, but got {type(tensor).__name__}")
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
@@ -140,16 +127,14 @@ def check_tensor(tensor: object, name: str, kind: str = "a tensor") -> None:
 
 
 def check_floating(tensor: Tensor, name: str, kind: str = "a tensor") -> None:
-    """Raise TypeError unless ``tensor`` is a dense tensor of a floating dtype that kernels take."""
     check_tensor(tensor, name, kind)
     if tensor.dtype not in backend.FLOATS:
         raise TypeError(f"{name} must have dtype float32, float64, bfloat16 or float16, but has {tensor.dtype}")
 
 
-def check_device(tensor: Tensor, name: str, like: Tensor, other: str) -> None:
-    """Raise ValueError unless ``tensor`` is on the device of ``like``, the argument named ``other``."""
+def check_device(tensor: Tensor, name: str, like: Tensor, like_name: str) -> None:
     if tensor.device != like.device:
-        raise ValueError(f"{name} must be on {like.device} like {other}, but is on {tensor.device}")
+        raise ValueError(f"{name} must be on {like.device} like {like_name}, but is on {tensor.device}")
 
 
 def check_memory(tensor: Tensor, name: str) -> None:
@@ -162,7 +147,7 @@ def check_memory(tensor: Tensor, name: str) -> None:
 
 
 class _Memory:
-    """A tensor's address, shape and strides for NumPy, which does not read the values."""
+    """Address, shape and strides of a tensor for NumPy, which does not read the values."""
 
     def __init__(self, tensor: Tensor) -> None:
         item = tensor.element_size()
@@ -175,19 +160,16 @@ class _Memory:
         }
 
 
-def share_memory(one: Tensor, other: Tensor) -> bool:
-    """Return whether any element of ``one`` overlaps any element of ``other`` in memory.
-
-    Exact for all strides.
-    """
-    if not one.numel() or not other.numel() or one.device != other.device:
+def share_memory(x: Tensor, y: Tensor) -> bool:
+    """Return whether any element of ``x`` overlaps any element of ``y`` in memory, exactly for all strides."""
+    if not x.numel() or not y.numel() or x.device != y.device:
         return False
-    (begin, end), (first, last) = _ends(one), _ends(other)
-    if begin >= last or first >= end:
+    (x_begin, x_end), (y_begin, y_end) = _ends(x), _ends(y)
+    if x_begin >= y_end or y_begin >= x_end:
         return False
-    if one.is_contiguous() and other.is_contiguous():
+    if x.is_contiguous() and y.is_contiguous():
         return True
-    a, b = np.asarray(_Memory(one)), np.asarray(_Memory(other))
+    a, b = np.asarray(_Memory(x)), np.asarray(_Memory(y))
     try:
         return bool(np.shares_memory(a, b, max_work=_SEARCH))  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
@@ -195,7 +177,6 @@ def share_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def _ends(tensor: Tensor) -> tuple[int, int]:
-    """Return the addresses of the first byte and past the last byte of a tensor that has elements."""
     begin = tensor.data_ptr()
     span = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + (span + 1) * tensor.element_size()

@@ -1,6 +1,6 @@
 """Checks that the visible GPUs can run the compiled kernels, when a backend is chosen and not per call.
 
-All GPUs that this process sees have to qualify: a check of the tensor's own GPU would be needed in every call.
+All visible GPUs have to qualify: a check of the tensor's own GPU would be needed in every call.
 """
 
 from __future__ import annotations
@@ -26,10 +26,7 @@ def driver_for(core: ModuleType) -> str:
 
 
 def check_cuda(core: ModuleType) -> None:
-    """Raise :class:`Unavailable` where ``core`` (``fedkern._cuda``) cannot run on this machine's GPUs or driver.
-
-    Without any GPU there is nothing to check.
-    """
+    """Raise :class:`Unavailable` if ``core`` (``fedkern._cuda``) cannot run on this machine."""
     if torch.version.hip:
         raise Unavailable(f"torch is a ROCm build (HIP {torch.version.hip}), and fedkern._cuda is for NVIDIA GPUs")
     if not hasattr(core, "architectures"):
@@ -58,7 +55,7 @@ def check_cuda(core: ModuleType) -> None:
 
 
 def only_forced(backend: str) -> str:
-    """Return why ``backend`` serves CUDA tensors here only when forced, or "" where it also serves unforced."""
+    """Return why ``backend`` takes CUDA tensors here only when forced, or ""."""
     if backend != "triton":
         return ""
     if torch.version.hip:
@@ -74,7 +71,7 @@ def only_forced(backend: str) -> str:
 
 
 def _gpus() -> list[tuple[str, int]]:
-    """Name and compute capability (90 for 9.0) of every GPU that torch sees."""
+    """Return name and compute capability (90 for 9.0) of every GPU that torch sees."""
     if not torch.cuda.is_available():
         return []
     gpus = []
@@ -88,5 +85,5 @@ def _gpus() -> list[tuple[str, int]]:
 
 
 def version(number: int) -> str:
-    """Return a version of CUDA as people write it: "13.0" for 13000."""
+    """Format a version of CUDA: "13.0" for 13000."""
     return f"{number // 1000}.{number % 1000 // 10}"

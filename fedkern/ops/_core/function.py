@@ -15,9 +15,7 @@ class Context(Protocol):
     """First argument of both passes of an operator's autograd function.
 
     Attributes:
-        needs_input_grad: whether a gradient is wanted, by argument.
-        saved_tensors: those of ``save_for_backward``; None where an absent one was saved.
-        settings: what else the forward pass leaves to the backward pass.
+        settings: all that the forward pass leaves to the backward pass besides tensors.
     """
 
     needs_input_grad: tuple[bool, ...]
@@ -30,12 +28,9 @@ class Context(Protocol):
 
 
 def handed_out(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """Return ``gradients``.
+    """Return ``gradients``, cloning those among ``saved`` if the graph is retained.
 
-    Where the graph is retained, gradients that are also ``saved`` are cloned.
-
-    The receiver of a gradient may change it in place, and another pass over a retained graph reads saved tensors
-    again. Call this within a backward pass.
+    Their receiver may change them in place, and another pass reads saved tensors again. Only for backward passes.
     """
     if not graph_is_retained():
         return gradients
@@ -43,9 +38,9 @@ def handed_out(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | None
 
 
 def saved_tensors(ctx: Context) -> tuple[Any, ...]:
-    """``ctx.saved_tensors`` as kernels read them, for every backward pass that calls a kernel.
+    """Return ``ctx.saved_tensors`` for kernels, in every backward pass that calls a kernel.
 
-    Hooks on saved tensors may return negative views, whose memory lacks the sign.
+    Hooks on saved tensors may return negative views, whose memory has the opposite sign.
     """
     saved = ctx.saved_tensors
     for x in saved:
@@ -55,11 +50,10 @@ def saved_tensors(ctx: Context) -> tuple[Any, ...]:
 
 
 class EagerFunction(torch.autograd.Function):
-    """An ``autograd.Function`` whose ``call`` skips the Python code of ``apply``.
+    """``autograd.Function`` whose ``call`` skips the Python code of ``apply``.
 
-    ``apply`` looks for torch.func transforms and for tensors that outlived one, which takes as long as a small kernel.
-    ``call`` does the same without this search. The caller must know that there are none
-    (:func:`fedkern.ops._core.backend.eager`).
+    ``apply`` looks for torch.func transforms and tensors that outlived one, as long as a small kernel takes. The caller
+    must know that there are none (:func:`fedkern.ops._core.backend.eager`).
     """
 
     call: ClassVar[Callable[..., Any]]

@@ -1,4 +1,4 @@
-"""Base of the launchers: what calls ``fedkern._cpu`` and ``fedkern._cuda``, whose functions take the same arguments."""
+"""Base of the launchers, which call ``fedkern._cpu`` and ``fedkern._cuda`` with the same arguments."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _threads = torch.get_num_threads
 
 
 class Launcher:
-    """A family's calls of one compiled core.
+    """Calls of one compiled core by a family of operators.
 
-    Both cores take tensors as they are (csrc/bindings/exchange.h) and None for an absent one.  The last argument of
-    every function is :meth:`at`.
+    Both cores take tensors as they are (csrc/bindings/exchange.h), None for an absent one, and :meth:`at` as the last
+    argument.
 
     Attributes:
         core: ``fedkern._cpu`` or ``fedkern._cuda``.
-        gpu: whether it is ``fedkern._cuda``.  It may run emulated, on CPU tensors, in the tests.
+        gpu: whether it is ``fedkern._cuda``, which tests may emulate on CPU tensors.
     """
 
     def __init__(self, core: ModuleType) -> None:
@@ -31,22 +31,15 @@ class Launcher:
         self.at: Callable[[Tensor], int] = _stream_of if self.gpu else _threads_of
 
     def fresh(self, tensor: Tensor) -> Tensor:
-        """``tensor``, just allocated and about to be written.
-
-        Large ones on the CPU in memory that is kept for them.
-        """
+        """Move a large new CPU tensor, about to be written, to memory that is kept for such tensors."""
         return tensor if self.gpu else fresh(self.core, tensor)
 
 
 def _threads_of(tensor: Tensor) -> int:
-    """Return the CPU's threads."""
     return _threads()
 
 
 def _stream_of(tensor: Tensor) -> int:
-    """Return torch's current stream on the tensor's device.
-
-    0 for a CPU tensor (of an emulated core).
-    """
+    """Return torch's current stream on the tensor's device, 0 for a CPU tensor (of an emulated core)."""
     index = tensor.get_device()
     return raw_stream(index) if index >= 0 and raw_stream is not None else 0

@@ -17,25 +17,19 @@ writes past its memory where maps are channels-last."""
 
 
 def dense_stride(x: Tensor) -> tuple[int, ...]:
-    """Return the tensor's strides if it fills its memory without gaps or overlaps.
-
-    Otherwise they are those of a dense copy in its order.
-    """
+    """Return the tensor's strides, or those of a dense copy in its order if it has gaps or overlaps."""
     return torch.empty_like(x, device="meta", memory_format=torch.preserve_format).stride()
 
 
 def plain_strides(x: Tensor) -> Tensor:
-    """``x`` with the strides of a new tensor.
-
-    ``contiguous()`` leaves other ones along axes of size 1.
-    """
+    """Return ``x`` with the strides of a new tensor, also along axes of size 1, where ``contiguous()`` keeps others."""
     return x.contiguous().flatten().view(x.shape)
 
 
 def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Tensor:
-    """``F.conv2d``, whose settings are pairs here, with a gradient that is safe for every width (``NARROW``)."""
+    """Compute ``F.conv2d``, whose settings are pairs here, with a gradient that is safe for all widths (``NARROW``)."""
     narrow = weight.shape[1] < NARROW and weight.shape[2:].numel() == 1 and groups == 1
     if narrow and max(stride) > 1 and padding in ((0, 0), "valid"):
         x, stride = x[..., :: stride[0], :: stride[1]], 1
@@ -43,16 +37,16 @@ def conv2d(
 
 
 class SafeConv2d(nn.Conv2d):
-    """``nn.Conv2d`` by :func:`conv2d`, for layers that are padded with zeros."""
+    """``nn.Conv2d`` that calls :func:`conv2d`, for layers that are padded with zeros."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 def apply_norm(norm: Callable[..., Tensor], x: Tensor, *settings: Any, **named: Any) -> Tensor:
-    """``norm(x, ...)``, a batch norm of PyTorch's, with the gradient in the layout of the map.
+    """Call a batch norm of PyTorch's, with the gradient in the layout of the map.
 
-    The strides of axes of size 1 say nothing of the layout, but PyTorch 2.13 chooses by them how it reads the gradient
+    PyTorch 2.13 chooses by the strides of axes of size 1, which say nothing about the layout, how it reads the gradient
     of a batch of one, or of maps of one row or column.
     """
     if isinstance(x, Tensor) and x.dim() == 4 and not torch.jit.is_tracing():
@@ -63,7 +57,7 @@ def apply_norm(norm: Callable[..., Tensor], x: Tensor, *settings: Any, **named: 
 
 
 def group_normed(x: Tensor, groups: int, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """``F.group_norm``, computed contiguous where autograd or a transform sees it.
+    """Compute ``F.group_norm``, on contiguous maps where autograd or a transform sees it.
 
     Channels-last maps have no vmap in PyTorch 2.13, and where only scale and shift want a gradient it ends the process.
     """
@@ -75,7 +69,7 @@ def group_normed(x: Tensor, groups: int, scale: Tensor, shift: Tensor, eps: floa
 
 
 def _laid_out(x: Tensor) -> Tensor:
-    """``x`` as a view whose strides name its layout, as do those of its gradient."""
+    """Return ``x`` as a view whose strides name its layout, as do those of its gradient."""
     if x.stride(1) != 1:
         return plain_strides(x)
     return plain_strides(x.movedim(1, -1)).movedim(-1, 1)

@@ -1,7 +1,6 @@
 """The operators in ``torch.library``: one graph node each for torch.compile, vmap, torch.func and opcheck.
 
-Eager calls do not use these operators: a dispatcher round trip in Python costs several times a small kernel. The public
-functions call them under ``torch.compile``, functorch transforms and dispatch modes, and for tensor subclasses.
+Eager calls do not use them: a dispatcher round trip in Python costs several times a small kernel.
 """
 
 from __future__ import annotations
@@ -20,16 +19,15 @@ LIBRARY = torch.library.Library("fedkern", "DEF")
 
 
 def number_tensor(value: float) -> Tensor:
-    """``value`` as a 0-d fp64 tensor on the CPU, for operators that run under ``torch.compile``.
+    """Convert ``value`` to a 0-d fp64 tensor on the CPU, by multiplication.
 
-    A number that changes between calls is a symbol there, and an operator's float argument would fix its value: every
-    value would compile anew.  Multiplying is what torch can turn into a computation of tensors.
+    Under torch.compile a changing number is a symbol, which torch turns into a computation of tensors; a float argument
+    would compile anew for every value.
     """
     return torch.ones((), dtype=torch.float64, device="cpu") * value
 
 
 def numbers_tensor(values: Sequence[float], device: torch.device | str = "cpu") -> Tensor:
-    """``values`` as one fp64 tensor, as :func:`number_tensor` makes it."""
     return torch.stack([number_tensor(value) for value in values]).to(device)
 
 
@@ -109,16 +107,12 @@ def _refuse_vmap(public: str, *arguments: object) -> NoReturn:
 def second_derivative(
     reference: Callable[..., Any], results: int, saved: Sequence[Any], needs: Sequence[bool], cotangents: Sequence[Any]
 ) -> list[Tensor | None]:
-    """Return derivatives, by all of ``saved``, of the reference's gradients.
-
-    The gradients are those by the inputs that ``needs`` names.
+    """Differentiate the reference's gradients (by the inputs that ``needs`` names) by all of ``saved``.
 
     Args:
         reference: function of the inputs; numbers and None are bound.
         results: how many results the reference has: a tensor for 1, else a tuple.
         saved: the results' gradients, then the inputs; None where an argument was not given.
-        needs: for the first inputs, whether a gradient was asked for.
-        cotangents: one for each of ``needs``.
     """
     floating = [i for i, x in enumerate(saved) if x is not None and x.is_floating_point()]
     chosen = [results + i for i, need in enumerate(needs) if need and saved[results + i] is not None]
@@ -145,20 +139,17 @@ def second_derivative(
 
 
 def fold_mapped(x: Tensor, axis: int | None, count: int) -> Tensor:
-    """``[V * B, ...]``: the mapped axis, or V repetitions of an unmapped tensor ``[B, ...]``, in the batch."""
+    """Move the mapped axis into the batch, ``[V * B, ...]``, or repeat an unmapped tensor ``[B, ...]`` V times."""
     return mapped_first(x, axis, count).flatten(0, 1)
 
 
 def mapped_first(x: Tensor, axis: int | None, count: int) -> Tensor:
-    """``[V, ...]``: the mapped axis in front, or V repetitions of an unmapped tensor."""
+    """Move the mapped axis to the front, ``[V, ...]``, or repeat an unmapped tensor V times."""
     return x.expand(count, *x.shape) if axis is None else x.movedim(axis, 0)
 
 
 def laid_out(result: Tensor | None, like: Tensor) -> Tensor:
-    """Return ``result`` with the dtype and strides of the fake result ``like``.
-
-    ``like`` itself for None.
-    """
+    """Return ``result`` with the dtype and strides of the fake result ``like``, or ``like`` for None."""
     if result is None:
         return like
     return result if (result.dtype, result.stride()) == (like.dtype, like.stride()) else like.copy_(result)
@@ -171,13 +162,11 @@ def differentiate_reference(
     grad: Tensor | Sequence[Tensor],
     twice: bool = True,
 ) -> tuple[Tensor | None, ...]:
-    """Return the reference's gradients, with ``twice`` with a graph of their own, for second derivatives.
+    """Return the reference's gradients, for second derivatives (``twice``) with a graph of their own.
 
-    Kernels compute first derivatives only.  When a backward pass is itself recorded (``create_graph=True``), the
-    gradient is taken through the plain PyTorch reference instead, by views of the inputs: an input that was made of
-    another is no part of the reference, and its own graph is neither followed nor freed.
-
-    ``inputs`` are the saved ones with the graph they came with, None where an argument was not given.
+    Kernels compute first derivatives only. A recorded backward pass (``create_graph=True``) differentiates the
+    reference instead, by views of the saved ``inputs``: an input that was made of another is no part of the reference,
+    and its own graph is neither followed nor freed.
     """
     with recording():
         views = [

@@ -1,4 +1,4 @@
-"""Finds and imports the compiled CPU and CUDA cores, and the Triton kernels."""
+"""Import of the compiled CPU and CUDA cores, and of the Triton kernels."""
 
 from __future__ import annotations
 
@@ -25,47 +25,39 @@ class Unavailable(Exception):
 
 
 class Unsuited(Unavailable):
-    """No compiled core can serve on this kind of machine, or with this torch.
+    """No compiled core runs on this kind of machine, or with this torch.
 
-    A user has not chosen this and is told once (:func:`tell`).
+    A user has not chosen this and is warned once (:func:`warn_once`).
     """
 
 
 class Slower(UserWarning):
-    """fedkern works, but without what makes it fast."""
+    """Warning that fedkern works, but without its fast kernels."""
 
 
 @functools.cache
-def tell(sentence: str) -> None:
-    """Warns with ``sentence``, once in a process."""
+def warn_once(sentence: str) -> None:
+    """Warn with ``sentence``, once in a process."""
     warnings.warn(sentence, Slower, stacklevel=2)
 
 
-def elsewhere() -> str:
-    """Return the kind of this machine, where the compiled cores are not made for it.
-
-    "" on Linux on x86-64.
-    """
+def unsupported_machine() -> str:
+    """Return the kind of a machine that the compiled cores do not support, or "" on Linux on x86-64."""
     system, machine = platform.system(), platform.machine()
     return "" if system == "Linux" and machine in {"x86_64", "AMD64"} else f"{system} on {machine}"
 
 
 def load_core(name: str) -> ModuleType:
-    """Import ``fedkern._cpu`` or ``fedkern._cuda``.
+    """Import ``fedkern._cpu`` or ``fedkern._cuda``, or raise :class:`Unavailable`.
 
-    In a source tree that shadows an installed fedkern (``pip install .``, then ``python -m fedkern.run`` beside it) the
-    installed core is used, if it was built from the same ``csrc/``.
-
-    Raises:
-        Unavailable: the core was not built, does not load (with the loader's message), or is an installed one that was
-            built from other sources.
+    A source tree that shadows an installed fedkern uses the installed core if it was built from the same ``csrc/``.
     """
     try:
         return importlib.import_module(f"fedkern.{name}")
     except ModuleNotFoundError:
         core = _installed_core(name)
         if core is None:
-            if kind := elsewhere():
+            if kind := unsupported_machine():
                 requirement = "fedkern's compiled kernels are made for Linux on x86-64"
                 raise Unsuited(f"{requirement}, and this is {kind}") from None
             raise Unavailable(f"fedkern.{name} was not built") from None
@@ -75,11 +67,7 @@ def load_core(name: str) -> ModuleType:
 
 
 def load_triton(module: str) -> ModuleType:
-    """Import ``fedkern.ops.<module>``, which defines Triton kernels.
-
-    Raises:
-        Unavailable: Triton is missing, too old, or does not load.
-    """
+    """Import ``fedkern.ops.<module>``, which defines Triton kernels, or raise :class:`Unavailable`."""
     try:
         import triton
     except ModuleNotFoundError:
@@ -110,7 +98,6 @@ def load_triton(module: str) -> ModuleType:
 
 
 def is_interpreted() -> bool:
-    """Return True where Triton's kernels run in its interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
     loaded = sys.modules.get("fedkern.ops._core.triton")
     if loaded is not None:
         return bool(loaded.INTERPRETED)
@@ -120,10 +107,10 @@ def is_interpreted() -> bool:
 def _installed_core(name: str) -> ModuleType | None:
     import fedkern
 
-    here = Path(fedkern.__file__).resolve().parent
+    package = Path(fedkern.__file__).resolve().parent
     for entry in sys.path:
         folder = (Path(entry) / "fedkern").resolve()
-        if folder == here or not any(folder.glob(f"{name}.*.so")):
+        if folder == package or not any(folder.glob(f"{name}.*.so")):
             continue
         fedkern.__path__.append(str(folder))
         try:
@@ -132,16 +119,14 @@ def _installed_core(name: str) -> ModuleType | None:
             raise Unavailable(f"fedkern.{name} of the installed fedkern does not load ({error})") from error
         finally:
             fedkern.__path__.remove(str(folder))
-        if core.source_hash() != source_hash(here.parent / "csrc", name):
+        if core.source_hash() != source_hash(package.parent / "csrc", name):
             raise Unavailable(f"this source tree was changed after fedkern.{name} was installed in {folder}: {REBUILD}")
         return core
     return None
 
 
 def stale_cores() -> list[str]:
-    """Names of the cores that were not built from the ``csrc/`` beside the package.
-
-    Empty outside of a checkout.
+    """Return the names of the cores that were not built from the checkout's ``csrc/``.
 
     Reads all of ``csrc/``, and is therefore not called on import.
     """
@@ -162,9 +147,7 @@ def stale_cores() -> list[str]:
 
 
 def source_hash(folder: Path, core: str, without: re.Pattern[str] | None = None) -> str:
-    """Return the ``source_hash()`` of ``core`` (_cpu or _cuda) built from ``folder`` (csrc/).
-
-    "" without that folder.
+    """Return the ``source_hash()`` of ``core`` built from ``folder`` (csrc/), "" without the folder.
 
     Files whose path in ``folder`` matches ``without`` do not count.
     """
@@ -176,10 +159,10 @@ def source_hash(folder: Path, core: str, without: re.Pattern[str] | None = None)
         if path.suffix in {".cpp", ".h", ".cu", ".cuh"}
     )
     # As in cmake/SourceHash.cmake: files that only the other core is built from do not count.
-    others = re.compile(r"^cuda/|^bindings/cuda|_cuda\.h$" if core == "_cpu" else r"^cpu/|^bindings/cpu")
+    foreign = re.compile(r"^cuda/|^bindings/cuda|_cuda\.h$" if core == "_cpu" else r"^cpu/|^bindings/cpu")
     lines = [
         f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n"
         for name in names
-        if not others.search(name) and not (without and without.search(name))
+        if not foreign.search(name) and not (without and without.search(name))
     ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]

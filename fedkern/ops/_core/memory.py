@@ -46,15 +46,15 @@ _mark = operator.methodcaller("madvise", getattr(mmap, "MADV_FREE", 0))
 class Cache:
     """Memory of freed large results, kept for later results of the same size.
 
-    The system hands out fresh memory page by page and zeroed.  Even with huge pages this takes as long as a kernel
-    takes to write the memory; without them it takes ten times as long.  ``malloc`` keeps no block of more than 32 MB,
-    and no more than 64 MB of smaller ones.
+    The system hands out fresh memory page by page and zeroed. Even with huge pages this takes as long as a kernel takes
+    to write the memory, without them ten times as long. ``malloc`` keeps no block of more than 32 MB, and 64 MB at
+    most.
 
-    Kept memory is marked as free: the system takes its pages as soon as it runs short of memory.
+    Kept memory is marked as free: the system takes its pages when it runs short of memory.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
         # Methods of deque and dict are atomic: results are freed in any thread, at any time.
         self._free: deque[mmap.mmap] = deque()
         self._returned: deque[_Lent] = deque()
@@ -62,10 +62,7 @@ class Cache:
         self._marks = True
 
     def storage(self, size: int) -> torch.UntypedStorage:
-        """Return a storage of ``size`` bytes.
-
-        Its memory comes back when nothing refers to the storage any more.
-        """
+        """Return a storage of ``size`` bytes, whose memory comes back when nothing refers to the storage any more."""
         memory = self._take(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
         view = np.frombuffer(memory, np.uint8, size)
         back = _Lent(view, self._returned.append)
@@ -96,7 +93,7 @@ class Cache:
         return memory
 
     def free(self) -> list[mmap.mmap]:
-        """Return the kept memory, oldest first, after giving back what exceeds ``most`` bytes."""
+        """Return the kept memory, oldest first, after giving back all above ``limit`` bytes."""
         while self._returned:
             try:
                 back = self._returned.popleft()
@@ -104,12 +101,11 @@ class Cache:
                 break
             self._free.append(back.memory)
             self._lent.pop(id(back), None)
-        self._trim(self.most)
+        self._trim(self.limit)
         return list(self._free)
 
-    def _trim(self, most: int) -> None:
-        """Give the oldest memory back to the system until at most ``most`` bytes are kept."""
-        while sum(map(len, list(self._free))) > most:
+    def _trim(self, limit: int) -> None:
+        while sum(map(len, list(self._free))) > limit:
             try:
                 self._free.popleft()
             except IndexError:
@@ -125,10 +121,6 @@ def _map(size: int) -> mmap.mmap:
 
 
 def _advise(memory: mmap.mmap, name: str) -> bool:
-    """Pass the advice ``name`` to the system.
-
-    Returns whether the system took it, which is optional.
-    """
     advice = getattr(mmap, name, None)
     if advice is None:
         return False
@@ -143,11 +135,6 @@ def _advise(memory: mmap.mmap, name: str) -> bool:
 
 @functools.cache
 def cache() -> Cache:
-    """Return the cache of this process.
-
-    Raises:
-        ValueError: ``FEDKERN_CACHE_MB`` is not a number of megabytes.
-    """
     megabytes = os.environ.get("FEDKERN_CACHE_MB", "")
     if megabytes and not megabytes.isdecimal():
         raise ValueError(f"FEDKERN_CACHE_MB must be a whole number of megabytes, 0 or more, not {megabytes!r}")
@@ -172,10 +159,9 @@ def empty_cache() -> None:
 
 
 def fresh(core: ModuleType, tensor: Tensor) -> Tensor:
-    """Return ``tensor``, just allocated and about to be written by ``core``: in memory of the :class:`Cache` if large.
+    """Move a large ``tensor``, just allocated and about to be written by ``core``, to memory of the :class:`Cache`.
 
-    A tensor of 4 MB or more that is too small or too large for the cache, or finds no memory there, is backed by huge
-    pages instead: first writes fault once per page.
+    Elsewhere tensors from 4 MB on get huge pages: first writes fault once per page.
     """
     bytes_ = tensor.nbytes
     if bytes_ < HUGE:
@@ -186,12 +172,8 @@ def fresh(core: ModuleType, tensor: Tensor) -> Tensor:
 
 
 def _move_to_cache(tensor: Tensor, bytes_: int) -> bool:
-    """Move ``tensor`` into memory of the cache where possible.
-
-    Returns whether it did.
-    """
     memory = cache()
-    if bytes_ > memory.most or tensor.untyped_storage().nbytes() != bytes_:
+    if bytes_ > memory.limit or tensor.untyped_storage().nbytes() != bytes_:
         return False
     # torch's deterministic mode has filled the tensor, so that elements left unwritten are the same in every run.
     # Memory of the cache is not filled.
@@ -208,9 +190,9 @@ def _move_to_cache(tensor: Tensor, bytes_: int) -> bool:
 
 
 def place_values(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-    """``values`` as a tensor on ``device``.
+    """Return ``values`` as a tensor on ``device``.
 
-    On a GPU the values are filled in there: a copy from the host would wait and end the capture of a CUDA graph.
+    On a GPU the values are filled in: a copy from the host would wait and end the capture of a CUDA graph.
     """
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)

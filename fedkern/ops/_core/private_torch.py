@@ -1,7 +1,6 @@
-"""All private names of torch that fedkern uses.
+"""All private names of torch that fedkern uses, present in torch 2.11 to 2.15.
 
-Torch 2.11 to 2.15 have them all.  What would compute wrong numbers or read wrong memory if torch changed it is tried on
-tiny tensors at its first use: the table of tensors and a GPU's stream.
+Names that would give wrong numbers or memory if torch changed them are tried at their first use.
 """
 
 from __future__ import annotations
@@ -23,11 +22,6 @@ ONNX_LOG = "torch.onnx._internal.exporter._registration"
 
 
 def _find(name: str) -> Any:
-    """``torch.<name>``.
-
-    Raises:
-        UserError: torch has no such name.
-    """
     try:
         return operator.attrgetter(name)(torch)
     except AttributeError:
@@ -61,10 +55,9 @@ _function_mode: Callable[[int], Any] = _find("_C._get_function_stack_at")
 
 
 def function_modes() -> bool:
-    """Return whether a torch-function mode is active.
+    """Return whether a torch-function mode is active, other than a default device.
 
-    A default device (``torch.set_default_device``, ``with torch.device(...)``) does not count: operators name the
-    device of every tensor that they make.
+    A default device does not count: operators name the device of every tensor that they make.
     """
     count = _function_modes()  # asked at every call of an operator, and nearly always 0
     return count > 0 and any(type(_function_mode(i)).__module__ != "torch.utils._device" for i in range(count))
@@ -97,11 +90,10 @@ _guard, _included, _excluded = (
 
 @contextlib.contextmanager
 def recording() -> Iterator[None]:
-    """Lets autograd record a graph inside an operator's implementation.
+    """Let autograd record a graph inside an operator's implementation.
 
     The dispatcher excludes autograd before it calls an implementation, and ``torch.enable_grad`` alone does not bring
-    autograd back.  Without this context a backward operator that differentiates the reference would find no graph under
-    ``torch.compile``.
+    it back: a backward operator that differentiates the reference would find no graph under ``torch.compile``.
     """
     keys, excluded = torch._C.DispatchKey, _excluded()
     for key in (keys.AutogradCPU, keys.AutogradCUDA, keys.ADInplaceOrView):
@@ -121,7 +113,7 @@ WithoutTorchFunction: Any = _find("_C.DisableTorchFunctionSubclass")
 
 
 def apply_of(function: Any) -> Callable[..., Any]:
-    """``apply`` of an ``autograd.Function`` without its search for transforms."""
+    """Return ``apply`` of an ``autograd.Function`` without its search for transforms."""
     return super(torch.autograd.Function, function).apply
 
 
@@ -147,10 +139,7 @@ _run_backward: Callable[..., Any] = _find("autograd.Variable._execution_engine.r
 
 
 def backward(loss: Tensor) -> None:
-    """``loss.backward()``.
-
-    Of a scalar without the checks around the engine, which take 45 us of a training step.
-    """
+    """Call ``loss.backward()``, for a scalar without the engine's checks, which take 45 us of a training step."""
     if type(loss) is Tensor and not loss.dim():
         _run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
     else:
@@ -161,7 +150,6 @@ def backward(loss: Tensor) -> None:
 
 
 def _name_change(name: str) -> str:
-    """Return the end of a sentence that names what this torch has changed."""
     return f"torch.{name}, which torch {torch.__version__} lacks or has changed"
 
 
@@ -170,7 +158,7 @@ raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRaw
 
 
 def check_stream() -> None:
-    """Raise :class:`Unsuited` where :data:`raw_stream` is not what torch.cuda says."""
+    """Raise :class:`Unsuited` if :data:`raw_stream` differs from torch.cuda's stream."""
     if raw_stream is not None and torch.version.cuda and torch.cuda.is_available():
         index = torch.cuda.current_device()
         if raw_stream(index) != torch.cuda.current_stream(index).cuda_stream:
@@ -181,7 +169,7 @@ def check_stream() -> None:
 
 
 class _View(ctypes.Structure):
-    """DLPack's description of a tensor, as ``TensorView`` of csrc/bindings/exchange.h has it."""
+    """DLPack's description of a tensor, as ``TensorView`` of csrc/bindings/exchange.h."""
 
     _fields_ = [
         ("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_index", ctypes.c_int32),
@@ -211,10 +199,7 @@ _POINTER = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
 
 
 def _samples() -> list[Tensor]:
-    """Tensors to try the table on.
-
-    None where a transform or a mode is active, which would make others.
-    """
+    """Return tensors to try the table on, none under a transform or mode, which would make other tensors."""
     if dispatch_modes() or functorch_active():
         return []
     with torch.inference_mode(False):
@@ -225,8 +210,8 @@ def _samples() -> list[Tensor]:
 def exchange_table() -> object:
     """Return the capsule with torch's table of functions for C extensions, tried on a small tensor.
 
-    A core reads tensors through this table alone.  So one build serves every torch whose table is of DLPack's major
-    version 1, which torch 2.11 and newer show.
+    A core reads tensors through this table alone, so that one build works with every torch whose table is of DLPack's
+    major version 1 (torch 2.11 and newer).
 
     Raises:
         Unsuited: this torch has no such table, or the table describes tensors otherwise.
@@ -243,7 +228,6 @@ def exchange_table() -> object:
 
 
 def table_problem(capsule: object) -> str:
-    """Return the fault of an exchange table, or ""."""
     try:
         table = _Table.from_address(_POINTER(capsule, b"dlpack_exchange_api"))
     except ValueError:

@@ -1,7 +1,6 @@
 """torch.jit: an error instead of a recorded graph that would replay uninitialised memory.
 
-The tracer sees the allocation of a kernel's result, but not the kernel that fills it.  The script compiler cannot
-compile the Python code that takes addresses.  ``torch.export`` records the operators themselves.
+The tracer sees the allocation of a kernel's result, but not the kernel that fills it.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ REFUSAL = (
 
 
 def refuse(*_: Any) -> NoReturn:
-    """Raise RuntimeError with :data:`REFUSAL`."""
     raise RuntimeError(REFUSAL)
 
 
 def unscriptable(public: Any) -> None:
-    """Make ``torch.jit.script`` refuse a function or class, itself and within what it compiles."""
+    """Make ``torch.jit.script`` refuse a function or class, alone and within other code."""
     public.__prepare_scriptable__ = refuse  # torch.jit.script calls this before it compiles anything

@@ -1,4 +1,4 @@
-"""Checks of the distill family's arguments: logits, stacks of teachers' logits, weights, temperature, reduction."""
+"""Checks of the distill family's arguments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core.backend import DTYPES, eager
-from fedkern.ops._core.checks import check_count, check_device, check_floating, check_tensor, real, show_value
+from fedkern.ops._core.checks import check_count, check_device, check_floating, check_tensor, show_value, to_float
 from fedkern.ops._distill.rows import MAX_DIMS, REDUCTIONS, row_shape
 
 LOGITS = "a tensor of logits"
@@ -18,7 +18,6 @@ LOGITS = "a tensor of logits"
 
 
 def check_logits(names: tuple[str, ...], tensors: Sequence[Tensor]) -> None:
-    """Raise TypeError or ValueError unless all are logits ``[B, C, *positions]`` of one shape on one device."""
     for name, tensor in zip(names, tensors, strict=True):
         check_floating(tensor, name, LOGITS)
         if not 2 <= tensor.dim() <= MAX_DIMS or tensor.shape[1] == 0:
@@ -36,15 +35,9 @@ def check_logits(names: tuple[str, ...], tensors: Sequence[Tensor]) -> None:
 def move_classes(
     names: Sequence[str], tensors: tuple[Tensor, ...], dim: int, stacks: Sequence[int]
 ) -> tuple[Tensor, ...]:
-    """Return views of ``tensors`` whose class axis is 1.
+    """Return views of ``tensors`` whose class axis ``dim`` is moved to 1.
 
-    Args:
-        dim: the class axis.
-        stacks: for every tensor the number of leading axes that ``dim`` does not count, 1 for a stack of teachers.
-
-    Raises:
-        TypeError: a tensor is none of logits, or ``dim`` is no whole number.
-        ValueError: the logits have no such axis.
+    ``stacks`` are the leading axes of each tensor that ``dim`` does not count, 1 for a stack of teachers.
     """
     views = []
     for name, tensor, stack in zip(names, tensors, stacks, strict=True):
@@ -58,7 +51,6 @@ def move_classes(
 
 
 def check_weight(weight: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``weight`` in the shape of the rows, ``[B, *positions]``, and a floating dtype."""
     check_tensor(weight, "weight")
     if weight.dtype is torch.bool:
         weight = weight.to(dtype)
@@ -77,17 +69,15 @@ def check_weight(weight: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check_temperature(temperature: float) -> float:
-    """Return ``temperature`` as a float above 0, infinity included."""
     if isinstance(temperature, (Tensor, bool)):
         raise TypeError(f"temperature must be a number, not {type(temperature).__name__}")
-    value = real(temperature, "temperature")
+    value = to_float(temperature, "temperature")
     if not value > 0:
         raise ValueError(f"temperature must be above 0 (math.inf for the limit), but is {show_value(temperature)}")
     return value
 
 
 def check_reduction(reduction: str) -> int:
-    """Return the number of a reduction's name."""
     code = REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
     if code is None:
         raise ValueError(f'reduction must be "none", "sum" or "batchmean", but is {reduction!r}')
@@ -95,7 +85,6 @@ def check_reduction(reduction: str) -> int:
 
 
 def check_stack(name: str, stack: Tensor) -> None:
-    """Raise TypeError or ValueError unless ``stack`` is ``[K, B, C, *positions]`` with K and C at least 1."""
     check_floating(stack, name, LOGITS)
     if not 3 <= stack.dim() <= MAX_DIMS + 1 or stack.shape[0] == 0 or stack.shape[2] == 0:
         raise ValueError(
@@ -105,7 +94,6 @@ def check_stack(name: str, stack: Tensor) -> None:
 
 
 def check_student(student: Tensor, teachers: Tensor) -> None:
-    """Raise TypeError or ValueError unless ``student`` has the shape and device of one of ``teachers``."""
     check_floating(student, "student", LOGITS)
     if student.shape != teachers.shape[1:]:
         raise ValueError(
@@ -116,7 +104,7 @@ def check_student(student: Tensor, teachers: Tensor) -> None:
 
 
 def check_values(weights: object) -> None:
-    """Raise ValueError unless all weights are finite and at least 0. Those on a GPU, or not known yet, pass."""
+    """Raise ValueError for negative or non-finite weights, unless on a GPU or not known yet."""
     if not (isinstance(weights, Tensor) and weights.is_cpu and eager(weights)):
         return
     if weights.layout is not torch.strided or weights.is_nested or weights.dtype not in DTYPES:
@@ -139,12 +127,9 @@ def _check_kind(weights: Tensor, stack: Tensor) -> Tensor:
 
 
 def _near_one(weights: Tensor) -> Tensor:
-    """fp64 ``weights [K, ...]`` over their largest of the K.
+    """Divide fp64 ``weights [K, ...]`` by the largest of the K: beside fp32 logits they are cast to fp32.
 
-    Others as they are.
-
-    Where the logits are fp32, weights are cast to fp32 before they are normalised.  A constant factor changes neither
-    shares nor their derivatives.
+    A constant factor changes neither shares nor their derivatives.
     """
     if weights.dtype is not torch.float64:
         return weights
@@ -188,9 +173,9 @@ def spread_row_weights(weights: Tensor, logits: Tensor, ordinary: bool = False) 
     rows = logits.shape[:2] + logits.shape[3:]
     dims = weights.dim()
     if dims not in (1, 2, len(rows)) or weights.shape != rows[:dims]:
-        more = f" or {list(rows)}" if len(rows) > 2 else ""
+        alternative = f" or {list(rows)}" if len(rows) > 2 else ""
         raise ValueError(
-            f"weights must have shape {list(rows[:1])}, {list(rows[:2])}{more}, but has {list(weights.shape)}"
+            f"weights must have shape {list(rows[:1])}, {list(rows[:2])}{alternative}, but has {list(weights.shape)}"
         )
     weights = _near_one(weights)
     if dims == 1 and ordinary and not weights.requires_grad:  # in one step: at 64 rows the time of two shows
@@ -199,7 +184,6 @@ def spread_row_weights(weights: Tensor, logits: Tensor, ordinary: bool = False) 
 
 
 def check_mask(mask: Tensor, teachers: Tensor) -> None:
-    """Raise TypeError or ValueError unless ``mask`` is bool ``[K, C]``, on the device of ``teachers``."""
     check_tensor(mask, "class_mask", "a bool tensor")
     if mask.dtype is not torch.bool:
         raise TypeError(f"class_mask must have dtype bool, but has {mask.dtype}")
@@ -210,24 +194,24 @@ def check_mask(mask: Tensor, teachers: Tensor) -> None:
 
 
 def mask_weights(weights: Tensor | None, mask: Tensor, teachers: Tensor) -> Tensor:
-    """Return weights that are 0 where a mask leaves out a class, which is all that it does: masks are not mapped."""
+    """Return weights that are 0 for masked classes, which replaces a mask, since masks are not mapped."""
     shares = torch.ones((), device=mask.device) if weights is None else weights
     return torch.where(mask.reshape(len(mask), 1, -1, *[1] * (teachers.dim() - 3)), shares, 0).expand(teachers.shape)
 
 
 def without_unknown(teachers: Tensor, weights: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Return ``teachers`` with -inf for what is no number, or a dtype's largest, in classes of weight 0 alone.
+    """Set NaN and a dtype's largest numbers to -inf in classes of weight 0.
 
-    What a teacher holds in classes that it does not know must not reach its softmax over those that it knows.
+    Values of a teacher in classes that it does not know must not reach its softmax over known classes.
     """
     by_class = weights is not None and weights.dim() > 2 and weights.shape[2] > 1
     if not (by_class or mask is not None) or not teachers.numel():
         return teachers
-    most, ordinary = torch.finfo(teachers.dtype).max, teachers.is_cpu and eager(teachers)
+    largest, ordinary = torch.finfo(teachers.dtype).max, teachers.is_cpu and eager(teachers)
     if ordinary:  # one look is less than a copy; on a GPU it would wait for the device
         low, high = teachers.detach().aminmax()
-        if -most < low and high < most:
+        if -largest < low and high < largest:
             return teachers
     unknown = [] if mask is None else [~mask.reshape(len(mask), 1, -1, *[1] * (teachers.dim() - 3))]
     unknown += [weights == 0] if weights is not None and by_class else []
-    return torch.where((unknown[0] | unknown[-1]) & ~(teachers.abs() < most), -math.inf, teachers)
+    return torch.where((unknown[0] | unknown[-1]) & ~(teachers.abs() < largest), -math.inf, teachers)

@@ -1,4 +1,4 @@
-"""js_div, consensus: how far K distributions agree. The references are in ensemble_reference.py."""
+"""js_div, consensus: how far K distributions agree."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.backend import eager, ready, select
+from fedkern.ops._core.backend import eager, select, select_ordinary
 from fedkern.ops._core.checks import autocast
 from fedkern.ops._distill.checks import check_reduction, check_stack, check_values, move_classes, spread_row_weights
 from fedkern.ops._distill.ensemble_reference import consensus_reference, js_reference
@@ -79,11 +79,10 @@ def consensus(
 def _check(
     operator: str, logits: Tensor, weights: Tensor | None, reduction: str, dim: int
 ) -> tuple[DistillKernels | None, Tensor, Tensor | None, int]:
-    """Return the kernel of an ordinary call, logits with classes on axis 2, weights as rows, the reduction's number."""
     (logits,) = autocast(logits)
     if type(dim) is not int or dim != 1:
         (logits,) = move_classes(("logits",), (logits,), dim, (1,))
-    kernel = ready(operator, logits) if weights is None else ready(operator, logits, weights)
+    kernel = select_ordinary(operator, logits) if weights is None else select_ordinary(operator, logits, weights)
     if kernel is not None and not 3 <= logits.dim() <= MAX_DIMS + 1:
         kernel = None
     if kernel is None or 0 in (logits.shape[0], logits.shape[2]):

@@ -1,11 +1,11 @@
-"""ensemble_kl: a student against K teachers. The reference is in ensemble_reference.py."""
+"""ensemble_kl: a student against K teachers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.backend import eager, outlived, ready
+from fedkern.ops._core.backend import eager, outlived, select_ordinary
 from fedkern.ops._core.checks import autocast, check_tensor
 from fedkern.ops._core.private_torch import is_wrapped
 from fedkern.ops._distill.checks import (
@@ -98,44 +98,44 @@ def ensemble_kl(
             if weights.dim() == student.dim() + 1:
                 weights = weights.movedim(dim if dim < 0 else dim + 1, 2)
     tensors = (student, teachers) if weights is None else (student, teachers, weights)
-    kernel = ready("ensemble_kl", *tensors)
-    usual = kernel is not None and 3 <= teachers.dim() <= MAX_DIMS + 1
-    if usual and isinstance(class_mask, Tensor) and outlived(class_mask):
-        usual = False
-    if not usual or teachers.shape[1:] != student.shape or 0 in (teachers.shape[0], teachers.shape[2]):
+    kernel = select_ordinary("ensemble_kl", *tensors)
+    ordinary = kernel is not None and 3 <= teachers.dim() <= MAX_DIMS + 1
+    if ordinary and isinstance(class_mask, Tensor) and outlived(class_mask):
+        ordinary = False
+    if not ordinary or teachers.shape[1:] != student.shape or 0 in (teachers.shape[0], teachers.shape[2]):
         check_stack("teachers", teachers)
         check_student(student, teachers)
     if type(temperature) is not float or not temperature > 0:
         temperature = check_temperature(temperature)
     code = check_reduction(reduction)
-    how = _mixture(mix, mode)
+    mixture = _mixture(mix, mode)
     short = False
     if weights is not None:
         check_values(weights)
-        short = usual and weights.dim() == 1 and weights.shape[0] == teachers.shape[0] and not weights.requires_grad
+        short = ordinary and weights.dim() == 1 and weights.shape[0] == teachers.shape[0] and not weights.requires_grad
         short = short and weights.dtype is not torch.float64
         if not short:
             weights = spread_weights(weights, teachers)
             tensors = (student, teachers, weights)
     if class_mask is not None:
         check_mask(class_mask, teachers)
-    if how == MEAN and (class_mask is not None or (weights is not None and not short and weights.shape[2] != 1)):
+    if mixture == MEAN and (class_mask is not None or (weights is not None and not short and weights.shape[2] != 1)):
         raise ValueError('mode="mean_of_kl" takes weights per teacher, [K] or [K, B], and no class_mask')
     teachers = without_unknown(teachers, weights, class_mask)
     tensors = (student, teachers, *tensors[2:])
     log_probs = bool(log_probs)
 
-    if not usual or is_flat(temperature):
+    if not ordinary or is_flat(temperature):
         if not eager(*tensors, *(() if class_mask is None else (class_mask,))):
             if class_mask is not None and not torch.compiler.is_compiling() and is_wrapped(class_mask):
                 weights, class_mask = mask_weights(weights, class_mask, teachers), None
-            return ENSEMBLE(student, teachers, weights, class_mask, temperature, how, log_probs, code)
+            return ENSEMBLE(student, teachers, weights, class_mask, temperature, mixture, log_probs, code)
         kernel = select_at(temperature, "ensemble_kl", *tensors)
     if short and weights is not None and (kernel is None or not kernel.short_weights):
         weights = spread_weights(weights, teachers)
     if kernel is None:
-        return ensemble_reference(student, teachers, weights, class_mask, temperature, how, log_probs, code)
-    call = new_call(Ensemble, (student, teachers, weights, class_mask, temperature, how, log_probs, code))
+        return ensemble_reference(student, teachers, weights, class_mask, temperature, mixture, log_probs, code)
+    call = new_call(Ensemble, (student, teachers, weights, class_mask, temperature, mixture, log_probs, code))
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor.requires_grad:

@@ -1,4 +1,4 @@
-"""References of ensemble_kl, js_div and consensus in plain PyTorch: specification, oracle of the tests, fallback."""
+"""References of ensemble_kl, js_div and consensus in plain PyTorch: specification, test oracle and fallback."""
 
 from __future__ import annotations
 
@@ -24,10 +24,7 @@ from fedkern.ops._distill.rows import LOGITS, MEAN, PROBS
 
 
 def normalised_weights(weights: Tensor | None, class_mask: Tensor | None, teachers: Tensor) -> Tensor:
-    """Each teacher's share, per sample and class.
-
-    1/K where weights and mask leave no teacher.
-    """
+    """Return each teacher's share, per sample and class, 1/K where no teacher is left."""
     count, compute = teachers.shape[0], compute_dtype(teachers.dtype)
     if weights is None:
         weights = torch.ones(count, *[1] * (teachers.dim() - 1), dtype=compute, device=teachers.device)
@@ -37,26 +34,23 @@ def normalised_weights(weights: Tensor | None, class_mask: Tensor | None, teache
         mask = class_mask.reshape(count, 1, -1, *[1] * (teachers.dim() - 3))
         weights = torch.where(mask, weights, 0)
     total = weights.sum(0, keepdim=True)
-    none = total == 0
-    return torch.where(none, 1 / count, weights / torch.where(none, 1, total))
+    empty = total == 0
+    return torch.where(empty, 1 / count, weights / torch.where(empty, 1, total))
 
 
 def _skip_rows(teachers: Tensor, share: Tensor) -> Tensor:
-    """``teachers`` with zeros in rows whose shares are all 0, so that no value there reaches a gradient."""
+    """Zero the rows of ``teachers`` whose shares are all 0, so that no value there reaches a gradient."""
     return torch.where((share == 0).all(2, keepdim=True), 0, teachers)
 
 
 def _weighted_sum(share: Tensor, rows: Tensor) -> Tensor:
-    """Σ share · rows over the teachers, for rows ``[K, B, *positions]``.
-
-    A row of share 0 may be infinite.
-    """
+    """Compute Σ share · rows over the teachers, for rows ``[K, B, *positions]``, which may be infinite at share 0."""
     share = share.squeeze(2)
     return (share * torch.where(share == 0, 0, rows)).sum(0)
 
 
 def log_mixture(log_p: Tensor, share: Tensor) -> Tensor:
-    """Return log Σ share · p over the teachers: ``-inf`` only where every p of positive share is exactly 0."""
+    """Compute log Σ share · p over the teachers: ``-inf`` only where every p of positive share is exactly 0."""
     counts = share > 0
     peak = torch.where(counts, log_p, -math.inf).amax(0).detach()
     peak = torch.where(peak == -math.inf, 0, peak)
@@ -66,10 +60,7 @@ def log_mixture(log_p: Tensor, share: Tensor) -> Tensor:
 
 
 def mixed_logits(logits: Tensor, share: Tensor) -> Tensor:
-    """Σ share · logits over the teachers.
-
-    ``-inf`` where a teacher of positive share has ``-inf``.
-    """
+    """Compute Σ share · logits over the teachers: ``-inf`` where a teacher of positive share has ``-inf``."""
     counts = share > 0
     masked = (counts & (logits == -math.inf)).any(0)
     finite = torch.where((logits == -math.inf) | ~counts, 0, logits)
@@ -86,7 +77,7 @@ def ensemble_reference(
     log_probs: bool,
     reduction: int,
 ) -> Tensor:
-    """Return the specification of :func:`fedkern.ops.ensemble_kl`."""
+    """Specify :func:`fedkern.ops.ensemble_kl`."""
     dtype = result_dtype(student, None, teachers)
     compute = torch.float64 if is_flat(temperature) else compute_dtype(dtype)
     student, teachers = student.to(compute), teachers.to(compute)
@@ -113,18 +104,15 @@ def _finite(student: Tensor, teachers: Tensor, share: Tensor, temperature: float
 
 
 def _flat_log_mixture(teachers: Tensor, share: Tensor, temperature: float) -> Tensor:
-    """T log Σ share · p over the teachers, up to a constant of the row.
-
-    ``-inf`` as in :func:`log_mixture`.
-    """
+    """Compute T log Σ share · p over the teachers, up to a constant of the row, ``-inf`` as in :func:`log_mixture`."""
     over, count = flat_log_softmax(teachers, temperature, 2)
     over = over - temperature * (count / count.amax(0)).log()
     counts = (share > 0) & (over > -math.inf)
     peak = torch.where(counts, over, -math.inf).amax(0).detach()
     empty = peak == -math.inf
     below = torch.where(counts, over - torch.where(empty, 0, peak), 0) / temperature
-    rest = (share * torch.where(counts, torch.expm1(below), -1)).sum(0)
-    return torch.where(empty, -math.inf, peak + temperature * torch.log1p(torch.where(empty, 0, rest)))
+    excess = (share * torch.where(counts, torch.expm1(below), -1)).sum(0)
+    return torch.where(empty, -math.inf, peak + temperature * torch.log1p(torch.where(empty, 0, excess)))
 
 
 def _limit(student: Tensor, teachers: Tensor, share: Tensor, temperature: float, mix: int, log_probs: bool) -> Tensor:
@@ -139,7 +127,7 @@ def _limit(student: Tensor, teachers: Tensor, share: Tensor, temperature: float,
 
 
 def js_reference(logits: Tensor, weights: Tensor | None, reduction: int) -> Tensor:
-    """Return the specification of :func:`fedkern.ops.js_div`: Σ w KL(p ‖ mixture), whose terms are never negative."""
+    """Specify :func:`fedkern.ops.js_div`: Σ w KL(p ‖ mixture), whose terms are never negative."""
     log_p, mixture, share = _against_mixture(logits, weights)
     rows = _weighted_sum(share, divergence_terms(log_p, mixture.unsqueeze(0)).sum(2))
     # Rounding must not exceed log K; the clamp leaves the gradient unchanged.
@@ -148,11 +136,11 @@ def js_reference(logits: Tensor, weights: Tensor | None, reduction: int) -> Tens
 
 
 def consensus_reference(logits: Tensor, weights: Tensor | None, reduction: int) -> tuple[Tensor, Tensor]:
-    """Return the specification of :func:`fedkern.ops.consensus`."""
+    """Specify :func:`fedkern.ops.consensus`."""
     log_p, mixture, share = _against_mixture(logits, weights)
     mean = _weighted_sum(share, _entropy(log_p, 2))
-    first, second = (reduce_rows(rows, None, reduction).to(logits.dtype) for rows in (_entropy(mixture, 1), mean))
-    return first, second
+    mixed, averaged = (reduce_rows(rows, None, reduction).to(logits.dtype) for rows in (_entropy(mixture, 1), mean))
+    return mixed, averaged
 
 
 def _against_mixture(logits: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

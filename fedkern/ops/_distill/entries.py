@@ -11,7 +11,7 @@ from fedkern.ops._core.backend import select
 from fedkern.ops._distill.checks import check_values
 from fedkern.ops._distill.ensemble_reference import consensus_reference, ensemble_reference, js_reference
 from fedkern.ops._distill.kernels import DistillKernels, Divergence, Ensemble, consensus_call, entropy_call, js_call
-from fedkern.ops._distill.library import Loss, Reference, define
+from fedkern.ops._distill.library import Loss, Reference, define_loss
 from fedkern.ops._distill.reference import divergence_reference, entropy_rows_reference, is_flat, result_dtype
 
 
@@ -20,19 +20,16 @@ def _select(operator: str, *tensors: Tensor | None) -> DistillKernels | None:
 
 
 def select_at(temperature: float, operator: str, *tensors: Tensor | None) -> DistillKernels | None:
-    """Return the kernels that serve at this temperature.
-
-    None: the reference does.
-    """
+    """Return the kernels for this temperature, or None for the reference."""
     kernel = None if is_flat(temperature) else _select(operator, *tensors)
     return None if kernel is not None and temperature == math.inf and not kernel.limits else kernel
 
 
 def _kernel_of_divergence(call: Divergence) -> DistillKernels | None:
-    return select_at(call.temperature, "kl_div" if call.other is None else "dual_kl", *call[:4])
+    return select_at(call.temperature, "kl_div" if call.peer is None else "dual_kl", *call[:4])
 
 
-DIVERGENCE = define(
+DIVERGENCE = define_loss(
     Loss(
         name="divergence",
         tensors=("student", "other?", "teacher", "weight?"),
@@ -47,7 +44,7 @@ DIVERGENCE = define(
         dtype=lambda tensors: result_dtype(*tensors[:3]),
     )
 )
-ENTROPY = define(
+ENTROPY = define_loss(
     Loss(
         name="entropy",
         tensors=("logits",),
@@ -66,10 +63,7 @@ ENTROPY = define(
 
 
 def _check_weights(weights: Tensor | None, dims: int) -> None:
-    """Refuse weights that the public functions would have spread.
-
-    Short ones would mean something else to the reference.
-    """
+    """Refuse short weights, which the public functions spread: the reference would misread them."""
     if weights is not None and weights.dim() != dims:
         raise ValueError(f"weights must have {dims} axes, but have shape {list(weights.shape)}")
     check_values(weights)
@@ -80,7 +74,7 @@ def _kernel_of_ensemble(call: Ensemble) -> DistillKernels | None:
     return select_at(call.temperature, "ensemble_kl", *call[:3])
 
 
-ENSEMBLE = define(
+ENSEMBLE = define_loss(
     Loss(
         name="ensemble",
         tensors=("student", "teachers", "weights?", "class_mask?"),
@@ -109,5 +103,5 @@ def _over_logits(name: str, operator: str, call: Callable[..., Ensemble], result
     )  # fmt: skip
 
 
-JS = define(_over_logits("jensen_shannon", "js_div", js_call, 1, js_reference))
-CONSENSUS = define(_over_logits("consensus", "consensus", consensus_call, 2, consensus_reference))
+JS = define_loss(_over_logits("jensen_shannon", "js_div", js_call, 1, js_reference))
+CONSENSUS = define_loss(_over_logits("consensus", "consensus", consensus_call, 2, consensus_reference))

@@ -1,11 +1,11 @@
-"""entropy: Shannon entropy of the softmax of logits. The reference is in reference.py."""
+"""entropy: Shannon entropy of the softmax of logits."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.backend import eager, ready, select
+from fedkern.ops._core.backend import eager, select, select_ordinary
 from fedkern.ops._core.checks import autocast
 from fedkern.ops._distill.checks import check_logits, check_reduction, move_classes
 from fedkern.ops._distill.entries import ENTROPY
@@ -35,7 +35,7 @@ def entropy(logits: Tensor, *, reduction: str = "batchmean", dim: int = 1) -> Te
     (logits,) = autocast(logits)
     if type(dim) is not int or dim != 1:
         (logits,) = move_classes(("logits",), (logits,), dim, (0,))
-    kernel = ready("entropy", logits)
+    kernel = select_ordinary("entropy", logits)
     if kernel is None:
         check_logits(("logits",), (logits,))
     code = check_reduction(reduction)

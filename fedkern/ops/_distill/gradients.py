@@ -1,8 +1,8 @@
-"""Autograd functions of the distill family: kl_div, dual_kl and entropy, and the losses on K teachers' logits.
+"""Autograd functions of the distill family.
 
-Where the kernel is ``fused``, the forward pass also computes the gradients for a grad_output of 1, while the row is
-cached. With reduction "none", whose grad_output is rarely 1, and where the kernel is not fused, the backward pass
-computes them from the logits, and from what the forward pass kept.
+The forward pass of a ``fused`` kernel also computes the gradients for a grad_output of 1, while the row is cached. With
+reduction "none", whose grad_output is rarely 1, and otherwise, the backward pass computes them from the logits and
+statistics of the forward pass.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.backend import DTYPES, compute_dtype, readable
+from fedkern.ops._core.backend import DTYPES, compute_dtype, is_readable
 from fedkern.ops._core.function import Context, EagerFunction, handed_out, saved_tensors
 from fedkern.ops._core.library import differentiate_reference
 from fedkern.ops._distill.checks import spread_weights
@@ -23,68 +23,66 @@ Gradients = tuple[Tensor | None, ...]
 
 
 class DivergenceFunction(EagerFunction):
-    """kl_div, dual_kl and entropy, on the tensors of a :class:`Divergence`."""
-
     @staticmethod
     def forward(
         ctx: Context,
-        how: tuple[DistillKernels, Divergence],
+        kernel_and_call: tuple[DistillKernels, Divergence],
         student: Tensor | None,
-        other: Tensor | None,
+        peer: Tensor | None,
         teacher: Tensor,
         weight: Tensor | None,
     ) -> Tensor:
-        kernel, call = how
+        kernel, call = kernel_and_call
         ctx.settings = kernel, call[4:]  # without tensors, which autograd keeps
-        _, need_student, need_other, need_teacher, need_weight = ctx.needs_input_grad
+        _, need_student, need_peer, need_teacher, need_weight = ctx.needs_input_grad
         if call.reduction == NONE or not kernel.fused:
             statistics = None if need_weight else kernel.divergence_statistics(call)
-            ctx.save_for_backward(student, other, teacher, weight, statistics)
+            ctx.save_for_backward(student, peer, teacher, weight, statistics)
             return kernel.divergence_forward(call, statistics=statistics)
         # One by one: the time of a loop shows at 64 rows.
         to_student = kernel.empty_gradient(student) if need_student and student is not None else None
-        to_other = kernel.empty_gradient(other) if need_other and other is not None else None
+        to_peer = kernel.empty_gradient(peer) if need_peer and peer is not None else None
         to_teacher = kernel.empty_gradient(teacher) if need_teacher else None
         losses = None
         if need_weight:
-            dtype = compute_dtype(result_dtype(student, other, teacher))
+            dtype = compute_dtype(result_dtype(student, peer, teacher))
             losses = torch.empty(row_shape(teacher), dtype=dtype, device=teacher.device)
-        ctx.save_for_backward(student, other, teacher, weight, None, to_student, to_other, to_teacher, losses)
-        return kernel.divergence_forward(call, (to_student, to_other, to_teacher), losses)
+        ctx.save_for_backward(student, peer, teacher, weight, None, to_student, to_peer, to_teacher, losses)
+        return kernel.divergence_forward(call, (to_student, to_peer, to_teacher), losses)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> Gradients:
-        student, other, teacher, weight, statistics, *taken = saved_tensors(ctx)
+        student, peer, teacher, weight, statistics, *taken = saved_tensors(ctx)
         kernel, settings = ctx.settings
         needs = ctx.needs_input_grad[1:]
-        if not readable(grad):
-            tensors = (student, other, teacher, weight)
+        if not is_readable(grad):
+            tensors = (student, peer, teacher, weight)
             return (None, *differentiate_reference(lambda *some: _divergence(*some, *settings), tensors, needs, grad))
-        if taken and (scaled := kernel.scaled(tuple(taken), grad)) is not None:
+        if taken and (scaled := kernel.scale_gradients(tuple(taken), grad)) is not None:
             *gradients, losses = handed_out(scaled, taken)
             to_weight = None if losses is None else (losses * mean_scale(teacher, settings[-1])).to(weight.dtype)
             return (None, *gradients, to_weight)
-        call = Divergence(student, other, teacher, weight, *settings)
+        call = Divergence(student, peer, teacher, weight, *settings)
         return (None, *kernel.divergence_backward((grad,), call, needs, statistics))
 
 
 class EnsembleFunction(EagerFunction):
-    """ensemble_kl, js_div and consensus, on the tensors of an :class:`Ensemble`.
+    """Losses on an :class:`Ensemble`.
 
-    If weights require a gradient, all gradients are computed in the backward pass; of consensus always: only there are
-    both grad_outputs known.
+    The backward pass computes all gradients if weights require one, and for consensus: only there both grad_outputs are
+    known.
     """
 
     @staticmethod
     def forward(
         ctx: Context,
-        how: tuple[DistillKernels, Ensemble],
+        kernel_and_call: tuple[DistillKernels, Ensemble],
         student: Tensor | None,
         teachers: Tensor,
         weights: Tensor | None,
         class_mask: Tensor | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        kernel, call = how
+        kernel, call = kernel_and_call
         ctx.settings = kernel, call[4:]  # without tensors, which autograd keeps
         if call.mix == CONSENSUS:
             ctx.set_materialize_grads(False)
@@ -107,13 +105,13 @@ class EnsembleFunction(EagerFunction):
         given = [grad for grad in grads if grad is not None]
         if not given:
             return (None,) * 5
-        is_plain = all(map(readable, given))
+        is_plain = all(map(is_readable, given))
         results = [_zero(given[0], is_plain) if grad is None else grad for grad in grads]
         if not is_plain:
-            rest, tensors = (class_mask, *settings), (student, teachers, weights)
-            gradients = differentiate_reference(lambda *some: _ensemble(*some, *rest), tensors, needs, results)
+            constants, tensors = (class_mask, *settings), (student, teachers, weights)
+            gradients = differentiate_reference(lambda *some: _ensemble(*some, *constants), tensors, needs, results)
             return (None, *gradients, None)
-        if taken and (scaled := kernel.scaled(tuple(taken), results[0])) is not None:
+        if taken and (scaled := kernel.scale_gradients(tuple(taken), results[0])) is not None:
             return (None, *handed_out(scaled, taken), None, None)
         call = Ensemble(student, teachers, weights, class_mask, *settings)
         return (None, *kernel.ensemble_backward(results, call, needs, statistics), None)
@@ -121,7 +119,7 @@ class EnsembleFunction(EagerFunction):
 
 def _divergence(
     student: Tensor | None,
-    other: Tensor | None,
+    peer: Tensor | None,
     teacher: Tensor,
     weight: Tensor | None,
     temperature: float,
@@ -130,7 +128,7 @@ def _divergence(
 ) -> Tensor:
     if student is None:
         return entropy_rows_reference(teacher, reduction)
-    return divergence_reference(student, other, teacher, weight, temperature, reverse, reduction)
+    return divergence_reference(student, peer, teacher, weight, temperature, reverse, reduction)
 
 
 def _ensemble(
@@ -155,5 +153,4 @@ _ZEROS = {dtype: torch.zeros((), dtype=dtype, device="cpu") for dtype in DTYPES}
 
 
 def _zero(grad: Tensor, is_plain: bool) -> Tensor:
-    """Return zeros for the absent grad_output beside ``grad``, with ``is_plain`` :func:`readable` ones."""
     return _ZEROS[grad.dtype] if is_plain and grad.dim() == 0 and grad.is_cpu else torch.zeros_like(grad)

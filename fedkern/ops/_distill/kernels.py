@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.backend import DTYPES, compute_dtype, serve
+from fedkern.ops._core.backend import DTYPES, compute_dtype, register_kernels
 from fedkern.ops._core.launch import Launcher
 from fedkern.ops._core.memory import HUGE
 from fedkern.ops._core.private_torch import graph_is_retained
@@ -27,17 +27,17 @@ new_call = tuple.__new__
 
 
 class Divergence(NamedTuple):
-    """A call of kl_div, of dual_kl (with ``other``, a second student), or of entropy (without a student).
+    """Arguments of kl_div, of dual_kl (with ``peer``, a second student), or of entropy (without a student).
 
     Attributes:
-        teacher: logits ``[B, C, *positions]``, as the students'; those of entropy.
+        teacher: logits ``[B, C, *positions]``, as the students'; for entropy the only logits.
         weight: one value per row. A row of weight 0 contributes exactly 0, whatever it holds.
         reverse: KL(student ‖ teacher).
         reduction: a number of ``REDUCTIONS``.
     """
 
     student: Tensor | None
-    other: Tensor | None
+    peer: Tensor | None
     teacher: Tensor
     weight: Tensor | None
     temperature: float
@@ -81,7 +81,7 @@ def consensus_call(logits: Tensor, weights: Tensor | None, reduction: int) -> En
     return new_call(Ensemble, (None, logits, weights, None, 1.0, CONSENSUS, False, reduction))
 
 
-# Of student, other and teacher, or of student, teachers and weights; None where one is not wanted.
+# Of student, peer and teacher, or of student, teachers and weights; None where not wanted.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 NO_GRADIENTS: Gradients = (None, None, None)
 Pair = tuple[Tensor | None, Tensor | None]
@@ -106,33 +106,26 @@ _KEPT = 16
 
 
 class DistillKernels(Launcher):
-    """The distill operators of ``fedkern._cpu`` and ``fedkern._cuda``.
+    """The distill operators of ``fedkern._cpu`` and ``fedkern._cuda``, also the base of Triton's launcher.
 
-    Triton's launcher overrides what calls a core.
-
-    The public functions have checked the arguments.  Kernels allocate what they return.  Sums and losses are computed
-    in float32 (float64 where an input is float64) and rounded once.
-
-    Shapes: logits are ``[B, C, *positions]``, those of K teachers ``[K, B, C, *positions]``, and rows are
-    ``[B, *positions]``. Any strides are valid. A gradient has the memory format of its tensor.
+    Arguments have been checked. Sums and losses are computed in float32 (float64 where an input is float64) and rounded
+    once. Logits are ``[B, C, *positions]``, those of K teachers ``[K, B, C, *positions]``, and rows are ``[B,
+    *positions]``, of any strides. A gradient has the memory format of its tensor.
 
     ``reduction`` is a number of ``REDUCTIONS``. "none" gives a value per row, the others a scalar. "batchmean" divides
     loss and gradients by the number of rows; an empty batch gives 0.
 
-    Gradients for a grad_output of 1 can be computed in the forward pass, into the tensors ``gradients``. Autograd asks
-    for this where :attr:`fused` or :meth:`ensemble_fused` is true and the result is a scalar, and then calls
-    :meth:`scaled` in the backward pass.
-    Otherwise it gives no tensors and calls ``..._backward``, which recomputes from the logits and takes ``grads`` as
-    tensors of the results' shape, any strides. On CUDA the kernel reads them through their device pointers: no method
-    there may read a tensor's values on the host.
+    If :attr:`fused` or :meth:`ensemble_fused` is true and the result is a scalar, autograd has the forward pass compute
+    gradients for a grad_output of 1, into ``gradients``, and calls :meth:`scale_gradients` in the backward pass.
+    Otherwise it calls ``..._backward``, which recomputes from the logits. On CUDA no method may read a tensor's values
+    on the host.
 
-    Weights of ensemble_kl may also be ``[K]`` where :attr:`short_weights` is true, unless they want a gradient.
+    Weights of ensemble_kl may also be ``[K]`` if :attr:`short_weights` is true, unless they require a gradient.
 
-    On the CPU a row's gradient costs little while the row is in the cache, and the host can read grad_output: the
-    forward pass computes gradients too.  On a GPU reading grad_output would wait for the device. A gradient from the
-    forward pass has to be read, scaled and written again, as much traffic as computing it from the logits. What
-    a gradient needs of its row as a whole (``statistics``) is little, and can be kept: :meth:`divergence_statistics`,
-    :meth:`stack_statistics`. Only beside the logits of K teachers is a student's gradient little.
+    On the CPU a row's gradient costs little while the row is in the cache, and the host can read grad_output. On a GPU
+    reading it would wait, and reading, scaling and writing a gradient takes as much traffic as computing it from the
+    logits, except for a student beside K teachers. The numbers that a gradient needs of a whole row (``statistics``)
+    are few and can be kept.
     """
 
     # The cores read weights [K] for every row through a stride of 0, and have kernels of infinite temperature.
@@ -145,14 +138,11 @@ class DistillKernels(Launcher):
         self._distill = core.distill
         self._distill_ensemble = core.distill_ensemble
 
-    def scaled(self, gradients: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...] | None:
-        """Return ``gradients`` (for a grad_output of 1) times the scalar ``grad``.
+    def scale_gradients(self, gradients: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...] | None:
+        """Return ``gradients`` (computed for a grad_output of 1) times the scalar ``grad``.
 
-        Called only where they were taken.
-
-        Where ``grad`` is 1 these are the same tensors, otherwise new ones, since the graph may be retained; on a GPU,
-        where nobody can look, the same ones if it is not. None makes the caller use ``..._backward`` instead. That is
-        so for 16-bit gradients, which would be rounded twice and would underflow before a loss scale lifts them.
+        The tensors are the same if ``grad`` is 1, or on a GPU, unless the graph is retained. None makes the caller use
+        ``..._backward``: 16-bit gradients would be rounded twice and underflow before a loss scale lifts them.
         """
         if self.gpu:
             times = torch.mul if graph_is_retained() else Tensor.mul_
@@ -166,7 +156,6 @@ class DistillKernels(Launcher):
         return tuple([x if x is None else x * factor for x in gradients])
 
     def empty_gradient(self, x: Tensor) -> Tensor:
-        """Return an uninitialised gradient of ``x`` in its memory format."""
         gradient = _empty_like(x)
         return gradient if gradient.numel() < _LARGE else self.fresh(gradient)
 
@@ -177,12 +166,12 @@ class DistillKernels(Launcher):
         raw_loss: Tensor | None = None,
         statistics: Tensor | None = None,
     ) -> Tensor:
-        """kl_div, dual_kl or entropy, in the promoted dtype of the logits.
+        """Compute kl_div, dual_kl or entropy, in the promoted dtype of the logits.
 
         ``raw_loss`` receives the rows' unweighted losses, 0 where the weight is 0.
         """
-        student, other, teacher, _, _, _, reduction = call
-        dtype = result_dtype(student, other, teacher)
+        student, peer, teacher, _, _, _, reduction = call
+        dtype = result_dtype(student, peer, teacher)
         if reduction == NONE or self.gpu:
             result = self._result(teacher, 0, dtype, reduction)
         else:  # _result's last line without a call, whose time shows at 64 rows
@@ -191,38 +180,33 @@ class DistillKernels(Launcher):
         return result
 
     def divergence_statistics(self, call: Divergence) -> Tensor | None:
-        """Uninitialised memory for what divergence_forward keeps for divergence_backward.
-
-        None: keeps nothing.
-        """
+        """Allocate what divergence_forward keeps for divergence_backward, if anything."""
         if not self.keeps or call.temperature == math.inf:
             return None
-        logits, dtype = call.teacher, compute_dtype(result_dtype(call.student, call.other, call.teacher))
-        numbers = 3 if call.student is None else 6 if call.other is None else 10
+        logits, dtype = call.teacher, compute_dtype(result_dtype(call.student, call.peer, call.teacher))
+        numbers = 3 if call.student is None else 6 if call.peer is None else 10
         return _empty(logits.numel() // logits.shape[1] * numbers, dtype=dtype, device=logits.device)
 
     def divergence_backward(
         self, grads: Sequence[Tensor], call: Divergence, needs: Sequence[bool], statistics: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of student, other, teacher, weight, each in its own dtype.
+        """Return the gradients of student, peer, teacher and weight, in their dtypes, None where not needed.
 
-        None where ``needs`` is false.
-
-        ``statistics`` gives no gradient of the weight.
+        ``statistics`` give no gradient of the weight.
         """
-        student, other, teacher, weight, _, _, reduction = call
-        to_student, to_other, to_teacher = (
+        student, peer, teacher, weight, _, _, reduction = call
+        to_student, to_peer, to_teacher = (
             self.empty_gradient(x) if need and x is not None else None
-            for x, need in zip((student, other, teacher), needs[:3], strict=True)
+            for x, need in zip((student, peer, teacher), needs[:3], strict=True)
         )
-        dtype = result_dtype(student, other, teacher)
+        dtype = result_dtype(student, peer, teacher)
         raw = _empty(row_shape(teacher), dtype=compute_dtype(dtype), device=teacher.device) if needs[3] else None
         grad = grads[0].resolve_neg()  # bound to a name: its memory must outlive the call
-        self._divergence(grad, call, dtype, (to_student, to_other, to_teacher), raw, None, statistics)
+        self._divergence(grad, call, dtype, (to_student, to_peer, to_teacher), raw, None, statistics)
         to_weight = None
         if raw is not None and weight is not None:
             to_weight = (raw * grad.to(raw.dtype) * mean_scale(teacher, reduction)).to(weight.dtype)
-        return to_student, to_other, to_teacher, to_weight
+        return to_student, to_peer, to_teacher, to_weight
 
     def _divergence(
         self,
@@ -236,24 +220,24 @@ class DistillKernels(Launcher):
     ) -> None:
         """Write the gradients, the rows' unweighted losses and the result, where they are not None.
 
-        ``statistics`` is written too where no gradient is, and else read.
+        ``statistics`` is written if no gradient is, and read otherwise.
         """
-        student, other, teacher, weight, temperature, reverse, reduction = call
-        to_student, to_other, to_teacher = gradients
+        student, peer, teacher, weight, temperature, reverse, reduction = call
+        to_student, to_peer, to_teacher = gradients
         self._distill(
             ENTROPY if student is None else LIMIT if temperature == math.inf else KL,
             1 if dtype is torch.float64 else 0, teacher, temperature, reverse, None if reduction == BATCHMEAN else 1.0,
-            0 if student is None else 1 if other is None else 2, teacher, student, other, to_teacher, to_student,
-            to_other, weight, grad, result if reduction == NONE else None,
+            0 if student is None else 1 if peer is None else 2, teacher, student, peer, to_teacher, to_student,
+            to_peer, weight, grad, result if reduction == NONE else None,
             (raw, None if reduction == NONE else result, statistics), self._space(teacher) if self.gpu else None,
             self.at(teacher),
         )  # fmt: skip
 
     def ensemble_fused(self, student: Tensor | None, needs: Sequence[bool]) -> bool:
-        """Return whether ensemble_forward takes ``gradients`` of student, teachers, weights, where ``needs`` says.
+        """Return whether ensemble_forward computes the needed gradients of student, teachers and weights.
 
-        On a GPU the student's alone: reading all teachers again is several times its traffic, that of the teachers'
-        own gradients no more than scaling them. One of 16 bits would underflow before a loss scale lifts it.
+        On a GPU only the student's: reading all teachers again is several times its traffic, their own gradients' no
+        more than scaling them. A 16-bit gradient would underflow before a loss scale lifts it.
         """
         if needs[2]:
             return False
@@ -263,29 +247,26 @@ class DistillKernels(Launcher):
     def ensemble_forward(
         self, call: Ensemble, gradients: Gradients = NO_GRADIENTS, statistics: Tensor | None = None
     ) -> Any:
-        """ensemble_kl or js_div, in the promoted dtype of student and teachers.
+        """Compute ensemble_kl or js_div, in the promoted dtype of student and teachers.
 
-        consensus gives two: the entropy of the mixture and the weighted mean of the entropies.
+        For consensus, return the entropy of the mixture and the weighted mean of the entropies.
         """
         student, teachers, _, _, _, mix, _, reduction = call
         dtype = result_dtype(student, None, teachers)
         by_class = student is not None and _by_class(call)
-        first, second = self._result(teachers, 1, dtype, reduction), None
+        result, second_result = self._result(teachers, 1, dtype, reduction), None
         if mix == CONSENSUS:
-            second = self._result(teachers, 1, dtype, reduction)
-        self._ensemble((None, None), call, dtype, by_class, gradients, (first, second), statistics)
-        return first if second is None else (first, second)
+            second_result = self._result(teachers, 1, dtype, reduction)
+        self._ensemble((None, None), call, dtype, by_class, gradients, (result, second_result), statistics)
+        return result if second_result is None else (result, second_result)
 
     def ensemble_backward(
         self, grads: Sequence[Tensor], call: Ensemble, needs: Sequence[bool], statistics: Tensor | None = None
     ) -> Gradients:
-        """Gradients of student, teachers, weights (in the shape given).
-
-        None where ``needs`` is false.
-        """
+        """Return the gradients of student, teachers and weights (in their given shape), None where not needed."""
         student, teachers, weights = call.student, call.teachers, call.weights
         dtype, by_class = result_dtype(student, None, teachers), _by_class(call)
-        first, second = (*[grad.resolve_neg() for grad in grads], None)[:2]
+        grad0, grad1 = (*[grad.resolve_neg() for grad in grads], None)[:2]
         to_student = self.empty_gradient(student) if needs[0] and student is not None else None
         to_teachers = self.empty_gradient(teachers) if needs[1] else None
         to_weights = None
@@ -294,7 +275,7 @@ class DistillKernels(Launcher):
             shape = (*weights.shape[:2], teachers.shape[2], *weights.shape[3:]) if by_class else weights.shape
             to_weights = _empty(shape, dtype=compute_dtype(dtype), device=weights.device)
         gradients = (to_student, to_teachers, to_weights)
-        self._ensemble((first, second), call, dtype, by_class, gradients, (None, None), statistics)
+        self._ensemble((grad0, grad1), call, dtype, by_class, gradients, (None, None), statistics)
         if to_weights is not None and weights is not None:
             if to_weights.shape != weights.shape:
                 to_weights = to_weights.sum(2, keepdim=True)
@@ -313,23 +294,23 @@ class DistillKernels(Launcher):
     ) -> None:
         """Write the gradients of student, teachers and weights, and the results, where they are not None.
 
-        Only consensus has two results.  ``statistics`` is as in :meth:`_divergence`.
+        Only consensus has two results. ``statistics`` is as in :meth:`_divergence`.
         """
         student, teachers, weights, class_mask, temperature, mix, log_probs, reduction = call
         to_student, to_teachers, to_weights = gradients
-        (grad, more_grad), (first, second) = grads, results
+        (grad, second_grad), (result, second_result) = grads, results
         self._distill_ensemble(
             mix, temperature == math.inf, log_probs and temperature == 1.0, by_class,
             1 if dtype is torch.float64 else 0, teachers, temperature, None if reduction == BATCHMEAN else 1.0, student,
-            teachers, weights, class_mask, to_student, to_teachers, to_weights, grad, more_grad,
-            (reduction == NONE, first, second, statistics), self._stack_space(teachers) if self.gpu else None,
+            teachers, weights, class_mask, to_student, to_teachers, to_weights, grad, second_grad,
+            (reduction == NONE, result, second_result, statistics), self._stack_space(teachers) if self.gpu else None,
             self.at(teachers),
         )  # fmt: skip
 
     def stack_statistics(self, logits: Tensor, mix: int) -> Tensor | None:
-        """Uninitialised memory for what js_div and consensus keep for the backward pass.
+        """Allocate what js_div and consensus keep for the backward pass.
 
-        None: they keep nothing, where that were much beside the logits, on a GPU in float64, and js_div on the CPU.
+        None where it would be large beside the logits, on a GPU in float64, and for js_div on the CPU.
         """
         count, batch, classes, *positions = logits.shape
         if self.gpu:
@@ -347,27 +328,19 @@ class DistillKernels(Launcher):
         return torch.empty((numbers, batch, *positions), dtype=dtype, device="cpu").transpose(0, 1)
 
     def _result(self, logits: Tensor, batch: int, dtype: torch.dtype, reduction: int) -> Tensor:
-        """Memory for the rows' losses, or for their sum.
-
-        ``batch`` is the axis of the batch.
-        """
         if reduction == NONE:
             shape = logits.shape[batch : batch + 1] + logits.shape[batch + 2 :]
             return _empty(shape, dtype=dtype, device=logits.device)
         return _empty((), dtype=dtype, device=logits.device) if self.gpu else _empty_like(_SCALARS[dtype])
 
     def _space(self, logits: Tensor) -> Tensor | None:
-        """CUDA: memory for sums between blocks.
-
-        None where one block computes the call alone.
-        """
+        """Allocate sums between a GPU's blocks, unless one block computes the call alone."""
         classes = logits.shape[1]
         if classes <= _CLASSES and logits.numel() <= _ROWS * classes:
             return None
         return _empty(self.core.distill_workspace, dtype=torch.float64, device=logits.device)
 
     def _stack_space(self, teachers: Tensor) -> Tensor:
-        """CUDA: memory for totals, and for what rows keep of each teacher."""
         core, count = self.core, teachers.shape[0]
         slots = max(core.ensemble_slots, min(teachers.numel() // (count * teachers.shape[2]), _SLOTS[_lanes(teachers)]))
         size = core.ensemble_totals + slots * core.ensemble_numbers * count
@@ -375,7 +348,6 @@ class DistillKernels(Launcher):
 
 
 def _by_class(call: Ensemble) -> bool:
-    """Return whether a teacher's weight differs by class."""
     weights = call.weights
     if call.class_mask is not None:
         return True
@@ -383,7 +355,6 @@ def _by_class(call: Ensemble) -> bool:
 
 
 def _lanes(teachers: Tensor) -> int:
-    """Return how many threads share a row of an ensemble."""
     classes = teachers.shape[2]
     if classes <= _FEW or (classes < _MANY and teachers.stride(2) != 1):
         return 1
@@ -394,7 +365,7 @@ for _name, _check in (
     *[(name, "logits_fit") for name in ("kl_div", "dual_kl", "entropy")],
     *[(name, "tensors_fit") for name in ("ensemble_kl", "js_div", "consensus")],
 ):
-    serve(
+    register_kernels(
         _name, cpu=DistillKernels, cuda=DistillKernels, triton="_distill.triton.distill:TritonDistill",
         triton_leaves="infinite temperatures" if "kl" in _name else "", fits=_check,
     )  # fmt: skip

@@ -1,7 +1,4 @@
-"""kl_div, dual_kl: Kullback-Leibler divergence between the softmaxes of one or two students and a teacher.
-
-The reference is in reference.py, the operators for compilers are in entries.py.
-"""
+"""kl_div, dual_kl: Kullback-Leibler divergence between the softmaxes of one or two students and a teacher."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.backend import eager, ready
+from fedkern.ops._core.backend import eager, select_ordinary
 from fedkern.ops._core.checks import autocast
 from fedkern.ops._distill.checks import check_logits, check_reduction, check_temperature, check_weight, move_classes
 from fedkern.ops._distill.entries import DIVERGENCE, select_at
@@ -97,7 +94,7 @@ def dual_kl(
 
 def _dispatch(
     student: Tensor,
-    other: Tensor | None,
+    peer: Tensor | None,
     teacher: Tensor,
     weight: Tensor | None,
     temperature: float,
@@ -106,15 +103,15 @@ def _dispatch(
     dim: int,
     names: tuple[str, ...],
 ) -> Tensor:
-    student, other, teacher = autocast(student, other, teacher)
+    student, peer, teacher = autocast(student, peer, teacher)
     # By the number of names: None as the second student of dual_kl is a mistake, which check_logits reports.
-    tensors: tuple[Any, ...] = (student, teacher) if len(names) == 2 else (student, other, teacher)
+    tensors: tuple[Any, ...] = (student, teacher) if len(names) == 2 else (student, peer, teacher)
     if type(dim) is not int or dim != 1:
         tensors = move_classes(names, tensors, dim, (0,) * len(names))
         student, teacher = tensors[0], tensors[-1]
-        other = tensors[1] if len(names) == 3 else None
+        peer = tensors[1] if len(names) == 3 else None
     operator = "kl_div" if len(names) == 2 else "dual_kl"
-    kernel = ready(operator, *tensors)
+    kernel = select_ordinary(operator, *tensors)
     if kernel is None:
         check_logits(names, tensors)
     if type(temperature) is not float or not temperature > 0:
@@ -127,11 +124,11 @@ def _dispatch(
             kernel = None
     if kernel is None or temperature > FLAT:
         if not eager(*tensors):
-            return DIVERGENCE(student, other, teacher, weight, temperature, reverse, code)
+            return DIVERGENCE(student, peer, teacher, weight, temperature, reverse, code)
         kernel = select_at(temperature, operator, *tensors)
     if kernel is None:
-        return divergence_reference(student, other, teacher, weight, temperature, reverse, code)
-    call = new_call(Divergence, (student, other, teacher, weight, temperature, reverse, code))
+        return divergence_reference(student, peer, teacher, weight, temperature, reverse, code)
+    call = new_call(Divergence, (student, peer, teacher, weight, temperature, reverse, code))
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor.requires_grad:

@@ -1,7 +1,6 @@
-"""torch.library entries of losses on rows of logits: one scheme for all of them.
+"""torch.library entries of losses on rows of logits: the loss and its gradients, one graph node each.
 
-Each loss becomes two operators, the loss and its gradients: one graph node each under torch.compile. Recorded backward
-passes go through the reference.
+Recorded backward passes go through the reference.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Reference = Callable[..., Tensor | tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Loss:
-    """Description of one loss, from which :func:`define` makes its operators.
+    """Description of one loss, from which :func:`define_loss` makes its operators.
 
     Attributes:
         name: name of the operator; the operator of its gradients is ``<name>_backward``.
@@ -37,13 +36,13 @@ class Loss:
         differentiable: number of tensor arguments, from the first on, that have gradients.
         settings: the other arguments with their types; the last one is the reduction.
         results: number of results.
-        axes: each tensor's axis of the batch, such as 1 of ``[K, B, C, *positions]``; None for one without.
-        call: tensors and settings to the call that kernels take.
-        kernel: (call) to the kernel that serves, or None: the reference does.
+        axes: each tensor's axis of the batch, such as 1 of ``[K, B, C, *positions]``; None without such an axis.
+        call: function from tensors and settings to the call that kernels take.
+        kernel: function from the call to its kernel, or None for the reference.
         method: the kernel's methods are ``<method>_forward`` and ``<method>_backward``.
-        skips: tensors at the beginning of the call that the operator has not.
-        reference: the loss in plain PyTorch, with tensors and settings as separate arguments.
-        dtype: (tensors) to the dtype of the results.
+        skips: tensors at the beginning of the call that the operator does not have.
+        reference: the loss in plain PyTorch.
+        dtype: function from the tensors to the dtype of the results.
     """
 
     name: str
@@ -60,16 +59,12 @@ class Loss:
     skips: int = 0
 
     def rows(self, tensors: Optionals) -> tuple[int, ...]:
-        """``[B, *positions]``."""
         shape = tensors[0].shape[1:] if self.axes[0] else tensors[0].shape
         return (shape[0], *shape[2:])
 
 
-def define(loss: Loss) -> Operation:
-    """Register the operators of ``loss``.
-
-    Returns the function that calls the loss.
-    """
+def define_loss(loss: Loss) -> Operation:
+    """Register the operators of ``loss``, and return the function that calls the loss."""
     count, differentiable, results = len(loss.tensors), loss.differentiable, loss.results
     named = [f"Tensor{'?' if name.endswith('?') else ''} {name.rstrip('?')}" for name in loss.tensors]
     # A temperature travels as a tensor under a compiler, which would compile every number anew.
@@ -81,7 +76,6 @@ def define(loss: Loss) -> Operation:
         return f"({', '.join(parameters)}) -> ({', '.join(['Tensor'] * returns)})"
 
     def pack_results(values: Arguments) -> Any:
-        """Return an operator's results: one alone is no tuple."""
         return values[0] if len(values) == 1 else tuple(values)
 
     def check(tensors: Optionals, reduction: int, grads: Sequence[Tensor] = ()) -> None:
@@ -97,11 +91,10 @@ def define(loss: Loss) -> Operation:
                 raise ValueError(f"a result's gradient must have shape {list(expected)}, but has {list(grad.shape)}")
 
     def plain(settings: Arguments) -> Arguments:
-        """Return the settings as the loss takes them."""
         if not heated:
             return tuple(settings)
-        heat, temperature, *rest = settings
-        return (temperature if heat is None else heat.item(), *rest)
+        heat, temperature, *tail = settings
+        return (temperature if heat is None else heat.item(), *tail)
 
     def reference(*inputs: Any) -> Tensor | tuple[Tensor, ...]:
         return loss.reference(*inputs[:count], *plain(inputs[count:]))
@@ -154,18 +147,18 @@ def define(loss: Loss) -> Operation:
         call = loss.call(*tensors, *settings)
         kernel = loss.kernel(call)
         if kernel is None:
-            rest = (*tensors[differentiable:], *settings)
+            constants = (*tensors[differentiable:], *settings)
             gradients = library.differentiate_reference(
-                lambda *tensors: loss.reference(*tensors, *rest), inner, needs, grads, twice=False
+                lambda *tensors: loss.reference(*tensors, *constants), inner, needs, grads, twice=False
             )
         else:
             padded = (*[False] * loss.skips, *needs, False)
             gradients = getattr(kernel, f"{loss.method}_backward")(grads, call, padded)[loss.skips :][:differentiable]
-        return pack_results(place(gradients, inner, needs))
+        return pack_results(place_gradients(gradients, inner, needs))
 
     def fake_backward(*inputs: Any) -> Tensor | tuple[Tensor, ...]:
         _, tensors, _, needs = split(inputs)
-        return pack_results(place([None] * differentiable, tensors[:differentiable], needs))
+        return pack_results(place_gradients([None] * differentiable, tensors[:differentiable], needs))
 
     def setup_second(ctx: Context, inputs: Arguments, output: object) -> None:
         ctx.save_for_backward(*inputs[: results + count])
@@ -179,7 +172,7 @@ def define(loss: Loss) -> Operation:
         return (*back, *[None] * (len(settings) + differentiable))
 
     def vmap_backward(info: library.Mapped, in_dims: tuple[int | None, ...], *inputs: Any) -> Arguments:
-        """Return the rule where each row has a loss of its own, as under all transforms."""
+        """Differentiate rows with separate losses, as under all transforms."""
         _, _, settings, needs = split(inputs)
         folded = fold_tensors(inputs, in_dims, (*[0] * results, *loss.axes), info.batch_size)
         gradients = gradients_of(*folded, *settings, *needs)
@@ -219,7 +212,7 @@ def define(loss: Loss) -> Operation:
 def fold_tensors(
     tensors: Optionals, dims: Sequence[int | None], axes: Sequence[int | None], count: int
 ) -> list[Tensor | None]:
-    """Return the tensors of ``count`` mapped calls as one call's, whose batch holds the batches of all."""
+    """Merge the tensors of ``count`` mapped calls into those of one call."""
     folded = []
     for x, dim, axis in zip(tensors, dims, axes, strict=False):
         if x is not None and axis is not None:
@@ -229,15 +222,11 @@ def fold_tensors(
 
 
 def unfold_batch(x: Tensor, axis: int, count: int) -> Tensor:
-    """``[count, ...]``: the parts of a result of ``count`` mapped calls."""
     return x.unflatten(axis, (count, x.shape[axis] // count)).movedim(axis, 0)
 
 
-def place(gradients: Sequence[Tensor | None], inputs: Optionals, needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Results of a gradient operator, in the inputs' layout.
-
-    An empty tensor where no gradient is wanted.
-    """
+def place_gradients(gradients: Sequence[Tensor | None], inputs: Optionals, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Return results of a gradient operator in the inputs' layout, empty where no gradient is wanted."""
     device = next(t.device for t in inputs if t is not None)
     return tuple(
         torch.empty(0, device=device) if x is None or not need else library.laid_out(gradient, torch.empty_like(x))

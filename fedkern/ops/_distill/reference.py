@@ -1,4 +1,4 @@
-"""References of the distill operators in plain PyTorch: specification, oracle of the tests, fallback."""
+"""References of the distill operators in plain PyTorch: specification, test oracle and fallback."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ def kl_div_reference(
     *,
     weight: Tensor | None = None,
     reduction: str = "batchmean",
-    other: Tensor | None = None,
+    peer: Tensor | None = None,
     reverse: bool = False,
 ) -> Tensor:
-    """Return the specification of :func:`kl_div`, and with ``other`` (a second student) of :func:`dual_kl`.
+    """Specify :func:`kl_div`, and with ``peer`` (a second student) :func:`dual_kl`.
 
     ``reverse`` exchanges the roles: KL(student ‖ teacher).
     """
     if weight is not None:
         weight = check_weight(weight, student, torch.float32)
-    return divergence_reference(student, other, teacher, weight, temperature, reverse, REDUCTIONS[reduction])
+    return divergence_reference(student, peer, teacher, weight, temperature, reverse, REDUCTIONS[reduction])
 
 
 def divergence_reference(
     student: Tensor,
-    other: Tensor | None,
+    peer: Tensor | None,
     teacher: Tensor,
     weight: Tensor | None,
     temperature: float,
     reverse: bool,
     reduction: int,
 ) -> Tensor:
-    dtype = result_dtype(student, other, teacher)
+    dtype = result_dtype(student, peer, teacher)
     compute = torch.float64 if is_flat(temperature) else compute_dtype(dtype)
     teacher = mask_rows(teacher, weight).to(compute)
     losses = []
-    for logits in (student,) if other is None else (student, other):
+    for logits in (student,) if peer is None else (student, peer):
         logits = mask_rows(logits, weight).to(compute)
         if math.isinf(temperature):
             losses.append(half_variance(teacher, logits))
         else:
             p, q = (logits, teacher) if reverse else (teacher, logits)
             losses.append(scaled_divergence(p, q, temperature))
-    rows = losses[0] if other is None else losses[0] + losses[1]
+    rows = losses[0] if peer is None else losses[0] + losses[1]
     return reduce_rows(rows, weight if weight is None else weight.to(compute), reduction).to(dtype)
 
 
 def scaled_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float) -> Tensor:
-    """T² KL(softmax(p_logits / T) ‖ softmax(q_logits / T)) over axis 1, for a finite T."""
+    """Compute T² KL(softmax(p_logits / T) ‖ softmax(q_logits / T)) over axis 1, for a finite T."""
     if is_flat(temperature):
         return flat_divergence(*flat_log_softmax(p_logits, temperature, 1), q_logits, temperature)
     log_p, log_q = ((x / temperature).log_softmax(1) for x in (p_logits, q_logits))
@@ -64,9 +64,9 @@ def scaled_divergence(p_logits: Tensor, q_logits: Tensor, temperature: float) ->
 
 
 def divergence_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Terms P (eᵘ − 1 − u) of every class, with u = log Q − log P.
+    """Compute the terms P (eᵘ − 1 − u) of every class, with u = log Q − log P.
 
-    Their sum equals Σ P (log P − log Q). The terms are never negative, so they do not cancel for nearly equal rows.
+    Their sum equals Σ P (log P − log Q). None is negative, so that nearly equal rows do not cancel.
     """
     p, q = log_p.exp(), log_q.exp()
     u = torch.where(p == 0, 1, log_q - log_p)  # without P, Q alone counts: the far form gives it
@@ -85,7 +85,7 @@ def is_flat(temperature: float) -> bool:
 
 
 def flat_log_softmax(x: Tensor, temperature: float, axis: int) -> tuple[Tensor, Tensor]:
-    """T (log softmax(x / T) + log n) over the n classes that are not masked, of the order of x; and n."""
+    """Return T (log softmax(x / T) + log n) over the n classes that are not masked, of the order of x, and n."""
     masked = x == -math.inf
     count = (~masked).sum(axis, keepdim=True, dtype=x.dtype)
     below = torch.where(masked, 0, x - x.amax(axis, keepdim=True).detach())
@@ -94,9 +94,9 @@ def flat_log_softmax(x: Tensor, temperature: float, axis: int) -> tuple[Tensor, 
 
 
 def flat_divergence(over_p: Tensor, count_p: Tensor, q_logits: Tensor, temperature: float) -> Tensor:
-    """T² KL(P ‖ softmax(q_logits / T)) over axis 1, P as :func:`flat_log_softmax` gives it.
+    """Compute T² KL(P ‖ softmax(q_logits / T)) over axis 1, for P from :func:`flat_log_softmax`.
 
-    Terms as above.
+    The terms are those of :func:`divergence_terms`.
     """
     over_q, count_q = flat_log_softmax(q_logits, temperature, 1)
     p, q = (over_p / temperature).exp() / count_p, (over_q / temperature).exp() / count_q
@@ -111,7 +111,7 @@ def flat_divergence(over_p: Tensor, count_p: Tensor, q_logits: Tensor, temperatu
 
 
 def _exp_remainder(u: Tensor) -> Tensor:
-    """(eᵘ − 1 − u) / u² for float64."""
+    """Compute (eᵘ − 1 − u) / u² for float64."""
     tiny = u.abs() < 1e-2
     v, w = torch.where(tiny, u, 0), torch.where(tiny, 1, u)
     series = 1 / 2 + v * (1 / 6 + v * (1 / 24 + v * (1 / 120 + v * (1 / 720 + v / 5040))))
@@ -128,32 +128,28 @@ def half_variance(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def entropy_reference(logits: Tensor, *, reduction: str = "batchmean") -> Tensor:
-    """Return the specification of :func:`fedkern.ops.entropy`."""
+    """Specify :func:`fedkern.ops.entropy`."""
     return entropy_rows_reference(logits, REDUCTIONS[reduction])
 
 
 def entropy_rows_reference(logits: Tensor, reduction: int) -> Tensor:
-    """:func:`entropy_reference` with the number of the reduction."""
     compute = compute_dtype(logits.dtype)
     log_p = logits.to(compute).log_softmax(1)
     rows = -(log_p.exp() * torch.where(log_p == -math.inf, 0, log_p)).sum(1)
     return reduce_rows(rows, None, reduction).to(logits.dtype)
 
 
-def result_dtype(student: Tensor | None, other: Tensor | None, teacher: Tensor) -> torch.dtype:
+def result_dtype(student: Tensor | None, peer: Tensor | None, teacher: Tensor) -> torch.dtype:
     dtype = teacher.dtype
     if student is not None and student.dtype is not dtype:
         dtype = torch.promote_types(dtype, student.dtype)
-    if other is not None and other.dtype is not dtype:
-        dtype = torch.promote_types(dtype, other.dtype)
+    if peer is not None and peer.dtype is not dtype:
+        dtype = torch.promote_types(dtype, peer.dtype)
     return dtype
 
 
 def reduce_rows(rows: Tensor, weight: Tensor | None, reduction: int) -> Tensor:
-    """Weights and reduces row losses.
-
-    A row of weight 0 contributes exactly 0, whatever it holds.
-    """
+    """Weight and reduce row losses, where a row of weight 0 contributes exactly 0, whatever it holds."""
     if weight is not None:
         rows = torch.where(weight == 0, 0, rows * weight)
     if reduction == NONE:
@@ -163,5 +159,5 @@ def reduce_rows(rows: Tensor, weight: Tensor | None, reduction: int) -> Tensor:
 
 
 def mask_rows(logits: Tensor, weight: Tensor | None) -> Tensor:
-    """``logits`` with zeros in rows of weight 0, so that no value there reaches a gradient."""
+    """Zero the rows of ``logits`` with weight 0, so that no value there reaches a gradient."""
     return logits if weight is None else torch.where((weight == 0).unsqueeze(1), 0, logits)

@@ -1,4 +1,4 @@
-"""Rows of logits: their shapes, reductions of their losses, and how mapped calls fold into them."""
+"""Rows of logits: their shapes and the reductions of their losses."""
 
 from __future__ import annotations
 
@@ -19,17 +19,14 @@ MAX_DIMS = 9
 
 
 def row_shape(logits: Tensor) -> torch.Size:
-    """``[B, *positions]``."""
     shape = logits.shape
     return shape[:1] + shape[2:]
 
 
 def row_count(logits: Tensor) -> int:
-    """Return the number of rows, B times positions."""
     return math.prod(row_shape(logits))
 
 
 def mean_scale(logits: Tensor, reduction: int) -> float:
-    """Factor of the sum over rows."""
     count = logits.numel()
     return logits.shape[1] / count if reduction == BATCHMEAN and count else 1.0

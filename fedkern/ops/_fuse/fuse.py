@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import backend
-from fedkern.ops._core.backend import eager, readable, ready, select
+from fedkern.ops._core.backend import eager, is_readable, select, select_ordinary
 from fedkern.ops._core.checks import check_device, check_floating
 from fedkern.ops._core.function import Context, EagerFunction, saved_tensors
 from fedkern.ops._fuse.kernels import FuseKernels
@@ -28,7 +28,7 @@ _new = tuple.__new__
 def fuse_concat(
     features: Sequence[Tensor], scale: Tensor | None = None, shift: Tensor | None = None, activation: Activation = None
 ) -> Tensor:
-    """Concatenates M feature maps along the channels, with batch norm and ReLU in the same pass.
+    """Concatenate M feature maps along the channels, with batch norm and ReLU in the same pass.
 
     ``out[:, o + c] = act(scale[o + c] * features[m][:, c] + shift[o + c])`` with ``o`` the channels of the maps before
     map m (FuseFL's fusion, arXiv 2410.20380).  The same takes three passes with ``torch.cat``, a batch norm in
@@ -57,7 +57,7 @@ def fuse_concat(
 def fuse_mean(
     features: Sequence[Tensor], scale: Tensor | None = None, shift: Tensor | None = None, activation: Activation = None
 ) -> Tensor:
-    """Averages M feature maps, each after its own batch norm and ReLU, in one pass (FuseFL's ``avg`` adaptor).
+    """Average M feature maps, each after its own batch norm and ReLU, in one pass (FuseFL's ``avg`` adaptor).
 
     ``out[:, c] = 1/M * sum over m of act(scale[m * C + c] * features[m][:, c] + shift[m * C + c])``.
 
@@ -82,14 +82,14 @@ def _dispatch(
     activation: Activation,
     mean: bool,
 ) -> Tensor:
-    kernel = ready(operator, features, scale, shift)
+    kernel = select_ordinary(operator, features, scale, shift)
     if kernel is None or (activation is not None and activation != "relu"):
         _check(features, scale, shift, activation, mean)
     relu = activation is not None
     if kernel is not None:
         # Ordinary maps have one shape, and all are contiguous or all channels-last.
-        first = features[0]
-        channels, channels_last = [first.shape[1]] * len(features), not first.is_contiguous()
+        template = features[0]
+        channels, channels_last = [template.shape[1]] * len(features), not template.is_contiguous()
     else:
         reference = fuse_mean_reference if mean else fuse_concat_reference
         if not eager(*features, *[vector for vector in (scale, shift) if vector is not None]):
@@ -119,17 +119,17 @@ def _check(
         raise TypeError(f"features must be a list of tensors, but got {type(features).__name__}")
     if not len(features):
         raise ValueError("features must hold at least one map, but hold none")
-    first = features[0]
+    template = features[0]
     channels = 0
     for m, x in enumerate(features):
         name = f"features[{m}]"
         check_floating(x, name)
         if x.dim() < 2:
             raise ValueError(f"{name} must have shape [B, C, *S], but has {list(x.shape)}")
-        if x.dtype != first.dtype:
-            raise TypeError(f"{name} must have dtype {first.dtype} like features[0], but has {x.dtype}")
-        check_device(x, name, first, "features[0]")
-        expected = (first.shape[0], first.shape[1] if mean else x.shape[1], *first.shape[2:])
+        if x.dtype != template.dtype:
+            raise TypeError(f"{name} must have dtype {template.dtype} like features[0], but has {x.dtype}")
+        check_device(x, name, template, "features[0]")
+        expected = (template.shape[0], template.shape[1] if mean else x.shape[1], *template.shape[2:])
         if x.shape != expected:
             shape: list[object] = list(expected)
             if not mean:
@@ -144,23 +144,20 @@ def _check(
             raise ValueError(
                 f"{name} must have shape [{channels}], one value per channel of every map, but has {list(vector.shape)}"
             )
-        check_device(vector, name, first, "the maps")
+        check_device(vector, name, template, "the maps")
     if activation is not None and activation != "relu":
         raise ValueError(f'activation must be None or "relu", but is {activation!r}')
 
 
 class _Fuse(EagerFunction):
-    """fuse_concat and fuse_mean with their gradients.
+    """Differentiable fuse_concat and fuse_mean.
 
-    The tensors are the maps, [scale], [shift].
-
-    Scale and shift are among the tensors where they want a gradient: every tensor costs autograd as much time as a
-    check.
+    Scale and shift are passed only if they require a gradient: every tensor costs autograd as much time as a check.
     """
 
     @staticmethod
-    def forward(ctx: Context, how: tuple[FuseKernels, FuseCall], *tensors: Tensor) -> Tensor:
-        kernel, call = how
+    def forward(ctx: Context, kernel_and_call: tuple[FuseKernels, FuseCall], *tensors: Tensor) -> Tensor:
+        kernel, call = kernel_and_call
         scale, shift, relu, mean, channels, _ = call
         features = tensors[: len(channels)]
         out = kernel.forward(features, call)
@@ -185,7 +182,7 @@ class _Fuse(EagerFunction):
         _, mean, channels, last = settings
         scale, shift, out, *features = saved_tensors(ctx) if saves else (None, None, None)
         needs = ctx.needs_input_grad[1:]
-        direct = readable(grad)
+        direct = is_readable(grad)
         if direct and last and not saves and not mean and kernel.views:
             # As torch.cat's gradient: nothing is computed, and the pieces of a channels-last row are too short to copy.
             return (None, *[part if need else None for part, need in zip(grad.split(channels, 1), needs, strict=True)])
@@ -203,4 +200,6 @@ class _Fuse(EagerFunction):
 
 
 for _name in ("fuse_concat", "fuse_mean"):
-    backend.serve(_name, cpu=FuseKernels, cuda=FuseKernels, triton="_fuse.triton:TritonFuse", fits="fuse_fits")
+    backend.register_kernels(
+        _name, cpu=FuseKernels, cuda=FuseKernels, triton="_fuse.triton:TritonFuse", fits="fuse_fits"
+    )

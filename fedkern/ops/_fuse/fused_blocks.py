@@ -154,17 +154,13 @@ class FusedBlocks(nn.Module):
 
 
 class GroupedLinear(nn.Module):
-    """M linear layers on the parts of ``[B, M * in]``.
-
-    The weight is ``[M * out, in]``.
-    """
+    """M linear layers on the parts of ``[B, M * in]``, with a weight ``[M * out, in]``."""
 
     def __init__(self, count: int, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.count, self.weight, self.bias = count, weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[B, M * in]`` to ``[B, M * out]``."""
         if x.dim() != 2:
             raise ValueError(f"a linear layer of FusedBlocks takes [B, d], not {list(x.shape)}: flatten the maps first")
         parts = x.unflatten(1, (self.count, -1)).transpose(0, 1)
@@ -173,15 +169,10 @@ class GroupedLinear(nn.Module):
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the tensors one after another along axis 0.
-
-    Numbers become a vector.
-    """
     return torch.cat([tensor.detach().reshape(tensor.shape or (1,)) for tensor in tensors])
 
 
 def _split(joined: Tensor, count: int, shape: torch.Size) -> list[Tensor]:
-    """Return views of the M tensors that :func:`_join` joined."""
     return [part.view(shape) for part in joined.tensor_split(count)]
 
 
@@ -201,11 +192,7 @@ def _describe(block: nn.Module) -> dict[str, Any]:
 
 
 def _check_forward(block: nn.Module) -> None:
-    """Refuse what a grouped copy would compute otherwise.
-
-    Raises:
-        TypeError: an unknown layer or call, a hook, a replaced ``forward``, or tied parameters.
-    """
+    """Raise TypeError for an unknown layer or call, a hook, a replaced ``forward``, or tied parameters."""
     from torch import fx  # takes a tenth of a second
 
     tensors = [parameter for _, parameter in block.named_parameters(remove_duplicate=False)]
@@ -241,7 +228,7 @@ def _check_forward(block: nn.Module) -> None:
 
 
 def _widen(fused: nn.Module, members: Sequence[nn.Module]) -> nn.Module:
-    """Return ``fused``, a copy of the first block, with the grouped twins of all M layers in place of its layers."""
+    """Replace the layers of ``fused``, a copy of the first block, by grouped twins of all M layers, and return it."""
     count = len(members)
     layers = [dict(block.named_modules()) for block in members]
     for name, layer in [*fused.named_modules()]:

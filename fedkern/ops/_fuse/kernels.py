@@ -21,16 +21,14 @@ _LARGE = HUGE // 8  # elements; fresh() compares bytes
 
 
 class FuseKernels(Launcher):
-    """``fuse_concat`` and ``fuse_mean`` of both compiled cores, with the methods of Triton's launcher.
+    """``fuse_concat`` and ``fuse_mean`` of both compiled cores.
 
-    Arguments are checked, tensors strided and not negated.  Maps have shape ``[B, C_m, *S]``, one dtype and any
-    strides.  Products and sums are taken in fp32 (fp64 for fp64 maps) and rounded once.
-
-    The cores read most maps as they are.  They say so where they do not, and are called again with copies.  On a GPU a
-    mean of more than 48 maps is left to plain PyTorch.
+    Arguments are checked, tensors strided and not negated. Maps have shape ``[B, C_m, *S]``, one dtype and any strides.
+    Products and sums are taken in fp32 (fp64 for fp64 maps) and rounded once. A core that cannot read a map's layout
+    returns False, and is called again with copies. On a GPU plain PyTorch computes a mean of more than 48 maps.
 
     Attributes:
-        views: whether gradients that are parts of the result's gradient are handed out as views of it.
+        views: whether parts of the result's gradient are returned as views of it.
     """
 
     def __init__(self, core: ModuleType) -> None:
@@ -39,25 +37,22 @@ class FuseKernels(Launcher):
         self._forward, self._backward = core.fuse_forward, core.fuse_backward
 
     def forward(self, features: Sequence[Tensor], call: FuseCall) -> Tensor:
-        """``act(scale * f_m + shift)``, concatenated along the channels or (``mean``) averaged over the maps.
-
-        The result is dense.
-        """
+        """Compute ``act(scale * f_m + shift)``, concatenated or (``mean``) averaged, into a dense map."""
         scale, shift, relu, mean, channels, channels_last = call
-        first = features[0]
-        if mean and (first.is_contiguous(memory_format=_CHANNELS_LAST) if channels_last else first.is_contiguous()):
-            out = _empty_like(first)  # takes half as long as making a map from its shape
+        sample = features[0]
+        if mean and (sample.is_contiguous(memory_format=_CHANNELS_LAST) if channels_last else sample.is_contiguous()):
+            out = _empty_like(sample)  # takes half as long as making a map from its shape
         else:
-            shape, width = first.shape, channels[0] if mean else sum(channels)
-            out = empty_map((shape[0], width, *shape[2:]), channels_last, first)
+            shape, width = sample.shape, channels[0] if mean else sum(channels)
+            out = empty_map((shape[0], width, *shape[2:]), channels_last, sample)
         if out.numel() >= _LARGE:
             self.fresh(out)
         if mean and self._too_many(channels):
             return out.copy_(fuse_mean_reference(features, scale, shift, relu))
-        at = self.at(first)
+        at = self.at(sample)
         if not self._forward(features, out, scale, shift, channels_last, relu, mean, at):
             maps = [self._laid_out(x, channels_last) for x in features]
-            scale, shift = _vector(scale, first), _vector(shift, first)
+            scale, shift = _vector(scale, sample), _vector(shift, sample)
             done = self._forward(maps, out, scale, shift, channels_last, relu, mean, at)
             assert done
         return out
@@ -65,10 +60,10 @@ class FuseKernels(Launcher):
     def backward(
         self, grad: Tensor, features: Sequence[Tensor] | None, out: Tensor | None, call: FuseCall, needs: FuseNeeds
     ) -> FuseGradients:
-        """Return the gradients that ``needs`` asks for, the same bits every time.
+        """Return the gradients that ``needs`` asks for, the maps' dense, the same bits every time.
 
-        ``features`` are given for scale's gradient and for that of a mean of ReLUs. Without them ``out``, the result of
-        a concatenation with ReLU, shows where the gradient passes. The maps' gradients are dense.
+        ``features`` are given for scale's gradient and for that of a mean of ReLUs. Without them ``out``, a
+        concatenation with ReLU, shows where the gradient passes.
         """
         scale, shift, relu, mean, channels, channels_last = call
         need_features, need_scale, need_shift = needs
@@ -86,13 +81,13 @@ class FuseKernels(Launcher):
             to_shift = grad.new_empty(total, dtype=torch.float64) if need_shift else None
             if self.gpu:
                 partial = grad.new_empty(self.core.fuse_partials(total), dtype=torch.float64)
-        rest = (to_scale, to_shift, partial, channels_last, relu, mean, self.at(grad))
-        if not self._backward(grad, features, out, targets, channels, scale, shift, *rest):
+        trailing = (to_scale, to_shift, partial, channels_last, relu, mean, self.at(grad))
+        if not self._backward(grad, features, out, targets, channels, scale, shift, *trailing):
             vectors = (_vector(scale, grad), _vector(shift, grad))
             features = None if features is None else [self._laid_out(x, channels_last) for x in features]
             out = None if out is None else self._laid_out(out, channels_last)
             grad = self._laid_out(grad, channels_last)
-            done = self._backward(grad, features, out, targets, channels, *vectors, *rest)
+            done = self._backward(grad, features, out, targets, channels, *vectors, *trailing)
             assert done
         if to_scale is not None and scale is not None:
             to_scale = to_scale.to(scale.dtype)
@@ -101,7 +96,6 @@ class FuseKernels(Launcher):
         return targets, to_scale, to_shift
 
     def _too_many(self, channels: Sequence[int]) -> bool:
-        """Return whether a mean has more maps than the core takes."""
         if not self.gpu or len(channels) <= self.core.fuse_maps:
             return False
         not_forced("fuse_mean", "cuda", f"of {len(channels)} maps")
@@ -110,7 +104,6 @@ class FuseKernels(Launcher):
     def _targets(
         self, grad: Tensor, mean: bool, channels: Sequence[int], needs: Sequence[bool], channels_last: bool
     ) -> list[Tensor | None]:
-        """Empty gradients of the maps, None where not wanted."""
         count, total = len(channels), grad.numel()
         if mean:
             total *= count
@@ -133,7 +126,7 @@ class FuseKernels(Launcher):
         return targets
 
     def _pieces(self, grad: Tensor, channels: int, needs: Sequence[bool], channels_last: bool) -> list[Tensor | None]:
-        """Return the maps of one shape in one allocation: many small allocations would each fault on every page."""
+        """Allocate maps of one shape at once: many small allocations would each fault on every page."""
         batch, _, *positions = grad.shape
         order = (batch, *positions, channels) if channels_last else (batch, channels, *positions)
         block = self.fresh(grad.new_empty((sum(needs), *order)))
@@ -141,7 +134,6 @@ class FuseKernels(Launcher):
         return [next(pieces) if need else None for need in needs]
 
     def _laid_out(self, x: Tensor, channels_last: bool) -> Tensor:
-        """``x``, copied if the core does not read it as it is."""
         if self.core.fuse_reads(x, channels_last):
             return x
         if self.gpu:
@@ -150,11 +142,10 @@ class FuseKernels(Launcher):
         if x.numel() > 1 and not any(x.stride()):
             # One value for everything (the gradient of a sum): one run is enough.
             run = (1, x.shape[1]) if by_channels else (1, 1, *x.shape[2:])
-            one = x.as_strided(run, (0,) * len(run)).contiguous()
-            return (one.reshape(1, -1, *[1] * (x.dim() - 2)) if by_channels else one).expand(x.shape)
+            filled = x.as_strided(run, (0,) * len(run)).contiguous()
+            return (filled.reshape(1, -1, *[1] * (x.dim() - 2)) if by_channels else filled).expand(x.shape)
         return empty_map(x.shape, by_channels, x).copy_(x)
 
 
 def _vector(vector: Tensor | None, like: Tensor) -> Tensor | None:
-    """``scale`` or ``shift`` as the cores take it: contiguous, in the computing dtype."""
     return None if vector is None else vector.to(compute_dtype(like.dtype)).contiguous()

@@ -34,9 +34,9 @@ def _implementation(
 
 
 def _fake(features: list[Tensor], scale: Tensor | None, shift: Tensor | None, relu: bool, mean: bool) -> Tensor:
-    first = features[0]
-    channels = first.shape[1] if mean else sum([x.shape[1] for x in features])
-    return empty_map((first.shape[0], channels, *first.shape[2:]), wants_channels_last(features), first)
+    template = features[0]
+    channels = template.shape[1] if mean else sum([x.shape[1] for x in features])
+    return empty_map((template.shape[0], channels, *template.shape[2:]), wants_channels_last(features), template)
 
 
 def _setup_context(ctx: Context, inputs: Inputs, output: Tensor) -> None:

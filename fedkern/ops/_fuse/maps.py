@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def order_of(feature: Tensor) -> int:
-    """Order of ``[B, C, *S]`` in memory: 1 if channels are adjacent (channels-last), -1 if positions are, 0 for both.
+    """Return the order of ``[B, C, *S]`` in memory: 1 if channels are adjacent, -1 if positions are, 0 if both.
 
     A map in neither order counts as -1: it will be copied.
     """
@@ -39,7 +39,7 @@ def position_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
 
 
 def wants_channels_last(features: Sequence[Tensor]) -> bool:
-    """Return True if the result is channels-last: every map fits that order, and at least one map fits no other."""
+    """Return whether the result is channels-last: every map fits that order, and at least one map fits no other."""
     for feature in features:
         if not feature.is_contiguous():
             break
@@ -57,7 +57,6 @@ def wants_channels_last(features: Sequence[Tensor]) -> bool:
 
 
 def empty_map(shape: Sequence[int], channels_last: bool, like: Tensor) -> Tensor:
-    """Return an empty dense map ``[B, C, *S]`` with the dtype and device of ``like``."""
     if not channels_last:
         return like.new_empty(shape)
     if len(shape) == 4:

@@ -1,4 +1,4 @@
-"""fuse: what it computes and its gradients, in plain PyTorch."""
+"""fuse: plain PyTorch references of the operators and their gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedkern.ops._core.backend import compute_dtype
 
 
 class FuseCall(NamedTuple):
-    """A call of fuse_concat or (``mean``) fuse_mean, but for its maps ``[B, C_m, *S]``.
+    """Arguments of fuse_concat or (``mean``) fuse_mean, without the maps ``[B, C_m, *S]``.
 
     Attributes:
         scale, shift: ``[sum of C_m]``, of any of the four dtypes.
@@ -35,7 +35,6 @@ FuseGradients = tuple[list[Tensor | None], Tensor | None, Tensor | None]
 
 
 def _affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """``scale * x + shift`` along axis 1, in the computing dtype."""
     y = x.to(compute_dtype(x.dtype))
     if scale is not None:
         y = y * scale.to(y.dtype).reshape(-1, *[1] * (x.dim() - 2))
@@ -47,7 +46,7 @@ def _affine(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
 def fuse_concat_reference(
     features: Sequence[Tensor], scale: Tensor | None = None, shift: Tensor | None = None, relu: bool = False
 ) -> Tensor:
-    """Return the specification of :func:`fuse_concat`."""
+    """Specify :func:`fuse_concat`."""
     joined = torch.cat(list(features), dim=1)
     y = _affine(joined, scale, shift)
     return (y.relu() if relu else y).to(joined.dtype)
@@ -56,21 +55,18 @@ def fuse_concat_reference(
 def fuse_mean_reference(
     features: Sequence[Tensor], scale: Tensor | None = None, shift: Tensor | None = None, relu: bool = False
 ) -> Tensor:
-    """Return the specification of :func:`fuse_mean`."""
+    """Specify :func:`fuse_mean`."""
     joined = torch.cat(list(features), dim=1)
     y = _affine(joined, scale, shift)
     y = y.relu() if relu else y
-    first, *rest = y.tensor_split(len(features), dim=1)
-    return (sum(rest, first) / len(features)).to(joined.dtype)
+    head, *tail = y.tensor_split(len(features), dim=1)
+    return (sum(tail, head) / len(features)).to(joined.dtype)
 
 
 def fuse_backward_reference(
     grad: Tensor, features: Sequence[Tensor] | None, out: Tensor | None, call: FuseCall, needs: FuseNeeds
 ) -> FuseGradients:
-    """Return the gradients, by operations that can be differentiated again.
-
-    Sums over batch and positions in fp64.
-    """
+    """Return the gradients by differentiable operations, with sums over batch and positions in fp64."""
     scale, shift, relu, mean, channels, _ = call
     need_features, need_scale, need_shift = needs
     wide = grad.to(compute_dtype(grad.dtype))
@@ -83,14 +79,14 @@ def fuse_backward_reference(
         assert result is not None
         wide = wide.masked_fill(result.detach() <= 0, 0)
     to_maps = _affine(wide, scale, None).to(grad.dtype).split(list(channels), dim=1)
-    others = [axis for axis in range(grad.dim()) if axis != 1]
+    axes = [axis for axis in range(grad.dim()) if axis != 1]
     to_scale = to_shift = None
     if need_scale:
         assert joined is not None
         assert scale is not None
-        to_scale = (wide.double() * joined).sum(others).to(scale.dtype)
+        to_scale = (wide.double() * joined).sum(axes).to(scale.dtype)
     if need_shift:
         assert shift is not None
-        to_shift = wide.double().sum(others).to(shift.dtype)
+        to_shift = wide.double().sum(axes).to(shift.dtype)
     maps = [x if need else None for x, need in zip(to_maps, need_features, strict=True)]
     return maps, to_scale, to_shift

@@ -1,7 +1,7 @@
 """fuse_concat and fuse_mean in Triton: every map read once and written into its place.
 
-A dense map is ``outer`` runs of ``channels * step`` elements.  In a contiguous map a run is a sample, with ``step``
-positions per channel; in a channels-last map a run is a pixel, with ``step`` 1.  So one kernel serves both layouts.
+A dense map is ``outer`` runs of ``channels * step`` elements: samples with ``step`` positions per channel if
+contiguous, pixels with ``step`` 1 if channels-last.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedkern.ops._core.triton.launch import cdiv, launch, power_of_two, processors
 from fedkern.ops._core.triton.numbers import COMPUTE
-from fedkern.ops._core.triton.offsets import pick, starts_of, tensor_starts, wholes
+from fedkern.ops._core.triton.offsets import encode_numbers, pick, starts_of, tensor_starts
 from fedkern.ops._fuse.maps import empty_map
 from fedkern.ops._fuse.reference import FuseCall, FuseGradients, FuseNeeds
 
@@ -27,21 +27,17 @@ MAPS = 64
 
 @triton.jit
 def _places(program, inner, total, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Elements of a block: (index in the map, run, place in the run, mask).
-
-    32-bit division where runs are short.
-    """
-    first = program.to(tl.int64) * BLOCK
-    run = first // inner
-    place = (first - run * inner).to(WIDE) + tl.arange(0, BLOCK)
-    more = place // inner.to(WIDE)
-    element = first + tl.arange(0, BLOCK)
-    return element, run + more, place - more * inner.to(WIDE), element < total
+    """Return a block's elements: index in the map, run, place in the run (divided in 32 bits in short runs), mask."""
+    begin = program.to(tl.int64) * BLOCK
+    run = begin // inner
+    place = (begin - run * inner).to(WIDE) + tl.arange(0, BLOCK)
+    runs = place // inner.to(WIDE)
+    element = begin + tl.arange(0, BLOCK)
+    return element, run + runs, place - runs * inner.to(WIDE), element < total
 
 
 @triton.jit
 def _affine(x, scale, shift, channel, mask):
-    """``scale * x + shift`` in x's dtype."""
     if scale is not None:
         x = x * tl.load(scale + channel, mask=mask, other=0).to(x.dtype)
     if shift is not None:
@@ -56,14 +52,14 @@ def concat_kernel(
 ):  # fmt: skip
     """Write each map's blocks into its channels of ``out``, which has ``width`` channels."""
     m = tl.program_id(0) % count
-    first, number = starts_of(firsts, m, COUNT), starts_of(channels, m, COUNT)
+    channel0, number = starts_of(firsts, m, COUNT), starts_of(channels, m, COUNT)
     inner = number * step
     element, run, place, mask = _places(tl.program_id(0) // count, tl.maximum(inner, 1), outer * inner, WIDE, BLOCK)
     x = tl.load(maps + starts_of(starts, m, COUNT) + element, mask=mask, other=0).to(COMPUTE)
-    y = _affine(x, scale, shift, first + place // step, mask)
+    y = _affine(x, scale, shift, channel0 + place // step, mask)
     if RELU:
         y = tl.where(y <= 0, 0.0, y)  # NaN stays, as in torch
-    tl.store(out + run * width * step + first * step + place, y.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + run * width * step + channel0 * step + place, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["starts"])
@@ -72,10 +68,7 @@ def mean_map_kernel(
     COMPUTE: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, COUNT: tl.constexpr, MEMBERS: tl.constexpr,
     BLOCK: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Return a block of the mean over the maps, in ascending order.
-
-    ``sum_before`` carries the sum from launch to launch.
-    """
+    """Compute a block of the mean over the maps, in ascending order, with ``sum_before`` from earlier launches."""
     inner = tl.cast(width, tl.int64) * step
     element, _, place, mask = _places(tl.program_id(0), inner, outer * inner, WIDE, BLOCK)
     member = tl.arange(0, MEMBERS)
@@ -125,11 +118,11 @@ def back_kernel(
     Adjacent programs take different maps, so that a mean's gradient is read once.
     """
     m = tl.program_id(0) % count
-    first, number = starts_of(firsts, m, COUNT), starts_of(channels, m, COUNT)
+    channel0, number = starts_of(firsts, m, COUNT), starts_of(channels, m, COUNT)
     inner = number * step
     element, run, place, mask = _places(tl.program_id(0) // count, tl.maximum(inner, 1), outer * inner, WIDE, BLOCK)
-    at_grad = element if MEAN else run * width * step + first * step + place
-    channel = first + place // step
+    at_grad = element if MEAN else run * width * step + channel0 * step + place
+    channel = channel0 + place // step
     at_map = starts_of(starts, m, COUNT) + element
     g, _ = _pass_gradient(grad, at_grad, maps, at_map, out, scale, shift, channel, mask, all_maps, COMPUTE, RELU, MEAN)
     if scale is not None:
@@ -145,16 +138,13 @@ def sums_kernel(
     COMPUTE: tl.constexpr, RELU: tl.constexpr, MEAN: tl.constexpr, LAST: tl.constexpr, COUNT: tl.constexpr,
     CHANNELS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Sum over batch and ``span`` positions for scale and shift, fp64 ``[splits, total]``.
-
-    LAST: channels-last.
-    """
+    """Sum over batch and ``span`` positions for scale and shift, fp64 ``[splits, total]`` (LAST: channels-last)."""
     program = tl.program_id(0)
     m = program % count
     tile, split = program // count % tiles, (program // count // tiles).to(tl.int64)
-    first, number = starts_of(firsts, m, COUNT), starts_of(channels, m, COUNT)
+    channel0, number = starts_of(firsts, m, COUNT), starts_of(channels, m, COUNT)
     local = (tile.to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS))[:, None]
-    channel = first + local
+    channel = channel0 + local
     start = starts_of(starts, m, COUNT)
     to_scale = tl.zeros([CHANNELS, PLACES], tl.float64)
     to_shift = tl.zeros([CHANNELS, PLACES], tl.float64)
@@ -175,7 +165,7 @@ def sums_kernel(
         to_shift += g.to(tl.float64)
         if by_scale is not None:
             to_scale += g.to(tl.float64) * x.to(tl.float64)
-    place = split * total + first + tile.to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
+    place = split * total + channel0 + tile.to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     real = tile * CHANNELS + tl.arange(0, CHANNELS) < number
     if by_scale is not None:
         tl.store(by_scale + place, tl.sum(to_scale, axis=1), mask=real)
@@ -184,15 +174,15 @@ def sums_kernel(
 
 
 class TritonFuse:
-    """The methods of :class:`fedkern.ops._fuse.kernels.FuseKernels` in Triton."""
+    """:class:`fedkern.ops._fuse.kernels.FuseKernels` in Triton."""
 
     views = False
 
     def forward(self, features: Sequence[Tensor], call: FuseCall) -> Tensor:
         scale, shift, relu, mean, channels, channels_last = call
-        first = features[0]
-        shape, width = first.shape, channels[0] if mean else sum(channels)
-        out = empty_map((shape[0], width, *shape[2:]), channels_last, first)
+        template = features[0]
+        shape, width = template.shape, channels[0] if mean else sum(channels)
+        out = empty_map((shape[0], width, *shape[2:]), channels_last, template)
         if not out.numel():
             return out
         maps = [_dense(x, channels_last) for x in features]
@@ -202,25 +192,25 @@ class TritonFuse:
         if not mean:
             firsts = _firsts(channels)
             tiles = cdiv(max(channels) * outer * step, BLOCK)
-            for some in _groups(len(maps)):
-                starts = tensor_starts(maps[some])
+            for group in _groups(len(maps)):
+                starts = tensor_starts(maps[group])
                 launch(
-                    concat_kernel, tiles * len(maps[some]), out.device, maps[some][0], starts, wholes(channels[some]),
-                    wholes(firsts[some]), scale, shift, out, len(maps[some]), outer, step, width,
-                    COUNT=len(starts), **meta,
+                    concat_kernel, tiles * len(maps[group]), out.device, maps[group][0], starts,
+                    encode_numbers(channels[group]), encode_numbers(firsts[group]), scale, shift, out, len(maps[group]),
+                    outer, step, width, COUNT=len(starts), **meta,
                 )  # fmt: skip
             return out
         total = out
         if len(maps) > MAPS:
             total = torch.empty(out.numel(), dtype=torch.float64 if out.dtype is torch.float64 else torch.float32,
                                 device=out.device)  # fmt: skip
-        for some in _groups(len(maps)):
-            starts, begin = tensor_starts(maps[some]), some.start * width
+        for group in _groups(len(maps)):
+            starts, begin = tensor_starts(maps[group]), group.start * width
             launch(
-                mean_map_kernel, cdiv(out.numel(), BLOCK), out.device, maps[some][0], starts,
+                mean_map_kernel, cdiv(out.numel(), BLOCK), out.device, maps[group][0], starts,
                 None if scale is None else scale[begin:], None if shift is None else shift[begin:], out,
-                len(maps[some]), outer, step, width, total, len(maps), COUNT=len(starts), MEMBERS=len(starts),
-                FIRST=some.start == 0, LAST=some.stop >= len(maps), **meta,
+                len(maps[group]), outer, step, width, total, len(maps), COUNT=len(starts), MEMBERS=len(starts),
+                FIRST=group.start == 0, LAST=group.stop >= len(maps), **meta,
             )  # fmt: skip
         return out
 
@@ -249,16 +239,16 @@ class TritonFuse:
         seen = maps if relu else None
         indices = [m for m, target in enumerate(targets) if target is not None]
         for group in _groups(len(indices)):
-            some = indices[group]
-            outputs = [x for x in (targets[m] for m in some) if x is not None]
-            read = None if seen is None else [seen[m] for m in some]
+            members = indices[group]
+            outputs = [x for x in (targets[m] for m in members) if x is not None]
+            read = None if seen is None else [seen[m] for m in members]
             places = tensor_starts(outputs)
             launch(
-                back_kernel, cdiv(max(counts[m] for m in some) * outer * step, BLOCK) * len(some), device, grad,
+                back_kernel, cdiv(max(counts[m] for m in members) * outer * step, BLOCK) * len(members), device, grad,
                 None if read is None else read[0], out,
-                wholes([0] * len(places)) if read is None else tensor_starts(read), outputs[0], places,
-                wholes(counts[m] for m in some), wholes(firsts[m] for m in some), *vectors, len(some),
-                outer, step, width, len(channels), COUNT=len(places), BLOCK=BLOCK,
+                encode_numbers([0] * len(places)) if read is None else tensor_starts(read), outputs[0], places,
+                encode_numbers(counts[m] for m in members), encode_numbers(firsts[m] for m in members),
+                *vectors, len(members), outer, step, width, len(channels), COUNT=len(places), BLOCK=BLOCK,
                 WIDE=_index(max(counts) * step), **meta,
             )  # fmt: skip
         by_scale = by_shift = None
@@ -279,11 +269,11 @@ class TritonFuse:
             read = maps if need_scale else seen
             for some_maps in _groups(len(counts)):
                 number = len(counts[some_maps])
-                channel_table = wholes(counts[some_maps])
+                channel_table = encode_numbers(counts[some_maps])
                 launch(
                     sums_kernel, number * tiles * splits, device, grad, None if read is None else read[some_maps][0],
-                    out, wholes([0] * len(channel_table)) if read is None else tensor_starts(read[some_maps]),
-                    channel_table, wholes(firsts[some_maps]), *vectors, by_scale, by_shift, number, batch,
+                    out, encode_numbers([0] * len(channel_table)) if read is None else tensor_starts(read[some_maps]),
+                    channel_table, encode_numbers(firsts[some_maps]), *vectors, by_scale, by_shift, number, batch,
                     math.prod(positions), width, total, tiles, span, len(counts), LAST=channels_last,
                     COUNT=len(channel_table), CHANNELS=channel_tile, PLACES=place_tile, **meta,
                 )  # fmt: skip
@@ -303,7 +293,6 @@ def _vector(vector: Tensor | None) -> Tensor | None:
 
 
 def _dense(x: Tensor, channels_last: bool) -> Tensor:
-    """``x``, copied if it is not dense in that order."""
     if not channels_last:
         return x.contiguous()
     moved = x.movedim(1, -1)

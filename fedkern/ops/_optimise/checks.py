@@ -12,17 +12,13 @@ from fedkern.ops._core.checks import check_dense, check_device, check_floating, 
 
 
 def check_parameters(parameters: Tensor) -> None:
-    """Raise TypeError or ValueError unless ``parameters`` is a floating ``[P]`` or ``[M, P]``."""
     check_floating(parameters, "parameters")
     if parameters.dim() not in (1, 2):
         raise ValueError(f"parameters must have shape [P] or [M, P], but has {list(parameters.shape)}")
 
 
 def check_like(tensor: Tensor, name: str, parameters: Tensor, *, shared: bool = False) -> None:
-    """Raise TypeError or ValueError unless ``tensor`` has the parameters' dtype, shape and device.
-
-    ``shared``: one ``[P]`` for all rows is allowed too.
-    """
+    """Check dtype, shape and device against the parameters, with ``shared`` also one ``[P]`` for all rows."""
     check_tensor(tensor, name)
     if tensor.dtype != parameters.dtype:
         raise TypeError(f"{name} must have dtype {parameters.dtype} like parameters, but has {tensor.dtype}")
@@ -39,8 +35,8 @@ def check_lr(
 ) -> float | list[float] | Tensor:
     """Return one learning rate for all rows, or one per row: a list, or an unchecked fp64 tensor.
 
-    A tensor comes back as ``[M]`` from a GPU, and of any shape where its values are not ``known``: under
-    ``torch.compile``, or a mode that may run the step again with others.
+    A tensor comes back as ``[M]`` from a GPU, and with any shape if its values are not ``known``, as under
+    torch.compile.
     """
     if isinstance(lr, Tensor):
         check_dense(lr, "lr")
@@ -71,7 +67,6 @@ def _each(parameters: Tensor) -> str:
 
 
 def check_betas(betas: Sequence[float]) -> tuple[float, float]:
-    """Return the decay rates of AdamW's two moments, each in [0, 1)."""
     if isinstance(betas, (str, bytes, bytearray)) or not isinstance(betas, Sequence) or len(betas) != 2:
         kind = f"{len(betas)} values" if isinstance(betas, (list, tuple)) else type(betas).__name__
         raise (ValueError if isinstance(betas, (list, tuple)) else TypeError)(
@@ -87,15 +82,14 @@ def check_betas(betas: Sequence[float]) -> tuple[float, float]:
 def check_memory(written: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, hidden: bool) -> None:
     """Raise ValueError if a written tensor shares memory with another tensor, or if its own elements overlap.
 
-    ``hidden``: a compiler, a mode or the meta device hides the tensors' addresses; then only the same tensor given
-    twice is found.
+    If addresses are ``hidden`` (a compiler, a mode, the meta device), only a tensor given twice is found.
     """
     for name, tensor in written.items():
         if not hidden and is_folded(tensor):
             raise ValueError(f"{name} must not be expanded: several of its elements share one place in memory")
-        for other, candidate in tensors.items():
-            if other != name and (tensor is candidate if hidden else share_memory(tensor, candidate)):
-                raise ValueError(f"{name} must not share memory with {other}: it is written to while that is used")
+        for other_name, candidate in tensors.items():
+            if other_name != name and (tensor is candidate if hidden else share_memory(tensor, candidate)):
+                raise ValueError(f"{name} must not share memory with {other_name}: it is written to while that is used")
 
 
 def is_folded(tensor: Tensor) -> bool:

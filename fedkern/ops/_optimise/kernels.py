@@ -17,8 +17,6 @@ _empty, _empty_like = torch.empty, torch.empty_like
 
 
 class AdamW(NamedTuple):
-    """AdamW's settings, and the bias corrections of its moments at step ``t``."""
-
     beta1: float
     beta2: float
     bias: float  # 1 - beta1^t
@@ -27,13 +25,11 @@ class AdamW(NamedTuple):
 
 
 class Call(NamedTuple):
-    """One checked step of M optimisers.
-
-    csrc/bindings/optimise_call.h reads the fields in this order.
+    """Checked step of M optimisers, whose fields csrc/bindings/optimise_call.h reads in this order.
 
     Tensors are ``[M, P]`` of one dtype and device, with unit stride along P and without overlap where they are written
-    to; ``anchor`` and ``correction`` may be expanded along M.  For the compiled cores they may also be ``[P]`` with
-    M = 1, and ``anchor`` and ``correction`` one ``[P]`` for all rows.
+    to; ``anchor`` and ``correction`` may be expanded along M. For the compiled cores they may also be ``[P]`` with M =
+    1, and ``anchor`` and ``correction`` one ``[P]`` for all rows.
 
     Attributes:
         first, second: the velocity of SGD with momentum (``first``), or both moments of AdamW; updated.
@@ -59,15 +55,13 @@ class Call(NamedTuple):
     zero: bool
     adamw: AdamW | None
 
-    def written(self) -> dict[str, Tensor]:
-        """Return the tensors that the step writes to, by name."""
+    def outputs(self) -> dict[str, Tensor]:
         named = {name: getattr(self, name) for name in ("parameters", "first", "second", "gradient_sum")}
         if self.zero:
             named["gradients"] = self.gradients
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of ``[M, P]``, by name."""
         names = ("parameters", "gradients", "first", "second", "anchor", "correction", "gradient_sum")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
@@ -81,12 +75,7 @@ class OptimiseKernels(Launcher):
         self._finite, self._squared = (_empty((), dtype=kind, device="cpu") for kind in (torch.bool, torch.float64))
 
     def step(self, call: Call) -> tuple[Tensor, Tensor]:
-        """Take the step.
-
-        Returns which rows stayed finite (bool ``[M]``) and their squared norms (fp64 ``[M]``).
-
-        Where the parameters are ``[P]``, the results have no axis.
-        """
+        """Take the step, and return finite rows (bool) and squared norms (fp64), 0-d for vectors ``[P]``."""
         parameters, lr = call.parameters, call.lr
         if parameters.dim() == 1 and not self.gpu:
             finite, squared = _empty_like(self._finite), _empty_like(self._squared)

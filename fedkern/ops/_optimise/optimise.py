@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import backend, library
-from fedkern.ops._core.backend import ready
+from fedkern.ops._core.backend import select_ordinary
 from fedkern.ops._core.checks import check_count, check_flag, check_number, mark_written, refuse_gradient
 from fedkern.ops._optimise.checks import check_betas, check_like, check_lr, check_memory, check_parameters
 from fedkern.ops._optimise.kernels import AdamW, Call, OptimiseKernels
@@ -101,7 +101,7 @@ def sgd_step(
         parameters, gradients, velocity, None, anchor, correction, gradient_sum, lr, momentum, weight_decay, proximal,
         max_norm, zero, None,
     ))  # fmt: skip
-    kernel = ready("optimise", call, _grad_enabled())
+    kernel = select_ordinary("optimise", call, _grad_enabled())
     if kernel is not None:
         result = kernel.step(call)
         mark_written(parameters, velocity, gradient_sum, gradients if zero else None)
@@ -169,7 +169,7 @@ def adamw_step(
         max_norm, zero, numbers,
     ))  # fmt: skip
     if numbers is not None:
-        kernel = ready("optimise", call, _grad_enabled())
+        kernel = select_ordinary("optimise", call, _grad_enabled())
         if kernel is not None:
             result = kernel.step(call)
             mark_written(parameters, first, second, gradient_sum, gradients if zero else None)
@@ -183,10 +183,7 @@ def adamw_step(
 
 
 def _numbers(betas: Sequence[float], step: int, eps: float) -> AdamW | None:
-    """AdamW's numbers for a step.
-
-    None if ``betas`` must be checked first.
-    """
+    """Return AdamW's numbers for a step, or None if ``betas`` must be checked first."""
     if type(betas) is not tuple or len(betas) != 2:
         return None
     beta1, beta2 = betas
@@ -198,15 +195,14 @@ def _numbers(betas: Sequence[float], step: int, eps: float) -> AdamW | None:
 def _take(
     name: str, call: Call, momentum: float, public: dict[str, str], adamw: tuple[tuple[float, float], int, float] | None
 ) -> StepResult:
-    """Return the general path: every check, in Python.
+    """Take the step after every check, in Python.
 
-    The caller has checked the parameters, the states (``public``: their names where the function has others), momentum
-    and ``adamw``.
+    The caller has checked parameters, states (``public``: their other names), momentum and ``adamw``.
     """
-    parameters, gradients, _, _, anchor, correction, gradient_sum = every = call[:7]
+    parameters, gradients, _, _, anchor, correction, gradient_sum = vectors = call[:7]
     lr, max_norm, zero = call.lr, call.max_norm, call.zero
     check_like(gradients, "gradients", parameters)
-    ordinary = backend.eager(*(each for each in every if each is not None))
+    ordinary = backend.eager(*(tensor for tensor in vectors if tensor is not None))
     rate = check_lr(lr, parameters, known=ordinary)
     weight_decay, proximal = check_number(call.weight_decay, "weight_decay"), check_number(call.proximal, "proximal")
     if max_norm is not None:
@@ -219,8 +215,8 @@ def _take(
             check_like(vector, key, parameters, shared=True)
     if gradient_sum is not None:
         check_like(gradient_sum, "gradient_sum", parameters)
-    call = Call(*every, rate, momentum, weight_decay, proximal, max_norm, zero, None)
-    tensors, changed = ({public.get(key, key): x for key, x in some().items()} for some in (call.tensors, call.written))
+    call = Call(*vectors, rate, momentum, weight_decay, proximal, max_norm, zero, None)
+    tensors, changed = ({public.get(key, key): x for key, x in pick().items()} for pick in (call.tensors, call.outputs))
     check_memory(changed, tensors, hidden=not ordinary)
     refuse_gradient(name, *tensors.values(), lr)
     if ordinary:
@@ -231,15 +227,15 @@ def _take(
         rate = library.numbers_tensor(rate)
     elif not isinstance(rate, Tensor):
         rate = library.number_tensor(rate)
-    return StepResult(*_operators[zero](*every, rate, library.numbers_tensor(settings), step))
+    return StepResult(*_operators[zero](*vectors, rate, library.numbers_tensor(settings), step))
 
 
 def _compute(call: Call) -> tuple[Tensor, Tensor]:
-    """Return the step on tensors ``[P]`` or ``[M, P]`` of any strides, by the selected kernel or the reference."""
+    """Take the step on tensors ``[P]`` or ``[M, P]`` of any strides, by the selected kernel or the reference."""
     with torch.no_grad():
         flat = call.parameters.dim() == 1
         copies: list[tuple[Tensor, Tensor]] = []
-        changed = call.written()
+        changed = call.outputs()
         prepared: dict[str, Any] = {}
         for name, tensor in call.tensors().items():
             rows = tensor.unsqueeze(0) if flat else tensor.expand(call.parameters.shape)
@@ -264,14 +260,14 @@ def _compute(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _implementation(zero: bool, parameters: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    gradients, first, second, anchor, correction, gradient_sum, lr, settings, step = others
+    gradients, moment1, moment2, anchor, correction, gradient_sum, lr, settings, step = others
     if step is not None and step < 1:
         raise ValueError(f"step must be at least 1, not {step}")
     momentum, weight_decay, proximal, max_norm, beta1, beta2, eps = settings.tolist()
     finite, squared = _compute(
         Call(
-            parameters, gradients, first, second, anchor, correction, gradient_sum, check_lr(lr, parameters), momentum,
-            weight_decay, proximal, None if max_norm == NO_CLIPPING else max_norm, zero,
+            parameters, gradients, moment1, moment2, anchor, correction, gradient_sum, check_lr(lr, parameters),
+            momentum, weight_decay, proximal, None if max_norm == NO_CLIPPING else max_norm, zero,
             None if step is None else _numbers((beta1, beta2), step, eps),
         )
     )  # fmt: skip
@@ -297,4 +293,4 @@ _operators = [
 ]
 
 
-backend.serve("optimise", cpu=OptimiseKernels, cuda=OptimiseKernels, fits="optimise_fits")
+backend.register_kernels("optimise", cpu=OptimiseKernels, cuda=OptimiseKernels, fits="optimise_fits")

@@ -13,16 +13,13 @@ from fedkern.ops._optimise.kernels import Call
 
 
 def optimise_reference(call: Call) -> tuple[Tensor, Tensor]:
-    """:meth:`fedkern.ops._optimise.kernels.OptimiseKernels.step` as ``torch.optim`` writes it.
-
-    16-bit types are computed in fp32, and written values are rounded once.
-    """
+    """Specify a step as ``torch.optim`` writes it, with 16-bit types computed in fp32 and rounded once."""
     if call.parameters.dtype.itemsize > 2:
         return _step(call)
     tensors: dict[str, Any] = {name: tensor.float() for name, tensor in call.tensors().items()}
     wide = call._replace(**tensors)
     _, squared = _step(wide)
-    for name, tensor in call.written().items():
+    for name, tensor in call.outputs().items():
         tensor.copy_(getattr(wide, name))
     return _finite(call, squared), squared
 
@@ -66,27 +63,26 @@ def _sgd(call: Call, theta: Tensor, gradient: Tensor) -> None:
 
 def _adamw(call: Call, theta: Tensor, gradient: Tensor) -> None:
     numbers, lr = call.adamw, call.lr
-    first, second = call.first, call.second
+    moment1, moment2 = call.first, call.second
     assert numbers is not None
-    assert first is not None
-    assert second is not None
-    first.lerp_(gradient, 1 - numbers.beta1)
-    second.mul_(numbers.beta2).addcmul_(gradient, gradient, value=1 - numbers.beta2)
-    scale = second.sqrt().div_(numbers.root).add_(numbers.eps)
+    assert moment1 is not None
+    assert moment2 is not None
+    moment1.lerp_(gradient, 1 - numbers.beta1)
+    moment2.mul_(numbers.beta2).addcmul_(gradient, gradient, value=1 - numbers.beta2)
+    scale = moment2.sqrt().div_(numbers.root).add_(numbers.eps)
     if isinstance(lr, Tensor):
         decay, rate = ((x.to(theta.dtype))[:, None] for x in (1 - lr * call.weight_decay, -lr / numbers.bias))
-        theta.mul_(decay).add_(rate * first / scale)
+        theta.mul_(decay).add_(rate * moment1 / scale)
     elif isinstance(lr, Sequence):
-        for row, moment, scales, row_rate in zip(theta, first, scale, lr, strict=True):
+        for row, moment, scales, row_rate in zip(theta, moment1, scale, lr, strict=True):
             row.mul_(1 - row_rate * call.weight_decay).addcdiv_(moment, scales, value=-row_rate / numbers.bias)
     else:
-        theta.mul_(1 - lr * call.weight_decay).addcdiv_(first, scale, value=-lr / numbers.bias)
+        theta.mul_(1 - lr * call.weight_decay).addcdiv_(moment1, scale, value=-lr / numbers.bias)
 
 
 def _finite(call: Call, squared: Tensor) -> Tensor:
-    """Return which rows' gradients and written tensors are finite."""
     finite = squared.isfinite()
-    for name, tensor in call.written().items():
+    for name, tensor in call.outputs().items():
         if name != "gradients":
             finite = finite & (tensor.amin(1).isfinite() & tensor.amax(1).isfinite() if tensor.shape[1] else True)
     return finite

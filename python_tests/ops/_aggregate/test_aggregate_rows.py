@@ -19,7 +19,7 @@ def vectors(count: int = 3, size: int = 70) -> list[Tensor]:
 
 
 def ready(given: Any, *others: Tensor | None) -> AggregateKernels | None:
-    return backend.ready("aggregate", given, torch.is_grad_enabled(), *others)
+    return backend.select_ordinary("aggregate", given, torch.is_grad_enabled(), *others)
 
 
 def test_ordinary_vectors_are_taken() -> None:

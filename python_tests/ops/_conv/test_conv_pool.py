@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops._conv.conv_pool import pooling
+from fedkern.ops._conv.conv_pool import choose_pool_kernel
 from python_tests.ops._conv.conv_cases import (
     LAST,
     POOLED,
@@ -87,7 +87,10 @@ def test_values_and_gradients(name: str, case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("shape", POOLED, ids=str)
 def test_these_shapes_are_served(shape: tuple[int, ...]) -> None:
     for batch, bias, last, weight_last in itertools.product((1, 5), *[(False, True)] * 3):
-        assert pooling(**pool_arguments(shape, batch, bias=bias, last=last, weight_last=weight_last)) is not None
+        assert (
+            choose_pool_kernel(**pool_arguments(shape, batch, bias=bias, last=last, weight_last=weight_last))
+            is not None
+        )
 
 
 @each_kernel
@@ -278,14 +281,14 @@ def test_strides_are_torchs(channels: int, out: int, served: Served) -> None:
 @needs_core
 def test_where_it_serves_and_that_asking_never_raises() -> None:
     given = pool_arguments()
-    assert pooling(**given) is not None
-    assert pooling(**{**given, "bias": None}) is not None
+    assert choose_pool_kernel(**given) is not None
+    assert choose_pool_kernel(**{**given, "bias": None}) is not None
     for label, enter in SURROUNDINGS.items():
         with enter():
-            assert pooling(**given) is None, label
+            assert choose_pool_kernel(**given) is None, label
     with ops.use_isa("portable"):
-        assert pooling(**given) is None
-    assert pooling(**given) is not None
+        assert choose_pool_kernel(**given) is None
+    assert choose_pool_kernel(**given) is not None
     changed: dict[str, dict[str, Any]] = {
         "float64": exact(given),
         "bfloat16": pool_arguments(dtype=torch.bfloat16),
@@ -320,12 +323,12 @@ def test_where_it_serves_and_that_asking_never_raises() -> None:
         "nothing": dict.fromkeys(given),
     }
     for label, call in changed.items():
-        assert pooling(**call) is None, label
+        assert choose_pool_kernel(**call) is None, label
 
 
 @needs_core
 def test_asking_under_compilers_and_transforms() -> None:
-    check_never_served(pooling, pool_arguments())
+    check_never_served(choose_pool_kernel, pool_arguments())
 
 
 @needs_core

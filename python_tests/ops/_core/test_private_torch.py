@@ -161,7 +161,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FEDKERN_BACKEND", raising=False)
     for name in ("_chosen", "_loaded", "_ordinary"):
         monkeypatch.setattr(backend, name, {})
-    loading.tell.cache_clear()
+    loading.warn_once.cache_clear()
 
 
 def told(call: Callable[[], Any]) -> list[str]:

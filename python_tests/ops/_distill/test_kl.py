@@ -259,7 +259,7 @@ def test_every_offset_over_sentinels(name: str, dtype: torch.dtype) -> None:
             kernel = select("dual_kl", s, t)
             loss = kernel.divergence_forward(Divergence(s, o, t, None, 1.0, False, 2), (to_s, to_o, to_t))
             inputs = [x.double().requires_grad_() for x in (s, t, o)]
-            expected = kl_div_reference(inputs[0], inputs[1], other=inputs[2])
+            expected = kl_div_reference(inputs[0], inputs[1], peer=inputs[2])
             expected.backward()
             assert_close(f"offset {offset}", loss, expected)
             for x, got in zip(inputs, (to_s, to_t, to_o), strict=True):

@@ -70,7 +70,7 @@ def test_what_triton_has_no_kernels_for_is_the_reference_and_told() -> None:
         x, y, logits = torch.randn(3, 7, 5), torch.randn(7, 5), torch.randn(7, 5, requires_grad=True)
         limit = ensemble_reference(logits, x, None, None, math.inf, PROBS, False, BATCHMEAN)
         for loss, reference in (
-            (ops.dual_kl(logits, y, x[0], math.inf), kl_div_reference(logits, x[0], math.inf, other=y)),
+            (ops.dual_kl(logits, y, x[0], math.inf), kl_div_reference(logits, x[0], math.inf, peer=y)),
             (ops.ensemble_kl(logits, x, None, math.inf), limit),
         ):
             assert torch.equal(loss, reference)

@@ -50,7 +50,7 @@ def test_divergences_of_rows_in_parts(direction: str, reduction: str) -> None:
         loss = ops.dual_kl(*tensors, 2.0, direction=direction, weight=weight, reduction=reduction)
         a, b, teacher, by = exact
         wanted = kl_div_reference(
-            a, teacher, 2.0, weight=by, reduction=reduction, other=b, reverse=direction == "student"
+            a, teacher, 2.0, weight=by, reduction=reduction, peer=b, reverse=direction == "student"
         )
         compare(loss, leaves, wanted, exact, 4.0)
 
@@ -68,7 +68,7 @@ def test_rows_in_parts_of_maps_without_one_stride() -> None:
     exact = [x.detach().double().requires_grad_() for x in tensors]
     with using("triton"):
         student, two, teacher = exact
-        wanted = kl_div_reference(student, teacher, other=two, reverse=True)
+        wanted = kl_div_reference(student, teacher, peer=two, reverse=True)
         compare(ops.dual_kl(*tensors, direction="student"), tensors, wanted, exact)
         compare(ops.entropy(tensors[0]), tensors[:1], entropy_reference(exact[0]), exact[:1])
 

@@ -1,7 +1,7 @@
-"""blend in Triton: forward, and both maps' gradients from one read of the result's gradient.
+"""blend in Triton: the forward pass, and both maps' gradients from one read of the result's gradient.
 
-fp32, bf16 and fp16 are computed in fp32 and rounded once.  Sums over several samples are taken in fp64, over samples
-sorted by the background row they used, without atomics: the same bits every time.
+Computed in fp32 and rounded once. Sums over samples are taken in fp64, sorted by background row, without atomics: the
+same bits every time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedkern.ops._blend.kernels import BlendCall, Gradients, in_layout, output_strides, users
+from fedkern.ops._blend.kernels import BlendCall, Gradients, group_users, in_layout, output_strides
 from fedkern.ops._blend.reference import check_values
 from fedkern.ops._core.triton.launch import cdiv, double_bits, launch, power_of_two, processors
 from fedkern.ops._core.triton.numbers import COMPUTE, double_of
@@ -27,7 +27,6 @@ MANY = 16
 
 @triton.jit
 def _tile(columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the rows and columns of this program, out of ``columns`` tiles side by side."""
     program = tl.program_id(0)
     row = (program // columns).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = (program % columns).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
@@ -36,7 +35,6 @@ def _tile(columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _weight(alpha, value, row, stride, valid):
-    """Return alpha of each row in fp64, from a tensor or from the bits of a number."""
     weight = tl.zeros_like(row).to(tl.float64)
     if alpha is None:
         weight += double_of(value, tl.float64)
@@ -75,11 +73,11 @@ def forward_kernel(
         tl.device_assert(inside | ~valid, "blend: index out of range")
         valid = valid & inside
     weight = _weight(alpha, value, row, alpha_stride, valid)
-    rest = (1.0 - weight).to(COMPUTE)[:, None]
+    back_weight = (1.0 - weight).to(COMPUTE)[:, None]
     mask = valid[:, None] & (column < size)[None, :]
     x = tl.load(foreground + (row * foreground_stride)[:, None] + column[None, :], mask=mask, other=0)
     y = tl.load(background + (source * background_stride)[:, None] + column[None, :], mask=mask, other=0)
-    mixed = weight.to(COMPUTE)[:, None] * x.to(COMPUTE) + rest * y.to(COMPUTE)
+    mixed = weight.to(COMPUTE)[:, None] * x.to(COMPUTE) + back_weight * y.to(COMPUTE)
     tl.store(out + (row * size)[:, None] + column[None, :], mixed.to(out.dtype.element_ty), mask=mask)
 
 
@@ -102,7 +100,7 @@ def backward_kernel(
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One background row at a time: writes the gradient of every sample that used the row, and the row's, their sum."""
+    """Write the gradients of all samples that used a background row, and the row's gradient, their sum."""
     row, column = _tile(columns, ROWS, COLUMNS)
     valid = row < rows
     if order is None:
@@ -152,7 +150,7 @@ def alpha_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """<grad, foreground - background> of every sample over ``span`` of its columns, in fp64."""
+    """Compute <grad, foreground - background> of every sample over ``span`` of its columns, in fp64."""
     program = tl.program_id(0)
     row = (program // splits).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = (program % splits).to(tl.int64)
@@ -171,14 +169,14 @@ def alpha_kernel(
     tl.store(out + row * splits + split, tl.sum(total, axis=1), mask=valid)
 
 
-def tile(rows: int, size: int) -> tuple[int, int]:
-    """Rows and columns of a program's tile: a whole row (TILE columns at most), or several short rows."""
+def tile_shape(rows: int, size: int) -> tuple[int, int]:
+    """Return rows and columns of a tile: a whole row (at most TILE columns), or several short rows."""
     columns = min(power_of_two(size), TILE)
     return min(TILE // columns, power_of_two(rows)), columns
 
 
 class TritonBlend:
-    """The methods of :class:`fedkern.ops._blend.kernels.BlendKernels` in Triton."""
+    """:class:`fedkern.ops._blend.kernels.BlendKernels` in Triton."""
 
     def forward(self, foreground: Tensor, background: Tensor, call: BlendCall) -> Tensor:
         alpha, value, index, background_rows = call
@@ -197,7 +195,7 @@ class TritonBlend:
         steps = (foreground.stride(0), background.stride(0))
         if index is None and alpha is None and (rows == 1 or steps == (size, size)):
             rows, size, steps = 1, rows * size, (rows * size, rows * size)  # one row: any size stays aligned
-        row_tile, column_tile = tile(rows, size)
+        row_tile, column_tile = tile_shape(rows, size)
         columns = cdiv(size, column_tile)
         launch(
             forward_kernel, cdiv(rows, row_tile) * columns, device, foreground, background,
@@ -246,13 +244,13 @@ class TritonBlend:
         rows, stride, entries = samples, grad.stride(0), 1
         if index is not None and to_back is not None:
             rows = to_back.shape[0]
-            start, order = users(index, rows)
+            start, order = group_users(index, rows)
             entries = MANY if samples > 4 * rows else 1
         elif alpha is None and (samples == 1 or stride == size):
             rows, size, stride = min(samples, 1), samples * size, samples * size
         if not rows or not size:
             return
-        row_tile, column_tile = tile(rows, size)
+        row_tile, column_tile = tile_shape(rows, size)
         if entries > 1:
             row_tile, column_tile = 1, min(column_tile, TILE // entries)
         columns = cdiv(size, column_tile)
@@ -266,7 +264,7 @@ class TritonBlend:
         rows, size = grad.shape[0], math.prod(grad.shape[1:])
         if not rows or not size:
             return torch.zeros(rows, dtype=torch.float64, device=grad.device)
-        row_tile, column_tile = tile(rows, size)
+        row_tile, column_tile = tile_shape(rows, size)
         # Enough programs for the device even if samples are few; their partial sums are added in a fixed order.
         tiles, groups = cdiv(size, column_tile), cdiv(rows, row_tile)
         splits = max(1, min(cdiv(tiles, 4), 4 * processors(grad.device) // groups))

@@ -1,7 +1,7 @@
-"""The operators' Triton kernels, one file per family, imported only when Triton is to serve a call.
+"""The operators' Triton kernels, one file per family, imported when a call first uses Triton.
 
-With ``TRITON_INTERPRET=1`` in the environment when this package is first imported, Triton runs every kernel in Python
-on the host, program by program: thousands of times slower, but on CPU tensors and without a GPU.
+With ``TRITON_INTERPRET=1`` at the first import, Triton runs kernels in Python on the host, on CPU tensors: thousands of
+times slower.
 """
 
 from __future__ import annotations

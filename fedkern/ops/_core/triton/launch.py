@@ -1,4 +1,4 @@
-"""Host helpers of the Triton kernels: launches on the right device, tile sizes, arguments that Triton lacks."""
+"""Host helpers of the Triton kernels: launches on the right device, tile sizes, arguments that Triton cannot take."""
 
 from __future__ import annotations
 
@@ -30,24 +30,22 @@ def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of ``device``."""
     if INTERPRETED or device.type != "cuda":
         return 1  # programs run one after another
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def double_bits(value: float) -> int:
-    """``value``'s bits as an int64: Triton would round a float argument to fp32."""
+    """Return ``value``'s bits as an int64: Triton would round a float argument to fp32."""
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 def power_of_two(value: int) -> int:
-    """Return the smallest power of two that is not below ``value``."""
     return 1 << max(value - 1, 0).bit_length()
 
 
 def pad_parameters(values: Iterable[T], filler: T) -> tuple[T, ...]:
-    """Kernel parameters, padded to a power of two, so that fewer kernels are compiled."""
+    """Pad kernel parameters to a power of two, so that fewer kernels are compiled."""
     parameters = tuple(values)
     return parameters + (filler,) * (power_of_two(len(parameters)) - len(parameters))
 

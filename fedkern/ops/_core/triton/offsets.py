@@ -1,7 +1,4 @@
-"""Several tensors as one kernel parameter: a pointer to the first, and every tensor's distance from it.
-
-Distances are kernel parameters: nothing is copied to the device.
-"""
+"""Several tensors as one kernel parameter: a pointer to the first, and every tensor's distance from it."""
 
 from __future__ import annotations
 
@@ -18,20 +15,20 @@ from fedkern.ops._core.triton.launch import pad_parameters
 MARK = tl.constexpr(1 << 52)
 
 
-def whole(number: int) -> int:
-    """Code of a whole number of at most 62 bits and a sign, in a number that Triton does not specialise."""
+def encode_number(number: int) -> int:
+    """Encode a whole number of at most 62 bits and a sign as a number that Triton does not specialise."""
     return (number << 1 | 1) ^ MARK.value
 
 
-def wholes(numbers: Iterable[int]) -> tuple[int, ...]:
-    """Return the :func:`whole` codes of numbers, as kernel parameters."""
-    return pad_parameters(map(whole, numbers), whole(0))
+def encode_numbers(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Encode numbers with :func:`encode_number`, as kernel parameters."""
+    return pad_parameters(map(encode_number, numbers), encode_number(0))
 
 
 def tensor_starts(tensors: Sequence[Tensor]) -> tuple[int, ...]:
-    """Each tensor's distance from the first in elements, encoded for :func:`starts_of`."""
-    item, first = tensors[0].element_size(), tensors[0].data_ptr()
-    return wholes((x.data_ptr() - first) // item for x in tensors)
+    """Return each tensor's distance from the first in elements, encoded for :func:`starts_of`."""
+    item, base = tensors[0].element_size(), tensors[0].data_ptr()
+    return encode_numbers((x.data_ptr() - base) // item for x in tensors)
 
 
 @triton.jit
@@ -41,10 +38,7 @@ def _whole(code):
 
 @triton.jit
 def starts_of(offsets, member, COUNT: tl.constexpr):
-    """Return the starts of ``member``, in elements from the first tensor.
-
-    ``offsets`` are :func:`whole` codes.
-    """
+    """Return the starts of ``member``, in elements from the first tensor, from the codes ``offsets``."""
     start = tl.zeros_like(member).to(tl.int64)
     for k in tl.static_range(COUNT):
         start = tl.where(member == k, _whole(offsets[k]), start)
@@ -53,5 +47,5 @@ def starts_of(offsets, member, COUNT: tl.constexpr):
 
 @triton.jit
 def pick(values, member, m):
-    """Element m of a vector in registers, as ``[1]``: the interpreter broadcasts comparisons of scalars as numbers."""
+    """Return element m of a vector in registers, as ``[1]``: the interpreter treats scalar comparisons as numbers."""
     return tl.zeros([1], values.dtype) + tl.sum(tl.where(member == m, values, tl.zeros_like(values)), axis=0)

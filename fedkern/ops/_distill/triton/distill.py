@@ -1,4 +1,4 @@
-"""The distill family in Triton: from tensors to launches. The kernels are in losses.py."""
+"""The distill family in Triton: from tensors to launches of the kernels in losses.py."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from fedkern.ops._distill.triton.rows import (
     SERIES,
     Rows,
     Steps,
-    clear,
     hand_over,
     known_steps,
+    make_readable,
+    make_rows_readable,
+    make_writable,
     meta_of,
-    readable,
-    readable_rows,
+    plan_rows,
     row_steps_of,
-    share,
     statistics_kernel,
     totals_of,
-    writable,
+    zero_all,
 )
 
 
 class TritonDistill(DistillKernels):
-    """The methods of :class:`fedkern.ops._distill.kernels.DistillKernels` that call a core, in Triton."""
+    """:class:`fedkern.ops._distill.kernels.DistillKernels` with Triton kernels in place of a core."""
 
     short_weights = limits = False
 
@@ -52,25 +52,25 @@ class TritonDistill(DistillKernels):
         result: Tensor | None,
         statistics: Tensor | None = None,
     ) -> None:
-        student, other, teacher, weight, temperature, reverse, reduction = call
+        student, peer, teacher, weight, temperature, reverse, reduction = call
         if student is None:
             self._entropy(grad, teacher, reduction, gradients[2], result)
             return
         compute, device = compute_dtype(dtype), student.device
-        targets, (to_student, to_other, to_teacher) = gradients, (writable(x) for x in gradients)
-        gradients = (to_student, to_other, to_teacher)
+        targets, (to_student, to_peer, to_teacher) = gradients, (make_writable(x) for x in gradients)
+        gradients = (to_student, to_peer, to_teacher)
         rows = row_count(student)
         if not rows:
-            clear(result)
+            zero_all(result)
             return
-        student, teacher = readable(student, to_student), readable(teacher, to_teacher)
-        other = None if other is None else readable(other, to_other)
-        weight, grad = readable_rows(weight), readable_rows(grad)
-        second = teacher if other is None else other
+        student, teacher = make_readable(student, to_student), make_readable(teacher, to_teacher)
+        peer = None if peer is None else make_readable(peer, to_peer)
+        weight, grad = make_rows_readable(weight), make_rows_readable(grad)
+        second = teacher if peer is None else peer
         logit_steps = [known_steps(x) for x in (teacher, student, second)]
         by_row = [row_steps_of(weight), row_steps_of(grad) if reduction == NONE else ALL_ROWS]
-        plan, steps = share(
-            teacher, [*logit_steps, *(s for s in by_row if s is not None)], 2 if other is None else 3, compute
+        plan, steps = plan_rows(
+            teacher, [*logit_steps, *(s for s in by_row if s is not None)], 2 if peer is None else 3, compute
         )
         count = max(rows, 1) if reduction == BATCHMEAN else 1
         t_steps, s_steps, o_steps, w_steps, g_steps = steps
@@ -86,13 +86,12 @@ class TritonDistill(DistillKernels):
             values: Tensor | None = None,
         ) -> None:
             mean = total is not None and total.dim() == 0
-            to_student, to_other, to_teacher = to
-            tensors = (teacher, student, other, weight, grad, to_teacher, to_student, to_other, losses, raw, total)
-            terms = SERIES[compute]
+            to_student, to_peer, to_teacher = to
+            tensors = (teacher, student, peer, weight, grad, to_teacher, to_student, to_peer, losses, raw, total)
             launch(
                 divergence_kernel, plan.groups * plan.splits, device, *tensors, *parts, values,
                 double_bits(temperature), count, plan.inner, plan.classes, plan.tiles, plan.splits, plan.span,
-                rows, *strides, TERMS=terms, REVERSE=reverse, MEAN=mean, WHOLE=plan.whole,
+                rows, *strides, TERMS=SERIES[compute], REVERSE=reverse, MEAN=mean, WHOLE=plan.whole,
                 SPLITS=power_of_two(plan.splits), **meta,
             )  # fmt: skip
 
@@ -106,12 +105,12 @@ class TritonDistill(DistillKernels):
             return
 
         # Rows split among programs: statistics first, then the rows' losses if wanted, or needed by a gradient.
-        parts = _statistics([x for x in (teacher, student, other) if x is not None], steps, plan, temperature, compute)
+        parts = _statistics([x for x in (teacher, student, peer) if x is not None], steps, plan, temperature, compute)
         values = None
-        by_value = (to_student is not None or to_other is not None) if reverse else to_teacher is not None
+        by_value = (to_student is not None or to_peer is not None) if reverse else to_teacher is not None
         if by_value:
             values = torch.empty(2, rows, dtype=compute, device=device)
-            for place, x in enumerate((student, other)):
+            for place, x in enumerate((student, peer)):
                 if x is not None:
                     values[place] = self._row_values(Divergence(x, None, teacher, None, temperature, reverse, NONE))
         if result is not None or raw is not None:
@@ -130,7 +129,7 @@ class TritonDistill(DistillKernels):
             hand_over(gradients, targets)
 
     def _row_values(self, call: Divergence) -> Tensor:
-        """KL of each row, without the factor T²."""
+        """Compute KL of each row, without the factor T²."""
         teacher, dtype = call.teacher, result_dtype(call.student, None, call.teacher)
         raw = torch.empty(row_shape(teacher), dtype=compute_dtype(dtype), device=teacher.device)
         self._divergence(None, call, dtype, NO_GRADIENTS, raw, None)
@@ -141,13 +140,13 @@ class TritonDistill(DistillKernels):
     ) -> None:
         rows, compute, device = row_count(logits), compute_dtype(logits.dtype), logits.device
         if not rows:
-            clear(result)
+            zero_all(result)
             return
-        target, gradient = gradient, writable(gradient)
-        logits, grad = readable(logits, gradient), readable_rows(grad)
+        target, gradient = gradient, make_writable(gradient)
+        logits, grad = make_readable(logits, gradient), make_rows_readable(grad)
         by_row = row_steps_of(grad) if reduction == NONE else ALL_ROWS
         assert by_row is not None
-        plan, (steps, g_steps) = share(logits, [known_steps(logits), by_row], 1, compute)
+        plan, (steps, g_steps) = plan_rows(logits, [known_steps(logits), by_row], 1, compute)
         count = rows if reduction == BATCHMEAN else 1
 
         def run(

@@ -20,17 +20,17 @@ from fedkern.ops._distill.triton.rows import (
     SERIES,
     Rows,
     Steps,
-    clear,
     hand_over,
     known_steps,
+    make_readable,
+    make_rows_readable,
+    make_writable,
     meta_of,
-    readable,
-    readable_rows,
+    plan_rows,
     row_steps_of,
-    share,
     steps_of,
     totals_of,
-    writable,
+    zero_all,
 )
 from fedkern.ops._distill.triton.stacks import Mixture
 
@@ -44,7 +44,7 @@ def ensemble(
     results: Pair,
     statistics: Tensor | None = None,
 ) -> None:
-    """:meth:`fedkern.ops._distill.kernels.DistillKernels._ensemble` in Triton."""
+    """Implement :meth:`fedkern.ops._distill.kernels.DistillKernels._ensemble` in Triton."""
     student, teachers, weights, _, temperature, mix, log_probs, _ = call
     log_probs = log_probs and temperature == 1
     if student is None or mix == MEAN:
@@ -55,42 +55,39 @@ def ensemble(
         stack(grads, call, log_probs, gradients, results)
         return
     if not row_count(student):
-        clear(results[0], *gradients)
+        zero_all(results[0], *gradients)
         return
     mixture = Mixture.of(grads[0], student, call, gradients, results[0])
     plan, compute = mixture.plan, mixture.compute
     as_is = log_probs or mix == LOGITS
     tops, logs = _members(mixture.teachers, mixture.steps[1], plan, temperature, compute, as_is)
-    terms = SERIES[compute]
     launch(
         mixture_kernel, plan.groups, student.device, mixture.student, mixture.teachers, mixture.weights, mixture.mask,
         mixture.grad, tops, logs, *mixture.gradients, mixture.losses, mixture.total, double_bits(temperature),
         mixture.count_rows, len(teachers), plan.inner, plan.classes, plan.tiles, row_count(student), *mixture.strides,
-        TERMS=terms, LOGITS=mix == LOGITS, LOG_PROBS=log_probs, BY_CLASS=mixture.by_class,
+        TERMS=SERIES[compute], LOGITS=mix == LOGITS, LOG_PROBS=log_probs, BY_CLASS=mixture.by_class,
         MEAN=mixture.mean, **meta_of(plan, compute, stack=True),
     )  # fmt: skip
     mixture.close()
 
 
 def stack(grads: Pair, call: Ensemble, log_probs: bool, gradients: Gradients, results: Pair) -> None:
-    """js_div, consensus, and ensemble_kl's mean of divergences.
-
-    Weights are ``[K, B, *positions]``.
-    """
+    """Compute js_div, consensus, and ensemble_kl's mean of divergences, with weights ``[K, B, *positions]``."""
     student, logits, weights, _, temperature, mix, _, reduction = call
     grad, more_grad = grads
     rows = row_count(logits[0])
     if not rows:
-        clear(*results, *gradients)
+        zero_all(*results, *gradients)
         return
     compute, device = compute_dtype(result_dtype(student, None, logits)), logits.device
     targets, (to_student, to_logits, to_weights) = gradients, gradients
-    to_student, to_logits = writable(to_student), writable(to_logits, 2)
+    to_student, to_logits = make_writable(to_student), make_writable(to_logits, 2)
     gradients = (to_student, to_logits, to_weights)
-    logits, student = readable(logits, to_logits, 2), None if student is None else readable(student, to_student)
-    weights, grad, more_grad = _readable_members(weights), readable_rows(grad), readable_rows(more_grad)
+    logits = make_readable(logits, to_logits, 2)
+    student = None if student is None else make_readable(student, to_student)
+    weights, grad, more_grad = _readable_members(weights), make_rows_readable(grad), make_rows_readable(more_grad)
     by_row = reduction == NONE
-    plan, steps = share(
+    plan, steps = plan_rows(
         logits[0],
         [
             known_steps(logits, 2),
@@ -105,7 +102,6 @@ def stack(grads: Pair, call: Ensemble, log_probs: bool, gradients: Gradients, re
     )
     t_steps, s_steps, w_steps, g_steps, m_steps, b_steps = steps
     tops, logs = _members(logits, t_steps, plan, temperature, compute, log_probs)
-    terms = SERIES[compute]
     totals = [totals_of(result, reduction, plan) for result in results]
     bound = math.log(len(logits)) if mix == JS else math.inf
     launch(
@@ -114,7 +110,7 @@ def stack(grads: Pair, call: Ensemble, log_probs: bool, gradients: Gradients, re
         rows if reduction == BATCHMEAN else 1, double_bits(bound), len(logits), plan.inner, plan.classes, plan.tiles,
         rows, *s_steps, *t_steps, w_steps.outer, w_steps.row, g_steps.outer, g_steps.row, m_steps.outer, m_steps.row,
         b_steps.outer, b_steps.row, logits.stride(0), 0 if weights is None else weights.stride(0),
-        0 if to_weights is None else to_weights.stride(0), TERMS=terms,
+        0 if to_weights is None else to_weights.stride(0), TERMS=SERIES[compute],
         CONSENSUS=mix == CONSENSUS, LOG_PROBS=log_probs, MEAN=totals[0] is not None and totals[0].dim() == 0,
         **meta_of(plan, compute, stack=True),
     )  # fmt: skip

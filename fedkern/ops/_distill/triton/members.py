@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from fedkern.ops._core.triton.numbers import double_of, narrow
-from fedkern.ops._distill.triton.losses import _by_p, _pair, over, pair_of
+from fedkern.ops._distill.triton.losses import _by_p, _pair, log_ratio_of, pair_of
 from fedkern.ops._distill.triton.mixture import _mix, _statistics, share_of
 from fedkern.ops._distill.triton.rows import load_tile, ones_or, piece, rows_of, scan, store_total
 
@@ -20,47 +20,46 @@ def _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE: tl.constex
 
 
 @triton.jit
-def _other(
+def _target_tile(
     student, teachers, weights, tops, logs, anchor, a_top, a_log, at_student, student_column, at_teacher, at_weight,
     row, valid, column, mask, classes, count, all_rows, scale, teacher_stride, teacher_column, weight_stride,
     COMPUTE: tl.constexpr, TERMS: tl.constexpr, LOG_PROBS: tl.constexpr, RELATIVE: tl.constexpr,
 ):  # fmt: skip
     """Return the tile that the teachers are compared with: the student's logits, or the mixture's log-probabilities.
 
-    RELATIVE: also the logits of each row's anchor (one of the teachers), and ``near`` and ``log_ratio`` of :func:`_mix`
-    relative to the anchor.
+    RELATIVE: also the logits of each row's anchor (a teacher), and the mixture relative to the anchor (:func:`_mix`).
     """
     if student is not None:
-        other = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
-        a, near, log_ratio = other, mask, other
+        target = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
+        a, near, log_ratio = target, mask, target
     else:
         a = tl.zeros(mask.shape, COMPUTE)
         if RELATIVE:
             a = load_tile(
                 teachers, at_teacher + anchor * teacher_stride, teacher_column, column, mask, classes, COMPUTE
             )
-        other, _, near, log_ratio, _ = _mix(
+        target, _, near, log_ratio, _ = _mix(
             teachers, weights, None, tops, logs, a, a_top, a_log, at_teacher, at_weight, row, valid, column, mask,
             classes, count, all_rows, scale, teacher_stride, teacher_column, weight_stride, 0, 0, 0,
             COMPUTE, TERMS, False, LOG_PROBS, RELATIVE,
         )  # fmt: skip
-    return other, a, near, log_ratio
+    return target, a, near, log_ratio
 
 
 @triton.jit
 def _against(
-    x, tops, logs, row, valid, k, all_rows, scale, other, other_top, other_log, a, a_top, a_log, near, log_ratio,
+    x, tops, logs, row, valid, k, all_rows, scale, target, target_top, target_log, a, a_top, a_log, near, log_ratio,
     COMPUTE: tl.constexpr, LOG_PROBS: tl.constexpr, TERMS: tl.constexpr, RELATIVE: tl.constexpr,
 ):  # fmt: skip
-    """:func:`_pair` of teacher k's logits and the tile of :func:`_other`, and the teacher's log-probabilities."""
+    """Return :func:`_pair` of teacher k and the tile of :func:`_target_tile`, and the teacher's log-probabilities."""
     top, log_total = _statistics(tops, logs, row, valid, k, all_rows, LOG_PROBS, COMPUTE)
     log_p = (x - top[:, None]) * scale - log_total[:, None]
     if RELATIVE:
-        u = tl.where(near, log_ratio - over(x, top, log_total, a, a_top, a_log, scale), other - log_p)
-        terms, by_other, u, p = pair_of(log_p, other, u, TERMS)
+        u = tl.where(near, log_ratio - log_ratio_of(x, top, log_total, a, a_top, a_log, scale), target - log_p)
+        terms, by_target, u, p = pair_of(log_p, target, u, TERMS)
     else:
-        terms, by_other, u, p = _pair(x, top, log_total, other, other_top, other_log, scale, TERMS)
-    return terms, by_other, u, p, log_p
+        terms, by_target, u, p = _pair(x, top, log_total, target, target_top, target_log, scale, TERMS)
+    return terms, by_target, u, p, log_p
 
 
 @triton.jit(do_not_specialize=["temperature", "count_rows", "bound"])
@@ -74,7 +73,7 @@ def stack_kernel(
     COMPUTE: tl.constexpr, TERMS: tl.constexpr, CONSENSUS: tl.constexpr, LOG_PROBS: tl.constexpr,
     MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``sum_k w_k KL(p_k || q)`` with q the student's softmax or, without a student, the mixture of the p_k (js_div).
+    """Compute ``sum_k w_k KL(p_k || q)``, q the student's softmax or, without a student (js_div), the p_k's mixture.
 
     CONSENSUS: instead the entropy of the mixture, and the weighted mean of the entropies (``more_...``).
     """
@@ -112,13 +111,13 @@ def stack_kernel(
     if losses is not None or total is not None or to_weights is not None:
         for begin in range(0, classes, COLUMNS):
             column, mask = piece(begin, classes, valid, COLUMNS)
-            other, a, near, log_ratio = _other(
+            target, a, near, log_ratio = _target_tile(
                 student, teachers, weights, tops, logs, anchor, a_top, a_log, at_student, student_column, at_teacher,
                 at_weight, row, valid, column, mask, classes, count, all_rows, scale, teacher_stride, teacher_column,
                 weight_stride, COMPUTE, TERMS, LOG_PROBS, is_relative,
             )  # fmt: skip
             if CONSENSUS:
-                part = tl.where(other == float("-inf"), 0.0, -tl.exp(other) * other)
+                part = tl.where(target == float("-inf"), 0.0, -tl.exp(target) * target)
                 mixed_value += tl.sum(part, axis=1)
             for k_ in range(count):
                 k = tl.cast(k_, tl.int64)
@@ -126,7 +125,7 @@ def stack_kernel(
                 share = share_of(raw, weight_sum, count)
                 x = load_tile(teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE)
                 terms, _, _, p, log_p = _against(
-                    x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, a, a_top, a_log, near,
+                    x, tops, logs, row, valid, k, all_rows, scale, target, q_top, q_log, a, a_top, a_log, near,
                     log_ratio, COMPUTE, LOG_PROBS, TERMS, is_relative,
                 )  # fmt: skip
                 if CONSENSUS:
@@ -171,24 +170,24 @@ def stack_kernel(
                 excess += tl.where(share == 0, 0.0, share * mass)
         for begin in range(0, classes, COLUMNS):
             column, mask = piece(begin, classes, valid, COLUMNS)
-            other, a, near, log_ratio = _other(
+            target, a, near, log_ratio = _target_tile(
                 student, teachers, weights, tops, logs, anchor, a_top, a_log, at_student, student_column, at_teacher,
                 at_weight, row, valid, column, mask, classes, count, all_rows, scale, teacher_stride, teacher_column,
                 weight_stride, COMPUTE, TERMS, LOG_PROBS, is_relative,
             )  # fmt: skip
             sum_ = tl.zeros([ROWS, COLUMNS], COMPUTE)
             if LOG_PROBS:
-                sum_ += excess[:, None] * tl.exp((other - q_top[:, None]) * scale - q_log[:, None])
+                sum_ += excess[:, None] * tl.exp((target - q_top[:, None]) * scale - q_log[:, None])
             for k_ in range(count):
                 k = tl.cast(k_, tl.int64)
                 raw = _row_weight(weights, at_weight, k, weight_stride, valid, COMPUTE, ROWS)
                 share = share_of(raw, weight_sum, count)[:, None]
                 x = load_tile(teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE)
-                _, by_other, _, _, _ = _against(
-                    x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, a, a_top, a_log, near,
+                _, by_target, _, _, _ = _against(
+                    x, tops, logs, row, valid, k, all_rows, scale, target, q_top, q_log, a, a_top, a_log, near,
                     log_ratio, COMPUTE, LOG_PROBS, TERMS, is_relative,
                 )  # fmt: skip
-                sum_ += tl.where(share == 0, 0.0, share * by_other)
+                sum_ += tl.where(share == 0, 0.0, share * by_target)
             place = at_student[:, None] + (column * student_column)[None, :]
             tl.store(to_student + place, narrow((t * factor)[:, None] * sum_, to_student), mask=mask)
 
@@ -202,7 +201,7 @@ def stack_kernel(
             for stage in range(2):
                 for begin in range(0, classes, COLUMNS):
                     column, mask = piece(begin, classes, valid, COLUMNS)
-                    other, a, near, log_ratio = _other(
+                    target, a, near, log_ratio = _target_tile(
                         student, teachers, weights, tops, logs, anchor, a_top, a_log, at_student, student_column,
                         at_teacher, at_weight, row, valid, column, mask, classes, count, all_rows, scale,
                         teacher_stride, teacher_column, weight_stride, COMPUTE, TERMS, LOG_PROBS, is_relative,
@@ -211,11 +210,11 @@ def stack_kernel(
                         teachers, at_teacher + k * teacher_stride, teacher_column, column, mask, classes, COMPUTE
                     )
                     terms, _, u, p, log_p = _against(
-                        x, tops, logs, row, valid, k, all_rows, scale, other, q_top, q_log, a, a_top, a_log, near,
+                        x, tops, logs, row, valid, k, all_rows, scale, target, q_top, q_log, a, a_top, a_log, near,
                         log_ratio, COMPUTE, LOG_PROBS, TERMS, is_relative,
                     )  # fmt: skip
                     surprise = tl.where(p == 0, 0.0, -log_p)
-                    mixed_surprise = tl.where((p == 0) | (other == float("-inf")), 0.0, -other)
+                    mixed_surprise = tl.where((p == 0) | (target == float("-inf")), 0.0, -target)
                     if stage == 0:
                         if CONSENSUS:
                             teacher_value += tl.sum(tl.where(mask, p * surprise, 0.0), axis=1)

@@ -1,9 +1,7 @@
-"""ensemble_kl, js_div and consensus in Triton: the kernels.
+"""ensemble_kl, js_div and consensus in Triton: the kernels, launched by ensemble.py.
 
-Their launcher is in ensemble.py.
-
-A program takes some rows of all K teachers and walks through the classes in tiles.  It computes the teachers' softmaxes
-from the maxima and sums of :func:`members_kernel`, and holds one tile of the mixture at a time.
+A program takes some rows of all K teachers, walks through the classes in tiles, and holds one tile of the mixture at a
+time.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fedkern.ops._core.triton.numbers import double_of, join, narrow
-from fedkern.ops._distill.triton.losses import _by_p, over, pair_of
+from fedkern.ops._distill.triton.losses import _by_p, log_ratio_of, pair_of
 from fedkern.ops._distill.triton.rows import expm1_less, load_tile, log1p, ones_or, piece, rows_of, scan, store_total
 
 
@@ -22,7 +20,7 @@ def members_kernel(
     stride, outer_stride, row_stride, class_stride,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Return the maximum of each teacher's row and the logarithm of its sum of exponentials, ``[K, rows]``."""
+    """Store the maximum of each teacher's row and the logarithm of its sum of exponentials, ``[K, rows]``."""
     program = tl.program_id(0)
     k, group = (program // groups).to(tl.int64), (program % groups).to(tl.int64)
     inside = group % tiles * ROWS + tl.arange(0, ROWS)
@@ -38,10 +36,7 @@ def members_kernel(
 @triton.jit
 def _raw(weights, at_weight, weight_column, class_mask, mask_column, k, weight_stride, mask_stride, column, mask,
          COMPUTE: tl.constexpr):  # fmt: skip
-    """Weights of teacher k, not normalised.
-
-    0 where the class mask leaves out a class.
-    """
+    """Return the weights of teacher k before normalisation, 0 for masked classes."""
     raw = tl.zeros(mask.shape, COMPUTE) + 1.0
     if weights is not None:
         place = k * weight_stride + at_weight[:, None] + (column * weight_column)[None, :]
@@ -70,10 +65,7 @@ def share_of(raw, total, count):
 
 @triton.jit
 def _statistics(tops, logs, row, valid, k, all_rows, LOG_PROBS: tl.constexpr, COMPUTE: tl.constexpr):
-    """Results of :func:`members_kernel` for teacher k (one k, or one for each row).
-
-    Zeros if x is log p already.
-    """
+    """Return results of :func:`members_kernel` for teacher k (one k, or one per row), zeros if x is log p already."""
     top = tl.zeros(row.shape, COMPUTE)
     log_total = tl.zeros(row.shape, COMPUTE)
     if not LOG_PROBS:
@@ -92,15 +84,15 @@ def _mix(
     """Return a tile of the mixture: log-probabilities, or (LOGITS) its logits over the temperature.
 
     Also returns the sum of the weights and (RELATIVE) three tiles that compare the mixture ``m`` with the softmax ``q``
-    of the row of logits ``y``: the mask of elements ``near`` q, and for these ``log(m / q)`` and ``m / q - 1``.  Both
-    come from ``m / q - 1 = sum_k w_k (p_k / q - 1)``, whose terms come from the logits' differences and keep their
-    digits.  With LOGITS, ``m / q`` is known up to a factor for the row.
+    of the logits ``y``: the mask of elements ``near`` q, and for these ``log(m / q)`` and ``m / q - 1 = sum_k w_k (p_k
+    / q - 1)``, whose terms come from the logits' differences and keep their digits. With LOGITS, ``m / q`` is known up
+    to a factor for the row.
     """
     total = _sum_of_weights(weights, at_weight, weight_column, class_mask, mask_column, count, weight_stride,
                             mask_stride, column, mask, COMPUTE)  # fmt: skip
     peak = tl.full(mask.shape, float("-inf"), COMPUTE)
     sum_ = tl.zeros(mask.shape, COMPUTE)
-    rest = tl.zeros(mask.shape, COMPUTE)
+    relative = tl.zeros(mask.shape, COMPUTE)
     far = tl.zeros(mask.shape, COMPUTE)
     if LOGITS:
         origin = tl.where(y == float("-inf"), 0.0, y)
@@ -124,33 +116,30 @@ def _mix(
             sum_ = sum_ * tl.exp(peak - base) + tl.where(share > 0, share * tl.exp(log_p - base), 0.0)
             peak = new
             if RELATIVE:
-                d = over(x, top, log_total, y, y_top, y_log, scale)
+                d = log_ratio_of(x, top, log_total, y, y_top, y_log, scale)
                 near = tl.abs(d) < 0.5
                 far = tl.where((share > 0) & ~near, 1.0, far)
                 d = tl.where((share > 0) & near, d, 0.0)
-                rest += share * (d + expm1_less(d, TERMS))
+                relative += share * (d + expm1_less(d, TERMS))
     if LOGITS:
         result = tl.where(peak == 0, float("-inf"), (origin + sum_) * scale)
         log_ratio = sum_ * scale
         near = (tl.abs(log_ratio) < 0.5) & (peak != 0) & (y != float("-inf"))
-        rest = tl.where(near, log_ratio, 0.0)
-        rest = rest + expm1_less(rest, TERMS)
+        relative = tl.where(near, log_ratio, 0.0)
+        relative = relative + expm1_less(relative, TERMS)
     else:
         result = tl.where(sum_ == 0, float("-inf"), tl.log(tl.where(sum_ == 0, 1.0, sum_)) + peak)
         near = far == 0
-        log_ratio = rest
+        log_ratio = relative
         if RELATIVE:
-            log_ratio = log1p(rest, TERMS)
+            log_ratio = log1p(relative, TERMS)
     inside = (column < classes)[None, :]
-    return tl.where(inside, result, float("-inf")), total, near & inside, log_ratio, rest
+    return tl.where(inside, result, float("-inf")), total, near & inside, log_ratio, relative
 
 
 @triton.jit
 def _divergence(mixed, near, log_ratio, p_top, p_log, gap, y, q_top, q_log, scale, TERMS: tl.constexpr):  # fmt: skip
-    """:func:`_pair` of the mixture and the student.
-
-    ``log_ratio`` minus ``gap`` is normalised.
-    """
+    """Compute :func:`_pair` of the mixture and the student, where ``log_ratio`` minus ``gap`` is normalised."""
     log_p = (mixed - p_top[:, None]) - p_log[:, None]
     log_q = (y - q_top[:, None]) * scale - q_log[:, None]
     u = tl.where(near, gap[:, None] - log_ratio, log_q - log_p)
@@ -168,10 +157,7 @@ def mixture_kernel(
     COMPUTE: tl.constexpr, TERMS: tl.constexpr, LOGITS: tl.constexpr, LOG_PROBS: tl.constexpr,
     BY_CLASS: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """KL(mixture || student), or its gradients.
-
-    ``to_weights`` takes the weights', per class (BY_CLASS) or per row.
-    """
+    """Compute KL(mixture || student), or its gradients, for ``to_weights`` per class (BY_CLASS) or per row."""
     program = tl.program_id(0)
     batch, inside, valid, row = rows_of(program, tiles, inner, ROWS)
     t = double_of(temperature, COMPUTE)
@@ -192,7 +178,7 @@ def mixture_kernel(
     for begin in range(0, classes, COLUMNS):
         column, mask = piece(begin, classes, valid, COLUMNS)
         y = load_tile(student, at_student, student_column, column, mask, classes, COMPUTE)
-        mixed, _, near, _, rest = _mix(
+        mixed, _, near, _, relative = _mix(
             teachers, weights, class_mask, tops, logs, y, q_top, q_log, at_teacher, at_weight, row, valid, column,
             mask, classes, count, all_rows, scale, teacher_stride, teacher_column, weight_stride, weight_column,
             mask_stride, mask_column, COMPUTE, TERMS, LOGITS, LOG_PROBS, True,
@@ -203,7 +189,7 @@ def mixture_kernel(
         q = tl.exp((y - q_top[:, None]) * scale - q_log[:, None])
         if LOGITS:
             mixed = (mixed - (q_top * scale)[:, None]) - q_log[:, None]
-        excess += tl.sum(tl.where(near, q * rest, tl.exp(mixed) - q), axis=1)
+        excess += tl.sum(tl.where(near, q * relative, tl.exp(mixed) - q), axis=1)
     p_log = tl.log(p_total)
     # log(1 + excess), by log1p to keep the digits of a small excess
     small = tl.abs(excess) < 0.5

@@ -1,7 +1,7 @@
 """Helpers of the row losses: rows of logits in memory, softmax pieces, and the sum over rows.
 
-A *row* is one sample at one position; its classes lie ``class_stride`` apart, which is the number of positions in a
-contiguous segmentation map.  There are ``outer`` times ``inner`` rows: batches times positions, or 1 times all rows.
+A *row* is one sample at one position, its classes ``class_stride`` elements from each other. There are ``outer`` times
+``inner`` rows: batches times positions, or 1 times all rows.
 """
 
 from __future__ import annotations
@@ -34,10 +34,7 @@ BESIDE = 32
 
 @triton.jit
 def rows_of(tile, tiles, inner, ROWS: tl.constexpr):
-    """Return the rows of a tile.
-
-    They are their batch, places inside the batch, whether they exist, and places among all rows.
-    """
+    """Return a tile's rows: batch, places inside the batch, mask of existing rows, and places among all rows."""
     # Products with strides need 64 bits; the division does not, and is several times as fast in 32 bits.
     batch = (tile // tiles).to(tl.int64)
     inside = (tile % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -46,17 +43,14 @@ def rows_of(tile, tiles, inner, ROWS: tl.constexpr):
 
 @triton.jit
 def piece(begin, last, valid, COLUMNS: tl.constexpr):
-    """Return the classes of a tile, from ``begin`` on, and which of its elements exist: those before ``last``."""
+    """Return the classes of a tile, from ``begin`` on, and the mask of its elements before ``last``."""
     column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
     return column, valid[:, None] & (column < last)[None, :]
 
 
 @triton.jit
 def ones_or(x, batch, inside, outer_stride, row_stride, valid, COMPUTE: tl.constexpr):
-    """Return a weight or a gradient for each row.
-
-    1 if ``x`` is None.
-    """
+    """Return a weight or a gradient for each row, 1 if ``x`` is None."""
     number = tl.zeros(valid.shape, COMPUTE) + 1.0
     if x is not None:
         number = tl.load(x + batch * outer_stride + inside * row_stride, mask=valid, other=0).to(COMPUTE)
@@ -65,10 +59,7 @@ def ones_or(x, batch, inside, outer_stride, row_stride, valid, COMPUTE: tl.const
 
 @triton.jit
 def load_tile(x, offset, class_stride, column, mask, classes, COMPUTE: tl.constexpr):
-    """Logits ``[ROWS, COLUMNS]`` in the computing dtype.
-
-    -inf past the last class.
-    """
+    """Load logits ``[ROWS, COLUMNS]`` in the computing dtype, -inf past the last class."""
     # A 16-bit load with another default than 0 fails in the interpreter.
     value = tl.load(x + offset[:, None] + (column * class_stride)[None, :], mask=mask, other=0).to(COMPUTE)
     return tl.where((column < classes)[None, :], value, float("-inf"))
@@ -83,16 +74,13 @@ def softmax_of(x, scale):
 
 @triton.jit
 def scan(
-    x, offset, class_stride, valid, first, last, classes, scale,
+    x, offset, class_stride, valid, start, last, classes, scale,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """:func:`softmax_of` the classes from ``first`` to ``last``, piece by piece.
-
-    Returns the sum, not its logarithm.
-    """
+    """Compute :func:`softmax_of` the classes from ``start`` to ``last``, by pieces, without the sum's logarithm."""
     top = tl.full([ROWS], float("-inf"), COMPUTE)
     total = tl.zeros([ROWS], COMPUTE)
-    for begin in range(first, last, COLUMNS):
+    for begin in range(start, last, COLUMNS):
         column, mask = piece(begin, classes, valid, COLUMNS)
         tile = load_tile(x, offset, class_stride, column, mask, classes, COMPUTE)
         new = tl.max(tile, axis=1)
@@ -106,7 +94,7 @@ def statistics_kernel(
     x, tops, totals, temperature, inner, classes, tiles, splits, span, outer_stride, row_stride, class_stride,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """:func:`scan` of one part of each row, for rows that several programs share."""
+    """Store :func:`scan` of one part of each row, for rows that several programs share."""
     program = tl.program_id(0)
     split = program % splits
     group = (program // splits).to(tl.int64)
@@ -114,9 +102,9 @@ def statistics_kernel(
     valid = inside < inner
     offset = group // tiles * outer_stride + inside * row_stride
     scale = 1.0 / double_of(temperature, COMPUTE)
-    first = split * span
+    start = split * span
     top, total = scan(
-        x, offset, class_stride, valid, first, tl.minimum(first + span, classes), classes, scale,
+        x, offset, class_stride, valid, start, tl.minimum(start + span, classes), classes, scale,
         COMPUTE, ROWS, COLUMNS,
     )  # fmt: skip
     place = (group // tiles * inner + inside) * splits + split
@@ -126,7 +114,7 @@ def statistics_kernel(
 
 @triton.jit
 def gather(tops, totals, row, valid, splits, scale, SPLITS: tl.constexpr):
-    """:func:`softmax_of` whole rows, from the results of :func:`statistics_kernel` for their parts."""
+    """Return :func:`softmax_of` whole rows, from the results of :func:`statistics_kernel` for their parts."""
     part = tl.arange(0, SPLITS)
     mask = valid[:, None] & (part < splits)[None, :]
     place = (row * splits)[:, None] + part[None, :]
@@ -140,7 +128,7 @@ def gather(tops, totals, row, valid, splits, scale, SPLITS: tl.constexpr):
 
 @triton.jit
 def expm1_less(u, TERMS: tl.constexpr):
-    """``e**u - 1 - u`` for ``|u| < 1/2`` by its series, without the cancellation."""
+    """Compute ``e**u - 1 - u`` for ``|u| < 1/2`` by its series, without the cancellation."""
     sum_ = tl.zeros_like(u) + 1.0
     for k in tl.static_range(TERMS, 2, -1):
         sum_ = sum_ * (u * (1.0 / k)) + 1.0
@@ -149,7 +137,7 @@ def expm1_less(u, TERMS: tl.constexpr):
 
 @triton.jit
 def log1p(r, TERMS: tl.constexpr):
-    """``log(1 + r)`` for ``-1/2 < r < 1``, as ``2 artanh(r / (2 + r))`` by its series, with all digits of a small r."""
+    """Compute ``log(1 + r)``, ``-1/2 < r < 1``, as the series of ``2 artanh(r / (2 + r))``: accurate for a small r."""
     s = r / (2.0 + r)
     sum_ = tl.zeros_like(r) + 1.0 / (2 * TERMS + 1)
     for k in tl.static_range(TERMS - 1, -1, -1):
@@ -175,7 +163,7 @@ class Steps(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The division of the rows among the ``outer * tiles * splits`` programs of a launch."""
+    """Division of the rows among the ``outer * tiles * splits`` programs of a launch."""
 
     outer: int
     inner: int
@@ -204,9 +192,9 @@ ALL_ROWS = Steps(0, 0, 0)
 
 
 def meta_of(plan: Rows, compute: torch.dtype, *, stack: bool = False) -> dict[str, Any]:
-    """Compile-time arguments of the kernels of rows, or (``stack``) of K teachers' rows.
+    """Return compile-time arguments of the kernels of rows, or (``stack``) of K teachers' rows.
 
-    With a limit to a thread's registers (``maxnreg``) ptxas spills none; without it, ptxas spills a few for occupancy.
+    With a limit to a thread's registers (``maxnreg``) ptxas spills none; otherwise a few, for occupancy.
     """
     return {
         "COMPUTE": COMPUTE[compute],
@@ -218,7 +206,7 @@ def meta_of(plan: Rows, compute: torch.dtype, *, stack: bool = False) -> dict[st
 
 
 def steps_of(x: Tensor, axis: int = 1) -> Steps | None:
-    """Strides of ``[B, C, *positions]`` (``axis`` 1) or ``[K, B, C, *positions]`` (``axis`` 2).
+    """Return the strides of ``[B, C, *positions]`` (``axis`` 1) or ``[K, B, C, *positions]`` (``axis`` 2).
 
     None if no single stride leads through the positions.
     """
@@ -236,30 +224,22 @@ def steps_of(x: Tensor, axis: int = 1) -> Steps | None:
 
 
 def row_steps_of(x: Tensor | None) -> Steps | None:
-    """Strides of ``[B, *positions]``."""
     return ALL_ROWS if x is None else steps_of(x.unsqueeze(1))
 
 
-def readable(x: Tensor, gradient: Tensor | None = None, axis: int = 1) -> Tensor:
-    """``x``, copied if no single stride leads through its positions, or if its :func:`writable` gradient has others."""
+def make_readable(x: Tensor, gradient: Tensor | None = None, axis: int = 1) -> Tensor:
+    """Return ``x``, copied if no single stride leads through its positions, or if its :func:`make_writable` differs."""
     if gradient is not None and x.stride() != gradient.stride():
         return torch.empty_like(gradient, dtype=x.dtype).copy_(x)
     return x if x.dim() == axis + 1 or steps_of(x, axis) is not None else x.contiguous()
 
 
-def readable_rows(x: Tensor | None) -> Tensor | None:
-    """Numbers per row ``[B, *positions]``, or one for all.
-
-    Copied if no single stride leads through the positions.
-    """
+def make_rows_readable(x: Tensor | None) -> Tensor | None:
+    """Return a number per row, or one for all, copied if no single stride leads through the positions."""
     return x if x is None or not x.dim() or row_steps_of(x) is not None else x.contiguous()
 
 
 def known_steps(x: Tensor | None, axis: int = 1) -> Steps:
-    """:func:`steps_of` a tensor from :func:`readable` or :func:`readable_rows`.
-
-    Zeros for None.
-    """
     if x is None:
         return ALL_ROWS
     steps = steps_of(x, axis)
@@ -267,28 +247,23 @@ def known_steps(x: Tensor | None, axis: int = 1) -> Steps:
     return steps
 
 
-def clear(*tensors: Tensor | None) -> None:
-    """Set ``tensors`` to zero, for calls without rows."""
+def zero_all(*tensors: Tensor | None) -> None:
     for x in tensors:
         if x is not None:
             x.zero_()
 
 
 def totals_of(result: Tensor | None, reduction: int, plan: Rows) -> Tensor | None:
-    """Memory for the programs' sums: the result itself if there is only one program.
-
-    None if losses are not summed.
-    """
+    """Return memory for the programs' sums, the result itself if there is only one program."""
     if result is None or reduction == NONE:
         return None
     return result if plan.groups == 1 else torch.empty(plan.groups, dtype=torch.float64, device=result.device)
 
 
-def writable(gradient: Tensor | None, axis: int = 1) -> Tensor | None:
-    """Return the tensor that a kernel writes for ``gradient``: itself, or a contiguous one.
+def make_writable(gradient: Tensor | None, axis: int = 1) -> Tensor | None:
+    """Return ``gradient``, or a contiguous tensor for a kernel to write, which :func:`hand_over` copies.
 
-    A kernel writes gradients at the places where it reads the logits, so a single stride must lead through the
-    positions.  :func:`hand_over` copies a contiguous stand-in into ``gradient``.
+    Gradients are written where the logits are read, so a single stride must lead through the positions.
     """
     if gradient is None or gradient.dim() == axis + 1 or steps_of(gradient, axis) is not None:
         return gradient
@@ -296,19 +271,18 @@ def writable(gradient: Tensor | None, axis: int = 1) -> Tensor | None:
 
 
 def hand_over(written: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
-    """Copy ``written`` tensors into ``gradients`` where they are not the same."""
-    for one, other in zip(written, gradients, strict=True):
-        if one is not None and other is not None and one is not other:
-            other.copy_(one)
+    for source, target in zip(written, gradients, strict=True):
+        if source is not None and target is not None and source is not target:
+            target.copy_(source)
 
 
-def share(logits: Tensor, steps: Sequence[Steps], tensors: int, compute: torch.dtype) -> tuple[Rows, list[Steps]]:
-    """Cuts rows into tiles, and merges batches and positions into one axis where every tensor's strides allow.
+def plan_rows(logits: Tensor, steps: Sequence[Steps], tensors: int, compute: torch.dtype) -> tuple[Rows, list[Steps]]:
+    """Cut rows into tiles, and merge batches and positions into one axis if the strides of all tensors allow.
 
     Args:
         logits: gives the shape.
         steps: strides of every tensor that takes part.
-        tensors: tiles of logits that a program holds at once; the more tiles, the smaller. Mixtures count as four.
+        tensors: tiles of logits that a program holds at once; the more, the smaller. Mixtures count as four.
         compute: the computing dtype.
     """
     shape = logits.shape

@@ -18,17 +18,17 @@ from fedkern.ops._distill.triton.rows import (
     Steps,
     hand_over,
     known_steps,
-    readable,
-    readable_rows,
+    make_readable,
+    make_rows_readable,
+    make_writable,
+    plan_rows,
     row_steps_of,
-    share,
     totals_of,
-    writable,
 )
 
 
 class Mixture(NamedTuple):
-    """A call of ensemble_kl with a mixture: its tensors as kernels read them, and memory for what they write."""
+    """Call of ensemble_kl with a mixture: its tensors as kernels read them, and memory for their results."""
 
     compute: torch.dtype
     plan: Rows
@@ -50,17 +50,13 @@ class Mixture(NamedTuple):
     def of(
         cls, grad: Tensor | None, student: Tensor, call: Ensemble, gradients: Gradients, result: Tensor | None
     ) -> Mixture:
-        """Return the launch of a call that has at least one row.
-
-        ``student`` is the call's.
-        """
         _, teachers, weights, class_mask, _, _, _, reduction = call
         by_row = reduction == NONE
         compute = compute_dtype(result_dtype(student, None, teachers))
-        to_student, to_teachers, to_weights = writable(gradients[0]), writable(gradients[1], 2), gradients[2]
-        student, teachers = readable(student, to_student), readable(teachers, to_teachers, 2)
-        weights, grad = None if weights is None else readable(weights, None, 2), readable_rows(grad)
-        plan, steps = share(
+        to_student, to_teachers, to_weights = make_writable(gradients[0]), make_writable(gradients[1], 2), gradients[2]
+        student, teachers = make_readable(student, to_student), make_readable(teachers, to_teachers, 2)
+        weights, grad = None if weights is None else make_readable(weights, None, 2), make_rows_readable(grad)
+        plan, steps = plan_rows(
             student,
             [
                 known_steps(student, 1),
@@ -85,13 +81,12 @@ class Mixture(NamedTuple):
 
     @property
     def by_class(self) -> bool:
-        """Return whether the weights have a gradient for every class."""
         to_weights = self.gradients[2]
         return to_weights is not None and to_weights.shape[2] > 1
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Strides for kernels with mixtures: from batch to batch, row to row, class to class, teacher to teacher."""
+        """Return the kernel's strides: from batch to batch, row to row, class to class, teacher to teacher."""
         of_student, of_teachers, of_weights, of_grad, of_gradient = self.steps
         weights, to_weights = self.weights, self.gradients[2]
         return (
@@ -103,7 +98,6 @@ class Mixture(NamedTuple):
         )  # fmt: skip
 
     def close(self) -> None:
-        """Sum the programs' totals into the result, and hand the gradients over."""
         if self.total is not None and self.result is not None and self.total is not self.result:
             finish(self.total, self.result, self.count_rows)
         hand_over(self.gradients, self.targets)
