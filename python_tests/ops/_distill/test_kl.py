@@ -106,7 +106,7 @@ def divergence(case: dict[str, Any]) -> tuple[Callable[..., Tensor], Callable[..
         if name == "entropy":
             return entropy_reference(teacher, reduction=reduction)
         student, *second, weight = others
-        settings: dict[str, Any] = {"other": second[0]} if second else {}
+        settings: dict[str, Any] = {"peer": second[0]} if second else {}
         return kl_div_reference(
             student, teacher, temperature, weight=weight, reduction=reduction, reverse=reverse, **settings
         )
