@@ -205,7 +205,7 @@ def write_table(out: Path, predictor: Predictor, rows: Iterable[Row]) -> None:
             before = "p_" if {"path", PREDICTED} & {*classes} else ""
             writer.writerow(["path", PREDICTED, *(f"{before}{name}" for name in classes)])
             for path, probabilities, _ in rows:
-                prediction = predictor.task.predicted(probabilities, classes)
+                prediction = predictor.task.prediction_text(probabilities, classes)
                 writer.writerow([str(path), prediction, *(f"{value:.6g}" for value in probabilities.tolist())])
 
     try:

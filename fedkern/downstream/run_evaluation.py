@@ -239,7 +239,7 @@ def _fit_classes(data: FederatedData, about: Description, out: Path) -> Federate
         )
 
     def relabel(split: Split) -> Split:
-        return replace(split, labels=task.relabelled(split.labels, places, len(classes)))
+        return replace(split, labels=task.map_labels(split.labels, places, len(classes)))
 
     tests = {name: relabel(split) for name, split in data.tests.items()}
     own = tuple(map(relabel, data.client_tests))

@@ -105,7 +105,7 @@ class RunContext:
     @cached_property
     def task_facts(self) -> Description:
         """Facts from which the task builds the network beside the settings, such as the clients' vocabulary."""
-        return self.data.task.described(self) if self._described is None else self._described
+        return self.data.task.describe_network(self) if self._described is None else self._described
 
     def words(self) -> tuple[list[Message], Message] | None:
         """Return the clients' messages and the server's that make a shared vocabulary, or None."""

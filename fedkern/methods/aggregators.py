@@ -79,11 +79,11 @@ def register_aggregator(name: str) -> Callable[[F], F]:
 
 
 def _options(name: str, function: Callable[..., object]) -> tuple[Option, ...]:
-    first = list(inspect.signature(function).parameters)[:_FIRST]
-    if len(first) < _FIRST:
-        raise TypeError(f"{function.__qualname__}: expected the parameters vectors and weights, given {len(first)}")
+    leading = list(inspect.signature(function).parameters)[:_FIRST]
+    if len(leading) < _FIRST:
+        raise TypeError(f"{function.__qualname__}: expected the parameters vectors and weights, given {len(leading)}")
     options = {}
-    for key, default in keyword_options(function, first).items():
+    for key, default in keyword_options(function, leading).items():
         if not isinstance(default, (bool, int, float, str)):
             raise TypeError(
                 f"{function.__qualname__}: expected a text or a number as default of {key}, given {default!r}"

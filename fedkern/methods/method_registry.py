@@ -81,7 +81,7 @@ def given_options(method: str, texts: Iterable[str] | Mapping[str, object]) -> d
     """Return the given method options by published name, converted, with absolute paths, without defaults."""
     kind = get(method).Options
     options = {entry.name: entry for entry in kind.list_options()}
-    return {name: options[name].absolute(value) for name, value in kind.parse(texts, method=method).given().items()}
+    return {key: options[key].absolute(value) for key, value in kind.parse(texts, method=method).given_values().items()}
 
 
 def owners(option: str) -> str:

@@ -75,7 +75,7 @@ class Options(OptionTable):
         given = [(entry, entry.code) for entry in self.list_options() if entry.field in self._given]
         return [(entry.name, part) for entry, code in given if code for part in code(getattr(self, entry.field))]
 
-    def given(self) -> dict[str, Value]:
+    def given_values(self) -> dict[str, Value]:
         """Return the given values by published name, without defaults."""
         return {entry.name: getattr(self, entry.field) for entry in self.list_options() if entry.field in self._given}
 

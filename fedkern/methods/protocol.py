@@ -200,7 +200,7 @@ class Batch:
     @property
     def known(self) -> Tensor | int:
         """The number of known targets: samples or, for a segmentation, pixels."""
-        return self.task.known(self)
+        return self.task.count_known(self)
 
     def __iter__(self) -> NoReturn:
         raise TypeError("a batch is no pair: say batch.inputs and batch.targets")

@@ -99,7 +99,7 @@ def options_of(method: Method) -> dict[str, Value]:
                 f"{kind.__name__} has {name} beside its options, and a run makes its method anew from the options "
                 f"alone: declare {name} in class Options."
             )
-    return options.given()
+    return options.given_values()
 
 
 def fingerprint(kind: type[Method]) -> str:

@@ -142,17 +142,17 @@ def stream_name(purpose: str, secret: str) -> str:
     return f"{purpose}/{secret}" if secret else purpose
 
 
-def generator_of(stream: np.random.Generator, device: torch.device, *, whole: bool) -> torch.Generator:
+def generator_of(stream: np.random.Generator, device: torch.device, *, full_state: bool) -> torch.Generator:
     """Return a torch generator on ``device`` seeded from a stream with a key of 128 bits.
 
     ``full_state``: take as many bits as the device's generator can hold, on the CPU all its 624 words, so that an
     attacker must guess the 128 bits of the key. Of a seed torch only takes 32 bits there, few enough to try all. On a
     GPU the generator's key has 64 bits. Neither generator is cryptographic.
     """
-    if whole and device.type != "cpu":
+    if full_state and device.type != "cpu":
         return torch.Generator(device).manual_seed(int(stream.integers(1 << 64, dtype=np.uint64)))
     generator = torch.Generator(device).manual_seed(int(stream.integers(1 << 63)))
-    if whole:
+    if full_state:
         state = generator.get_state()
         # Seed (8 bytes), counters (16), then the words of the Mersenne twister, each in 8 bytes.
         state.numpy()[24 : 24 + 8 * 624].view(np.uint64)[:] = stream.integers(1 << 32, size=624, dtype=np.uint64)
@@ -197,9 +197,9 @@ def sum_patients(module: nn.Module, patients: np.ndarray) -> None:
     position = torch.from_numpy(np.unique(patients, return_inverse=True)[1])
     for parameter in module.parameters():
         if parameter.requires_grad:
-            each: torch.Tensor = parameter.grad_sample  # type: ignore[attr-defined]
-            member = torch.nn.functional.one_hot(position).T.to(each)  # a matmul sums in one order, on a GPU too
-            parameter.grad_sample = (member @ each.flatten(1)).view(-1, *parameter.shape)  # type: ignore[attr-defined]
+            gradients: torch.Tensor = parameter.grad_sample  # type: ignore[attr-defined]
+            member = torch.nn.functional.one_hot(position).T.to(gradients)  # a matmul sums in one order, on a GPU too
+            parameter.grad_sample = (member @ gradients.flatten(1)).view(-1, *parameter.shape)  # type: ignore[attr-defined]
     keep_finite(module)  # a sum of finite values may overflow
 
 

@@ -82,9 +82,9 @@ def membership_attack(members: Tensor, others: Tensor, *, groups: tuple[Tensor, 
     # Kish: the number of independent records that grouped records are worth if they agree within their group.
     effective = [float(counts.sum() ** 2 / (counts**2).sum()) for counts in sizes]
     # For each record the share of the other kind that it beats, ties counting half, from its mean rank.
-    both, own_x, own_y = _midranks(np.concatenate([x, y])), _midranks(x), _midranks(y)
-    beats = (both[: len(x)] - own_x) / len(y)
-    beaten = 1 - (both[len(x) :] - own_y) / len(x)
+    ranks, own_x, own_y = _midranks(np.concatenate([x, y])), _midranks(x), _midranks(y)
+    beats = (ranks[: len(x)] - own_x) / len(y)
+    beaten = 1 - (ranks[len(x) :] - own_y) / len(x)
     auc = float(beats.mean())
     low, high = None, None
     if min(len(counts) for counts in sizes) >= LEAST:
@@ -106,23 +106,23 @@ def membership_attack(members: Tensor, others: Tensor, *, groups: tuple[Tensor, 
     )  # fmt: skip
 
 
-def _variance(beats: np.ndarray, beaten: np.ndarray, members: np.ndarray, others: np.ndarray) -> float:
+def _variance(beats: np.ndarray, beaten: np.ndarray, members: np.ndarray, non_members: np.ndarray) -> float:
     """Return Obuchowski's variance of the area (DeLong's if each group is one record)."""
-    count = max(int(members.max()), int(others.max())) + 1
-    a, b = np.bincount(members, beats, count) / len(beats), np.bincount(others, beaten, count) / len(beaten)
-    of_a, of_b = (len(np.unique(numbers)) for numbers in (members, others))
-    every = len(np.union1d(members, others))
-    together = 2 * every / (every - 1) * (a * b).sum()  # groups with records of both kinds
+    count = max(int(members.max()), int(non_members.max())) + 1
+    a, b = np.bincount(members, beats, count) / len(beats), np.bincount(non_members, beaten, count) / len(beaten)
+    of_a, of_b = (len(np.unique(numbers)) for numbers in (members, non_members))
+    group_count = len(np.union1d(members, non_members))
+    together = 2 * group_count / (group_count - 1) * (a * b).sum()  # groups with records of both kinds
     return max(0.0, float(of_a / (of_a - 1) * (a * a).sum() + of_b / (of_b - 1) * (b * b).sum() + together))
 
 
-def _score_limit(auc: float, edge: float, z: float, members: float, others: float) -> float:
-    """Return the area between ``auc`` and ``edge`` that is z standard errors (Hanley-McNeil) from ``auc``."""
+def _score_limit(auc: float, edge: float, z: float, m: float, n: float) -> float:
+    """Return the area between ``auc`` and ``edge`` that is z standard errors (Hanley-McNeil, m and n records) off."""
     near, far = auc, edge
-    more = (members + others) / 2 - 1
+    spread = (m + n) / 2 - 1
     for _ in range(60):
         area = (near + far) / 2
-        variance = area * (1 - area) * (1 + more * ((1 - area) / (2 - area) + area / (1 + area))) / (members * others)
+        variance = area * (1 - area) * (1 + spread * ((1 - area) / (2 - area) + area / (1 + area))) / (m * n)
         if (area - auc) ** 2 <= z * z * variance:
             near = area
         else:
@@ -139,9 +139,9 @@ def _clopper_pearson(share: float, count: float) -> tuple[float, float]:
     return low, float(betaincinv(hits + 1, count - hits, 1 - tail)) if share < 1 else 1.0
 
 
-def _owners(groups: tuple[Tensor, Tensor], members: int, others: int) -> tuple[np.ndarray, np.ndarray]:
+def _owners(groups: tuple[Tensor, Tensor], members: int, non_members: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the group numbers of members and of others, counted from 0."""
-    for group, count, name in zip(groups, (members, others), ("members", "others"), strict=True):
+    for group, count, name in zip(groups, (members, non_members), ("members", "others"), strict=True):
         if tuple(group.shape) != (count,) or group.is_floating_point():
             raise ValueError(f"groups must be integers [{count}] for the {name}, not {group.dtype} {list(group.shape)}")
     numbers = np.unique(np.concatenate([group.cpu().numpy() for group in groups]), return_inverse=True)[1]

@@ -56,7 +56,7 @@ class Multilabel(Task):
             }
         )
 
-    def resampled(
+    def resample_figure(
         self, output: Tensor, labels: Tensor, cases: Tensor | None, rows: Rows, units: Rows, counts: Floats
     ) -> Floats:
         weights = np.ascontiguousarray(counts.T) * (not output.isnan().any())
@@ -73,17 +73,17 @@ class Multilabel(Task):
         figures: Floats = torch.from_numpy(np.stack(areas_drawn)).nanmean(0).numpy()
         return figures
 
-    def defined(self, data: SampleSet) -> bool:
+    def has_main_figure(self, data: SampleSet) -> bool:
         return bool((data.labels != data.labels[:1]).any())
 
     def chance(self, data: SampleSet | None, classes: int, **facts: object) -> float | None:
         return 0.5
 
-    def unvaried(self, data: JudgedSet) -> bool:
+    def is_constant(self, data: JudgedSet) -> bool:
         outputs = [logits for _, logits in data.kept if logits.shape == data.labels.shape]
         return bool(outputs) and len(data) > 1 and all(map(predicts_alike, outputs))
 
-    def checked(self, labels: Tensor) -> Tensor:
+    def convert_labels(self, labels: Tensor) -> Tensor:
         if labels.is_complex() or not bool(((labels == 0) | (labels == 1)).all()):
             raise ValueError(
                 f"labels of shape {list(labels.shape)} are several labels an image and must be 0 or 1, but some are "
@@ -130,16 +130,16 @@ class Multilabel(Task):
     def label_text(self, label: Label, classes: Sequence[str]) -> str:
         return "|".join(name for name, has in zip(classes, label.tolist(), strict=True) if has) or "none"
 
-    def relabelled(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:
+    def map_labels(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:
         return labels.new_zeros(len(labels), classes).index_copy_(1, torch.tensor(places), labels)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
 
-    def predicted(self, probabilities: Tensor, classes: Sequence[str]) -> str:
+    def prediction_text(self, probabilities: Tensor, classes: Sequence[str]) -> str:
         return "|".join(name for name, value in zip(classes, probabilities.tolist(), strict=True) if value > 0.5)
 
-    def said(self, probabilities: Tensor, classes: Sequence[str]) -> str:
+    def answer_text(self, probabilities: Tensor, classes: Sequence[str]) -> str:
         named = zip(classes, probabilities.tolist(), strict=True)
         return ", ".join(f"{name} {value:.3f}" for name, value in named if value > 0.5) or "no label"
 

@@ -39,7 +39,7 @@ class Retrieval(Task):
         x, y = model(batch.inputs, batch.targets)
         return ops.contrastive(x, y, TEMPERATURE)
 
-    def known(self, batch: TaskBatch) -> int:
+    def count_known(self, batch: TaskBatch) -> int:
         return len(batch.indices)
 
     @torch.no_grad()
@@ -69,13 +69,13 @@ class Retrieval(Task):
     def places(self, classes: Sequence[str], network_classes: Sequence[str]) -> Sequence[int] | None:
         return range(len(classes))  # nothing is learnt of the classes
 
-    def relabelled(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:
+    def map_labels(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:
         return labels
 
     def shown_classes(self, labels: Tensor) -> Tensor:
         return labels[:0]
 
-    def described(self, context: RunFacts) -> Description:
+    def describe_network(self, context: RunFacts) -> Description:
         """Return ``pair``, the arguments of ``build_pair``, with a vocabulary of the clients' texts."""
         data, config = context.data, context.config
         channels, *size = data.form.shape

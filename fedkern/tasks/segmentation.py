@@ -69,7 +69,7 @@ class Segmentation(Task):
     def batch_size(self, size: int, positions: int) -> int:
         return min(size, max(1, PIXELS // positions))  # feature maps are as large as the images
 
-    def defined(self, data: SampleSet) -> bool:
+    def has_main_figure(self, data: SampleSet) -> bool:
         full = getattr(data, "full", None)
         masks = in_parts(data.labels) if full is None else (full[row][0] for row in range(len(data)))
         return any(bool((mask > 0).any()) for mask in masks)
@@ -115,7 +115,7 @@ class Segmentation(Task):
         places = super().places(classes, network_classes)  # the values of masks are numbers in the order of the classes
         return places if places == [*range(len(classes))] else None
 
-    def relabelled(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:
+    def map_labels(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:
         return labels
 
     def output(self, classes: int, sides: Sequence[int]) -> tuple[int, ...]:

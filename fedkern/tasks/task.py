@@ -81,7 +81,7 @@ class Task:
         outside: most samples of a batch outside of training.
         concurrent: whether several batches of a set may be evaluated at once.
         takes_logits: whether the loss is a cross-entropy.
-        sampled: name of the figure of :meth:`resampled`, if any.
+        sampled: name of the figure of :meth:`resample_figure`, if any.
         lacks: words for the lack of a set without the main figure, such as "no mask with an object".
     """
 
@@ -121,7 +121,7 @@ class Task:
         """Return the task with a copy of the loss, for calls without side effects on the run."""
         return self
 
-    def known(self, batch: TaskBatch) -> Tensor | int:
+    def count_known(self, batch: TaskBatch) -> Tensor | int:
         """Count the known targets of a batch: samples or, for a segmentation, pixels."""
         return (batch.targets >= 0).sum()
 
@@ -172,7 +172,7 @@ class Task:
         """
         raise NotImplementedError
 
-    def resampled(
+    def resample_figure(
         self, output: Tensor, labels: Tensor, cases: Tensor | None, rows: Rows, units: Rows, counts: Floats
     ) -> Floats:
         """Return the figure ``sampled`` of sets drawn from a set, fp64 ``[m]``, NaN if undefined.
@@ -203,7 +203,7 @@ class Task:
         """Return the figures, beside the loss, to compare clients with test sets of these sizes by."""
         return (self.main,)
 
-    def defined(self, data: SampleSet) -> bool:
+    def has_main_figure(self, data: SampleSet) -> bool:
         """Return whether a set can have the main figure, whatever is predicted."""
         return True
 
@@ -221,7 +221,7 @@ class Task:
         """
         return None
 
-    def unvaried(self, data: JudgedSet) -> bool:
+    def is_constant(self, data: JudgedSet) -> bool:
         """Return whether the kept answers are the same for all of several samples."""
         return False
 
@@ -248,7 +248,7 @@ class Task:
 
     # -- labels ----------------------------------------------------------------------------------------------------
 
-    def checked(self, labels: Tensor) -> Tensor:
+    def convert_labels(self, labels: Tensor) -> Tensor:
         """Return whole-number labels in the task's dtype, or raise ValueError."""
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise ValueError(f"labels must be whole numbers, but are {str(labels.dtype).removeprefix('torch.')}")
@@ -311,7 +311,7 @@ class Task:
     def both_labels(self, labels: Sequence[Label], classes: Sequence[str]) -> str:
         return f"two labels, {' and '.join(self.label_text(label, classes) for label in labels)}"
 
-    def relabelled(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:
+    def map_labels(self, labels: Tensor, places: Sequence[int], classes: int) -> Tensor:
         """Return the labels with class k replaced by ``places[k]``."""
         return torch.tensor(places)[labels]
 
@@ -326,7 +326,7 @@ class Task:
         """Return a user-defined task's objects by name."""
         return {} if type(self).__module__.startswith("fedkern.") else {"task": self}
 
-    def described(self, context: RunFacts) -> Description:
+    def describe_network(self, context: RunFacts) -> Description:
         """Return the facts that :meth:`build` needs beside the network's name and sizes."""
         return {}
 
@@ -335,7 +335,7 @@ class Task:
 
         Args:
             about: ``model``, ``classes``, ``channels``, ``image_size`` (height, width), ``width``, and the entries of
-                :meth:`described`.
+                :meth:`describe_network`.
         """
         return models.build(
             about["model"], classes=about["classes"], channels=about["channels"], image_size=min(about["image_size"]),
@@ -365,13 +365,13 @@ class Task:
         """Return the probabilities of the classes, in the second axis."""
         return logits.softmax(1)
 
-    def predicted(self, probabilities: Tensor, classes: Sequence[str]) -> str:
+    def prediction_text(self, probabilities: Tensor, classes: Sequence[str]) -> str:
         """Return the predicted class of a sample, several labels joined by ``|``."""
         return classes[int(probabilities.argmax())]
 
-    def said(self, probabilities: Tensor, classes: Sequence[str]) -> str:
+    def answer_text(self, probabilities: Tensor, classes: Sequence[str]) -> str:
         """Return the answer to a sample in words."""
-        return f"{self.predicted(probabilities, classes)}  {float(probabilities.max()):.3f}"
+        return f"{self.prediction_text(probabilities, classes)}  {float(probabilities.max()):.3f}"
 
 
 def check_shape(labels: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:

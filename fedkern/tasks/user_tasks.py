@@ -150,7 +150,7 @@ class OwnTask(Task):
                 "and compute, which sees a batch at a time."
             )
 
-    def known(self, batch: TaskBatch) -> int:
+    def count_known(self, batch: TaskBatch) -> int:
         return len(batch.indices)
 
     def loss(self, model: nn.Module, batch: TaskBatch) -> Tensor:

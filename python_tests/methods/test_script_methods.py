@@ -89,10 +89,10 @@ def test_options_are_given_by_name_or_as_an_object():
     assert FedProx().options == FedProx.Options()
     assert FedLPFM(lam=0.4).options.lam == 0.4
     assert FedIOD(mode="public").options.mode == "public"
-    assert FedProx.Options(mu=0.3).given() == {"mu": 0.3}
-    assert FedProx.Options("uniform").given() == {"weighting": "uniform"}
-    assert FedLPFM(lam=0.4).options.given() == {"lambda": 0.4}
-    assert pickle.loads(pickle.dumps(FedProx.Options(mu=0.3))).given() == {"mu": 0.3}
+    assert FedProx.Options(mu=0.3).given_values() == {"mu": 0.3}
+    assert FedProx.Options("uniform").given_values() == {"weighting": "uniform"}
+    assert FedLPFM(lam=0.4).options.given_values() == {"lambda": 0.4}
+    assert pickle.loads(pickle.dumps(FedProx.Options(mu=0.3))).given_values() == {"mu": 0.3}
 
 
 @pytest.mark.parametrize(("make", "sentence"), [

@@ -55,7 +55,7 @@ def play(request: Request) -> int:
         put({"images": len(paths), "classes": list(predictor.classes), "out": str(out)})
         return 0
     for path, probabilities in shown_rows:
-        print(f"{path}  {predictor.task.said(probabilities, predictor.classes)}")
+        print(f"{path}  {predictor.task.answer_text(probabilities, predictor.classes)}")
     if len(paths) > limit > 0:
         print("...")
     count = f"{len(paths)} image{'s' if len(paths) > 1 else ''}"

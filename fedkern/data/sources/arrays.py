@@ -179,7 +179,7 @@ def _split(pair: Labelled, name: str, changes: list[float], task: str) -> Split:
     try:
         images, labels = _images(images, changes), _tensor(labels)
         kind = task_of(labels, said=task)
-        return Split(images, kind.checked(labels), task=kind)
+        return Split(images, kind.convert_labels(labels), task=kind)
     except ValueError as error:
         raise UserError(f"{name}: {error}.") from None
 

@@ -44,7 +44,7 @@ def _falls(name: str, sets: Mapping[int, TestSet]) -> bool:
 def with_undefined(
     by_client: Mapping[int, Mapping[str, float]], sets: Mapping[int, EvaluatedSet]
 ) -> dict[int, dict[str, float | None]]:
-    lacking = {k: {sets[k].task.main: None} for k in by_client if not sets[k].task.defined(sets[k])}
+    lacking = {k: {sets[k].task.main: None} for k in by_client if not sets[k].task.has_main_figure(sets[k])}
     numbers = {
         k: {name: None if math.isnan(value) else value for name, value in by_client[k].items()} for k in by_client
     }

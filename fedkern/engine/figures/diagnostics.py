@@ -126,7 +126,7 @@ def collapsed_classes(
 
 def unvaried_labels(sets: Mapping[str, EvaluatedSet]) -> dict[str, str]:
     """Return a warning about a multi-label test set on which every label is predicted alike everywhere."""
-    alike = [prefix for prefix, data in sets.items() if prefix != "validation_" and data.task.unvaried(data)]
+    alike = [prefix for prefix, data in sets.items() if prefix != "validation_" and data.task.is_constant(data)]
     text = f"Every label is predicted for all images of the {set_noun(alike[0][:-1])} or for none: " if alike else ""
     return {"unvaried-labels": f"{text}train longer, or change the learning rate."} if alike else {}
 
@@ -244,7 +244,7 @@ def undefined_figures(
 ) -> dict[str, str]:
     """Return warnings about main figures that are undefined on a test set or for clients."""
     texts: dict[str, str] = {}
-    for prefix, task in [(prefix, data.task) for prefix, data in sets.items() if not data.task.defined(data)]:
+    for prefix, task in [(prefix, data.task) for prefix, data in sets.items() if not data.task.has_main_figure(data)]:
         lacks = f"The {set_noun(prefix[:-1])} has {task.lacks}, and so no {short_title(task.main)}."
         texts[f"no-{prefix}{task.main}"] = lacks
     for name in dict.fromkeys(name for figures in of_clients.values() for name in figures):

@@ -86,7 +86,7 @@ def _interval(data: EvaluatedSet, name: str, outputs: Sequence[Tensor], rows: Ro
     count = int(units.max()) + 1
 
     def figure(counts: Floats) -> Floats:
-        drawn = [task.resampled(output, labels, cases, rows, units, counts) for output in outputs]
+        drawn = [task.resample_figure(output, labels, cases, rows, units, counts) for output in outputs]
         return np.asarray(np.mean(drawn, 0))
 
     low, high, value = None, None, float(figure(np.ones((1, count)))[0])

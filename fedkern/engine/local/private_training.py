@@ -79,7 +79,7 @@ def train_privately(
     module.train()
     total, batches = 0.0, 0
     device = next(module.parameters()).device
-    generator = generator_of(client.rng(stream_name("dp-sgd", secret), phase), device, whole=bool(secret))
+    generator = generator_of(client.rng(stream_name("dp-sgd", secret), phase), device, full_state=bool(secret))
     expected = rate * count
     # Booked before the first step: however the training ends, and whatever is disclosed, costs no more.
     accountant = Accountant(client.state.get(LEDGER))

@@ -116,7 +116,7 @@ class Ensemble(MemberNetworks):
                 messages[k]["left_out"] = True
         return messages
 
-    def published(self, client: Client, message: Message) -> models.Ensemble:
+    def statistics_network(self, client: Client, message: Message) -> models.Ensemble:
         members = dict(message["members"])
         if "left_out" not in message:
             members[client.id] = client.state["own"]

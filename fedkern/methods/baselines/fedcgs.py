@@ -63,7 +63,7 @@ class FedCGS(OneShot):
         yield Round(STATISTICS, exchanges=(STATISTICS,), participants="all", trains="classifier")
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
-        network = self.published(client, message)
+        network = self.statistics_network(client, message)
         statistics = FeatureStatistics(len(client.classes), network.head.in_features)
         with torch.no_grad():
             for batch in client.in_order():

@@ -82,7 +82,7 @@ class OneShot(FedAvg):
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         if phase.exchange == "statistics":
-            network = self.published(client, message)
+            network = self.statistics_network(client, message)
             return collect(network.features, client.in_order(), len(client.classes), self.options)
         return super().client_update(client, phase, message)
 
@@ -103,7 +103,7 @@ class OneShot(FedAvg):
         """Return the message, or one per client, for the features of the statistics."""
         return vectors_of(server.state)
 
-    def published(self, client: Client, message: Message) -> Any:
+    def statistics_network(self, client: Client, message: Message) -> Any:
         """Return the network of the statistics' ``features``, in eval mode."""
         return load(flatten(client.network()), message).eval()
 

@@ -162,11 +162,11 @@ def test_the_noise_of_a_secret_has_more_than_the_32_bits_of_a_seed():
     for word in (1, 2):
         numbers = iter([7, np.full(624, word, dtype=np.uint64)])
         source = SimpleNamespace(integers=lambda *a, numbers=numbers, **k: next(numbers))
-        draws.append(torch.randn(1000, generator=generator_of(source, torch.device("cpu"), whole=True)))
+        draws.append(torch.randn(1000, generator=generator_of(source, torch.device("cpu"), full_state=True)))
     assert not torch.equal(*draws)
-    drawn = torch.randn(100_000, generator=generator_of(stream(0, "a"), torch.device("cpu"), whole=True))
+    drawn = torch.randn(100_000, generator=generator_of(stream(0, "a"), torch.device("cpu"), full_state=True))
     assert float(drawn.std()) == pytest.approx(1.0, rel=0.02)
-    seeded = generator_of(stream(0, "a"), torch.device("cpu"), whole=False)
+    seeded = generator_of(stream(0, "a"), torch.device("cpu"), full_state=False)
     assert seeded.initial_seed() == int(stream(0, "a").integers(1 << 63))
 
 
@@ -207,7 +207,7 @@ def test_on_a_gpu_all_64_bits_of_the_key_are_the_streams(monkeypatch):
 
     monkeypatch.setattr(torch, "Generator", Generator)
     for name in "abcdefgh":
-        generator_of(stream(0, name), torch.device("cuda"), whole=True)
+        generator_of(stream(0, name), torch.device("cuda"), full_state=True)
     assert len(set(given)) == 8
     assert any(seed >= 1 << 63 for seed in given)
 

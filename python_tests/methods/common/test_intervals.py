@@ -47,7 +47,7 @@ def test_figures_of_draws_are_those_of_the_samples_drawn(task):
         output = case_dice(torch.from_numpy(rng.integers(1, 9, (20, 3, 3))))
     data, counts = Kept(task, labels, output, cases=cases), _counts(rng, 6, units.max() + 1)
     assert (counts.sum(1) == units.max() + 1).all()
-    found = data.task.resampled(output, labels, cases, rows, units, counts)
+    found = data.task.resample_figure(output, labels, cases, rows, units, counts)
     for figure, count in zip(found, counts, strict=True):
         drawn = np.repeat(rows, count[units].astype(int))
         predicted, true = logits[drawn].argmax(1), labels[drawn]
