@@ -191,7 +191,7 @@ class FedDRA(Robust):
 
             def anchor(side: str) -> Tensor:
                 # In the first stage the local encoders equal the global ones, so both branches share their outputs.
-                glob = received.model
+                glob: PairNetwork = received.model
                 if side == "image":
                     return glob.project_image(image if frozen else glob.encode_image(batch.inputs))
                 return glob.project_text(text if frozen else glob.encode_text(batch.targets), mask)
@@ -204,7 +204,7 @@ class FedDRA(Robust):
 
     def judge(self, model: nn.Module, batch: Batch) -> Tensor:
         x, y = model(batch.inputs, batch.targets)
-        return self.options.lambda1 * ops.contrastive(x, y, TEMPERATURE)
+        return float(self.options.lambda1) * ops.contrastive(x, y, TEMPERATURE)
 
 
 def part_sizes(network: nn.Module) -> dict[str, int]:

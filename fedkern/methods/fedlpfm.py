@@ -261,7 +261,7 @@ class FedLPFM(LocalTraining):
             return logits[0]
         if self.options.divergence == "kl":
             return logits
-        temperature = self.options.temperature
+        temperature: float = self.options.temperature
         return temperature * (torch.logsumexp(log_softmax(logits / temperature, 2), 0) - math.log(len(logits)))
 
     def _own_logits(self, client: Client, index: int) -> Tensor:
@@ -286,7 +286,8 @@ class FedLPFM(LocalTraining):
 
         def answer(images: Tensor) -> Tensor:
             images = images.to(teacher.device)
-            return tuned(teacher.features(images) if probes else images)
+            answers: Tensor = tuned(teacher.features(images) if probes else images)
+            return answers
 
         right = client.validate(answer)
         if right is not None:

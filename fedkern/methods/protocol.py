@@ -143,7 +143,6 @@ class Backgrounds(Protocol):
 
         Augmented if ``rng`` is given.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -239,7 +238,6 @@ class Samples(Protocol):
         Raises:
             ValueError: ``augment`` without ``rng``.
         """
-        ...
 
     def take(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
         """Return the images at ``indices``, fp32 [B, C, H, W], normalised.
@@ -248,7 +246,6 @@ class Samples(Protocol):
 
         Augmentation moves pixel labels too; only `batches` returns the moved labels.
         """
-        ...
 
 
 class Received(Protocol):
@@ -271,12 +268,10 @@ class Received(Protocol):
 
         ``model`` and ``parameters`` exist only if the message holds a network as flat vectors.
         """
-        ...
 
     @property
     def parameters(self) -> Tensor:
         """Parameters of the received network, fp32 [P], read only."""
-        ...
 
 
 def batch_slices(count: int, size: int) -> list[slice]:

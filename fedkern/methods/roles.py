@@ -148,17 +148,14 @@ class Node(Protocol):
 
     def noise(self, samples: int, rng: np.random.Generator) -> object:
         """Return normally distributed inputs of a network, on the device."""
-        ...
 
     def rng(self, purpose: str, phase: Phase) -> np.random.Generator:
         """Return the node's own random stream for a purpose, round and exchange."""
-        ...
 
     def warn(self, name: str, text: str) -> None: ...
 
     def notice(self, text: str) -> None:
         """Show progress to the user at once, without storing the text."""
-        ...
 
 
 class Client(Node, Protocol):
@@ -202,7 +199,6 @@ class Client(Node, Protocol):
 
         A client that holds out samples must hold out whole groups.
         """
-        ...
 
     @property
     def patients(self) -> np.ndarray | None:
@@ -210,22 +206,18 @@ class Client(Node, Protocol):
 
         None unless patients are the unit of privacy.
         """
-        ...
 
     @property
     def unit(self) -> Unit:
         """The unit of privacy."""
-        ...
 
     @property
     def own_buffers(self) -> Message:
         """The buffers that training left at the client (``--buffers local``), or an empty dict."""
-        ...
 
     @property
     def objects_known(self) -> bool:
         """True if the client's images have object masks."""
-        ...
 
     def network(
         self,
@@ -249,7 +241,6 @@ class Client(Node, Protocol):
         Raises:
             UserError: there is no such network.
         """
-        ...
 
     def train(
         self,
@@ -279,19 +270,16 @@ class Client(Node, Protocol):
             policy lets them travel; with ``parts``, the vectors of these submodules alone. All are on the CPU: only for
             built-in methods they may stay on the GPU (see `Method.reduce`).
         """
-        ...
 
     def statistics_fixed(self, phase: Phase) -> bool:
         """Return whether batch norm trains with the round's initial statistics (``--freeze-bn-after``).
 
         With ``--buffers local`` False in a client's first round, which has to measure statistics.
         """
-        ...
 
     @property
     def personal(self) -> Message:
         """The client's own parts of the network (``--personal``), tensors by name, or an empty dict."""
-        ...
 
     def frozen(self, message: Message) -> Any:
         """Return the network with the vectors of a message: frozen, in eval mode.
@@ -300,14 +288,12 @@ class Client(Node, Protocol):
 
         With ``--personal`` the personal parts are the client's own.
         """
-        ...
 
     def batch(self, indices: np.ndarray, rng: np.random.Generator | None = None) -> Batch:
         """Return the client's own samples at ``indices`` (int64).
 
         Augmented if ``rng`` is given.
         """
-        ...
 
     def fit(
         self,
@@ -341,7 +327,6 @@ class Client(Node, Protocol):
             ValueError: no parameter of ``module`` requires a gradient.
             Diverged: a loss, gradient or parameter became NaN or infinite (the engine handles it: ``--on-nan``).
         """
-        ...
 
     def fit_privately(
         self,
@@ -363,7 +348,6 @@ class Client(Node, Protocol):
         Raises:
             UserError: the network has batch norm or other layers without per-sample gradients, or opacus is missing.
         """
-        ...
 
     def load_pretrained(self, module: nn.Module) -> bool:
         """Load the client's pretrained weights (``--teachers``) into ``module``.
@@ -374,18 +358,15 @@ class Client(Node, Protocol):
         Raises:
             UserError: the weights are missing, damaged, not finite or of another architecture.
         """
-        ...
 
     def in_order(
         self, size: int = 500, *, augment: bool = False, rng: np.random.Generator | None = None
     ) -> Iterator[Batch]:
         """Yield all samples of the client in stored order, like :meth:`Samples.batches`."""
-        ...
 
     @property
     def lr(self) -> float:
         """Learning rate of the epoch that :meth:`batches` is in or begins next."""
-        ...
 
     @property
     def batch_size(self) -> int:
@@ -394,7 +375,6 @@ class Client(Node, Protocol):
     @property
     def epochs(self) -> int:
         """Local epochs of this exchange."""
-        ...
 
     def batches(self, phase: Phase | None = None) -> Iterator[Batch]:
         """Yield the next epoch of the batches that :meth:`train` takes in an exchange, for your own loop.
@@ -404,14 +384,12 @@ class Client(Node, Protocol):
         With ``--local-steps``, and if a slow client is cut short, no batch follows the last step. A user's own network
         gets inputs as a DataLoader gives them.
         """
-        ...
 
     def model(self, message: Message) -> Any:
         """Return a copy of the network with the vectors of a message, in train mode.
 
         The network is the user's own module or a built-in one.
         """
-        ...
 
     def upload(self, model: nn.Module) -> Message:
         """Return the vectors of a trained or replaced :meth:`model`, in the form of :meth:`train`.
@@ -420,7 +398,6 @@ class Client(Node, Protocol):
             UserError: the module has other tensors than the run's network.
             Diverged: a value is NaN or infinite.
         """
-        ...
 
     def validate(self, answer: Callable[[Tensor], Tensor]) -> float | None:
         """Return the accuracy of ``answer`` (images to logits [B, classes]) on the validation images.
@@ -429,11 +406,9 @@ class Client(Node, Protocol):
 
         Use the accuracy for figures only: a client of a real federation has no such images.
         """
-        ...
 
     def backgrounds(self) -> Backgrounds:
         """Return the client's own background bank, without the images that have no detected object."""
-        ...
 
 
 class Summing(Protocol):
@@ -475,22 +450,18 @@ class Server(Node, Protocol):
 
     def build(self, *, model: str | None = None, width: int | None = None, classes: int | None = None) -> Any:
         """Return a freshly initialised network, identical to that of :meth:`Client.network` without ``stream``."""
-        ...
 
     def initial(self) -> Message:
         """Return a freshly initialised network as flat vectors, drawn from the run's own stream."""
-        ...
 
     def network(self, message: Message) -> nn.Module:
         """Return the network with these flat vectors, in eval mode.
 
         Later calls reuse the same module.
         """
-        ...
 
     def accumulator(self, size: int) -> Summing:
         """Return a streaming weighted mean of vectors with ``size`` elements."""
-        ...
 
     def log_image(self, name: str, value: Tensor | Callable[[], Tensor], axes: tuple[str, ...] = ("", "")) -> None:
         """Log images or a table as ``<name>.png``.
@@ -507,7 +478,6 @@ class Server(Node, Protocol):
 
         Another shape, a name that is no file name, and an error in the function are a warning: the picture is missing.
         """
-        ...
 
     def refuse(self, client: ClientId, reason: str) -> None:
         """Refuse a client's upload for a reason that ``Method.expects`` cannot declare.
@@ -521,4 +491,3 @@ class Server(Node, Protocol):
         Raises:
             UserError: the run stops (``--on-nan stop``).
         """
-        ...

@@ -77,4 +77,5 @@ def mean_ranks(values: Tensor) -> Tensor:
     """Return the ranks from 1, fp64 ``[n]``, where equal values share their mean rank."""
     _, group, counts = torch.unique(values, return_inverse=True, return_counts=True)
     last = counts.cumsum(0)
-    return ((2 * last - counts + 1).double() / 2)[group]
+    ranks: Tensor = ((2 * last - counts + 1).double() / 2)[group]
+    return ranks

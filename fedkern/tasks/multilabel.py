@@ -109,7 +109,8 @@ class Multilabel(Task):
         return torch.zeros(samples, classes, dtype=torch.uint8)
 
     def counts(self, labels: np.ndarray, classes: int) -> npt.NDArray[np.int64]:
-        return labels.sum(0, dtype=np.int64)
+        counts: npt.NDArray[np.int64] = labels.sum(0, dtype=np.int64)
+        return counts
 
     def classless(self, classes: int) -> str:
         return "several labels an image and no single class"

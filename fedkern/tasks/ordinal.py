@@ -131,7 +131,8 @@ def quadratic_kappa(confusion: Tensor) -> float | None:
 def _errors(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Return the mean absolute error of always predicting a class, for each class."""
     numbers = np.arange(len(counts))
-    return np.abs(numbers[:, None] - numbers) @ counts / counts.sum()
+    errors: npt.NDArray[np.float64] = np.abs(numbers[:, None] - numbers) @ counts / counts.sum()
+    return errors
 
 
 ORDINAL = Ordinal()

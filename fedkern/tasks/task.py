@@ -123,7 +123,7 @@ class Task:
 
     def count_known(self, batch: TaskBatch) -> Tensor | int:
         """Count the known targets of a batch: samples or, for a segmentation, pixels."""
-        return (batch.targets >= 0).sum()
+        return torch.ge(batch.targets, 0).sum()
 
     def sample_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of every sample with a known target, ``[n]``."""
@@ -337,10 +337,11 @@ class Task:
             about: ``model``, ``classes``, ``channels``, ``image_size`` (height, width), ``width``, and the entries of
                 :meth:`describe_network`.
         """
-        return models.build(
+        network: nn.Module = models.build(
             about["model"], classes=about["classes"], channels=about["channels"], image_size=min(about["image_size"]),
             seed=seed, width=about["width"], sides=about["image_size"],
         )  # fmt: skip
+        return network
 
     def network_name(self, config: Any) -> str:
         return str(config.model)

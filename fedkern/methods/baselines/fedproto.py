@@ -183,9 +183,10 @@ class FedProto(LocalTraining):
     def model(self, server: Server) -> nn.Module | None:  # type: ignore[override]
         nearest = self.options.predict == "prototype"
         if self.options.networks == "averaged":
-            network: Any = super().model(server)
+            averaged = super().model(server)
             if not nearest or "prototypes" not in server.state:
-                return network
+                return averaged
+            network: Any = averaged
             return Nearest(network, *table(server.state["prototypes"], server.federation.classes))
         if "networks" not in server.state:
             return None

@@ -240,11 +240,11 @@ def _root(covariance: Tensor, jitter: float) -> Tensor:
         return (covariance + jitter).clamp_min(0).sqrt()
     raised = covariance + jitter * torch.eye(len(covariance), dtype=covariance.dtype)
     root, failed = torch.linalg.cholesky_ex(raised)
-    if not int(failed):
-        return root
-    # The matrix is singular up to the rounding of fp32 uploads.
-    values, vectors = torch.linalg.eigh(raised)
-    return vectors * values.clamp_min(0).sqrt()
+    if int(failed):  # the matrix is singular up to the rounding of fp32 uploads
+        values, vectors = torch.linalg.eigh(raised)
+        root = vectors * values.clamp_min(0).sqrt()
+    result: Tensor = root
+    return result
 
 
 def calibrate(

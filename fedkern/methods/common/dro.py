@@ -184,7 +184,7 @@ class Robust(LocalTraining):
 
     def judged(self, samples: int) -> int:
         """Return the least number of samples for a client's loss."""
-        return max(2, round(self.options.loss_share * samples))
+        return max(2, round(float(self.options.loss_share) * samples))
 
     def check(self, client: Client) -> None:
         trained = len(self.rows(client)[0])

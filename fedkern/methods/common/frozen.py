@@ -34,7 +34,7 @@ def cached_rows(
     indices = torch.from_numpy(batch.indices)
     cache = received.round_cache.get(name)
     if cache is not None and batch.epoch > 0:
-        rows = cache.index_select(0, send(indices, cache.device))
+        rows: Tensor = cache.index_select(0, send(indices, cache.device))
         return rows.movedim(-1, 1) if rows.dim() == 4 else rows
     fresh = compute()
     if batch.epoch == 0 and not normalises_by_batch(received.model if network is None else network):

@@ -109,7 +109,8 @@ class OneShot(FedAvg):
 
     def head(self, server: Server) -> nn.Linear:
         network: Any = load(flatten(server.build()), server.state)
-        return network.head
+        head: nn.Linear = network.head
+        return head
 
     @torch.no_grad()
     def replace_head(self, server: Server, head: nn.Linear) -> None:

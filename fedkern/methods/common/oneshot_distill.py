@@ -91,7 +91,8 @@ class Distilled(MemberNetworks):
             nz=o.nz, ngf=o.ngf, channels=channels, image_size=(height, width), mean=server.mean, std=server.std,
             generator=draw,
         )  # fmt: skip
-        return network.to(server.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network.to(server.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return network
 
     def synthesis(self, **settings: Any) -> Synthesis:
         o = self.options

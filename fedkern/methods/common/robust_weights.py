@@ -35,7 +35,7 @@ def exponentiated_step(weights: Weights, losses: Weights, eta: float) -> Weights
         shift = eta * (losses[judged] - losses[judged].max())
         grown = np.maximum(weights[judged], FLOOR / len(weights)) * np.exp(shift)
         result[judged] = grown * (mass / grown.sum() if mass > 0 else FLOOR / len(weights) / grown.sum())
-    return result / result.sum()
+    return result / float(result.sum())
 
 
 def project(point: Weights, rho: float, centre: Weights | None = None) -> Weights:
@@ -91,7 +91,7 @@ def _around_uniform(v: Weights, bound: float) -> Weights:
         return p
     centred = high[:count] - high[:count].mean()
     p[order[:count]] = np.maximum(1 / count + math.sqrt(room[count - 1] / float(centred @ centred)) * centred, 0)
-    return p / p.sum()
+    return p / float(p.sum())
 
 
 def _around(v: Weights, c: Weights, bound: float) -> Weights:
@@ -105,7 +105,8 @@ def _around(v: Weights, c: Weights, bound: float) -> Weights:
         total = np.cumsum(a)
         nu = (np.cumsum(a * v_sorted) - 1) / total
         count = np.flatnonzero(v_sorted > nu)[-1] + 1
-        return np.maximum(a * (v_sorted - nu[count - 1]), 0) * (np.arange(len(v)) < count)
+        solution: Weights = np.maximum(a * (v_sorted - nu[count - 1]), 0) * (np.arange(len(v)) < count)
+        return solution
 
     low, high = 0.0, 1.0  # t = 0 is the centre, t = 1 the point itself
     while high - low > SHARPNESS * high:
@@ -118,4 +119,4 @@ def _around(v: Weights, c: Weights, bound: float) -> Weights:
             low = middle
     p = np.empty(len(v))
     p[order] = solve(low) if low > 0 else c_sorted
-    return p / p.sum()
+    return p / float(p.sum())

@@ -116,7 +116,8 @@ class Discriminators:
                 of_round = Phase(phase.round, phase.name, "update")
                 order = client.round_cache["order"] = client.rng("real", of_round).permutation(client.samples)
             chosen = np.resize(order, batches * size)[iteration * size : (iteration + 1) * size]
-        return client.batch(chosen, augmentation).inputs
+        images: Tensor = client.batch(chosen, augmentation).inputs
+        return images
 
     def train(self, fake: Tensor, real: dict[int, Tensor], lr: float) -> Tensor | None:
         """Take one step of the discriminators with ``real`` images (by slot), against the same ``fake`` ones.

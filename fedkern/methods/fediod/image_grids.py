@@ -57,6 +57,6 @@ def _images(server: Server, generator: Generator, options: IODOptions) -> Tensor
     draw = torch_stream(server, "shown", BEFORE)
     z = torch.randn(options.batch, NOISE, generator=draw).to(server.device)
     # A copy: a forward pass in train mode would change the running statistics of batch norm.
-    x = copy.deepcopy(generator).train()(z)[:SHOWN]
+    x: Tensor = copy.deepcopy(generator).train()(z)[:SHOWN]
     mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (server.mean, server.std))
     return x * std + mean

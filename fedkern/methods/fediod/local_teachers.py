@@ -77,7 +77,8 @@ def make_teacher(method: OwnNetworks, client: Client) -> None:
 
 
 def build_network(method: OwnNetworks, client: Client) -> nn.Module:
-    return client.network(**method.architecture(client.id))
+    network: nn.Module = client.network(**method.architecture(client.id))
+    return network
 
 
 def load_teacher(method: OwnNetworks, client: Client) -> nn.Module:

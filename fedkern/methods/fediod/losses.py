@@ -92,7 +92,8 @@ def balance(logits: Tensor, pi: Tensor) -> Tensor:
     """Return ``sum_k pi_k sum_c q_kc log2 q_kc``: minus the entropy in bits of the batch mean predictions q_k."""
     p = logits.softmax(2).movedim(2, -1).flatten(1, -2).mean(1)
     p = p.clamp_min(torch.finfo(p.dtype).tiny)  # the slope is infinite at 0, a class that a teacher rules out
-    return (pi * torch.special.entr(p).sum(1)).sum() / (-math.log(2) * pi.sum())
+    loss: Tensor = (pi * torch.special.entr(p).sum(1)).sum() / (-math.log(2) * pi.sum())
+    return loss
 
 
 def teacher_terms(logits: Tensor, pi: Tensor, w_balance: float) -> tuple[Tensor, dict[str, Tensor]]:

@@ -107,7 +107,8 @@ class FedIOD(OwnNetworks):
     def _workshop(self, server: Server) -> Workshop:
         if "workshop" not in server.round_cache:
             server.round_cache["workshop"] = Workshop(server, self.options)
-        return server.round_cache["workshop"]
+        shop: Workshop = server.round_cache["workshop"]
+        return shop
 
     def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message] | None:
         kind, _ = parts(phase)
@@ -122,7 +123,8 @@ class FedIOD(OwnNetworks):
         if not self.options.makes_images:
             return {k: {} for k in ids}
         if kind == "gradients":
-            return server.round_cache.pop("criticism", None)
+            criticism: dict[ClientId, Message] | None = server.round_cache.pop("criticism", None)
+            return criticism
         if kind == "distil" and not shop.teaches:
             return None
         draw = torch_stream(server, "noise", phase)
@@ -272,7 +274,8 @@ class FedIOD(OwnNetworks):
             cache["answers"] = Answers(list(clients.values()), self.bank(clients), self.options)
             for client in clients.values():
                 client.round_cache["answers"] = cache["answers"]
-        return cache["answers"]
+        answers: Answers = cache["answers"]
+        return answers
 
     # -- results ---------------------------------------------------------------------------------------------------
 

@@ -197,7 +197,8 @@ def sanitise(client: Client, u_d: Tensor | None, options: IODOptions) -> Tensor 
 
 def _noise(client: Client, channel: str, rows: Tensor, bound: float, noise: float, options: IODOptions) -> Tensor:
     key = next_key(client, channel, options)
-    return clip_and_noise(rows, bound, noise, key.seed, key.offset)
+    noisy: Tensor = clip_and_noise(rows, bound, noise, key.seed, key.offset)
+    return noisy
 
 
 def _book(client: Client, channel: str, noise: float, shards: int = 1) -> None:

@@ -66,7 +66,8 @@ def make_generator(server: Server, options: IODOptions, draw: torch.Generator) -
         nz=NOISE, ngf=options.ngf, channels=channels, image_size=(height, width), widths=(4, 2, 1),
         mean=server.mean, std=server.std, pixel_mean=server.mean, generator=draw,
     )  # fmt: skip
-    return generator.to(server.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    generator.to(server.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return generator
 
 
 class Learner(Generic[N]):

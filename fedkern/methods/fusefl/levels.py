@@ -36,7 +36,8 @@ class LocalPart(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``[B, classes]`` of the frozen levels' results (level 1: of images)."""
-        return self.head(self.features(x))
+        logits: Tensor = self.head(self.features(x))
+        return logits
 
     @autocasts
     def features(self, x: Tensor) -> Tensor:

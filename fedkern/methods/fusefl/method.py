@@ -135,7 +135,7 @@ class FuseFL(Objective, Method):
 
         Remaining epochs go to the first levels, on which the others build.
         """
-        epochs, remainder = divmod(budget, self.options.blocks)
+        epochs, remainder = divmod(budget, int(self.options.blocks))
         return epochs + (level <= remainder)
 
     def _models(self) -> list[str | None]:
