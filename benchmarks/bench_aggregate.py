@@ -68,12 +68,12 @@ def make(count: int, size: int) -> tuple[list[Tensor], list[float], Tensor, Tens
 
 @pytest.mark.parametrize(("count", "size"), [(10, 11_000_000), (50, 1_000_000), (20, 5_000_000), (10, 100_000)])
 def test_weighted_mean(node: str, count: int, size: int, threads: int) -> None:
-    vectors, weights, out, other = make(count, size)
+    vectors, weights, out, spare = make(count, size)
     runs = {
         "fedkern": lambda: ops.weighted_mean(vectors, weights, out=out),
-        "add_": add_loop(vectors, weights, other),
-        "_foreach_add_": foreach_add(vectors, weights, other),
-        "compile": compiled(vectors, weights, other),
+        "add_": add_loop(vectors, weights, spare),
+        "_foreach_add_": foreach_add(vectors, weights, spare),
+        "compile": compiled(vectors, weights, spare),
     }
     bytes_ = (count + 1) * size * 4
     case = f"M={count} P={size:,} into out="
@@ -82,15 +82,15 @@ def test_weighted_mean(node: str, count: int, size: int, threads: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_sixteen_bits(node: str, dtype: torch.dtype, threads: int) -> None:
-    vectors, weights, out, other = (
+    vectors, weights, out, spare = (
         [t.to(dtype) for t in x] if isinstance(x, list) and isinstance(x[0], Tensor) else x
         for x in make(10, 11_000_000)
     )
-    out, other = out.to(dtype), other.to(dtype)
+    out, spare = out.to(dtype), spare.to(dtype)
     runs = {
         "fedkern": lambda: ops.weighted_mean(vectors, weights, out=out),
-        "add_": add_loop(vectors, weights, other),
-        "compile": compiled(vectors, weights, other),
+        "add_": add_loop(vectors, weights, spare),
+        "compile": compiled(vectors, weights, spare),
     }
     case = f"M=10 P=11,000,000 {str(dtype).removeprefix('torch.')}"
     compare(node, "aggregate", case, runs, model_bytes=11 * 22_000_000, copy=True, threads=threads)

@@ -47,8 +47,8 @@ def leaves(
     shape: tuple[int, ...], memory_format: torch.memory_format, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    first, second, grad = (torch.randn(shape).to(dtype).contiguous(memory_format=memory_format) for _ in range(3))
-    return first.requires_grad_(), second.requires_grad_(), grad
+    foreground, second, grad = (torch.randn(shape).to(dtype).contiguous(memory_format=memory_format) for _ in range(3))
+    return foreground.requires_grad_(), second.requires_grad_(), grad
 
 
 @pytest.mark.parametrize("pick", ["permutation", "repeated"])

@@ -26,8 +26,8 @@ def eager_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 def eager_dual(a: Tensor, b: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     p = softmax(teacher / temperature, 1)
-    first = kl_div(log_softmax(a / temperature, 1), p, reduction="batchmean")
-    return (first + kl_div(log_softmax(b / temperature, 1), p, reduction="batchmean")) * temperature**2
+    divergence = kl_div(log_softmax(a / temperature, 1), p, reduction="batchmean")
+    return (divergence + kl_div(log_softmax(b / temperature, 1), p, reduction="batchmean")) * temperature**2
 
 
 def eager_entropy(logits: Tensor) -> Tensor:

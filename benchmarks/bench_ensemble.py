@@ -83,12 +83,12 @@ def test_ensemble_kl(node: str, mix: str, shape: tuple[int, int, int], to_teache
     weights = torch.rand(shape[0]) + 0.1
     eager, how = MIXES[mix]
     leaves = [student, teachers] if to_teachers else [student]
-    rest = [weights, 2.0] if to_teachers else [teachers, weights, 2.0]
+    fixed = [weights, 2.0] if to_teachers else [teachers, weights, 2.0]
     compare(
         node,
         "ensemble_kl",
         f"{shape} {mix}" + (" to teachers" if to_teachers else ""),
-        contest(lambda *tensors: ops.ensemble_kl(*tensors, **how), eager, leaves, *rest),
+        contest(lambda *tensors: ops.ensemble_kl(*tensors, **how), eager, leaves, *fixed),
         model_bytes=4 * (2 * student.numel() + (2 if to_teachers else 1) * teachers.numel()),
         copy=True,
         threads=threads,

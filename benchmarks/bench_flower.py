@@ -34,14 +34,14 @@ CASES = (
 SECONDS = 600
 
 
-def asked(what: str, rule: str, model: str, clients: int, *words: str) -> Any:
+def asked(task: str, rule: str, model: str, clients: int, *words: str) -> Any:
     """Return what flower_replies.py tells; skips the test where no environment was named."""
     folder = harness.SETTINGS.environments.get("flower")
     if folder is None:
         pytest.skip("no --environment flower=DIR was given")
     paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [str(folder / "bin" / "python"), str(HERE / "flower_replies.py"), what, rule, model, str(clients), *words]
+    command = [str(folder / "bin" / "python"), str(HERE / "flower_replies.py"), task, rule, model, str(clients), *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
     if done.returncode:
         pytest.fail(f"{' '.join(command[1:])}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}", pytrace=False)
@@ -59,8 +59,8 @@ def test_a_round(node: str, case: tuple[str, str, int, int], threads: int) -> No
     name = f"{rule} of {clients} × {model}"
     samples = asked("time", rule, model, clients, "--threads", str(threads), "--pairs", "11")
     measured, _ = harness.summarise(samples, OURS)
-    peaks = {each: asked("memory", rule, model, clients, "--variant", each) for each in samples}
-    models = ", ".join(f"{each} {rise / size:.1f}" for each, rise in peaks.items())
+    peaks = {variant: asked("memory", rule, model, clients, "--variant", variant) for variant in samples}
+    models = ", ".join(f"{variant} {rise / size:.1f}" for variant, rise in peaks.items())
     backend, core = machines.served_by("cpu")
     row = Comparison(
         group="flower", case=name, ours=OURS, threads=threads, **measured,

@@ -163,8 +163,8 @@ def run_words(
         settings["data_option"] = tuple(options)
     words = [case.method]
     for name, value in settings.items():
-        for each in value if isinstance(value, tuple) else (value,):
-            words += [f"--{name.replace('_', '-')}", str(each)]
+        for item in value if isinstance(value, tuple) else (value,):
+            words += [f"--{name.replace('_', '-')}", str(item)]
     for name, value in _options(case, folder).items():
         words += ["--method-option", f"{name}={str(value).lower() if isinstance(value, bool) else value}"]
     return words
@@ -296,15 +296,15 @@ class Row:
         if variant not in self.seconds or not self.rounds:
             return None
         times = zip(self.seconds[variant], self.round_seconds[variant], strict=True)
-        return median(whole - self.rounds * one for whole, one in times)
+        return median(total - self.rounds * of_rounds for total, of_rounds in times)
 
     def apart(self, variant: str) -> bool | None:
         """Whether the main figure differs from ours by more than twice the spread over the seeds; None: not known."""
-        ours, other = self.figure.get(OURS, []), self.figure.get(variant, [])
-        if min(len(ours), len(other)) < 2:
+        ours, theirs = self.figure.get(OURS, []), self.figure.get(variant, [])
+        if min(len(ours), len(theirs)) < 2:
             return None
-        spread = math.sqrt((stdev(ours) ** 2 + stdev(other) ** 2) / 2)
-        return abs(mean(ours) - mean(other)) > 2 * max(spread, 1e-3)
+        spread = math.sqrt((stdev(ours) ** 2 + stdev(theirs) ** 2) / 2)
+        return abs(mean(ours) - mean(theirs)) > 2 * max(spread, 1e-3)
 
 
 def read_rounds(variant: str, folder: Path) -> list[dict[str, Any]]:
@@ -324,7 +324,7 @@ def other_settings(before: Path, ours: Path) -> list[str]:
     old, new = (tomllib.loads((folder / "run" / "config.toml").read_text()) for folder in (before, ours))
     differences = []
     for table in ("", "options", "data_options"):
-        a, b = (one.get(table, {}) if table else one for one in (old, new))
+        a, b = (config.get(table, {}) if table else config for config in (old, new))
         names = [name for name in a if name in b and not isinstance(a[name], dict)]
         differences += [f"{name}: {a[name]}, {b[name]}" for name in names if a[name] != b[name] and name not in PATHS]
     return differences
@@ -342,12 +342,12 @@ def measure(
     """Run a case's variants in turn; the one that begins changes from repeat to repeat."""
     row = Row(case.method, case.setting, settings={**case.settings, **case.options})
     row.missing = {name: why for name in variants if (why := missing(name, before, device))}
-    there = [name for name in variants if name not in row.missing]
+    names = [name for name in variants if name not in row.missing]
     for repeat in range(repeats):
-        turn = repeat % len(there)
+        turn = repeat % len(names)
         with tempfile.TemporaryDirectory(prefix="methods-") as made:
-            folders = {name: Path(made) / name for name in there}
-            for name in there[turn:] + there[:turn]:
+            folders = {name: Path(made) / name for name in names}
+            for name in names[turn:] + names[:turn]:
                 folders[name].mkdir()
                 _measure(row, case, name, folders[name], repeat, before, data_root, device)
             if {"before", OURS} <= folders.keys():
@@ -383,13 +383,13 @@ def _measure(
     rounds = read_rounds(name, folder)
     row.main, figure = main_figure(rounds)
     row.rounds = len(rounds)
-    first, *later = (one["round_seconds"] for one in rounds)
+    first_round, *later = (record["round_seconds"] for record in rounds)
     tables = [
         (row.seconds, cost.seconds), (row.cpu_seconds, cost.cpu_seconds), (row.peak_bytes, cost.peak_bytes),
-        (row.round_seconds, mean([first, *later])), (row.figure, figure),
+        (row.round_seconds, mean([first_round, *later])), (row.figure, figure),
     ]  # fmt: skip
     if later:
-        tables += [(row.first_seconds, first), (row.later_seconds, median(later))]
+        tables += [(row.first_seconds, first_round), (row.later_seconds, median(later))]
     for table, value in tables:
         table.setdefault(name, []).append(value)
     if use is not None:
@@ -482,8 +482,8 @@ def _speed_table(rows: Sequence[Row]) -> list[str]:
         lines.append(f"| {row.method} | {' | '.join(cells)} |")
     means = []
     for pair in pairs:
-        whole, rounds = speedups(rows, *pair), speedups(rows, *pair, of="round_seconds")
-        means.append(f"{_ratio(geometric_mean(whole))} ({_ratio(geometric_mean(rounds))})" if whole else "–")
+        commands, rounds = speedups(rows, *pair), speedups(rows, *pair, of="round_seconds")
+        means.append(f"{_ratio(geometric_mean(commands))} ({_ratio(geometric_mean(rounds))})" if commands else "–")
     return [*lines, f"| geometric mean |{' |' * len(names)} {' | '.join(means)} |"]
 
 
@@ -494,7 +494,7 @@ def _rounds_table(rows: Sequence[Row]) -> list[str]:
     lines.append("|---|" + "---:|" * len(names))
     for row in rows:
         pairs = ((row.first_seconds.get(name), row.later_seconds.get(name)) for name in names)
-        cells = (f"{median(one):.2f}, {median(later):.2f}" if one and later else "–" for one, later in pairs)
+        cells = (f"{median(first):.2f}, {median(later):.2f}" if first and later else "–" for first, later in pairs)
         lines.append(f"| {row.method} | {' | '.join(cells)} |")
     return [*lines, ""] if rows else []
 
@@ -509,14 +509,14 @@ def _gpu_table(rows: Sequence[Row]) -> list[str]:
     return _pairs_table(rows, about, "%, MB", ".0f", "gpu_utilisation", "gpu_bytes")
 
 
-def _pairs_table(rows: Sequence[Row], about: str, units: str, digits: str, first: str, size: str) -> list[str]:
+def _pairs_table(rows: Sequence[Row], about: str, units: str, digits: str, figure: str, size: str) -> list[str]:
     """Return the medians of two attributes of the rows in a cell, the second in bytes."""
     names = _names(rows)
     lines = [about, "", f"| run | {' | '.join(f'{name}, {units}' for name in names)} |", "|---|" + "---:|" * len(names)]
     for row in rows:
-        one, taken = getattr(row, first), getattr(row, size)
+        left, taken = getattr(row, figure), getattr(row, size)
         cells = [
-            f"{median(one[name]):{digits}}, {median(taken[name]) / 1e6:.0f}" if name in one else "–" for name in names
+            f"{median(left[name]):{digits}}, {median(taken[name]) / 1e6:.0f}" if name in left else "–" for name in names
         ]
         lines.append(f"| {row.method} | {' | '.join(cells)} |")
     return lines
@@ -540,8 +540,8 @@ def _figure_table(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _pair(whole: list[float] | None, rounds: list[float] | None) -> str:
-    return f"{median(whole):.2f} ({median(rounds):.2f})" if whole and rounds else "–"
+def _pair(commands: list[float] | None, rounds: list[float] | None) -> str:
+    return f"{median(commands):.2f} ({median(rounds):.2f})" if commands and rounds else "–"
 
 
 def _ratio(value: float | None) -> str:

@@ -70,21 +70,21 @@ class Case:
         return self._optim(lambda leaf: torch.optim.SGD([leaf], LR, MOMENTUM, weight_decay=DECAY, **kind))
 
     def adamw(self) -> Callable[[], Tensor]:
-        theta, g, first, second = self.held(2)
+        theta, g, moment, second = self.held(2)
         step = 0
 
         def run() -> Tensor:
             nonlocal step
             step += 1
             result = ops.adamw_step(
-                theta, g, first, second, step, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, zero=True
+                theta, g, moment, second, step, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, zero=True
             )
             return result.squared_norm
 
         return run
 
     def eager_adamw(self) -> Callable[[], Tensor]:
-        theta, g, first, second = self.held(2)
+        theta, g, moment, second = self.held(2)
         step = 0
 
         def run() -> Tensor:
@@ -92,10 +92,10 @@ class Case:
             step += 1
             squared = torch.dot(g, g)
             theta.mul_(1 - LR * DECAY)
-            first.lerp_(g, 1 - BETAS[0])
+            moment.lerp_(g, 1 - BETAS[0])
             second.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
             scale = second.sqrt().div_((1 - BETAS[1] ** step) ** 0.5).add_(EPS)
-            theta.addcdiv_(first, scale, value=-LR / (1 - BETAS[0] ** step))
+            theta.addcdiv_(moment, scale, value=-LR / (1 - BETAS[0] ** step))
             g.zero_()
             return squared
 

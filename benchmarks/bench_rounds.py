@@ -72,21 +72,21 @@ SIDE_BY_SIDE = 2  # Flower's clients on a GPU
 SIGMAS = 3.0  # by which accuracies may differ
 
 
-def trial(one: Setting) -> Setting:
+def trial(full: Setting) -> Setting:
     """Return the same setting in little."""
-    return replace(one, clients=min(one.clients, 4), samples=40, rounds=2, repeats=2)
+    return replace(full, clients=min(full.clients, 4), samples=40, rounds=2, repeats=2)
 
 
 def programs(threads: int, device: str = "cpu") -> tuple[str, dict[str, Program | Absent]]:
     """Who meets on so many threads, or on a GPU, and which of them is judged."""
-    here = Path(sys.executable)
+    python = Path(sys.executable)
     entries: dict[str, Program | Absent] = {}
     names = {"fedkern serial": "1"}
     if threads > 1:
         names |= {"fedkern workers": str(threads), "fedkern auto": "auto"}
     for judged, workers in names.items():
-        entries[judged] = Program(judged, "ours", here, threads, words=(workers,), device=device)
-    entries[LEAN] = Program(LEAN, "lean", here, threads, device=device)
+        entries[judged] = Program(judged, "ours", python, threads, words=(workers,), device=device)
+    entries[LEAN] = Program(LEAN, "lean", python, threads, device=device)
     for name, (adapter, processes) in FRAMEWORKS.items():
         folder = harness.SETTINGS.environments.get(adapter)
         if processes and threads == 1 and (device == "cpu" or name != "Flower"):
@@ -96,8 +96,8 @@ def programs(threads: int, device: str = "cpu") -> tuple[str, dict[str, Program 
         elif folder is None:
             entries[name] = Absent(f"no --environment {adapter}=DIR was given")
         else:
-            one, many = (1, threads if device == "cpu" else SIDE_BY_SIDE) if processes else (threads, 1)
-            entries[name] = Program(name, adapter, folder / "bin" / "python", one, many, device=device)
+            own_threads, worker_count = (1, threads if device == "cpu" else SIDE_BY_SIDE) if processes else (threads, 1)
+            entries[name] = Program(name, adapter, folder / "bin" / "python", own_threads, worker_count, device=device)
     return judged, entries
 
 
@@ -122,9 +122,9 @@ def compete(
     """
     watched: dict[str, Played] = {}
     why: dict[str, str] = {}
-    for name, who in playing.items():
+    for name, program in playing.items():
         try:
-            watched[name] = play(who, task, watch=True, limit=limit)
+            watched[name] = play(program, task, watch=True, limit=limit)
         except Failed as failure:
             why[name] = f"it does not run here: {failure}"
     timed: dict[str, list[Played]] = {name: [] for name in watched}
@@ -144,21 +144,21 @@ def later(played: Played) -> float:
     return statistics.median(played.rounds[1:])
 
 
-@pytest.mark.parametrize("one", SETTINGS, ids=lambda one: f"{one.model}-{one.clients}")
-def test_rounds(node: str, one: Setting, threads: int) -> None:
+@pytest.mark.parametrize("case", SETTINGS, ids=lambda one: f"{one.model}-{one.clients}")
+def test_rounds(node: str, case: Setting, threads: int) -> None:
     device = harness.SETTINGS.device
-    if device == "cpu" and one in ON_A_GPU:
+    if device == "cpu" and case in ON_A_GPU:
         pytest.skip("a setting of --device cuda")
     _check("rounds", threads)
-    one = trial(one) if harness.SETTINGS.rounds == "small" else one
+    case = trial(case) if harness.SETTINGS.rounds == "small" else case
     judged, entries = programs(threads, device)
     data = "synthetic images" if harness.SETTINGS.data_root is None else "CIFAR-10"
-    note = f"{data}, batches of {one.batch_size}, {one.epochs} epoch a round"
+    note = f"{data}, batches of {case.batch_size}, {case.epochs} epoch a round"
     with tempfile.TemporaryDirectory(prefix="task-") as folder:
         root = harness.SETTINGS.data_root
-        setting.write(one, Path(folder), None if root is None else str(root))
-        row = Row("rounds", one.case, node, threads, judged, LEAN, note)
-        row.conclude(entries, Task.load(folder), one.repeats)
+        setting.write(case, Path(folder), None if root is None else str(root))
+        row = Row("rounds", case.case, node, threads, judged, LEAN, note)
+        row.conclude(entries, Task.load(folder), case.repeats)
 
 
 @pytest.mark.parametrize("kind", CASES)
@@ -166,13 +166,13 @@ def test_datasets(node: str, kind: str, threads: int) -> None:
     _check("datasets", threads)
     if harness.SETTINGS.device != "cpu" or threads > 1:
         pytest.skip("clients one after another on one core of a CPU")
-    other = "arrays" if "images" in kind else "loop"
+    reference = "arrays" if "images" in kind else "loop"
     with tempfile.TemporaryDirectory(prefix="task-") as folder:
-        one = Trial.write(Path(folder), kind, small=harness.SETTINGS.rounds == "small")
-        words = {"fedkern": "fedkern", OTHERS[other]: other}
+        trial = Trial.write(Path(folder), kind, small=harness.SETTINGS.rounds == "small")
+        words = {"fedkern": "fedkern", OTHERS[reference]: reference}
         entries = {name: Program(name, "datasets", Path(sys.executable), words=(word,)) for name, word in words.items()}
-        row = Row("datasets", one.case, node, threads, "fedkern", OTHERS[other], "batches of 32, 1 epoch a round")
-        row.conclude(entries, one, 2 if harness.SETTINGS.rounds == "small" else 5)
+        row = Row("datasets", trial.case, node, threads, "fedkern", OTHERS[reference], "batches of 32, 1 epoch a round")
+        row.conclude(entries, trial, 2 if harness.SETTINGS.rounds == "small" else 5)
 
 
 def _check(group: str, threads: int) -> None:
@@ -203,8 +203,8 @@ class Row:
 
     def conclude(self, entries: Mapping[str, Program | Absent], task: Judged, repeats: int) -> None:
         """Let programs take turns, compare their accuracies, and record the row."""
-        missing = {name: who.reason for name, who in entries.items() if isinstance(who, Absent)}
-        playing = {name: who for name, who in entries.items() if isinstance(who, Program)}
+        missing = {name: program.reason for name, program in entries.items() if isinstance(program, Absent)}
+        playing = {name: program for name, program in entries.items() if isinstance(program, Program)}
         timed, watched, why = compete(playing, task, repeats, LIMIT[harness.SETTINGS.rounds])
         if self.judged in why or self.against in why:
             pytest.fail("; ".join(f"{name}: {reason}" for name, reason in why.items()), pytrace=False)

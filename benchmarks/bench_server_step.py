@@ -35,9 +35,9 @@ class Case:
         return [torch.zeros_like(self.global_) for _ in range(count)]
 
     def fedkern(self) -> Callable[[], Tensor]:
-        first, second, out = self.held(3)
+        state, second, out = self.held(3)
         return lambda: (
-            ops.server_step(self.global_, self.vectors, self.weights, "adam", first=first, second=second, out=out).model
+            ops.server_step(self.global_, self.vectors, self.weights, "adam", first=state, second=second, out=out).model
         )
 
     def look(self, deltas: list[Tensor], mean: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -54,37 +54,37 @@ class Case:
     def eager(self) -> Callable[[], Tensor]:
         _, rate, beta1, beta2, tau = self.settings
         deltas = self.held(len(self.vectors))
-        mean, first, second, root, out = self.held(5)
+        mean, moment, second, root, out = self.held(5)
 
         def run() -> Tensor:
             self.look(deltas, mean)
-            first.lerp_(mean, 1 - beta1)
+            moment.lerp_(mean, 1 - beta1)
             second.mul_(beta2).addcmul_(mean, mean, value=1 - beta2)
             torch.sqrt(second, out=root).add_(tau)
-            return torch.addcdiv(self.global_, first, root, value=rate, out=out)
+            return torch.addcdiv(self.global_, moment, root, value=rate, out=out)
 
         return run
 
     def compiled(self) -> Callable[[], Tensor]:
         shares, (_, rate, beta1, beta2, tau) = self.shares, self.settings
-        first, second, out = self.held(3)
+        moment, second, out = self.held(3)
 
-        def step(global_: Tensor, vectors: list[Tensor], first: Tensor, second: Tensor, out: Tensor) -> Any:
+        def step(global_: Tensor, vectors: list[Tensor], moment: Tensor, second: Tensor, out: Tensor) -> Any:
             deltas = [vector - global_ for vector in vectors]
             mean = deltas[0] * shares[0]
             for delta, share in zip(deltas[1:], shares[1:], strict=True):
                 mean = mean + delta * share
             length, norms = mean.norm(), [delta.norm() for delta in deltas]
             cosines = [(delta * mean).sum() / (norm * length) for delta, norm in zip(deltas, norms, strict=True)]
-            first.mul_(beta1).add_(mean, alpha=1 - beta1)
+            moment.mul_(beta1).add_(mean, alpha=1 - beta1)
             second.mul_(beta2).addcmul_(mean, mean, value=1 - beta2)
-            out.copy_(global_ + rate * first / (second.sqrt() + tau))
+            out.copy_(global_ + rate * moment / (second.sqrt() + tau))
             return torch.stack(norms), torch.stack(cosines)
 
         function = torch.compile(step, dynamic=False)
 
         def run() -> Tensor:
-            function(self.global_, self.vectors, first, second, out)
+            function(self.global_, self.vectors, moment, second, out)
             return out
 
         return run

@@ -88,12 +88,12 @@ def speed_chart() -> Chart:
     """Return whole runs beside plain PyTorch, and rounds of FedAvg beside other frameworks."""
     plain = load("methods_intel-xeon", comparisons.RESULTS)["cases"]
     runs = {row["method"]: bench_methods.Row(**row) for row in plain if row["setting"] == "default"}
-    whole = [Row(title, round(runs[name].speedup(bench_methods.PLAIN) or 0, 2)) for name, title in NAMES.items()]
+    bars = [Row(title, round(runs[name].speedup(bench_methods.PLAIN) or 0, 2)) for name, title in NAMES.items()]
     (recorded,) = (file for file in comparisons.read_results()["rounds"] if file.name == "rounds-intel-xeon")
     rounds = next(row.speedup for row in recorded.rows if row.threads == 2)
-    others = [Row(name, round(rounds[name], 2)) for name in FRAMEWORKS]
+    frameworks = [Row(name, round(rounds[name], 2)) for name in FRAMEWORKS]
     heads = Row("Whole runs, over plain PyTorch"), Row("A round of FedAvg, over")
-    return Chart("speed", "times as fast, two CPU cores", 1, (heads[0], *whole, heads[1], *others))
+    return Chart("speed", "times as fast, two CPU cores", 1, (heads[0], *bars, heads[1], *frameworks))
 
 
 def networks_chart() -> Chart:

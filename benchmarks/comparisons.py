@@ -158,7 +158,7 @@ class Recorder:
     def add(self, row: Comparison) -> None:
         """Write the file of the row's operator with all rows of this run."""
         self.rows.append(row)
-        mates = [one for one in self.rows if (one.group, one.device) == (row.group, row.device)]
+        mates = [recorded for recorded in self.rows if (recorded.group, recorded.device) == (row.group, row.device)]
         paths = write_results(mates, self.machine, self.folder, collected=self.collected, anew=self.anew)
         self.written.update(dict.fromkeys(paths))
 
@@ -260,17 +260,17 @@ def _kept(path: Path, rows: Sequence[Comparison]) -> list[Comparison]:
     return [row for row in old if row.test not in tests and row.key not in keys]
 
 
-def machine_difference(recorded: dict[str, Any], here: dict[str, Any], *, torch: bool = True) -> str:
+def machine_difference(recorded: dict[str, Any], current: dict[str, Any], *, torch: bool = True) -> str:
     """Why ratios of one machine say nothing about the other, or ""; ``torch`` counts by its minor version."""
-    known = [name for name in CHIP if name in recorded and name in here]
+    known = [name for name in CHIP if name in recorded and name in current]
     for name in (*IDENTITY, *known):
         if name == "torch" and not torch:
             continue
-        old, new = (str(info.get(name, "")) for info in (recorded, here))
+        old, new = (str(info.get(name, "")) for info in (recorded, current))
         if name == "torch":
             old, new = (".".join(version.split(".")[:2]) for version in (old, new))
         if old != new:
             if name == "backend":
-                old, new = (f"{one} forced" if one else "free choice" for one in (old, new))
+                old, new = (f"{backend} forced" if backend else "free choice" for backend in (old, new))
             return f"recorded with {name} {old or 'unknown'}, but here it is {new or 'unknown'}"
     return ""

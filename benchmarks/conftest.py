@@ -73,10 +73,10 @@ def pytest_configure(config: pytest.Config) -> None:
                 f"{config.getoption('--floors')} holds no floors; write it with pytest benchmarks --set-floors"
             )
     if config.getoption("--set-floors"):
-        before, here = gate.read_floors(config.getoption("--floors")), harness.machine()
-        facts = {fact: here[fact] for fact in (*comparisons.IDENTITY, *comparisons.CHIP) if fact in here}
-        same = before.rows and not comparisons.machine_difference(before.machine, here)
-        settings.seen = gate.Floors(facts, before.rows if same else {})
+        before, machine = gate.read_floors(config.getoption("--floors")), harness.machine()
+        facts = {fact: machine[fact] for fact in (*comparisons.IDENTITY, *comparisons.CHIP) if fact in machine}
+        is_same = before.rows and not comparisons.machine_difference(before.machine, machine)
+        settings.seen = gate.Floors(facts, before.rows if is_same else {})
 
 
 def _name(item: pytest.Item) -> str:
@@ -92,17 +92,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    here = [item for item in items if HERE in item.path.parents]
+    own_items = [item for item in items if HERE in item.path.parents]
     # Of a file whose tests were named one by one, the others were not looked for: they may well exist.
     named = {Path(arg.partition("::")[0]).name for arg in config.args if "::" in arg}
-    _collected.update(_name(item) for item in here if item.path.name not in named)
+    _collected.update(_name(item) for item in own_items if item.path.name not in named)
     wanted: set[str] | None = None
     if harness.SETTINGS.floors is not None:
         wanted = {node for node, floor in harness.SETTINGS.floors.rows.items() if floor.held}
     elif config.getoption("--shown") or config.getoption("--set-floors"):
         wanted = {node for node, _, _ in shown.nodes()}
     if wanted is not None:
-        left = [item for item in here if _name(item) not in wanted]
+        left = [item for item in own_items if _name(item) not in wanted]
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in left]
 

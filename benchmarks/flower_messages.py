@@ -78,7 +78,7 @@ def measure(methods: Sequence[str], repeats: int, folder: Path) -> dict[str, dic
     """Seconds by method and variant, one of each repeat."""
     deploy = _deploy()
     port = deploy.free_port()
-    seconds: dict[str, dict[str, list[float]]] = {name: {who: [] for who in VARIANTS} for name in methods}
+    seconds: dict[str, dict[str, list[float]]] = {name: {variant: [] for variant in VARIANTS} for name in methods}
     with deploy.Processes(folder) as processes:
         processes.start(
             "superlink",
@@ -101,18 +101,18 @@ def measure(methods: Sequence[str], repeats: int, folder: Path) -> dict[str, dic
             )  # fmt: skip
         for repeat in range(repeats):
             for method in methods:
-                for who in VARIANTS:
-                    run = folder / f"{method}-{repeat}-{who.replace(' ', '-')}"
+                for variant in VARIANTS:
+                    run = folder / f"{method}-{repeat}-{variant.replace(' ', '-')}"
                     words = [method, *COMMON, *METHODS[method], "--seed", str(repeat), "--out", str(run)]
-                    if who == "in process":
+                    if variant == "in process":
                         command(*words, "--workers", "1", "--quiet")
                     else:
                         project = run.with_name(f"{run.name}-project")
                         command(*words, "--flower", str(project))
-                        asked = "flower.resident=0" if who == "no resident" else ""
+                        asked = "flower.resident=0" if variant == "no resident" else ""
                         command("flower", str(project), *(["--run-config", asked] if asked else []))
-                    seconds[method][who].append(seconds_of(method, run))
-                    print(f"{method}, {who}, seed {repeat}: {seconds[method][who][-1]:.4f} s", flush=True)
+                    seconds[method][variant].append(seconds_of(method, run))
+                    print(f"{method}, {variant}, seed {repeat}: {seconds[method][variant][-1]:.4f} s", flush=True)
     return seconds
 
 

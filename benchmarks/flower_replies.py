@@ -100,7 +100,7 @@ def record(model: dict[str, np.ndarray[Any, Any]]) -> ArrayRecord:
 
 def fresh(arrays: ArrayRecord) -> ArrayRecord:
     """Return the same arrays in new memory, as a grid makes them of what came."""
-    copied = {key: Array(one.dtype, one.shape, one.stype, bytes(memoryview(one.data))) for key, one in arrays.items()}
+    copied = {key: Array(raw.dtype, raw.shape, raw.stype, bytes(memoryview(raw.data))) for key, raw in arrays.items()}
     return ArrayRecord(copied)
 
 
@@ -141,20 +141,20 @@ def times(rule: str, name: str, clients: int, pairs: int) -> dict[str, list[floa
     names = variants(rule)
     # One thread is timed in its own processor time: the machine may be shared.
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    samples: dict[str, list[float]] = {each: [] for each in names}
+    samples: dict[str, list[float]] = {variant: [] for variant in names}
     for turn in range(pairs + 1):
-        for each in names[turn % len(names) :] + names[: turn % len(names)]:
+        for variant in names[turn % len(names) :] + names[: turn % len(names)]:
             # Flower's median takes the arrays out of the replies: everybody gets replies of his own.
             replies = [reply(arrays.copy(), node) for node, arrays in enumerate(records)]
-            judged = strategy(each, rule, start, clients)
-            begin = [clock()] if each == THEIRS else []
-            arrays, _ = judged.aggregate_train(1, replies if each == THEIRS else handed(replies, begin, clock))
+            judged = strategy(variant, rule, start, clients)
+            begin = [clock()] if variant == THEIRS else []
+            arrays, _ = judged.aggregate_train(1, replies if variant == THEIRS else handed(replies, begin, clock))
             # Flower begins when the last reply is there; all of them are there here.
             seconds = clock() - begin[0]
             assert arrays is not None
             del arrays, replies, judged
             if turn:
-                samples[each].append(seconds)
+                samples[variant].append(seconds)
     return samples
 
 
@@ -192,10 +192,10 @@ def ranking(clients: int, size: int, rounds: int) -> dict[str, int]:
         squares = np.stack([((wide - row) ** 2).sum(1) for row in wide])
         scores = [np.sort(row)[1 : clients - 3].sum() for row in squares]  # the clients - 2 - 2 closest others
         wanted = models[int(np.argmin(scores))]
-        for each in wrong:
-            judged = strategy(each, "Krum", record({"w": base.astype(np.float32)}), clients)
-            arrays, _ = judged.aggregate_train(1, [reply(record({"w": one}), i) for i, one in enumerate(models)])
-            wrong[each] += not np.array_equal(arrays["w"].numpy(), wanted)
+        for variant in wrong:
+            judged = strategy(variant, "Krum", record({"w": base.astype(np.float32)}), clients)
+            arrays, _ = judged.aggregate_train(1, [reply(record({"w": vector}), i) for i, vector in enumerate(models)])
+            wrong[variant] += not np.array_equal(arrays["w"].numpy(), wanted)
     return wrong
 
 

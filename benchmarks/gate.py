@@ -63,8 +63,8 @@ class Floor:
 
     def drift(self, seconds: float) -> float:
         """By which share a time of the baseline's lies outside of those that were seen."""
-        least, most = min(self.seconds), max(self.seconds)
-        return max(seconds / most - 1, 1 - seconds / least, 0.0)
+        low, high = min(self.seconds), max(self.seconds)
+        return max(seconds / high - 1, 1 - seconds / low, 0.0)
 
     def after(self, earlier: Floor | None) -> Floor:
         """Return what earlier processes and this one saw of the row."""
@@ -95,7 +95,7 @@ def write_floors(floors: Floors, path: Path = FLOORS) -> None:
     lines += [f"{fact} = {_text(value)}" for fact, value in floors.machine.items()]
     lines += ["", "[floors]"]
     for test, floor in sorted(floors.rows.items()):
-        ratios, seconds = (", ".join(f"{each:.3g}" for each in seen) for seen in (floor.ratios, floor.seconds))
+        ratios, seconds = (", ".join(f"{value:.3g}" for value in seen) for seen in (floor.ratios, floor.seconds))
         against = _text(floor.against)
         lines.append(f"{_text(test)} = {{ against = {against}, ratios = [{ratios}], seconds = [{seconds}] }}")
     partial = path.with_suffix(".partial")
@@ -133,13 +133,13 @@ class Duel:
         ratios: the other's time over ours, pair by pair.
         seconds: the other's time.
         scatter: interquartile range over median of either's times, the larger one.
-        others: share of the processors that other processes took.
+        busy: share of the processors that other processes took.
     """
 
     ratios: Sequence[float]
     seconds: float
     scatter: float = 0.0
-    others: float = 0.0
+    busy: float = 0.0
 
     @property
     def ratio(self) -> float:
@@ -155,8 +155,8 @@ def judge(floor: Floor, duel: Duel) -> Verdict:
         return Verdict("skip", f"{seen}, but here {floor.against} is not as fast as where the floor was seen")
     if reached:
         return Verdict("pass")
-    if duel.others > BUSY:
-        return Verdict("skip", f"{seen}, but others took {100 * duel.others:.0f} % of the processors")
+    if duel.busy > BUSY:
+        return Verdict("skip", f"{seen}, but others took {100 * duel.busy:.0f} % of the processors")
     if duel.scatter > NOISY:
         return Verdict("skip", f"{seen}, but times scatter by {100 * duel.scatter:.0f} %")
     return Verdict("fail", seen)
@@ -164,9 +164,9 @@ def judge(floor: Floor, duel: Duel) -> Verdict:
 
 def joint(verdicts: Sequence[Verdict]) -> Verdict:
     """Return what several processes say of a row: a pass if one does, and a failure if at least half of them do."""
-    for outcome, least in (("pass", 1.0), ("fail", len(verdicts) / 2)):
+    for outcome, needed in (("pass", 1.0), ("fail", len(verdicts) / 2)):
         alike = [verdict for verdict in verdicts if verdict.outcome == outcome]
-        if len(alike) >= least:
+        if len(alike) >= needed:
             return alike[0]
     return next(verdict for verdict in verdicts if verdict.outcome == "skip")
 
@@ -179,8 +179,8 @@ class Others:
 
     def share(self) -> float:
         """Since this was made; 0 where the system does not tell."""
-        busy, whole, ours = (b - a for a, b in zip(self._start, self._spent(), strict=True))
-        return max(0.0, (busy - ours) / whole) if whole else 0.0
+        busy, total, ours = (b - a for a, b in zip(self._start, self._spent(), strict=True))
+        return max(0.0, (busy - ours) / total) if total else 0.0
 
     @staticmethod
     def _spent() -> tuple[float, float, float]:

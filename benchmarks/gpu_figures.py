@@ -41,7 +41,7 @@ def kernel_table(rows: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str
             if name in ROWS and key[:2] == ("bf16", True):
                 shares.append("4-byte loads")
                 continue
-            was = f" ({100 * one['share']:.0f} %)" if (one := earlier.get(name, {}).get(key)) else ""
+            was = f" ({100 * old['share']:.0f} %)" if (old := earlier.get(name, {}).get(key)) else ""
             shares.append(f"{100 * by_backend[key]['share']:.0f} %{was}" if key in by_backend else "–")
         lines.append([
             f"`{name}`", f"{1e6 * ours['seconds']:.0f} µs", *shares,
@@ -93,9 +93,9 @@ def against(row: Comparison, name: str) -> str:
 def whole_runs() -> Lines:
     """Whole commands on the GPU, plain and ours; of their rounds the first and the median of later ones, where told."""
     content = load(f"methods_{GPU}", comparisons.RESULTS)
-    rows = [bench_methods.Row(**one) for one in content["cases"]]
-    apart = all(row.later_seconds for row in rows)
-    parts = {"first round": "first_seconds", "later ones": "later_seconds"} if apart else {MEAN: "round_seconds"}
+    rows = [bench_methods.Row(**case) for case in content["cases"]]
+    has_rounds = all(row.later_seconds for row in rows)
+    parts = {"first round": "first_seconds", "later ones": "later_seconds"} if has_rounds else {MEAN: "round_seconds"}
     lines = []
     for row in rows:
         cells = []

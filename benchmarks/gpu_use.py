@@ -30,7 +30,7 @@ class Use:
 
 
 @contextlib.contextmanager
-def watched(index: int = 0, every: float = SAMPLE_SECONDS) -> Iterator[Use]:
+def watched(index: int = 0, interval: float = SAMPLE_SECONDS) -> Iterator[Use]:
     """Look at a GPU ten times a second while what is inside goes on, and once at its end.
 
     Args:
@@ -51,7 +51,7 @@ def watched(index: int = 0, every: float = SAMPLE_SECONDS) -> Iterator[Use]:
             use.taken = max(use.taken, pynvml.nvmlDeviceGetMemoryInfo(gpu).used - before)
 
         def go_on() -> None:
-            while not over.wait(every):
+            while not over.wait(interval):
                 look()
 
         thread = threading.Thread(target=go_on, daemon=True)

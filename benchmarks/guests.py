@@ -13,8 +13,8 @@ from torch import Tensor, nn
 def cnn(width: int = 16) -> nn.Module:
     """Three convolutions with batch norm, ReLU and pooling."""
     sides, layers = (3, width, 2 * width, 4 * width), []
-    for one, other in pairwise(sides):
-        layers += [nn.Conv2d(one, other, 3, padding=1), nn.BatchNorm2d(other), nn.ReLU(), nn.MaxPool2d(2)]
+    for inner, outer in pairwise(sides):
+        layers += [nn.Conv2d(inner, outer, 3, padding=1), nn.BatchNorm2d(outer), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10))
 
 
@@ -155,7 +155,7 @@ def mobilenet() -> nn.Module:
     """Return a MobileNetV2 of six blocks."""
     stem = nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU6()
     blocks = [
-        Inverted(*each) for each in ((32, 24, 2), (24, 24, 1), (24, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1))
+        Inverted(*sizes) for sizes in ((32, 24, 2), (24, 24, 1), (24, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1))
     ]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 

@@ -224,8 +224,8 @@ def _look(node: str, seen: gate.Floors, runs: dict[str, Callable[[], Any]], ours
     if cost > gate.LONGEST:
         pytest.skip(f"a call of both takes {cost:.2f} s, too long for the gate")
     duels = [_duel(runs, ours, against, threads) for _ in range(gate.ATTEMPTS)]
-    if threads > 1 and (others := max(duel.others for duel in duels)) > gate.BUSY:
-        pytest.skip(f"others took {100 * others:.0f} % of the processors")
+    if threads > 1 and (busy := max(duel.busy for duel in duels)) > gate.BUSY:
+        pytest.skip(f"others took {100 * busy:.0f} % of the processors")
     if min(duel.scatter for duel in duels) > gate.NOISY:
         pytest.skip("times scatter too much for a floor")
     ratio, seconds = (statistics.median(getattr(duel, fact) for duel in duels) for fact in ("ratio", "seconds"))
@@ -238,7 +238,7 @@ def _duel(runs: dict[str, Callable[[], Any]], ours: str, against: str, threads: 
     clock = timing.clock(device(), one_thread=threads == 1)
     beside = gate.Others()
     samples, _ = timing.interleave(
-        {name: runs[name] for name in (ours, against)}, LEAST_PAIRS, clock, longest=SHORT_SECONDS, least=LEAST_PAIRS
+        {name: runs[name] for name in (ours, against)}, LEAST_PAIRS, clock, longest=SHORT_SECONDS, fewest=LEAST_PAIRS
     )
     measured, ratios = summarise(samples, ours)
     scatter = max(measured["scatter"].values())
@@ -252,7 +252,7 @@ def _measure(
     if copied:
         runs = {**runs, shown.COPY: _copy(copied, where)}
     clock = timing.clock(where)
-    samples, walls = timing.interleave(runs, pairs, clock, longest=MAX_SECONDS, least=min(pairs, LEAST_PAIRS))
+    samples, walls = timing.interleave(runs, pairs, clock, longest=MAX_SECONDS, fewest=min(pairs, LEAST_PAIRS))
     copies = samples.pop(shown.COPY, None)
     measured, _ = summarise(samples, ours)
     return measured | {

@@ -65,14 +65,14 @@ class Meter(Listener):
             self._last, self._used, self._written = time.perf_counter(), time.process_time(), _written()
 
     def on_round(self, record: Mapping[str, Any]) -> None:
-        now = int(record["round"])
-        if now not in self._marks:
+        number = int(record["round"])
+        if number not in self._marks:
             return
-        rounds, written = now - self._round, _written()
+        rounds, written = number - self._round, _written()
         files = [path.stat().st_size for path in self._out.rglob("*") if path.is_file()]
         self.rows.append(
             {
-                "round": now,
+                "round": number,
                 "round_seconds": (time.perf_counter() - self._last) / rounds,
                 "cpu_seconds": (time.process_time() - self._used) / rounds,
                 "resident_bytes": _resident(),
@@ -82,7 +82,7 @@ class Meter(Listener):
                 "folder_bytes": sum(files),
             }
         )
-        self._last, self._used, self._round, self._written = time.perf_counter(), time.process_time(), now, written
+        self._last, self._used, self._round, self._written = time.perf_counter(), time.process_time(), number, written
 
 
 def _resident() -> int:

@@ -29,12 +29,12 @@ class Contest:
     form: str
     own: Sample | None
     rival: str
-    other: Sample | None
+    rival_sample: Sample | None
 
     @property
     def made(self) -> list[str]:
         """Commit and day of both, where both are played."""
-        return [] if self.own is None or self.other is None else [self.own.made, self.other.made]
+        return [] if self.own is None or self.rival_sample is None else [self.own.made, self.rival_sample.made]
 
     def ends(self) -> tuple[float, float, float]:
         """Return the mean difference, paired by seed, and the ends of its 95 % interval.
@@ -42,8 +42,8 @@ class Contest:
         Above 0 the method is better.
         """
         assert self.own is not None
-        assert self.other is not None
-        found = compare_pairs(self.own.values, self.other.values)
+        assert self.rival_sample is not None
+        found = compare_pairs(self.own.values, self.rival_sample.values)
         assert found is not None, f"no seed in common with {self.rival}"
         assert found.low is not None and found.high is not None, f"one seed in common with {self.rival}"  # noqa: PT018
         mean, low, high = (round(self.own.scale * value, 3) for value in (found.mean, found.low, found.high))
@@ -66,7 +66,7 @@ class Tool:
     contests: Sequence[Contest]
     right: str
     cost: str
-    elsewhere: str
+    alternatives: str
 
 
 def reproduced(paper: str, cell: str) -> Sample | None:
@@ -85,9 +85,9 @@ def contests(
 ) -> list[Contest]:
     """Return every form beside every rival in every setting; cells by what the tables call them."""
     return [
-        Contest(setting, form, reproduced(paper, prefix + own), rival, reproduced(paper, prefix + other))
+        Contest(setting, form, reproduced(paper, prefix + own), rival, reproduced(paper, prefix + theirs))
         for setting, prefix in settings.items()
-        for rival, other in rivals.items()
+        for rival, theirs in rivals.items()
         for form, own in forms.items()
     ]
 
@@ -109,7 +109,7 @@ def differences(name: str = "") -> list[str]:
 
 def in_use() -> list[str]:
     """Return the table of docs/methods/README.md."""
-    rows = [[f"[{tool.name}](../{tool.page})", tool.right, tool.cost, tool.elsewhere] for tool in tools()]
+    rows = [[f"[{tool.name}](../{tool.page})", tool.right, tool.cost, tool.alternatives] for tool in tools()]
     return table(["method", "the right tool where", "cost", "elsewhere"], rows).split("\n")
 
 

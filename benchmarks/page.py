@@ -33,7 +33,7 @@ class Page:
 def by_seed(row: Mapping[str, Any]) -> dict[int, float]:
     """Return a cell's figure by seed; empty where it is not played."""
     return {
-        int(seed): float(value) for seed, _, value in (each.partition("=") for each in row.get("values", "").split())
+        int(seed): float(value) for seed, _, value in (entry.partition("=") for entry in row.get("values", "").split())
     }
 
 

@@ -56,13 +56,13 @@ def closed(row: Mapping[str, Any], start: Mapping[str, Any], goal: Mapping[str, 
 
     No share where the gap's own 95 % interval, paired by seed, holds 0.
     """
-    values = [by_seed(each) for each in (row, start, goal)]
-    shared = set.intersection(*(set(each) for each in values))
-    gap = compare_pairs(*({seed: each[seed] for seed in shared} for each in (values[2], values[1])))
+    values = [by_seed(cell) for cell in (row, start, goal)]
+    shared = set.intersection(*(set(cell) for cell in values))
+    gap = compare_pairs(*({seed: cell[seed] for seed in shared} for cell in (values[2], values[1])))
     if gap is None or gap.low is None or gap.low <= 0:
         return ""
-    here, low, high = (mean(cell[seed] for seed in sorted(shared)) for cell in values)
-    return f"{100 * (here - low) / (high - low):.0f} %".replace("-", "−")
+    own, low, high = (mean(cell[seed] for seed in sorted(shared)) for cell in values)
+    return f"{100 * (own - low) / (high - low):.0f} %".replace("-", "−")
 
 
 def reproduced(paper: str, *tables: str, goal: str = "", rates: bool = False) -> Lines:
@@ -96,7 +96,7 @@ def rate(row: Mapping[str, Any]) -> str:
 
 def made(paper: str, rows: Sequence[Mapping[str, Any]]) -> Lines:
     """Return the commits and days of rows, below a blank line; nothing where no row is played."""
-    lines = [one.made for row in rows if by_seed(row) and (one := method_gains.reproduced(paper, row["name"]))]
+    lines = [figure.made for row in rows if by_seed(row) and (figure := method_gains.reproduced(paper, row["name"]))]
     return ["", f"Commit and day: {'; '.join(dict.fromkeys(lines))}."] if lines else []
 
 
@@ -165,17 +165,17 @@ def fuse_table() -> Lines:
         return [megabytes(figures("fusefl_calibration", f"Dirichlet 0.1: {cell}", way)[0] / 5) for way in ways]
 
     def apart(cell: str, *names: str) -> list[str]:
-        first = read_rows("fusefl_calibration")[f"Dirichlet 0.1: {cell}"]["runs"]["0"]["metrics"]
-        return [megabytes(first[name]) for name in names]
+        metrics = read_rows("fusefl_calibration")[f"Dirichlet 0.1: {cell}"]["runs"]["0"]["metrics"]
+        return [megabytes(metrics[name]) for name in names]
 
     one_shot, ensemble, calibrated = "one-shot FedAvg", "ensemble", "ensemble calibrated"
-    whole = traffic(ensemble)
+    sent = traffic(ensemble)
     rows = [
         [one_shot, *fuse(one_shot), "1×", *traffic(one_shot)],
         [f"{one_shot}, calibrated", *fuse(f"{one_shot} calibrated"), "1×", *traffic(f"{one_shot} calibrated")],
-        ["ensemble of five, mean logits", *fuse(ensemble), "5×", *whole],
-        ["ensemble of five, vote", *fuse(calibrated, "vote_accuracy"), "5×", *whole],
-        ["ensemble of five, mean probability", *fuse(calibrated, "probability_accuracy"), "5×", *whole],
+        ["ensemble of five, mean logits", *fuse(ensemble), "5×", *sent],
+        ["ensemble of five, vote", *fuse(calibrated, "vote_accuracy"), "5×", *sent],
+        ["ensemble of five, mean probability", *fuse(calibrated, "probability_accuracy"), "5×", *sent],
         ["ensemble of five, calibrated", *fuse(calibrated), "5×", *traffic(calibrated)],
         ["FuseFL, before calibration", *fuse("FuseFL", "uncalibrated_accuracy"), "1×",
          *apart("FuseFL", "levels_up_bytes", "levels_down_bytes")],
@@ -348,7 +348,7 @@ def _feddra() -> Page:
 MACHINE, OTHER_MACHINE = "intel-xeon", "amd-epyc"
 
 
-def operators(machine: str, other: str = "", *, folder: Path = comparisons.RESULTS) -> Lines:
+def operators(machine: str, marked: str = "", *, folder: Path = comparisons.RESULTS) -> Lines:
     """The operators' table: rows of shown.py recorded with the present kernels on a machine, or marked on another.
 
     Below those of a test stand its other rows, of one thread, in which somebody is faster; where nobody has measured
@@ -359,7 +359,7 @@ def operators(machine: str, other: str = "", *, folder: Path = comparisons.RESUL
     cores = sources.hashes(sources.CSRC)
     rows = [
         (row, mark)
-        for name, mark in ((other, " †"), (machine, ""))
+        for name, mark in ((marked, " †"), (machine, ""))
         for files in read_results(folder).values()
         for recorded in files
         if name and name in recorded.name
@@ -385,8 +385,8 @@ def operators(machine: str, other: str = "", *, folder: Path = comparisons.RESUL
             picked += [(row.case, row, mark) for row, mark in behind.values() if row.test.startswith(f"{test}[")]
         for size, row, mark in picked:
             compiled = [name for name in row.speedup if name.startswith("compile")]
-            others = [name for name in row.speedup if name not in (case.against, *compiled)]
-            best = min(others, key=lambda name: row.speedup[name], default="")
+            rivals = [name for name in row.speedup if name not in (case.against, *compiled)]
+            best = min(rivals, key=lambda name: row.speedup[name], default="")
             lines.append([
                 operator if operator != above else "", size, str(row.threads), our_time(row) + mark,
                 ratio(row, case.against), ratio(row, compiled[0]) if compiled else "",
@@ -458,7 +458,7 @@ def whole_runs() -> Lines:
     content = load(RUNS, comparisons.RESULTS)
     runs = [bench_methods.Row(**row) for row in content["cases"] if row["setting"] == "default"]
     rows = [earned(row) for row in runs]
-    apart = [
+    unequal = [
         f"{cells['run']} compares runs that end at different accuracies: {cells['ends at: plain PyTorch']} in plain "
         f"PyTorch, {cells['ends at: fedkern']} in fedkern."
         for row, cells in zip(runs, rows, strict=True)
@@ -466,7 +466,7 @@ def whole_runs() -> Lines:
         > 2 * stdev(row.figure[bench_methods.OURS])
     ]
     lines = table([*rows[0]], [[*row.values()] for row in rows]).split("\n")
-    return [*caption(content["machine"]), *(line for text in apart for line in (text, "")), *lines]
+    return [*caption(content["machine"]), *(line for text in unequal for line in (text, "")), *lines]
 
 
 PROGRAMS_OF_ROUNDS = {
@@ -480,13 +480,13 @@ GUESTS = f"guest-{OTHER_MACHINE}-2"
 
 def rounds_of_fedavg(machine: str) -> Lines:
     """Return milliseconds a round of FedAvg in every program, and how many times as fast fedkern's best is."""
-    (recorded,) = (each for each in read_results(comparisons.RESULTS)["rounds"] if each.name.endswith(machine))
+    (recorded,) = (file for file in read_results(comparisons.RESULTS)["rounds"] if file.name.endswith(machine))
     played = [name for name in PROGRAMS_OF_ROUNDS if any(name in row.seconds for row in recorded.rows)]
     lines = []
     for row in sorted(recorded.rows, key=lambda row: row.threads):
         times = (row.speedup.get(name) for name in played)
         against = (f" ({gain:.2f}×)" if gain is not None else "" for gain in times)
-        milliseconds = (f"{1e3 * row.seconds[one]:.0f}" if one in row.seconds else "–" for one in played)
+        milliseconds = (f"{1e3 * row.seconds[name]:.0f}" if name in row.seconds else "–" for name in played)
         cells = (ms + gain for ms, gain in zip(milliseconds, against, strict=True))
         lines.append([row.case, str(row.threads), *cells])
     header = ["milliseconds a round (fedkern: times as fast)", "cores", *(PROGRAMS_OF_ROUNDS[name] for name in played)]
@@ -495,12 +495,12 @@ def rounds_of_fedavg(machine: str) -> Lines:
 
 def rounds_on_datasets(machine: str) -> Lines:
     """Milliseconds a round of FedAvg on Datasets, ours and the other program's."""
-    (recorded,) = (each for each in read_results(comparisons.RESULTS)["datasets"] if each.name.endswith(machine))
+    (recorded,) = (file for file in read_results(comparisons.RESULTS)["datasets"] if file.name.endswith(machine))
     lines = []
     for row in recorded.rows:
-        ((other, gain),) = row.speedup.items()
-        times = (f"{1e3 * row.seconds[name]:.0f}" for name in (row.ours, other))
-        lines.append([row.case, *times, other, f"{gain:.2f}×"])
+        ((rival, gain),) = row.speedup.items()
+        times = (f"{1e3 * row.seconds[name]:.0f}" for name in (row.ours, rival))
+        lines.append([row.case, *times, rival, f"{gain:.2f}×"])
     header = ["milliseconds a round", "fedkern", "other", "the other is", "fedkern: times as fast as the other"]
     return [*caption(recorded.machine), *table(header, lines).split("\n")]
 
@@ -509,17 +509,17 @@ def speed_in_short() -> Lines:
     """Return the least and the most that default runs gain over plain PyTorch, as a sentence."""
     cases = load(RUNS, comparisons.RESULTS)["cases"]
     gains = [bench_methods.Row(**row).speedup(bench_methods.PLAIN) or 0 for row in cases if row["setting"] == "default"]
-    least, most = min(gains), max(gains)
-    return [f"On two CPU cores, fedkern's default runs are {least:.1f} to {most:.1f} times as fast as the same methods "
+    low, high = min(gains), max(gains)
+    return [f"On two CPU cores, fedkern's default runs are {low:.1f} to {high:.1f} times as fast as the same methods "
             "in plain PyTorch. On one core they gain more."]  # fmt: skip
 
 
 def networks_of_your_own() -> Lines:
     """Return how many times as fast as in PyTorch accelerated training steps of networks are, on one thread."""
     recorded = next(file for file in read_results(comparisons.RESULTS)["guest"] if file.name == GUESTS)
-    others = {"as written": "eager", "in `channels_last`": "channels_last", "under `torch.compile`": "compile"}
-    rows = [[row.case.rpartition(", B=")[0], *(ratio(row, name) for name in others.values())] for row in recorded.rows]
-    header = ["network, batches of 32", *(f"`accelerate`: times as fast as {text}" for text in others)]
+    ways = {"as written": "eager", "in `channels_last`": "channels_last", "under `torch.compile`": "compile"}
+    rows = [[row.case.rpartition(", B=")[0], *(ratio(row, name) for name in ways.values())] for row in recorded.rows]
+    header = ["network, batches of 32", *(f"`accelerate`: times as fast as {text}" for text in ways)]
     return [*caption(recorded.machine), *table(header, rows).split("\n")]
 
 
@@ -571,7 +571,7 @@ def in_models(row: Comparison) -> dict[str, str]:
 
 def over_flower() -> Lines:
     """Return the table of strategies: the rows that were recorded with the present kernels."""
-    recorded = next(each for each in read_results(comparisons.RESULTS)["flower"] if each.name == FLOWER)
+    recorded = next(file for file in read_results(comparisons.RESULTS)["flower"] if file.name == FLOWER)
     one_thread, cores = [row for row in recorded.rows if row.threads == 1], sources.hashes(sources.CSRC)
     rows = []
     for row in [row for row in one_thread if present(row, cores)]:
@@ -617,17 +617,17 @@ def compressed_uploads() -> Lines:
     fewer = {f"{WHOLE}, {text}": f"{WHOLE} in {text}" for text in ("6 rounds of 5 epochs", "3 rounds of 10 epochs")}
     lines = []
     for buffers in ("average", "drop"):
-        whole = read_rows("compress")[f"{buffers}: {WHOLE}"]["runs"]
+        plain_runs = read_rows("compress")[f"{buffers}: {WHOLE}"]["runs"]
         for label, name in {WHOLE: WHOLE, **COMPRESSIONS, **fewer}.items():
             row = read_rows("compress")[f"{buffers}: {name}"]
             runs, traffic = row["runs"], row["runs"]["0"]["bytes"]
-            gaps = [run["metrics"]["accuracy"] - whole[seed]["metrics"]["accuracy"] for seed, run in runs.items()]
+            gaps = [run["metrics"]["accuracy"] - plain_runs[seed]["metrics"]["accuracy"] for seed, run in runs.items()]
             lines.append([
                 label, buffers, chosen_rate(row), *(megabytes(traffic[way], 2) for way in ("up", "down")),
                 percent([run["metrics"]["accuracy"] for run in runs.values()]),
                 "" if label == WHOLE else percent(gaps),
                 "" if label in fewer else percent([run["late"] for run in runs.values()]),
-                stopped(whole, traffic["up"]) if label in COMPRESSIONS else "",
+                stopped(plain_runs, traffic["up"]) if label in COMPRESSIONS else "",
             ])  # fmt: skip
     header = ["uploads", "`--buffers`", "lr", "MB up", "MB down", "accuracy", "minus none", "last rounds",
               "none, as many bytes"]  # fmt: skip
@@ -665,7 +665,7 @@ NETWORKS = ("McMahan's CNN", "VGG-11/16, batch norm", "ResNet-8/16", "ResNet-18/
 
 def accelerated(machine: str) -> Lines:
     """Five networks' training steps beside plain PyTorch, on one core."""
-    (recorded,) = (each for each in read_results(comparisons.RESULTS)["guest"] if each.name.endswith(machine))
+    (recorded,) = (file for file in read_results(comparisons.RESULTS)["guest"] if file.name.endswith(machine))
     times = {row.case: row.speedup["eager"] for row in recorded.rows}
     rows = [[name, *(f"{times[f'{name}, B={batch}']:.1f}×" for batch in (8, 32))] for name in NETWORKS]
     heads = [f"times as fast as PyTorch on one CPU core, batch {batch}" for batch in (8, 32)]
@@ -692,8 +692,8 @@ def privacy_audit() -> Lines:
 def options_of(method: str) -> Lines:
     """Options of a method as its help lists them."""
     rows = [
-        [f"`{one.name}`", "" if one.default is None else f"{one.default}", one.range, one.help.replace("|", r"\|")]
-        for one in METHODS[method].Options.list_options()
+        [f"`{opt.name}`", "" if opt.default is None else f"{opt.default}", opt.range, opt.help.replace("|", r"\|")]
+        for opt in METHODS[method].Options.list_options()
     ]
     return table(["option", "default", "values", "meaning"], rows).split("\n")
 

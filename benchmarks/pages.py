@@ -108,9 +108,9 @@ def unbound(text: str, page: Page) -> list[str]:
         end = text.find("\n## ", start + 1)
         text = text[start : end if end >= 0 else len(text)]
     blank = HIDDEN.sub(lambda m: _blank(m[0]), SECTION.sub(lambda m: _blank(m[0]), text))
-    sentences = [one for one in SENTENCE.split(blank) if "published" not in one.lower()]
-    return [" ".join(one[max(0, match.start() - 30) : match.end() + 40].split())
-            for one in sentences for match in RESULT.finditer(one)]  # fmt: skip
+    sentences = [sentence for sentence in SENTENCE.split(blank) if "published" not in sentence.lower()]
+    return [" ".join(sentence[max(0, match.start() - 30) : match.end() + 40].split())
+            for sentence in sentences for match in RESULT.finditer(sentence)]  # fmt: skip
 
 
 def _blank(text: str) -> str:

@@ -81,8 +81,8 @@ def mark(path: str, region: str) -> None:
     module, _, name = path.partition(":")
     holder: Any = importlib.import_module(module)
     *outer, last = name.split(".")
-    for one in outer:
-        holder = getattr(holder, one)
+    for part in outer:
+        holder = getattr(holder, part)
     function = getattr(holder, last)
     if region == STEP:  # a function that makes the one that counts
 
@@ -109,9 +109,9 @@ def functions_of_ours() -> set[str]:
     import torch
 
     def below(kind: type) -> Iterator[type]:
-        for one in kind.__subclasses__():
-            yield one
-            yield from below(one)
+        for subclass in kind.__subclasses__():
+            yield subclass
+            yield from below(subclass)
 
     kinds = below(torch.autograd.Function)
     return {f"{kind.__name__}Backward" for kind in kinds if kind.__module__.startswith("fedkern.")}
@@ -157,11 +157,11 @@ def divided(events: Iterable[Any], ours: Iterable[str] = ()) -> dict[str, float]
             stack.append(event)
             event = event.cpu_parent
         above = WHOLE if event is None else known[id(event)]
-        for one in reversed(stack):
-            region = part_of(one.name, ours)
+        for entry in reversed(stack):
+            region = part_of(entry.name, ours)
             if above in (EVALUATE, LOAD, KEEP) or (above in regions and region not in regions):
                 region = above  # a region keeps what happens in it
-            above = known[id(one)] = above if region is None else region
+            above = known[id(entry)] = above if region is None else region
         return above
 
     seconds = dict.fromkeys(PARTS, 0.0)
@@ -211,9 +211,9 @@ def profiled(case: Case) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="profile-") as made:
         folder = Path(made)
         plain, watched = folder / "plain", folder / "watched"
-        for one in (plain, watched):
-            (one / "empty").mkdir(parents=True)
-        words = {one: [*bench_methods.run_words(case, one, None, 0, 1), "--workers", "1"] for one in (plain, watched)}
+        for out in (plain, watched):
+            (out / "empty").mkdir(parents=True)
+        words = {out: [*bench_methods.run_words(case, out, None, 0, 1), "--workers", "1"] for out in (plain, watched)}
         cost = processes.run([sys.executable, "-m", "fedkern.run", *words[plain]], environment, plain / "empty")
         command = [sys.executable, "-m", "benchmarks.profile_methods", "--child", str(folder / "parts.json")]
         command += [str(time.time()), *words[watched]]

@@ -28,9 +28,9 @@ TITLE = "README.md"
 
 def present(row: Comparison, cores: Cores) -> bool:
     """Whether a row's figures are those of the present kernels, or of a whole run."""
-    now = cores[sources.key(sources.module(row.backend), sources.family(row.group))]
+    current = cores[sources.key(sources.module(row.backend), sources.family(row.group))]
     compiled = row.backend not in ("reference", "triton")
-    return bool(row.startup_seconds) or not compiled or not now or row.sources == now
+    return bool(row.startup_seconds) or not compiled or not current or row.sources == current
 
 
 def left_out(count: int) -> list[str]:
@@ -71,7 +71,7 @@ def families(rows: Sequence[Comparison]) -> list[list[Comparison]]:
     groups: list[list[Comparison]] = []
     for row in rows:
         related = [family for family in groups if set(baselines(family)) & set(row.speedup)]
-        merged = [one for family in related for one in family] + [row]
+        merged = [member for family in related for member in family] + [row]
         groups = [family for family in groups if family not in related] + [merged]
     return sorted(groups, key=lambda family: min(rows.index(row) for row in family))
 
@@ -131,8 +131,8 @@ def table(rows: Sequence[Comparison]) -> list[str]:
         cells.append("–" if row.copy_fraction is None else f"{100 * row.copy_fraction:.0f} %")
         peak = row.peak_bytes
         cells.append(memory(peak[row.ours]) if row.ours in peak else "–")
-        others = [memory(peak[name]) for name in names if name in peak]
-        cells.append(" / ".join(others) if others else "–")
+        peaks = [memory(peak[name]) for name in names if name in peak]
+        cells.append(" / ".join(peaks) if peaks else "–")
         lines.append("| " + " | ".join(cells) + " |")
     noted: dict[str, list[str]] = {}
     for row in rows:
@@ -163,7 +163,7 @@ def whole_runs(rows: Sequence[Comparison]) -> list[str]:
 
 def page(results: dict[str, list[Recorded]], cores: Cores) -> str:
     """results/README.md."""
-    every = [row for files in results.values() for recorded in files for row in recorded.rows]
+    all_rows = [row for files in results.values() for recorded in files for row in recorded.rows]
     lines = [
         "# Measured",
         "",
@@ -176,7 +176,7 @@ def page(results: dict[str, list[Recorded]], cores: Cores) -> str:
         'what a call takes at most beyond its inputs, gradients included, "theirs" in the order of the columns before.',
         f"`{SCATTERS}`: times scatter by more than {100 * gate.NOISY:.0f} % (interquartile range over median).",
         "",
-        *left_out(sum(not present(row, cores) for row in every)),
+        *left_out(sum(not present(row, cores) for row in all_rows)),
     ]
     # Operators of one family, recorded alike, share a section, and a table where their baselines are the same.
     sections: dict[tuple[str, str], dict[tuple[str, ...], list[Comparison]]] = {}

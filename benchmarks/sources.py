@@ -42,8 +42,8 @@ def hash_of(folder: Path, core: str, name: str) -> str:
     """Return a hash over ``folder`` (csrc/) but for the files of other families and those that have a line for each."""
     if not name:
         return source_hash(folder, core)
-    others = "|".join(one for one in GROUPS if one != name)
-    files = rf"^(?:cpu/|cuda/|bindings/(?:cpu_|cuda_)?|include/fedkern/)(?:{others})(?:_\w+)?\.\w+$"
+    names = "|".join(group for group in GROUPS if group != name)
+    files = rf"^(?:cpu/|cuda/|bindings/(?:cpu_|cuda_)?|include/fedkern/)(?:{names})(?:_\w+)?\.\w+$"
     shared = r"^bindings/(?:cpu|cuda|cpu_tensors)\.cpp$"  # register functions, ask whether tensors suit them
     without = f"{files}|{shared}"
     return source_hash(folder, core, re.compile("|".join([without, *_unused(folder, core, re.compile(without))])))
@@ -57,10 +57,10 @@ def _unused(folder: Path, core: str, without: re.Pattern[str]) -> list[str]:
     used = {name for name in set(texts) - headers if name.startswith((f"{core[1:]}/", f"bindings/{core[1:]}"))}
     while True:
         asked = {part for name in used for part in re.findall(r'#include "(?:.*/)?(.*)"', texts[name])}
-        more = {name for name in headers - used if Path(name).name in asked}
-        if not more:
+        found = {name for name in headers - used if Path(name).name in asked}
+        if not found:
             return [f"^{re.escape(name)}$" for name in headers - used]
-        used |= more
+        used |= found
 
 
 @functools.cache

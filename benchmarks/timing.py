@@ -100,13 +100,13 @@ def clock(device: torch.device, *, one_thread: bool = False) -> Clock:
 
 
 def interleave(
-    runs: dict[str, Run], pairs: int, clock: Clock, *, longest: float, least: int = 15
+    runs: dict[str, Run], pairs: int, clock: Clock, *, longest: float, fewest: int = 15
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Lets implementations take turns; the first changes from pair to pair.  Returns ``sample`` and ``wall`` of each.
 
     Args:
         pairs: how many samples of each.
-        longest: seconds after which no further pair starts once there are ``least``.
+        longest: seconds after which no further pair starts once there are ``fewest``.
     """
     repeats = {}
     for name, run in runs.items():
@@ -125,7 +125,7 @@ def interleave(
             wall = clock.wall(runs[name], repeats[name])
             if wall is not None:
                 walls[name].append(wall)
-        if pair + 1 >= least and time.perf_counter() - begin > longest:
+        if pair + 1 >= fewest and time.perf_counter() - begin > longest:
             break
     return samples, walls
 

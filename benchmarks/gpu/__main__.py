@@ -39,9 +39,9 @@ def main(words: Sequence[str] | None = None) -> int:
     facts = gpu()
     if facts is None and not args.list:
         parser.error(ABSENT)
-    every = plan(facts["capability"] if facts else "9.0", out, args.data_root)
-    chosen = [stage for stage in every if not args.stages or any(_meant(stage, word) for word in args.stages)]
-    unknown = [word for word in args.stages if not any(_meant(stage, word) for stage in every)]
+    all_stages = plan(facts["capability"] if facts else "9.0", out, args.data_root)
+    chosen = [stage for stage in all_stages if not args.stages or any(_meant(stage, word) for word in args.stages)]
+    unknown = [word for word in args.stages if not any(_meant(stage, word) for stage in all_stages)]
     if unknown:
         parser.error(f"there is no stage {unknown[0]!r}: --list names them")
     if args.packed is not None and args.packed.exists() and not (out / RECORD).exists():
@@ -105,16 +105,16 @@ def code() -> str:
     return total.hexdigest()[:16]
 
 
-def pack(out: Path, target: Path, kinds: Collection[str] = (), most: float = math.inf) -> None:
-    """Write the files of a folder into a .tar.gz: those of ``kinds`` alone, and no more than ``most`` bytes."""
+def pack(out: Path, target: Path, kinds: Collection[str] = (), room: float = math.inf) -> None:
+    """Write the files of a folder into a .tar.gz: those of ``kinds`` alone, and no more than ``room`` bytes."""
     partial = target.with_name(f"{target.name}.partial")
     with tarfile.open(partial, "w:gz") as packed:
         for path in sorted(out.rglob("*")):
             if not path.is_file() or path.resolve() in (target.resolve(), partial.resolve()):
                 continue
             size = path.stat().st_size
-            if size <= most and (not kinds or path.suffix in kinds):
-                most -= size
+            if size <= room and (not kinds or path.suffix in kinds):
+                room -= size
                 packed.add(path, path.relative_to(out))
     partial.replace(target)
 

@@ -42,14 +42,14 @@ def main(words: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     os.environ[DEVICE] = args.device
     args.out.mkdir(parents=True, exist_ok=True)
-    one = Setting(args.model, args.width, args.clients, rounds=args.rounds)
+    case = Setting(args.model, args.width, args.clients, rounds=args.rounds)
     with tempfile.TemporaryDirectory(prefix="task-") as folder:
-        setting.write(one, Path(folder))
+        setting.write(case, Path(folder))
         task = Task.load(folder)
         if args.traced:
-            print(traced(one, task, args.out))
+            print(traced(case, task, args.out))
             return 0
-        facts = {"case": one.case, **contest(task, args.device)}
+        facts = {"case": case.case, **contest(task, args.device)}
     (args.out / f"{args.model}.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(told(facts))
     return 0
@@ -58,31 +58,31 @@ def main(words: Sequence[str] | None = None) -> int:
 def contest(task: Task, device: str) -> dict[str, dict[str, float]]:
     """Seconds of the first round and the median of the later ones, and the accuracy, of each."""
     facts: dict[str, dict[str, float]] = {"first": {}, "later": {}, "accuracy": {}}
-    for name, adapter, *more in ((LEAN, "lean"), (OURS, "ours", "1")):
-        who = Program(name, adapter, Path(sys.executable), words=tuple(more), device=device)
-        played = plays.play(who, task)
+    for name, adapter, *arguments in ((LEAN, "lean"), (OURS, "ours", "1")):
+        program = Program(name, adapter, Path(sys.executable), words=tuple(arguments), device=device)
+        played = plays.play(program, task)
         facts["first"][name] = played.rounds[0]
         facts["later"][name] = statistics.median(played.rounds[1:])
         facts["accuracy"][name] = played.accuracy
     return facts
 
 
-def traced(one: Setting, task: Task, out: Path) -> str:
+def traced(case: Setting, task: Task, out: Path) -> str:
     """Plays two rounds in this process, the second under the profiler; one line on what it says."""
-    setting.register(one.model)
+    setting.register(case.model)
     shutil.rmtree(out / "run", ignore_errors=True)  # what an end of time has left of an earlier one
     run(ours.settings(task, 1, "1"), out=out / "run", data=ours.federated_data(task), profile=True)
-    return trace.conclude(one.case, [], out / "run" / TRACE, out)
+    return trace.conclude(case.case, [], out / "run" / TRACE, out)
 
 
 def told(facts: dict[str, Any]) -> str:
     """One line."""
-    each = ", ".join(
+    figures = ", ".join(
         f"{name} {1e3 * facts['first'][name]:.0f} ms and {1e3 * seconds:.1f} ms ({100 * facts['accuracy'][name]:.1f} %)"
         for name, seconds in facts["later"].items()
     )
     gain = facts["later"][LEAN] / facts["later"][OURS]
-    return f"{facts['case']}, first round and median of later ones: {each}, {gain:.2f}×"
+    return f"{facts['case']}, first round and median of later ones: {figures}, {gain:.2f}×"
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ def call(words: Sequence[str]) -> int:
             torch.cuda.synchronize()
             if counted:
                 torch.cuda.profiler.start()
-            for one in made:
-                one()
+            for launch in made:
+                launch()
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
     return 0

@@ -137,17 +137,17 @@ def main(words: Sequence[str] | None = None) -> int:
     if not args.again:
         shutil.rmtree(BESIDE, ignore_errors=True)
     known = comparisons.slug(facts) == gpu_figures.GPU
-    asked = every = lines(facts["capability"], BESIDE, known=known)
+    asked = all_lines = lines(facts["capability"], BESIDE, known=known)
     playing = Lines(BESIDE, facts, code(), AGAIN if args.again else FIRST, PATIENCE)
     playing.archive = Path(args.out).resolve() / ARCHIVE
     if args.again:
-        failed = [line for line in every if playing.done.get(line.name, {}).get("outcome") != PASSED]
+        failed = [line for line in all_lines if playing.done.get(line.name, {}).get("outcome") != PASSED]
         asked = [*failed, *checks(known=known)]
         playing.play([stages.build(facts["capability"])])  # nothing to do but where that failed, or kernels were mended
         playing.play([line for line in failed if line.name != "build"], again=True)
         playing.play(checks(known=known), again=True)
     else:
-        playing.play(every, again=True)
+        playing.play(all_lines, again=True)
     print((BESIDE / TABLE).read_text() if (BESIDE / TABLE).exists() else "no line was played")
     return int(any(playing.done.get(line.name, {}).get("outcome") != PASSED for line in asked))
 
@@ -157,7 +157,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def told(out: Path, facts: Mapping[str, Any], done: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """All that the lines found, as tables."""
-    rows = [[name, one["outcome"], f"{one['seconds']:.0f}", one["last"]] for name, one in done.items()]
+    rows = [[name, entry["outcome"], f"{entry['seconds']:.0f}", entry["last"]] for name, entry in done.items()]
     text = [", ".join(map(str, facts.values())), "", table(["line", "outcome", "s", "said last"], rows)]
     for part in (_kernels, _rounds, _runs, _traces, _losses, _counters):
         try:
@@ -180,8 +180,8 @@ def _rounds(out: Path, facts: Mapping[str, Any]) -> Iterator[str]:
     if cases:
         columns = [(name, part) for name in (beside.LEAN, beside.OURS) for part in ("first", "later")]
         rows = [
-            [one["case"], *(f"{1e3 * one[part][name]:.1f} ms" for name, part in columns),
-             f"{one['later'][beside.LEAN] / one['later'][beside.OURS]:.2f}×"] for one in cases
+            [case["case"], *(f"{1e3 * case[part][name]:.1f} ms" for name, part in columns),
+             f"{case['later'][beside.LEAN] / case['later'][beside.OURS]:.2f}×"] for case in cases
         ]  # fmt: skip
         yield table(["rounds", *(f"{name}: {part}" for name, part in columns), "later over"], rows)
 
@@ -191,11 +191,11 @@ def _runs(out: Path, facts: Mapping[str, Any]) -> Iterator[str]:
     for path in sorted((out / "runs").glob("*/metrics.jsonl")):
         records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
         if len(records) > 1:
-            first, *later = (one["round_seconds"] for one in records)
-            phases = {name: median(one["phases"].get(name, 0) for one in records[1:]) for name in records[1]["phases"]}
-            most = sorted(phases.items(), key=lambda item: -item[1])[:4]
-            operators = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in most)
-            rows.append([path.parent.name, f"{1e3 * first:.0f} ms", f"{1e3 * median(later):.1f} ms", operators])
+            first_round, *later = (row["round_seconds"] for row in records)
+            phases = {name: median(row["phases"].get(name, 0) for row in records[1:]) for name in records[1]["phases"]}
+            longest = sorted(phases.items(), key=lambda item: -item[1])[:4]
+            operators = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in longest)
+            rows.append([path.parent.name, f"{1e3 * first_round:.0f} ms", f"{1e3 * median(later):.1f} ms", operators])
     if rows:
         yield table(["run", "first round", "later ones", "phases of later ones, ms"], rows)
 
@@ -204,15 +204,15 @@ def _traces(out: Path, facts: Mapping[str, Any]) -> Iterator[str]:
     traces = [json.loads(path.read_text()) for path in sorted((out / "traces").glob("*/trace.json"))]
     if traces:
         rows = [
-            [one["method"], "–" if one["busy"] is None else f"{100 * one['busy']:.0f} %", f"{one['kernels']:,}",
-             ", ".join(f"{count} {name}" for name, (count, _) in list(one["waits"].items())[:3])] for one in traces
+            [case["method"], "–" if case["busy"] is None else f"{100 * case['busy']:.0f} %", f"{case['kernels']:,}",
+             ", ".join(f"{count} {name}" for name, (count, _) in list(case["waits"].items())[:3])] for case in traces
         ]  # fmt: skip
         yield table(["one round traced", "GPU busy", "kernels", "most waits"], rows)
 
 
 def _losses(out: Path, facts: Mapping[str, Any]) -> Iterator[str]:
     recorded = comparisons.read_results(out / "results")
-    if rows := [row for files in recorded.values() for one in files for row in one.rows]:
+    if rows := [row for files in recorded.values() for file in files for row in file.rows]:
         names = ("eager", "compile", "Liger-Kernel")
         cells = [
             [row.group, row.case, *(f"{1e6 * clock[row.ours]:.1f} µs" for clock in (row.seconds, row.wall_seconds)),

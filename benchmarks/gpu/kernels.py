@@ -46,11 +46,11 @@ def drawn(*shape: int, dtype: torch.dtype, leaf: bool = False) -> Tensor:
     return torch.randn(shape, device=DEVICE).to(dtype).requires_grad_(leaf)
 
 
-def trained(loss: Callable[..., Tensor], leaves: Sequence[Tensor], others: Sequence[Any] = ()) -> Callable[[], Any]:
+def trained(loss: Callable[..., Tensor], leaves: Sequence[Tensor], constants: Sequence[Any] = ()) -> Callable[[], Any]:
     """Return a call forward and backward; outputs that are no scalars get a gradient of ones."""
-    first = loss(*leaves, *others)
-    outer = torch.ones_like(first)
-    return lambda: torch.autograd.grad(loss(*leaves, *others), leaves, outer)
+    loss_value = loss(*leaves, *constants)
+    outer = torch.ones_like(loss_value)
+    return lambda: torch.autograd.grad(loss(*leaves, *constants), leaves, outer)
 
 
 def vectors(size: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Made]]]:
@@ -80,8 +80,8 @@ def vectors(size: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], M
         return lambda: ops.server_step(model, held, weights, rule, out=model, **kept), moved
 
     def added(exact: bool) -> Made:
-        total, one = ops.Accumulator(size, exact=exact, device=DEVICE), drawn(size, dtype=dtype)
-        return lambda: total.add(one, 2.0), (50 if exact else 16) * size + bytes_of
+        total, vector = ops.Accumulator(size, exact=exact, device=DEVICE), drawn(size, dtype=dtype)
+        return lambda: total.add(vector, 2.0), (50 if exact else 16) * size + bytes_of
 
     def stepped(states: int) -> Made:
         held = [drawn(size, dtype=dtype) for _ in range(2)] + [
@@ -132,9 +132,9 @@ def losses(rows: int, classes: int, dtype: torch.dtype) -> Iterator[tuple[str, C
     moved = rows * classes * dtype.itemsize
     experts = 4
 
-    def one(loss: Callable[..., Tensor], leaves: int, others: int) -> Made:
-        tensors = [drawn(rows, classes, dtype=dtype, leaf=i < leaves) for i in range(leaves + others)]
-        return trained(loss, tensors[:leaves], tensors[leaves:]), (2 * leaves + others) * moved
+    def one(loss: Callable[..., Tensor], leaves: int, constants: int) -> Made:
+        tensors = [drawn(rows, classes, dtype=dtype, leaf=i < leaves) for i in range(leaves + constants)]
+        return trained(loss, tensors[:leaves], tensors[leaves:]), (2 * leaves + constants) * moved
 
     def ensemble(temperature: float = 2.0, **kind: str) -> Made:
         student, teachers = drawn(rows, classes, dtype=dtype, leaf=True), drawn(experts, rows, classes, dtype=dtype)
@@ -211,13 +211,13 @@ def cases(dtype: torch.dtype, odd: bool) -> Iterator[tuple[str, str, Callable[[]
         dtype: of the tensors.
         odd: whether rows are 4 n + 2 elements long.
     """
-    more = 2 if odd else 0
+    extra = 2 if odd else 0
     for size, length in VECTORS.items():
-        yield from ((name, size, make) for name, make in vectors(length + more, dtype))
+        yield from ((name, size, make) for name, make in vectors(length + extra, dtype))
     for size, (batch, length) in BATCHES.items():
-        yield from ((name, size, make) for name, make in batches(batch, length + more, dtype))
+        yield from ((name, size, make) for name, make in batches(batch, length + extra, dtype))
     for size, (rows, classes) in ROWS.items():
-        classes += more if classes % 4 == 0 else 0
+        classes += extra if classes % 4 == 0 else 0
         yield from ((name, size, make) for name, make in losses(rows, classes, dtype))
     for size, shape in MAPS.items():
         yield from ((name, size, make) for name, make in maps((*shape[:3], shape[3] - 1) if odd else shape, dtype))
@@ -272,9 +272,9 @@ def asked(words: Sequence[str], backends: Sequence[str]) -> Iterator[tuple[dict[
         for name, size, make in cases(dtype, odd):
             if words and not any(f"{name} {size} ".startswith(f"{word} ") for word in words):
                 continue
-            for each in backends:
-                if not (odd and each == "reference"):
-                    yield {"operator": name, "size": size, "dtype": spelt, "odd": odd, "backend": each}, make
+            for backend in backends:
+                if not (odd and backend == "reference"):
+                    yield {"operator": name, "size": size, "dtype": spelt, "odd": odd, "backend": backend}, make
 
 
 class Table:
@@ -296,7 +296,7 @@ class Table:
     def add(self, row: dict[str, Any]) -> None:
         """Take a row in the place of an earlier one of the same call, and write the file."""
         self._rows[_key(row)] = row
-        lines = ",\n".join(json.dumps(each) for each in self._rows.values())
+        lines = ",\n".join(json.dumps(row) for row in self._rows.values())
         text = f'{{"machine": {json.dumps(self._machine)},\n"rows": [\n{lines}\n]}}\n'
         filesystem.replace(self._path, lambda temporary: temporary.write_text(text))
 

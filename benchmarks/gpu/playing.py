@@ -62,7 +62,7 @@ class Playing:
                 continue
             left = None if self._end is None else self._end - time.monotonic() - self.patience
             if left is not None and left < min(LEAST, stage.seconds):
-                return [one for one in stages[i:] if again or not self._passed(one)]
+                return [stage for stage in stages[i:] if again or not self._passed(stage)]
             limit = stage.seconds if left is None else min(stage.seconds, left)
             self._note(stage, self._run(stage, limit, cut=limit < stage.seconds))
         return []

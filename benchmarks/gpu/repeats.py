@@ -36,8 +36,8 @@ def main(words: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the run that is compared ends too
     networks = [bench_methods.Case("fedavg", name, settings) for name, settings in stages.NETWORKS.items()]
     case = next(
-        one for one in (*bench_methods.CASES, *networks)
-        if args.name == (one.method if one.setting == "default" else one.setting)
+        case for case in (*bench_methods.CASES, *networks)
+        if args.name == (case.method if case.setting == "default" else case.setting)
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="repeats-") as made:
         folders = [Path(made) / name for name in ("first", "second")]
@@ -70,15 +70,15 @@ def play(case: bench_methods.Case, device: str, folder: Path) -> Path:
     return folder / "run"
 
 
-def differences(first: Path, second: Path) -> list[str]:
+def differences(first_folder: Path, second: Path) -> list[str]:
     """What two run folders do not share, though deterministic runs must; one entry for the model, one for metrics."""
     sentences = []
-    one, other = (load_file(folder / MODEL) for folder in (first, second))
-    if (first / MODEL).read_bytes() != (second / MODEL).read_bytes():
-        names = [name for name in one if name not in other or not _same_bits(one[name], other[name])]
-        names += [name for name in other if name not in one]
-        sentences.append(f"{len(names)} of the model's {len(one)} tensors, {names[0]} first" if names else f"{MODEL}")
-    rounds = [[repeatable(record) for record in read_metrics(folder)] for folder in (first, second)]
+    own, repeat = (load_file(folder / MODEL) for folder in (first_folder, second))
+    if (first_folder / MODEL).read_bytes() != (second / MODEL).read_bytes():
+        names = [name for name in own if name not in repeat or not _same_bits(own[name], repeat[name])]
+        names += [name for name in repeat if name not in own]
+        sentences.append(f"{len(names)} of the model's {len(own)} tensors, {names[0]} first" if names else f"{MODEL}")
+    rounds = [[repeatable(record) for record in read_metrics(folder)] for folder in (first_folder, second)]
     if len(rounds[0]) != len(rounds[1]):
         sentences.append(f"{len(rounds[0])} and {len(rounds[1])} rounds")
     for one_round, again in zip(*rounds, strict=False):
@@ -97,11 +97,11 @@ def repeatable(record: Any) -> Any:
     return {name: repeatable(value) for name, value in kept.items()}
 
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal in dtype, shape and memory, so that a NaN equals itself and 0 is not -0."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    return one.contiguous().view(-1).view(torch.uint8).equal(other.contiguous().view(-1).view(torch.uint8))
+    return a.contiguous().view(-1).view(torch.uint8).equal(b.contiguous().view(-1).view(torch.uint8))
 
 
 if __name__ == "__main__":

@@ -143,12 +143,12 @@ def methods(out: Path, data_root: str | None) -> list[Stage]:
     words = (sys.executable, "-m", "benchmarks.bench_methods", "--device", "cuda", "--repeats", "2", "--variants",
              "plain", "fedkern", "bf16", "reference", "--results", str(out / "results"))  # fmt: skip
     stages = []
-    for setting, more in (("default", ()), ("large", ("--data-root", data_root))):
-        if None not in more:
+    for setting, flags in (("default", ()), ("large", ("--data-root", data_root))):
+        if None not in flags:
             stages += [
                 Stage(
                     f"methods {method} {setting}",
-                    (*words, "--methods", method, "--settings", setting, *map(str, more)),
+                    (*words, "--methods", method, "--settings", setting, *map(str, flags)),
                     590,
                 )
                 for method in METHODS

@@ -33,24 +33,24 @@ Event = Mapping[str, Any]
 def read(path: Path) -> list[Event]:
     """Return the events of a trace that lasted, in the order in which they began."""
     events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-    lasted = [one for one in events if one.get("ph") == "X" and one.get("cat") in {HOST, *RUNTIME, *DEVICE}]
+    lasted = [event for event in events if event.get("ph") == "X" and event.get("cat") in {HOST, *RUNTIME, *DEVICE}]
     return sorted(lasted, key=lambda one: one["ts"])
 
 
 def waits(events: Iterable[Event]) -> list[Event]:
     """Return the calls of the CUDA runtime in which the host waits for the GPU."""
     return [
-        one
-        for one in events
-        if one["cat"] in RUNTIME and any(word in one["name"] for word in WAITING) and QUEUED not in one["name"]
+        event
+        for event in events
+        if event["cat"] in RUNTIME and any(word in event["name"] for word in WAITING) and QUEUED not in event["name"]
     ]
 
 
 def covered(events: Iterable[Event], begin: float, end: float) -> float:
     """Microseconds of [begin, end] in which at least one of the events, in the order of their beginnings, went on."""
     total, reached = 0.0, begin
-    for one in events:
-        start, stop = max(one["ts"], reached), min(one["ts"] + one["dur"], end)
+    for event in events:
+        start, stop = max(event["ts"], reached), min(event["ts"] + event["dur"], end)
         if stop > start:
             total += stop - start
             reached = stop
@@ -59,19 +59,19 @@ def covered(events: Iterable[Event], begin: float, end: float) -> float:
 
 def around(events: Sequence[Event], chosen: Iterable[Event]) -> list[str]:
     """For each of the chosen events the innermost operator of PyTorch that it belongs to, in the trace's order."""
-    wanted = {id(one) for one in chosen}
+    wanted = {id(event) for event in chosen}
     open_here: dict[Any, list[Event]] = {}  # by thread, the outermost operator first
     operators = []
-    for one in events:
-        stack = open_here.setdefault(one.get("tid"), [])
-        if id(one) in wanted:
-            while stack and stack[-1]["ts"] + stack[-1]["dur"] < one["ts"] + one["dur"]:
+    for event in events:
+        stack = open_here.setdefault(event.get("tid"), [])
+        if id(event) in wanted:
+            while stack and stack[-1]["ts"] + stack[-1]["dur"] < event["ts"] + event["dur"]:
                 stack.pop()
             operators.append(stack[-1]["name"] if stack else "no operator")
-        elif one["cat"] == HOST:
-            while stack and stack[-1]["ts"] + stack[-1]["dur"] <= one["ts"]:
+        elif event["cat"] == HOST:
+            while stack and stack[-1]["ts"] + stack[-1]["dur"] <= event["ts"]:
                 stack.pop()
-            stack.append(one)
+            stack.append(event)
     return operators
 
 
@@ -88,18 +88,18 @@ def figures(events: Sequence[Event]) -> dict[str, Any]:
     """
     if not events:
         raise ValueError("the trace is empty")
-    begin, end = events[0]["ts"], max(one["ts"] + one["dur"] for one in events)
-    device = [one for one in events if one["cat"] in DEVICE]
+    begin, end = events[0]["ts"], max(event["ts"] + event["dur"] for event in events)
+    device = [event for event in events if event["cat"] in DEVICE]
     counts: dict[str, list[float]] = {}
     waited = waits(events)
-    for one, operator in zip(waited, around(events, waited), strict=True):
+    for event, operator in zip(waited, around(events, waited), strict=True):
         pair = counts.setdefault(operator, [0, 0.0])
         pair[0] += 1
-        pair[1] += one["dur"] / 1e6
+        pair[1] += event["dur"] / 1e6
     return {
         "seconds": (end - begin) / 1e6,
         "busy": covered(device, begin, end) / (end - begin) if device else None,
-        "kernels": sum(one["cat"] == "kernel" for one in events),
+        "kernels": sum(event["cat"] == "kernel" for event in events),
         "waits": dict(sorted(counts.items(), key=lambda item: -item[1][1])),
     }
 
@@ -110,23 +110,23 @@ def draw(events: Sequence[Event], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     begin, end = events[0]["ts"], events[-1]["ts"]
-    first = max(begin, (begin + end - WINDOW) / 2)
-    shown = [one for one in events if one["ts"] < first + WINDOW and one["ts"] + one["dur"] > first]
-    waited = {id(one) for one in waits(shown)}
-    rows: dict[str, list[Event]] = {"host": [one for one in shown if one["cat"] == HOST]}
-    rows["host waits"] = [one for one in shown if id(one) in waited]
-    for one in shown:
-        if one["cat"] in DEVICE:
-            rows.setdefault(f"GPU, stream {one.get('args', {}).get('stream', one.get('tid'))}", []).append(one)
-    names = sorted({one["name"] for row in rows.values() for one in row})
+    start = max(begin, (begin + end - WINDOW) / 2)
+    shown = [event for event in events if event["ts"] < start + WINDOW and event["ts"] + event["dur"] > start]
+    waited = {id(event) for event in waits(shown)}
+    rows: dict[str, list[Event]] = {"host": [event for event in shown if event["cat"] == HOST]}
+    rows["host waits"] = [event for event in shown if id(event) in waited]
+    for event in shown:
+        if event["cat"] in DEVICE:
+            rows.setdefault(f"GPU, stream {event.get('args', {}).get('stream', event.get('tid'))}", []).append(event)
+    names = sorted({event["name"] for row in rows.values() for event in row})
     colours = {name: colormaps["tab20"](number % 20) for number, name in enumerate(names)}
     figure = Figure(figsize=(12, 1.2 + 0.6 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for number, row in enumerate(rows.values()):
         axes.broken_barh(
-            [((one["ts"] - first) / 1e3, max(one["dur"], 1) / 1e3) for one in row],
+            [((event["ts"] - start) / 1e3, max(event["dur"], 1) / 1e3) for event in row],
             (number - 0.4, 0.8),
-            facecolors=[colours[one["name"]] for one in row],
+            facecolors=[colours[event["name"]] for event in row],
         )
     axes.set_yticks(range(len(rows)), list(rows))
     axes.set_xlim(0, WINDOW / 1e3)

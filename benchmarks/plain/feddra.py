@@ -168,7 +168,7 @@ def evaluate(model: Any, data: common.Images, texts: Sequence[str]) -> dict[str,
     model.eval()
     batches = DataLoader(data, batch_size=common.EVALUATION_BATCH)
     made = [model(images, tokens) for images, tokens in on(batches, common.device_of(model))]
-    x, y = torch.cat([one[0] for one in made]), torch.cat([one[1] for one in made])
+    x, y = torch.cat([pair[0] for pair in made]), torch.cat([pair[1] for pair in made])
     number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     texts_of = torch.tensor([number[text] for text in texts], device=x.device)
     belongs = texts_of[:, None] == texts_of
@@ -209,7 +209,7 @@ def main() -> None:
     test_sets = [(pairs(split, source, model), split.texts) for split in source.client_tests]
     loss_batch = min(args.loss_batch, *(len(data) for data in held))
     weights = [1 / len(training)] * len(training)
-    first = min(max(1, args.rounds // 4), args.rounds - 1)
+    aligned = min(max(1, args.rounds // 4), args.rounds - 1)
 
     records = common.Records(args)
     for number in range(1, args.rounds + 1):
@@ -217,7 +217,7 @@ def main() -> None:
         globally, states = common.frozen(model), []
         for data in training:
             local = copy.deepcopy(model)
-            train_client(local, data, args, globally, align_only=number <= first)
+            train_client(local, data, args, globally, align_only=number <= aligned)
             states.append(local.state_dict())
         model.load_state_dict(common.average(states, weights))
         pool_statistics(model, training, weights)
@@ -227,9 +227,9 @@ def main() -> None:
         if records.due(number, args.rounds):
             for name, (data, texts) in sets.items():
                 figures.update({name + key: value for key, value in evaluate(model, data, texts).items()})
-            each = [evaluate(model, data, texts) for data, texts in test_sets]
-            for key in each[0] if each else ():
-                figures[f"mean_client_{key}"] = sum(one[key] for one in each) / len(each)
+            of_clients = [evaluate(model, data, texts) for data, texts in test_sets]
+            for key in of_clients[0] if of_clients else ():
+                figures[f"mean_client_{key}"] = sum(entry[key] for entry in of_clients) / len(of_clients)
         records.add(figures)
     records.write()
 

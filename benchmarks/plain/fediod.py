@@ -123,7 +123,7 @@ def main() -> None:
     weights = class_weights([dataset.columns[0] for dataset in clients], len(source.classes)).to(args.device)
     iterations = args.iterations or math.ceil(max(federation.sizes) / args.batch)
     total = args.rounds * iterations
-    first = int(args.warmup * total)
+    warm = int(args.warmup * total)
     iteration = 0
 
     def update(round: int) -> None:
@@ -150,8 +150,8 @@ def main() -> None:
             of_generator.zero_grad()
             loss.backward()
             of_generator.step()
-            if iteration >= first:
-                lr = cosine(args.student_lr, 1e-5, (iteration - first) / (total - first))
+            if iteration >= warm:
+                lr = cosine(args.student_lr, 1e-5, (iteration - warm) / (total - warm))
                 of_student.param_groups[0]["lr"] = lr
                 for _ in range(args.student_steps):
                     with torch.no_grad():

@@ -107,10 +107,10 @@ def class_statistics(
     return result
 
 
-def pooled(each: Sequence[Sequence[tuple[int, Tensor, Tensor]]]) -> list[tuple[int, Tensor, Tensor]]:
+def pooled(clients: Sequence[Sequence[tuple[int, Tensor, Tensor]]]) -> list[tuple[int, Tensor, Tensor]]:
     """Return the same over all clients together: count, mean and covariance."""
     result = []
-    for parts in zip(*each, strict=True):
+    for parts in zip(*clients, strict=True):
         n = sum(count for count, _, _ in parts)
         mean = sum(count * m for count, m, _ in parts) / max(n, 1)
         scatter = sum(s + count * torch.outer(m - mean, m - mean) for count, m, s in parts)
@@ -168,9 +168,9 @@ def main() -> None:
     levels: list[list[Branch]] = []
     for level in range(1, args.blocks + 1):
         records.start()
-        each, left = divmod(args.local_epochs, args.blocks)
+        share, left = divmod(args.local_epochs, args.blocks)
         level_args = copy.copy(args)
-        level_args.local_epochs = each + (level <= left)
+        level_args.local_epochs = share + (level <= left)
         fused = common.frozen(Fused(levels)) if levels else None
         branches = []
         for network, dataset in zip(networks, federation.clients, strict=True):

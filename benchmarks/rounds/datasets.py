@@ -137,8 +137,8 @@ def fedkern_run(trial: Trial, out: Path, arrays: bool, marked: Marked) -> float:
     network: dict[str, Any] = {"model": "cnn", "width": 8} if trial.kind == "images" else {"model": trial.network()}
     settings = {"local_epochs": 1, "batch_size": 32, "lr": 0.02, "momentum": 0.9, "weight_decay": 0.0}
     how = {"threads": 1, "workers": 1, "pictures": False, "progress": False, "listener": marked}
-    both = {"rounds": trial.rounds, "eval_every": trial.rounds, "out": out / "run"}
-    run = fedkern.simulate("fedavg", **data, **network, **settings, **how, **both)
+    ending = {"rounds": trial.rounds, "eval_every": trial.rounds, "out": out / "run"}
+    run = fedkern.simulate("fedavg", **data, **network, **settings, **how, **ending)
     return run.metrics["accuracy"]
 
 

@@ -29,18 +29,18 @@ from .task import CLASSES, Contest, Task, contest
 def federated_data(task: Task) -> FederatedData:
     """Return the task's images as the engine takes them."""
     images, labels = np.load(task.folder / "raw_images.npy"), task.labels.cpu()
-    clients = tuple(Split(torch.from_numpy(rows), its) for rows, its in zip(images, labels, strict=True))
+    clients = tuple(Split(torch.from_numpy(rows), classes) for rows, classes in zip(images, labels, strict=True))
     test = Split(
         torch.from_numpy(np.load(task.folder / "raw_test_images.npy")),
         torch.from_numpy(np.load(task.folder / "test_labels.npy")),
     )
-    none = Split(test.images[:0], test.labels[:0])
+    no_samples = Split(test.images[:0], test.labels[:0])
     names = tuple(str(k) for k in range(CLASSES))
     return FederatedData(
         name="cifar10",
         classes=names,
         clients=clients,
-        validation=none,
+        validation=no_samples,
         tests={"": test},
         form=ImageForm(tuple(test.images.shape[1:]), MEAN, STD),
         statistics=PartitionStatistics.of(list(labels.numpy()), names, "iid"),

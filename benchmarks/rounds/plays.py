@@ -83,7 +83,7 @@ class Played:
     said: dict[str, str] = field(default_factory=dict)
 
 
-def play(who: Program, task: Judged, *, watch: bool = False, limit: float = 3600.0) -> Played:
+def play(program: Program, task: Judged, *, watch: bool = False, limit: float = 3600.0) -> Played:
     """Plays the task's rounds.
 
     Args:
@@ -96,15 +96,15 @@ def play(who: Program, task: Judged, *, watch: bool = False, limit: float = 3600
     word = f"{MARK}={uuid.uuid4().hex}"
     with tempfile.TemporaryDirectory(prefix="rounds-") as folder:
         out = Path(folder)
-        command = [str(who.python), "-m", f"benchmarks.rounds.{who.adapter}", str(task.folder), str(out)]
-        command += [str(who.threads), str(who.workers), *who.words]
+        command = [str(program.python), "-m", f"benchmarks.rounds.{program.adapter}", str(task.folder), str(out)]
+        command += [str(program.threads), str(program.workers), *program.words]
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": str(who.threads),
+            "OMP_NUM_THREADS": str(program.threads),
             "OMP_WAIT_POLICY": "PASSIVE",
             MARK: word.partition("=")[2],
-            DEVICE: who.device,
+            DEVICE: program.device,
         }
         log = out / "log"
         start = time.monotonic()
@@ -153,9 +153,9 @@ def family(pid: int, word: str) -> list[int]:
             continue  # it has ended, or is not ours
     grown = True
     while grown:
-        more = {child for child, parent in parents.items() if parent in members} - members
-        members |= more
-        grown = bool(more)
+        found = {child for child, parent in parents.items() if parent in members} - members
+        members |= found
+        grown = bool(found)
     return sorted(members)
 
 

@@ -73,10 +73,10 @@ def audit(one: Tensor, other: Tensor, *, confidence: float = 0.99) -> Audit:
     x, y = (_checked(scores, name) for scores, name in ((one, "one"), (other, "other")))
     if len(x) != len(y):
         raise ValueError(f"one and other must have the same number of runs, not {len(x)} and {len(y)}")
-    half, each = len(x) // 2, (1 - confidence) / 2
+    half, level = len(x) // 2, (1 - confidence) / 2
     candidates = np.quantile(np.concatenate([x[:half], y[:half]]), np.linspace(0, 1, _CANDIDATES + 2)[1:-1])
-    best = int(np.argmax(_mu(*_bounds(x[:half], y[:half], candidates, each))))
-    (positives,), (negatives,) = _bounds(x[half:], y[half:], candidates[best : best + 1], each)
+    best = int(np.argmax(_mu(*_bounds(x[:half], y[:half], candidates, level))))
+    (positives,), (negatives,) = _bounds(x[half:], y[half:], candidates[best : best + 1], level)
     lower = max(0.0, float(_mu(positives, negatives)))
     return Audit(lower, float(positives), float(negatives), len(x), confidence)
 
@@ -125,10 +125,10 @@ def _mu(false_positives: Any, false_negatives: Any) -> Any:
     return -ndtri(false_positives) - ndtri(false_negatives)
 
 
-def _bounds(x: np.ndarray, y: np.ndarray, thresholds: np.ndarray, each: float) -> tuple[np.ndarray, np.ndarray]:
+def _bounds(x: np.ndarray, y: np.ndarray, thresholds: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
     """For every threshold, upper bounds on the shares of ``x`` above the threshold and of ``y`` not above it."""
     positives = len(x) - np.searchsorted(np.sort(x), thresholds, side="right")
-    return _most(positives, len(x), each), _most(np.searchsorted(np.sort(y), thresholds, side="right"), len(y), each)
+    return _most(positives, len(x), level), _most(np.searchsorted(np.sort(y), thresholds, side="right"), len(y), level)
 
 
 def _most(errors: np.ndarray, runs: int, level: float) -> np.ndarray:
@@ -141,13 +141,13 @@ def _most(errors: np.ndarray, runs: int, level: float) -> np.ndarray:
 
 def _least_negatives(epsilon: Callable[[float], float], false_positives: float) -> float:
     """Return the fewest false negatives of a test that the pairs (epsilon, delta) allow, over a grid of delta."""
-    least = 0.0
+    limit = 0.0
     for delta in np.logspace(-8, math.log10(0.9), 60):
         bound = epsilon(float(delta))
         if math.isfinite(bound):
-            rest = 1 - float(delta) - false_positives
-            least = max(least, rest * math.exp(-bound), 1 - float(delta) - math.exp(min(bound, 50.0)) * false_positives)
-    return least
+            left = 1 - float(delta) - false_positives
+            limit = max(limit, left * math.exp(-bound), 1 - float(delta) - math.exp(min(bound, 50.0)) * false_positives)
+    return limit
 
 
 def _checked(scores: Tensor, name: str) -> np.ndarray:

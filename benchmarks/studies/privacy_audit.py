@@ -100,8 +100,8 @@ def channels(*, sigma: float, releases: int = 1, rows: int = 4, shards: int = 1)
             noisy = private_messages.sanitise(client, u_d, options)  # type: ignore[arg-type]
             assert noisy is not None
             # In multiples of the noise, times the signal in it: what tells most of independent parts.
-            each = (noisy * flips * direction).flatten(1).sum(1).double() / (sigma * options.clip_d) / sigma
-            scores += each.view(repeats, rows).sum(1)
+            products = (noisy * flips * direction).flatten(1).sum(1).double() / (sigma * options.clip_d) / sigma
+            scores += products.view(repeats, rows).sum(1)
         return scores, _of_one(client.state[LEDGER], repeats)
 
     return runs
@@ -156,17 +156,17 @@ def dp_sgd(*, noise: float, steps: int = 1, rate: float = 1.0) -> Runs:
     """Training with Poisson-sampled batches; the score of a canary is what its parameter moved by, signs taken back."""
 
     def runs(repeats: int, sign: float) -> tuple[Tensor, Ledger]:
-        each = SIDE * SIDE
-        images = torch.zeros(each, 1, SIDE, SIDE, dtype=torch.uint8)
-        images.view(each, each).fill_diagonal_(255)
-        split = Split(images, torch.zeros(each, dtype=torch.int64))
+        size = SIDE * SIDE
+        images = torch.zeros(size, 1, SIDE, SIDE, dtype=torch.uint8)
+        images.view(size, size).fill_diagonal_(255)
+        split = Split(images, torch.zeros(size, dtype=torch.int64))
         data = Images(split, ImageForm(tuple(split.images.shape[1:]), (0.0,), (1.0,)), torch.device("cpu"), cache=True)
-        batch = round(rate * each)
+        batch = round(rate * size)
         schedule = Schedule(1.0, 0.0, 0.0, 0.0, 1, batch, limit=steps)
         scores: list[Tensor] = []
-        while len(scores) * each < repeats:
-            client = Client(seed=2 * len(scores) + (0 if sign > 0 else 1), samples=each)
-            module, canaries = nn.Linear(each, 1, bias=False), _Canaries(sign)
+        while len(scores) * size < repeats:
+            client = Client(seed=2 * len(scores) + (0 if sign > 0 else 1), samples=size)
+            module, canaries = nn.Linear(size, 1, bias=False), _Canaries(sign)
             nn.init.zeros_(module.weight)
             spending = DPSGD(1.0, lambda rate, steps: noise, "dp-sgd", "")
             phase = Phase(0, "teachers", "teachers")
@@ -267,9 +267,9 @@ def measure(mechanism: Mechanism, repeats: int) -> dict[str, Any]:
 
 def audited(mechanism: Mechanism, repeats: int) -> dict[str, Any]:
     """Return an audit's figures, the claimed mu at its false positives, and the ledger of one repeat."""
-    one, ledger = mechanism.runs(repeats, -1.0)
-    other, _ = mechanism.runs(repeats, 1.0)
-    result = audit(one, other, confidence=CONFIDENCE)
+    scores, ledger = mechanism.runs(repeats, -1.0)
+    shifted, _ = mechanism.runs(repeats, 1.0)
+    result = audit(scores, shifted, confidence=CONFIDENCE)
     return {**result.to_dict(), "claimed": claimed_mu(ledger, result.false_positives), "ledger": ledger}
 
 

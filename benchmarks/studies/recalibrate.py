@@ -91,26 +91,26 @@ def recalibrate(folder: Path, wanted: Sequence[Classifier], *, batch: int = 500)
     sets = {"accuracy": data.tests[""], "validation_accuracy": data.validation}
     tests = {name: (features(split.images), split.labels) for name, split in sets.items()}
     # Learning rates share what they start from and what they see.
-    heads = {pool: _plain_head(network, folder, pool) for pool in {one.pool for one in wanted}}
-    kinds = {(one.pool, one.covariance): one for one in wanted}
-    seen = {kind: _statistics(one, heads[one.pool], clients) for kind, one in kinds.items()}
+    heads = {pool: _plain_head(network, folder, pool) for pool in {classifier.pool for classifier in wanted}}
+    kinds = {(classifier.pool, classifier.covariance): classifier for classifier in wanted}
+    seen = {kind: _statistics(classifier, heads[classifier.pool], clients) for kind, classifier in kinds.items()}
     accuracies = {}
-    for one in wanted:
-        options = CalibrationOptions(calibration_lr=one.lr, covariance=one.covariance)
+    for classifier in wanted:
+        options = CalibrationOptions(calibration_lr=classifier.lr, covariance=classifier.covariance)
         draw = stream(config.seed, "recalibration")
-        head = calibrate(heads[one.pool], seen[one.pool, one.covariance], draw, options)
+        head = calibrate(heads[classifier.pool], seen[classifier.pool, classifier.covariance], draw, options)
         with torch.no_grad():
-            accuracies[one.name] = {
-                name: float((head(_pooled(x, one.pool)).argmax(1) == y).double().mean())
+            accuracies[classifier.name] = {
+                name: float((head(_pooled(x, classifier.pool)).argmax(1) == y).double().mean())
                 for name, (x, y) in tests.items()
             }
     return accuracies
 
 
-def _statistics(one: Classifier, head: nn.Linear, clients: list[tuple[Tensor, Tensor]]) -> ClassStatistics:
-    statistics = ClassStatistics(head.out_features, head.in_features, diagonal=one.covariance == "diagonal")
+def _statistics(classifier: Classifier, head: nn.Linear, clients: list[tuple[Tensor, Tensor]]) -> ClassStatistics:
+    statistics = ClassStatistics(head.out_features, head.in_features, diagonal=classifier.covariance == "diagonal")
     for x, labels in clients:
-        statistics.add(_pooled(x, one.pool), labels)
+        statistics.add(_pooled(x, classifier.pool), labels)
     return statistics
 
 

@@ -35,8 +35,8 @@ AFTER, LATE = "after", 5
 
 def read_study(name: str) -> published.Paper:
     """Return the cells of a file in this folder, of another file, or of a paper that fedkern ships."""
-    elsewhere = name in published.list_papers() or name.endswith(".toml")
-    return published.read_paper(name if elsewhere else str(page.STUDIES / f"{name}.toml"))
+    is_file = name in published.list_papers() or name.endswith(".toml")
+    return published.read_paper(name if is_file else str(page.STUDIES / f"{name}.toml"))
 
 
 def commands_after(paper: published.Paper) -> list[str]:

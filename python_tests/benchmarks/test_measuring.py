@@ -32,7 +32,7 @@ def test_implementations_take_turns_and_each_starts_equally_often() -> None:
     assert samples == {"a": [1.0] * 6, "b": [2.0] * 6, "c": [3.0] * 6}
     assert walls == {name: [7.0] * 6 for name in runs}
     assert "".join(order[-18:]) == "abcbcacab" * 2
-    samples, _ = timing.interleave(runs, 6, Told(), longest=0.0, least=2)
+    samples, _ = timing.interleave(runs, 6, Told(), longest=0.0, fewest=2)
     assert len(samples["a"]) == 2
 
 
