@@ -1,1 +1,4 @@
-"""Speed against named alternatives. A package of its own: opacus installs another one of this name."""
+"""Speed against named alternatives.
+
+This is a package of its own because opacus installs another one of this name.
+"""

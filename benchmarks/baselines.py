@@ -1,4 +1,4 @@
-"""Baselines from packages that may not be here, and what cannot run here in their place."""
+"""Baselines from packages that may be missing, and placeholders for those that cannot run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 @dataclass(frozen=True)
 class Absent:
-    """A baseline that cannot run here: the table names it with the reason."""
+    """Baseline that cannot run on this machine, with the reason for the table."""
 
     reason: str
 
@@ -46,7 +46,7 @@ def _load(module: str, package: str, tensor: Tensor) -> Any | Absent:
 
 
 def liger_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Implementation:
-    """Forward and backward of Liger-Kernel's KL divergence, which takes log-probabilities and probabilities."""
+    """Run Liger-Kernel's KL divergence forward and backward, which takes log-probabilities and probabilities."""
     liger = _load("liger_kernel.transformers.kl_div", "Liger-Kernel", student)
     if isinstance(liger, Absent):
         return liger
@@ -61,7 +61,7 @@ def liger_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Impl
 
 
 def liger_jsd(logits: Tensor) -> Implementation:
-    """Forward and backward of Liger-Kernel's Jensen-Shannon divergence: two teachers ``[2, B, C]`` of equal weight."""
+    """Run Liger-Kernel's Jensen-Shannon divergence forward and backward: two teachers ``[2, B, C]`` of equal weight."""
     liger = _load("liger_kernel.transformers.jsd", "Liger-Kernel", logits)
     if isinstance(liger, Absent):
         return liger

@@ -31,7 +31,7 @@ def add_loop(vectors: list[Tensor], weights: list[float], out: Tensor) -> Callab
 
 
 def foreach_add(vectors: list[Tensor], weights: list[float], out: Tensor) -> Callable[[], Tensor]:
-    """Layer by layer, one client after another."""
+    """Average layer by layer, one client after another."""
     total = sum(weights)
     layers = list(out.chunk(LAYERS))
     clients = [list(vector.chunk(LAYERS)) for vector in vectors]
@@ -46,7 +46,7 @@ def foreach_add(vectors: list[Tensor], weights: list[float], out: Tensor) -> Cal
 
 
 def compiled(vectors: list[Tensor], weights: list[float], out: Tensor) -> Callable[[], Tensor]:
-    """One pass over the vectors, written into ``out``."""
+    """Average in one pass over the vectors, written into ``out``."""
     shares = [weight / sum(weights) for weight in weights]
 
     def mean(vectors: list[Tensor], out: Tensor) -> Tensor:

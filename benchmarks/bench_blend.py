@@ -1,4 +1,4 @@
-"""blend against eager torch and torch.compile: forward and backward on leaf inputs.
+"""Benchmark of blend against eager torch and torch.compile: forward and backward on leaf inputs.
 
 Eager is the form people write, ``alpha * fg + (1 - alpha) * bg[index]``.  Model bytes of blend: two maps read and one
 written forward, one read and two written backward.  Every implementation allocates its results afresh, as in training.
@@ -31,7 +31,7 @@ def fedkern(foreground: Tensor, background: Tensor, alpha: float | Tensor, index
 def implementations(
     foreground: Tensor, background: Tensor, grad: Tensor, index: Tensor, alpha: float | Tensor = 0.6
 ) -> dict[str, Callable[[], None]]:
-    """Forward and backward of each, into fresh gradients."""
+    """Return the implementations, each forward and backward into fresh gradients."""
 
     def make(function: Callable[..., Tensor]) -> Callable[[], None]:
         def step() -> None:

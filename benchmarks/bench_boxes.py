@@ -1,4 +1,4 @@
-"""erase_boxes and keep_boxes, two boxes per image, against a loop of slices, a mask in eager torch and torch.compile.
+"""Benchmark of erase_boxes and keep_boxes, two boxes per image, against slices, a mask in torch and torch.compile.
 
 Model bytes: the images read and written once.  Every implementation allocates its result afresh.
 """
@@ -16,7 +16,7 @@ from fedkern import ops
 
 
 def inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Images ``[B, C, H, W]`` and boxes ``[B, 2, 4]`` whose sides are up to half of theirs."""
+    """Return images ``[B, C, H, W]`` and boxes ``[B, 2, 4]`` whose sides are up to half of theirs."""
     torch.manual_seed(0)
     side = shape[2]
     corners = torch.rand(shape[0], 2, 2) * side * 0.55
@@ -24,7 +24,7 @@ def inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 def loop(images: Tensor, boxes: Tensor, keep: bool) -> Tensor:
-    """Slice by slice; a pixel belongs to a box when its centre does."""
+    """Erase slice by slice, where a pixel belongs to a box when its centre does."""
     out = torch.zeros_like(images) if keep else images.clone()
     for b, rows in enumerate((boxes - 0.5).ceil().int().tolist()):
         for x1, y1, x2, y2 in rows:
@@ -33,7 +33,7 @@ def loop(images: Tensor, boxes: Tensor, keep: bool) -> Tensor:
 
 
 def masked(images: Tensor, boxes: Tensor, keep: bool) -> Tensor:
-    """All pixels of all boxes at once."""
+    """Erase all pixels of all boxes at once."""
     x1, y1, x2, y2 = (side.unsqueeze(-1) for side in boxes.unbind(-1))
     x = torch.arange(images.shape[3], device=images.device) + 0.5
     y = torch.arange(images.shape[2], device=images.device) + 0.5

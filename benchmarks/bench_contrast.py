@@ -1,4 +1,4 @@
-"""contrastive against eager torch and torch.compile: forward and backward on leaf inputs.
+"""Benchmark of contrastive against eager torch and torch.compile: forward and backward on leaf inputs.
 
 Eager is the form people write: similarities once, and a cross-entropy of them and of their transpose.  Embeddings are
 normalised, D = 128 where nothing else is said, and the temperature is 0.07.
@@ -22,7 +22,7 @@ def eager_contrastive(x: Tensor, y: Tensor, temperature: float) -> Tensor:
 
 
 def pair(pairs: int, size: int) -> list[Tensor]:
-    """Embeddings of which partners are nearer to each other than to others."""
+    """Return embeddings of which partners are nearer to each other than to others."""
     x, noise = torch.randn(pairs, size), torch.randn(pairs, size)
     return [normalize(t, dim=1).requires_grad_() for t in (x, x + 2 * noise)]
 
@@ -35,7 +35,7 @@ def test_contrastive(node: str, pairs: int, threads: int) -> None:
 
 @pytest.mark.parametrize(("pairs", "size"), [(2048, 128), (4096, 128), (4096, 512)], ids=str)
 def test_contrastive_of_large_batches(node: str, pairs: int, size: int, threads: int) -> None:
-    """More similarities than are held: they are multiplied again for the gradients."""
+    """Similarities are too many to keep: they are multiplied again for the gradients."""
     case = f"B={pairs}" + (f" D={size}" if size != 128 else "")
     runs = contest(ops.contrastive, eager_contrastive, pair(pairs, size), 0.07)
     compare(node, "contrast", case, runs, threads=threads)

@@ -1,7 +1,7 @@
-"""conv_norm against eager torch and torch.compile: forward and backward of a stage, batch norm in train mode.
+"""Benchmark of conv_norm against eager torch and torch.compile: a stage forward and backward, batch norm in train mode.
 
-Maps are channels-last.  Eager is what networks are written as: ``F.conv2d``, ``F.batch_norm``, the residual, the ReLU
-and the max pooling.
+Maps are channels-last.  Eager is the form of networks in PyTorch: ``F.conv2d``, ``F.batch_norm``, the residual, the
+ReLU and the max pooling.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedkern import ops
 
 @dataclass(frozen=True)
 class Stage:
-    """One call: images' gradients are not needed, those of maps are."""
+    """A call, which needs gradients of maps but not of images."""
 
     channels: int
     width: int
@@ -30,7 +30,7 @@ class Stage:
     taps: int = 3
 
     def inputs(self, batch: int) -> list[Tensor]:
-        """x, weight, scale, shift, both running statistics and, if there is one, the residual."""
+        """Return x, weight, scale, shift, both running statistics and the residual, if there is one."""
         x = channels_last(batch, self.channels, self.size, self.size).requires_grad_(self.channels > 3)
         weight = channels_last(self.width, self.channels, self.taps, self.taps) / (self.taps * self.channels**0.5)
         scale, shift, mean, variance = (fill(self.width) for fill in (torch.ones, torch.zeros, torch.zeros, torch.ones))

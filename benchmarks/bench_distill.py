@@ -1,4 +1,4 @@
-"""kl_div, dual_kl, entropy against eager torch and torch.compile: forward and backward on leaf inputs.
+"""Benchmark of kl_div, dual_kl and entropy against eager torch and torch.compile: forward and backward on leaf inputs.
 
 Eager is the form people write, ``F.kl_div(log_softmax(s / T), softmax(t / T), "batchmean") * T²``; log_target=True is
 not faster.

@@ -1,4 +1,4 @@
-"""ensemble_kl, js_div, consensus against eager torch and torch.compile: forward and backward on leaf inputs.
+"""Benchmark of ensemble_kl, js_div and consensus against eager torch and torch.compile: forward and backward.
 
 Eager is the form people write: mix the teachers' softmaxes, then one ``kl_div``; entropies as ``-(p * p.log()).sum()``
 with the probabilities kept off zero.  The rows "to teachers" differentiate toward the student and all teachers; js_div
@@ -58,7 +58,7 @@ def eager_js(stack: Tensor, weights: Tensor) -> Tensor:
 
 
 def joined(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
-    """Both results of consensus as one loss."""
+    """Return both results of consensus as one loss."""
 
     def loss(*arguments: Any) -> Tensor:
         mixture, mean = function(*arguments)
@@ -98,7 +98,7 @@ def test_ensemble_kl(node: str, mix: str, shape: tuple[int, int, int], to_teache
 @pytest.mark.parametrize("near", [False, True], ids=["far", "near"])
 @pytest.mark.parametrize("shape", [*SHAPES, MAPS], ids=str)
 def test_js_div(node: str, shape: tuple[int, ...], near: bool, threads: int) -> None:
-    """Far apart, and nearly equal, where a second pass keeps the digits that eager's difference loses."""
+    """Teachers are far apart, or so close that a second pass keeps digits that eager's difference loses."""
     stack = torch.randn(shape)
     if near:
         stack = stack[:1] + 0.01 * stack
@@ -116,7 +116,7 @@ def test_js_div(node: str, shape: tuple[int, ...], near: bool, threads: int) -> 
 
 @pytest.mark.parametrize("shape", [(2, 64, 10), (2, 4096, 100), (2, 256, 32_000)], ids=str)
 def test_js_div_of_two(node: str, shape: tuple[int, ...], threads: int) -> None:
-    """Two members of equal weight, which is what Liger-Kernel computes."""
+    """Liger-Kernel computes the same: two members of equal weight."""
     stack = torch.randn(shape, requires_grad=True)
     compare(
         node,

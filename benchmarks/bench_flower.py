@@ -1,10 +1,10 @@
-"""Strategies of fedkern.flower against Flower's own, on the same replies.
+"""Benchmark of the strategies of fedkern.flower against Flower's own, on the same replies.
 
     python -m pytest benchmarks/bench_flower.py --environment flower=DIR [--record]
 
-DIR is a virtual environment with flwr 1.41 or 1.42 and what fedkern needs.  Time is that from the first reply to the
-new arrays, with all replies in memory.  Memory is the highest rise over a round whose replies come one after another:
-Flower's grid collects them first.  See flower_replies.py, which that environment runs.
+DIR is a virtual environment with flwr 1.41 or 1.42 and the packages that fedkern needs.  Time is from the first reply
+to the new arrays, with all replies in memory.  Memory is the highest rise over a round whose replies come one after
+another: Flower's grid collects them first.  See flower_replies.py, which that environment runs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SECONDS = 600
 
 
 def asked(task: str, rule: str, model: str, clients: int, *words: str) -> Any:
-    """Return what flower_replies.py tells; skips the test where no environment was named."""
+    """Return the answer of flower_replies.py, or skip the test without an environment."""
     folder = harness.SETTINGS.environments.get("flower")
     if folder is None:
         pytest.skip("no --environment flower=DIR was given")
@@ -72,7 +72,7 @@ def test_a_round(node: str, case: tuple[str, str, int, int], threads: int) -> No
 
 
 def test_krum_ranks_small_updates() -> None:
-    """Updates of standard deviation 1e-5 beside weights of 0.05, 20 rounds of 10 clients."""
+    """Updates have a standard deviation of 1e-5 beside weights of 0.05, in 20 rounds of 10 clients."""
     wrong = asked("ranking", "Krum", "LeNet", 10, "--pairs", "20")
     print(f"Krum chose another client than fp64 in so many of 20 rounds: {wrong}")
     assert wrong[OURS] == 0

@@ -1,4 +1,4 @@
-"""fuse_concat and fuse_mean against eager torch and torch.compile.
+"""Benchmark of fuse_concat and fuse_mean against eager torch and torch.compile.
 
 fuse_concat runs against ``relu(batch_norm(cat(maps)))`` with a frozen batch norm, forward alone and forward + backward
 on leaf maps.  Model bytes: every map read and written once (backward: the gradient and the result read, the maps'
@@ -22,7 +22,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 
 class Norm:
-    """A frozen batch norm, as torch takes it and as scale and shift."""
+    """Frozen batch norm, as torch takes it and as scale and shift."""
 
     def __init__(self, channels: int) -> None:
         self.mean, self.weight, self.bias = (torch.randn(channels) for _ in range(3))

@@ -1,4 +1,4 @@
-"""Training steps under fedkern.accelerate, beside the network as written, in channels-last and under torch.compile.
+"""Benchmark of training steps under fedkern.accelerate, beside the plain network, channels-last and torch.compile.
 
 The networks are those of guests.py, as people write them.  A step is forward, cross-entropy, backward and torch's SGD.
 """

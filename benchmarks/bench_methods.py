@@ -1,4 +1,4 @@
-"""What a user waits for: whole runs of fedkern beside its own past and beside the methods in plain PyTorch.
+"""Whole runs of fedkern beside an earlier fedkern and beside the methods in plain PyTorch.
 
     python -m benchmarks.bench_methods --before DIR --data-root FOLDER     # measures, writes results/methods_<cpu>.*
     python -m benchmarks.bench_methods --device cuda                       # the same on a GPU, methods_<gpu>.*
@@ -9,8 +9,8 @@ Variants, every one a command of its own, so that imports and start-up count:
 * ``before``: another checkout of fedkern with its compiled core, for example the commit that a change began at;
 * ``fedkern``: its present defaults;
 * ``bf16``: the same with ``--precision bf16``;
-* ``reference``: the same without kernels (``FEDKERN_BACKEND=reference``): what ``fedkern`` owes to them;
-* ``plain one core`` and ``fedkern one core``: both with one thread, in one process: what ``fedkern`` owes to processes.
+* ``reference``: the same without kernels (``FEDKERN_BACKEND=reference``), which shows the gain by kernels;
+* ``plain one core`` and ``fedkern one core``: both with one thread, in one process, which shows the gain by processes.
 
 All of a case have the same data, partition, network, settings, number of optimiser steps and rounds of evaluation.
 They take turns; repeat number i has seed i for all, so a speed-up is the median over the repeats of the ratios of one
@@ -62,12 +62,12 @@ LARGE_STEPS = {**IMAGES, "local_epochs": 1}
 
 @dataclass(frozen=True)
 class Case:
-    """What all variants run.
+    """Case that all variants run.
 
     Attributes:
         setting: "default", a default run that is shorter, or "large".
         settings, options: of the run, over the method's defaults.
-        boxes: whether the images' objects are named by a file of boxes, the central half of every image.
+        boxes: whether a file of boxes names the images' objects, the central half of every image.
     """
 
     method: str
@@ -122,7 +122,7 @@ PLAIN_LACKS = ("lr_steps", "held_out_client", "freeze_bn_after", "teachers", "pa
 
 
 def config(case: Case, folder: Path, data_root: str | None, device: str = "cpu") -> RunConfig:
-    """Every effective setting of the case."""
+    """Return every effective setting of the case."""
     return RunConfig.make(
         case.method,
         **_settings(case, data_root, device),
@@ -146,7 +146,7 @@ def _data_options(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def write_boxes(path: Path, count: int = 50_000) -> None:
-    """Names the central half, side by side, of every training image of CIFAR-10 as its object."""
+    """Name the central half, side by side, of every training image of CIFAR-10 as its object."""
     boxes = {f"train/{row}": [[0.25, 0.25, 0.75, 0.75]] for row in range(count)}
     path.write_text(json.dumps({"units": "fraction", "boxes": boxes}))
 
@@ -205,7 +205,7 @@ def plain_words(effective: RunConfig, folder: Path, seed: int, threads: int) -> 
 
 
 def missing(variant: str, before: Path | None, device: str = "cpu") -> str:
-    """Why a variant cannot run, or ""."""
+    """Return the reason why a variant cannot run, or ""."""
     if variant in ONE_CORE.values() and device != "cpu":
         return "cores are the CPU's"
     if variant == "before" and before is None:
@@ -214,10 +214,10 @@ def missing(variant: str, before: Path | None, device: str = "cpu") -> str:
 
 
 def checked(before: Path) -> Path:
-    """Return the folder of another checkout, once ``import fedkern`` there is known to find its own package and core.
+    """Return the folder of another checkout whose ``import fedkern`` finds its own package and core.
 
     Raises:
-        SystemExit: it does not.
+        SystemExit: the import finds another package, or no core.
     """
     before = before.resolve()
     asked = "import torch, fedkern._cpu; print(fedkern.__file__)"  # its own path: before moves, modules had other names
@@ -246,7 +246,7 @@ def environment(variant: str, before: Path | None) -> dict[str, str]:
 
 @dataclass
 class Row:
-    """The runs of a case: lists by variant, an entry per repeat.
+    """Runs of a case: lists by variant, an entry per repeat.
 
     Attributes:
         seconds, cpu_seconds, peak_bytes: of the whole command.
@@ -282,7 +282,10 @@ class Row:
         return f"{self.method} {self.setting}"
 
     def ratios(self, slower: str, faster: str, of: str = "seconds") -> list[float]:
-        """``slower``'s over ``faster``'s, repeat by repeat; empty where one of them did not run."""
+        """Return ``slower``'s figures over ``faster``'s, repeat by repeat.
+
+        Empty where one of them did not run.
+        """
         times: dict[str, list[float]] = getattr(self, of)
         return [a / b for a, b in zip(times.get(slower, []), times.get(faster, []), strict=False)]
 
@@ -292,14 +295,17 @@ class Row:
         return median(ratios) if ratios else None
 
     def outside_seconds(self, variant: str) -> float | None:
-        """Of a command, without its rounds: start-up, data, what comes before the first round, pictures."""
+        """Return a command's seconds without its rounds: start-up, data, work before the first round, pictures."""
         if variant not in self.seconds or not self.rounds:
             return None
         times = zip(self.seconds[variant], self.round_seconds[variant], strict=True)
         return median(total - self.rounds * of_rounds for total, of_rounds in times)
 
     def apart(self, variant: str) -> bool | None:
-        """Whether the main figure differs from ours by more than twice the spread over the seeds; None: not known."""
+        """Return whether the main figure differs from ours by more than twice the spread over the seeds.
+
+        None: not known.
+        """
         ours, theirs = self.figure.get(OURS, []), self.figure.get(variant, [])
         if min(len(ours), len(theirs)) < 2:
             return None
@@ -315,12 +321,12 @@ def read_rounds(variant: str, folder: Path) -> list[dict[str, Any]]:
 
 
 def main_figure(rounds: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
-    """Name and value of the main figure after the last round."""
+    """Return name and value of the main figure after the last round."""
     return next((name, float(rounds[-1][name])) for name in MAIN if name in rounds[-1])
 
 
 def other_settings(before: Path, ours: Path) -> list[str]:
-    """Return what two run folders' config.toml say differently, of the settings that both have."""
+    """Return differences between the config.toml of two run folders, of the settings that both have."""
     old, new = (tomllib.loads((folder / "run" / "config.toml").read_text()) for folder in (before, ours))
     differences = []
     for table in ("", "options", "data_options"):
@@ -339,7 +345,7 @@ def measure(
     data_root: str | None,
     device: str = "cpu",
 ) -> Row:
-    """Run a case's variants in turn; the one that begins changes from repeat to repeat."""
+    """Run a case's variants in turn, starting with another one in every repeat."""
     row = Row(case.method, case.setting, settings={**case.settings, **case.options})
     row.missing = {name: why for name in variants if (why := missing(name, before, device))}
     names = [name for name in variants if name not in row.missing]
@@ -416,7 +422,7 @@ def results_path(machine: Mapping[str, Any], folder: Path = RESULTS) -> Path:
 
 
 def read(path: Path, machine: Mapping[str, Any]) -> list[Row]:
-    """Return the recorded rows; none where the file is not there or of another machine."""
+    """Return the recorded rows of this machine, none without a file."""
     content = json.loads(path.read_text()) if path.exists() else {}
     if not content or comparisons.machine_difference(content["machine"], dict(machine)):
         return []
@@ -424,7 +430,7 @@ def read(path: Path, machine: Mapping[str, Any]) -> list[Row]:
 
 
 def write(rows: Sequence[Row], machine: Mapping[str, Any], *, before: str, folder: Path = RESULTS) -> Path:
-    """Write ``methods_<cpu>.json`` and its page; rows of other cases that the file has stay."""
+    """Write ``methods_<cpu>.json`` and its page, and keep the file's rows of other cases."""
     path = results_path(machine, folder)
     names = {row.name for row in rows}
     order = {case.name: i for i, case in enumerate(CASES)}
@@ -488,13 +494,13 @@ def _speed_table(rows: Sequence[Row]) -> list[str]:
 
 
 def _rounds_table(rows: Sequence[Row]) -> list[str]:
-    """Return the first round and later ones, of runs that tell them apart."""
+    """Return the first round and later ones, of runs that record both."""
     rows, names = [row for row in rows if row.later_seconds], _names(rows)
     lines = ["Seconds of the first round, and of the median later one:", "", f"| run | {' | '.join(names)} |"]
     lines.append("|---|" + "---:|" * len(names))
     for row in rows:
         pairs = ((row.first_seconds.get(name), row.later_seconds.get(name)) for name in names)
-        cells = (f"{median(first):.2f}, {median(later):.2f}" if first and later else "–" for first, later in pairs)
+        cells = (f"{median(start):.2f}, {median(later):.2f}" if start and later else "–" for start, later in pairs)
         lines.append(f"| {row.method} | {' | '.join(cells)} |")
     return [*lines, ""] if rows else []
 
@@ -586,7 +592,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _revision(checkout: Path | None) -> str:
-    """Return the commit of another checkout; its path's last part where that is no repository."""
+    """Return the commit of another checkout, or its path's last part without a repository."""
     if checkout is None:
         return ""
     asked = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]

@@ -1,6 +1,6 @@
-"""sgd_step and adamw_step against torch.optim, the same in eager operations, and torch.compile.
+"""Benchmark of sgd_step and adamw_step against torch.optim, the same in eager operations, and torch.compile.
 
-A federated client's network is one flat vector, and so it is for torch.optim here: one parameter.  Everybody leaves the
+A federated client's network is one flat vector, and so torch.optim gets one parameter.  All implementations leave the
 gradient's squared norm for the records, as the engine's training loop needs it, and zeros in the gradients for the next
 batch.  Model bytes: parameters, gradients and states read once and written once.
 """
@@ -24,7 +24,7 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 class Case:
-    """One optimiser's vectors; every implementation has its own."""
+    """One optimiser's vectors, of which every implementation has its own."""
 
     def __init__(self, size: int) -> None:
         torch.manual_seed(0)

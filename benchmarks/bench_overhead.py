@@ -1,4 +1,4 @@
-"""What a small call without gradients costs: 64 rows of 10, where the kernel takes a microsecond or two.
+"""Benchmark of small calls without gradients: 64 rows of 10, where the kernel takes a microsecond or two.
 
 Stacks of five teachers, whose kernels take several microseconds, are measured with one row too, where hardly anything
 but the call is left.
@@ -23,7 +23,7 @@ ROWS, CLASSES = 64, 10
 
 @dataclass(frozen=True)
 class Call:
-    """One operator on small inputs.
+    """Operator on small inputs.
 
     Attributes:
         run: the call.

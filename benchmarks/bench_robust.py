@@ -1,4 +1,4 @@
-"""Robust and private means against eager torch and torch.compile.
+"""Benchmark of robust and private means against eager torch and torch.compile.
 
 Model bytes: every vector read once, the result written once; for clipping every vector read twice (the norm comes
 first) and written once.
@@ -20,7 +20,7 @@ def make(count: int, size: int) -> Tensor:
 
 
 def eager_median(vectors: Tensor) -> Tensor:
-    """torch.median, which takes the lower one of two middle values."""
+    """Compute torch.median, which takes the lower one of two middle values."""
     return vectors.median(0).values
 
 
@@ -73,7 +73,7 @@ def test_trimmed_mean(node: str, count: int, size: int, threads: int) -> None:
 
 
 def squared_distances(vectors: Tensor) -> Tensor:
-    """From the Gram matrix: one product; what near-equal vectors differ by is lost in rounding."""
+    """Return squared distances from the Gram matrix: one product, whose rounding loses small differences."""
     products = vectors @ vectors.T
     squares = products.diagonal()
     return (squares[:, None] + squares - 2 * products).clamp_min(0)
@@ -141,7 +141,7 @@ def test_krum(node: str, count: int, size: int, threads: int) -> None:
     rows = list(vectors)
 
     def eager_krum(vectors: Tensor) -> Tensor:
-        """By the Gram matrix, the quickest way to distances in torch."""
+        """Select by the Gram matrix, the quickest way to distances in torch."""
         squared = squared_distances(vectors).sort(1).values
         return vectors[squared[:, near].sum(1).argmin()]
 

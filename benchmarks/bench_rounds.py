@@ -1,18 +1,18 @@
-"""Rounds of FedAvg: fedkern's engine, a lean loop without a framework, and other frameworks.
+"""Benchmark of rounds of FedAvg: fedkern's engine, a lean loop without a framework, and other frameworks.
 
-    python -m pytest benchmarks/bench_rounds.py --rounds full --record [--data-root DIR] \\
-        [--environment flower=DIR] [--environment fluke=DIR] [--environment pfl=DIR] [--environment fedlab=DIR] \\
+    python -m pytest benchmarks/bench_rounds.py --rounds full --record [--data-root DIR] \
+        [--environment flower=DIR] [--environment fluke=DIR] [--environment pfl=DIR] [--environment fedlab=DIR] \
         [--environment blazefl=DIR]
 
 Every program plays the same rounds with the same network, first weights, images, order of samples and threads, and
 trains its clients with the same function (rounds/task.py), but for fedkern and the lean loop, whose own training is
-what is looked at.  A framework lives in a virtual environment of its own, which the command line names; one that is
+the subject.  A framework lives in a virtual environment of its own, which the command line names; one that is
 not named, or fails, stands in the table with the reason.
 
 A program is a process.  Programs take turns, and a speed-up is the median over their turns.  "A round" is the
 median of a process's rounds without the first; the time from a round's beginning to the next one's counts, so that
-whatever a framework does between rounds is in it.  Nobody evaluates between rounds.  Memory, of all processes of a
-program together, is looked at in a play before, which is not timed.
+it includes all work of a framework between rounds.  Nobody evaluates between rounds.  Memory, of all processes of a
+program together, is measured in an earlier play, which is not timed.
 
 With one thread serial programs meet: fedkern's serial engine, the lean loop, frameworks that train in one process.
 With two, each takes two cores in its own way: two torch threads in one process, or two processes of one thread.
@@ -78,7 +78,7 @@ def trial(full: Setting) -> Setting:
 
 
 def programs(threads: int, device: str = "cpu") -> tuple[str, dict[str, Program | Absent]]:
-    """Who meets on so many threads, or on a GPU, and which of them is judged."""
+    """Return the programs for so many threads, or for a GPU, and the name of the judged one."""
     python = Path(sys.executable)
     entries: dict[str, Program | Absent] = {}
     names = {"fedkern serial": "1"}
@@ -102,7 +102,7 @@ def programs(threads: int, device: str = "cpu") -> tuple[str, dict[str, Program 
 
 
 def tolerance(accuracy: float, count: int = setting.TEST) -> float:
-    """By how much two accuracies on ``count`` test images may differ where networks differ by rounding errors alone."""
+    """Return how much two accuracies on ``count`` test images may differ for networks that differ by rounding alone."""
     return SIGMAS * math.sqrt(2 * max(accuracy * (1 - accuracy), 1 / count) / count)
 
 
@@ -115,10 +115,10 @@ def unequal(accuracy: Mapping[str, float], against: str) -> dict[str, float]:
 def compete(
     playing: dict[str, Program], task: Judged, repeats: int, limit: float
 ) -> tuple[dict[str, list[Played]], dict[str, Played], dict[str, str]]:
-    """Lets programs take turns.
+    """Let programs take turns.
 
     Returns:
-        their timed plays, as many of each; the play in which memory was looked at; and why others have none.
+        their timed plays, as many of each; the play in which memory was measured; and why others have none.
     """
     watched: dict[str, Played] = {}
     why: dict[str, str] = {}
@@ -191,7 +191,7 @@ def _check(group: str, threads: int) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """What stands in a table before anything is measured; ``against`` is the program whose accuracy is right."""
+    """Row of the table before anything is measured, where ``against`` names the program with the right accuracy."""
 
     group: str
     case: str

@@ -1,8 +1,8 @@
-"""server_step against the same in eager operations and torch.compile.
+"""Benchmark of server_step against the same in eager operations and torch.compile.
 
-Everybody computes the new model, the states, every client's delta norm and its cosine to the mean delta, and writes the
-model, the states and whatever lies between into memory that it holds.  Model bytes: the uploads, the global model and
-the states read once, the model and the states written once.
+All implementations compute the new model, the states, every client's delta norm and its cosine to the mean delta, and
+write the model, the states and all intermediate results into memory that they hold.  Model bytes: the uploads, the
+global model and the states read once, the model and the states written once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedkern.ops._aggregate.rules import DEFAULTS
 
 
 class Case:
-    """The uploads, once for every implementation; each has a model and states of its own."""
+    """Uploads shared by all implementations, each of which has a model and states of its own."""
 
     def __init__(self, count: int, size: int) -> None:
         torch.manual_seed(0)
@@ -31,7 +31,7 @@ class Case:
         self.settings = DEFAULTS["adam"]
 
     def held(self, count: int) -> list[Tensor]:
-        """Memory of the model's size."""
+        """Return memory of the model's size."""
         return [torch.zeros_like(self.global_) for _ in range(count)]
 
     def fedkern(self) -> Callable[[], Tensor]:
@@ -41,7 +41,7 @@ class Case:
         )
 
     def look(self, deltas: list[Tensor], mean: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Write the deltas and their mean; return norms and cosines."""
+        """Write the deltas and their mean, and return norms and cosines."""
         for vector, delta in zip(self.vectors, deltas, strict=True):
             torch.sub(vector, self.global_, out=delta)  # one pass less than _foreach_copy_ and _foreach_sub_
         norms = list(torch._foreach_norm(deltas))

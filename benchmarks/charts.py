@@ -1,6 +1,6 @@
-"""The charts of README.md and of the methods' result pages, drawn from recorded results as reports draw theirs.
+"""Charts of README.md and of the methods' result pages, drawn from recorded results as reports draw theirs.
 
-``python -m benchmarks.pages`` writes them.  A chart holds the hash of what it shows, so that ``--check`` finds an old
+``python -m benchmarks.pages`` writes them.  A chart holds the hash of its contents, so that ``--check`` finds an old
 one without drawing it anew.
 """
 
@@ -31,7 +31,7 @@ FRAMEWORKS = ("Flower", "BlazeFL", "pfl", "FedLab", "fluke", "lean loop")
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a chart: a heading, or a value, with or without the ends of its interval."""
+    """Line of a chart: a heading, or a value, with or without the ends of its interval."""
 
     name: str
     value: float | None = None
@@ -40,7 +40,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart in docs/charts; ``neutral`` is the value where a line separates better from worse."""
+    """Chart in docs/charts, whose ``neutral`` value separates better from worse."""
 
     name: str
     axis: str
@@ -49,12 +49,12 @@ class Chart:
 
     @property
     def path(self) -> str:
-        """The file, from the repository's root."""
+        """Return the file's path from the repository's root."""
         return f"docs/charts/{self.name}.svg"
 
     @property
     def mark(self) -> str:
-        """The attribute that holds the hash of what the chart shows."""
+        """Return the attribute with the hash of the chart's contents."""
         return f'data-results="{hashlib.sha256(repr(self).encode()).hexdigest()[:16]}"'
 
     def draw(self) -> str:

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: a :class:`Comparison` per row, a JSON file per operator, device and machine."""
+"""Results of the benchmarks: a :class:`Comparison` per row, a JSON file per operator, device and machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOISE = re.compile(r"\((?:r|tm|c)\)|@.*|\b(?:[0-9]+-core|processor|cpu)\b", re.I
 
 @dataclass
 class Comparison:
-    """One row of a benchmark's table.
+    """Row of a benchmark's table.
 
     Attributes:
         group: operator, for example ``"kl_div"``.
@@ -30,7 +30,7 @@ class Comparison:
         ours: which implementation is judged.
         seconds: median time of one call, by implementation; on a GPU the time of its kernels.
         speedup: median over pairs of (other's time / our time), by implementation.
-        scatter: interquartile range over median of each implementation's times; a page marks what scatters too much.
+        scatter: interquartile range over median of each implementation's times; a page marks wide scatter.
         model_bytes: bytes the operator must move at least.
         copy_seconds: median time of copying ``model_bytes`` (half read, half written) in the same run, if asked for.
         note: what a reader must know, for example which path serves this size.
@@ -42,10 +42,10 @@ class Comparison:
         time: when it was measured, as an ISO date with time.
         sources: the hash over what of csrc/ the operator is built from (see sources.py), or "" where no compiled core
             served.
-        backend: what served: the backend that was forced, else the first that could.
+        backend: the backend that was forced, else the first that could serve.
         startup_seconds: of whole runs, from the start of the process until the first round begins, by implementation.
         first_seconds: of whole runs, the first round, which ``seconds`` leaves out, by implementation.
-        accuracy: of whole runs, what came out, by implementation.
+        accuracy: of whole runs, the final accuracy, by implementation.
     """
 
     group: str
@@ -73,34 +73,34 @@ class Comparison:
 
     @property
     def key(self) -> tuple[str, str, str, int]:
-        """What tells a row from the others."""
+        """Return the row's identity among the others."""
         return self.group, self.case, self.device, self.threads
 
     @property
     def bandwidth(self) -> float:
-        """Model bytes over our time, in GB/s."""
+        """Return model bytes over our time, in GB/s."""
         return self.model_bytes / self.seconds[self.ours] / 1e9
 
     @property
     def copy_fraction(self) -> float | None:
-        """Our bandwidth over the copy's."""
+        """Return our bandwidth over the copy's."""
         return None if self.copy_seconds is None else self.copy_seconds / self.seconds[self.ours]
 
     @property
     def where(self) -> str:
-        """The device, of the CPU its threads, in words."""
+        """Return the device in words, with a CPU's threads."""
         if self.device != "cpu":
             return self.device
         return f"{self.threads} thread{'s' if self.threads > 1 else ''}"
 
     def record(self) -> dict[str, Any]:
-        """Everything above as plain JSON values."""
+        """Return all attributes as plain JSON values."""
         return asdict(self)
 
 
 @dataclass
 class Recorded:
-    """One results file: where it was measured, its rows, and its name without suffix."""
+    """Results file: its machine, its rows, and its name without suffix."""
 
     machine: dict[str, Any]
     rows: list[Comparison]
@@ -124,7 +124,7 @@ def read_results(folder: Path = RESULTS) -> dict[str, list[Recorded]]:
 
 
 class Recorder:
-    """Writes results as they come, so that a run which is killed loses only the row it was at.
+    """Writer of results as they come, so that a killed run loses only its current row.
 
     Args:
         machine: asked for the machine when the first row is there.
@@ -147,12 +147,12 @@ class Recorder:
 
     @property
     def machine(self) -> dict[str, Any]:
-        """Where this run measures."""
+        """Return the machine of this run."""
         self._machine = self._machine or self._ask()
         return self._machine
 
     def refusal(self, group: str, device: str) -> str:
-        """Why rows of this operator cannot be recorded, or ""."""
+        """Return the reason why rows of this operator cannot be recorded, or ""."""
         return "" if self.anew else _refusal(_path(self.folder, group, device, self.machine), self.machine)
 
     def add(self, row: Comparison) -> None:
@@ -210,7 +210,7 @@ def write_results(
 
 
 def processor(machine: Mapping[str, Any]) -> str:
-    """Return the name of what computed: of a GPU's rows the GPU."""
+    """Return the name of the processor, of a GPU's rows the GPU."""
     return str(machine.get("gpu") or machine.get("cpu") or "unknown")
 
 
@@ -247,7 +247,7 @@ def _machine_of(path: Path) -> dict[str, Any]:
 
 
 def _refusal(path: Path, machine: dict[str, Any]) -> str:
-    """Why rows measured here must not join this machine's file, or ""."""
+    """Return the reason why rows measured here must not join this machine's file, or ""."""
     difference = machine_difference(_machine_of(path), machine) if path.exists() else ""
     return difference and f"{path.name}: {difference}; --anew starts the file again, without the rows it holds"
 
@@ -261,7 +261,10 @@ def _kept(path: Path, rows: Sequence[Comparison]) -> list[Comparison]:
 
 
 def machine_difference(recorded: dict[str, Any], current: dict[str, Any], *, torch: bool = True) -> str:
-    """Why ratios of one machine say nothing about the other, or ""; ``torch`` counts by its minor version."""
+    """Return the reason why ratios of two machines cannot be compared, or "".
+
+    ``torch`` counts by its minor version.
+    """
     known = [name for name in CHIP if name in recorded and name in current]
     for name in (*IDENTITY, *known):
         if name == "torch" and not torch:

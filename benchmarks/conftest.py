@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: where they run, what is recorded, and the gate under recorded speed-ups."""
+"""Command line of the benchmarks: the device, the recorded rows, and the gate under recorded speed-ups."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _name(item: pytest.Item) -> str:
 
 @pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every operator is measured with one and with two threads."""
+    """Measure every operator with one and with two threads."""
     if "threads" in metafunc.fixturenames:
         metafunc.parametrize("threads", [1, 2])
 
@@ -109,7 +109,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def node(request: pytest.FixtureRequest, benchmark: Any) -> str:
-    """Return the running test's name relative to benchmarks/; what it measures is in pytest-benchmark's record too."""
+    """Return the running test's name relative to benchmarks/, and put it into pytest-benchmark's record."""
     harness.SETTINGS.benchmark = benchmark
     return _name(request.node)
 
@@ -122,7 +122,7 @@ def _within_a_minute() -> None:
 
 @pytest.fixture(autouse=True)
 def _on_the_device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Seeds the inputs, and makes them where the operators run."""
+    """Seed the inputs, and make them where the operators run."""
     torch.manual_seed(0)
     # Whole rounds say themselves what lies where: data and their random numbers are the CPU's.
     if harness.SETTINGS.device == "cpu" or request.path.stem == "bench_rounds":

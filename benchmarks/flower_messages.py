@@ -1,4 +1,4 @@
-"""What Flower costs a run whose clients are on SuperNodes: seconds of a round, and of an iteration of FedIOD.
+"""Cost of Flower for a run whose clients are on SuperNodes: seconds of a round, and of an iteration of FedIOD.
 
     python -m benchmarks.flower_messages            # writes results/flower_messages_<cpu>.json
     python -m benchmarks.flower_messages --dry
@@ -56,7 +56,7 @@ def results_path(machine: Mapping[str, Any], folder: Path = comparisons.RESULTS)
 
 
 def seconds_of(method: str, run: Path) -> float:
-    """Seconds of a round of a finished run, or of an iteration of FedIOD, without evaluation."""
+    """Return the seconds of a round of a finished run, or of an iteration of FedIOD, without evaluation."""
     spent = [record["phases"]["train"] + record["phases"]["aggregate"] for record in read_metrics(run)]
     return spent[-1] / ITERATIONS if method == "fediod" else statistics.median(spent[1:])
 
@@ -65,7 +65,7 @@ def command(*words: str) -> None:
     """Run fedkern's command.
 
     Raises:
-        SystemExit: it failed.
+        SystemExit: the command failed.
     """
     done = subprocess.run(
         [sys.executable, "-m", "fedkern.run", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -75,7 +75,7 @@ def command(*words: str) -> None:
 
 
 def measure(methods: Sequence[str], repeats: int, folder: Path) -> dict[str, dict[str, list[float]]]:
-    """Seconds by method and variant, one of each repeat."""
+    """Return seconds by method and variant, one of each repeat."""
     deploy = _deploy()
     port = deploy.free_port()
     seconds: dict[str, dict[str, list[float]]] = {name: {variant: [] for variant in VARIANTS} for name in methods}
@@ -126,7 +126,7 @@ def _deploy() -> ModuleType:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.flower_messages", description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--repeats", type=int, default=REPEATS)

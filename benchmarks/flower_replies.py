@@ -1,11 +1,11 @@
-"""A round's replies through Flower's strategies and fedkern's: run by the python of an environment that has both.
+"""A round's replies through Flower's strategies and fedkern's, in an environment that has both.
 
     python flower_replies.py time RULE MODEL CLIENTS --threads T --pairs N
     python flower_replies.py memory RULE MODEL CLIENTS --variant NAME
     python flower_replies.py ranking RULE MODEL CLIENTS --pairs N
 
 Writes one line of JSON.  "time" takes turns in one process, from the first reply to the new arrays, with all replies in
-memory.  "memory" makes each reply's bytes when it is fetched, as a grid does, and tells the highest rise of resident
+memory.  "memory" makes each reply's bytes when it is fetched, as a grid does, and prints the highest rise of resident
 memory.  "ranking" counts the rounds in which Krum chooses another client than distances in fp64 between the models.
 """
 
@@ -44,7 +44,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def resnet18() -> dict[str, tuple[int, ...]]:
-    """Shapes of a ResNet-18 for 10 classes: 122 entries, 11.2 million numbers."""
+    """Return the shapes of a ResNet-18 for 10 classes: 122 entries, 11.2 million numbers."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def block(name: str, into: int, out: int, size: int) -> None:
@@ -81,7 +81,7 @@ MODELS: dict[str, Callable[[], dict[str, tuple[int, ...]]]] = {
 
 
 def model(name: str, seed: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Numbers of a model; equal seeds, equal numbers."""
+    """Return the numbers of a model, equal for equal seeds."""
     rng = np.random.default_rng(seed)
     made = {}
     for key, shape in MODELS[name]().items():
@@ -99,7 +99,7 @@ def record(model: dict[str, np.ndarray[Any, Any]]) -> ArrayRecord:
 
 
 def fresh(arrays: ArrayRecord) -> ArrayRecord:
-    """Return the same arrays in new memory, as a grid makes them of what came."""
+    """Return the same arrays in new memory, as a grid makes them of received bytes."""
     copied = {key: Array(raw.dtype, raw.shape, raw.stype, bytes(memoryview(raw.data))) for key, raw in arrays.items()}
     return ArrayRecord(copied)
 
@@ -124,19 +124,19 @@ def strategy(name: str, rule: str, start: ArrayRecord, clients: int) -> Any:
 
 
 def variants(rule: str) -> list[str]:
-    """Who meets: rules that need all replies have no sums."""
+    """Return the variants of a rule: rules that need all replies have no sums."""
     return [*LOW_MEMORY, THEIRS] if rule in ("FedAvg", "FedAdam") else [OURS, THEIRS]
 
 
 def handed(replies: list[Message], begin: list[float], clock: Callable[[], float]) -> Iterator[Message]:
-    """Yield the replies, one after another; notes when the first is asked for."""
+    """Yield the replies, one after another, and note when the first is asked for."""
     begin.append(clock())
     while replies:
         yield replies.pop(0)
 
 
 def times(rule: str, name: str, clients: int, pairs: int) -> dict[str, list[float]]:
-    """Seconds of each variant, in turns; the first turn is not counted."""
+    """Return seconds of each variant, in turns of which the first is not counted."""
     start, records = record(model(name, 0)), [record(model(name, node + 1)) for node in range(clients)]
     names = variants(rule)
     # One thread is timed in its own processor time: the machine may be shared.
@@ -159,7 +159,7 @@ def times(rule: str, name: str, clients: int, pairs: int) -> dict[str, list[floa
 
 
 def peak(rule: str, name: str, clients: int, variant: str) -> int:
-    """Highest rise of resident memory, from before the first reply."""
+    """Return the highest rise of resident memory, from before the first reply."""
     start, made = record(model(name, 0)), record(model(name, 1))
 
     def fetched() -> Iterator[Message]:
@@ -182,7 +182,7 @@ def peak(rule: str, name: str, clients: int, variant: str) -> int:
 
 
 def ranking(clients: int, size: int, rounds: int) -> dict[str, int]:
-    """Rounds in which Krum's choice is another than by distances in fp64: updates of 1e-5 beside weights of 0.05."""
+    """Count rounds in which Krum and fp64 distances choose differently: updates of 1e-5 beside weights of 0.05."""
     wrong = {OURS: 0, THEIRS: 0}
     for seed in range(rounds):
         rng = np.random.default_rng(seed)
@@ -200,7 +200,7 @@ def ranking(clients: int, size: int, rounds: int) -> dict[str, int]:
 
 
 def main() -> None:
-    """Do what the command line asks for."""
+    """Run the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=("time", "memory", "ranking"))
     parser.add_argument("rule", choices=SETTINGS)

@@ -1,4 +1,4 @@
-"""Floors under speed-ups, and what a new measurement says about them.
+"""Floors under speed-ups, and verdicts on new measurements.
 
 ``floors.toml`` holds, for one machine and the rows of shown.py that are quick enough, how many times as fast as a
 baseline ours was in each of several processes, which differ in where their memory lies, and that baseline's
@@ -39,7 +39,7 @@ STAT = Path("/proc/stat")
 
 @dataclass(frozen=True)
 class Floor:
-    """What was seen of one row.
+    """Earlier measurements of one row.
 
     Attributes:
         against: the baseline.
@@ -53,21 +53,21 @@ class Floor:
 
     @property
     def lowest(self) -> float:
-        """The lowest allowed ratio."""
+        """Return the lowest allowed ratio."""
         return FACTOR * max(self.ratios)
 
     @property
     def held(self) -> bool:
-        """Whether sound kernels reach the floor so often that the gate can hold the row."""
+        """Return whether sound kernels reach the floor so often that the gate can hold the row."""
         return sum(ratio >= self.lowest for ratio in self.ratios) >= OFTEN * len(self.ratios)
 
     def drift(self, seconds: float) -> float:
-        """By which share a time of the baseline's lies outside of those that were seen."""
+        """Return the share by which a baseline's time lies outside of the earlier ones."""
         low, high = min(self.seconds), max(self.seconds)
         return max(seconds / high - 1, 1 - seconds / low, 0.0)
 
     def after(self, earlier: Floor | None) -> Floor:
-        """Return what earlier processes and this one saw of the row."""
+        """Return the measurements of earlier processes and this one."""
         if earlier is None or earlier.against != self.against:
             return self
         return Floor(self.against, earlier.ratios + self.ratios, earlier.seconds + self.seconds)
@@ -75,7 +75,7 @@ class Floor:
 
 @dataclass
 class Floors:
-    """All of floors.toml: the machine on which the floors were seen, and the floors by pytest node."""
+    """Contents of floors.toml: the machine of the floors, and the floors by pytest node."""
 
     machine: dict[str, Any] = field(default_factory=dict)
     rows: dict[str, Floor] = field(default_factory=dict)
@@ -83,7 +83,7 @@ class Floors:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a measurement says: "pass", "skip" or "fail", with the reason."""
+    """Verdict of a measurement: "pass", "skip" or "fail", with the reason."""
 
     outcome: str
     reason: str = ""
@@ -109,7 +109,7 @@ def _text(value: Any) -> str:
 
 
 def read_floors(path: Path = FLOORS) -> Floors:
-    """Read floors.toml; a missing file holds no floors."""
+    """Read floors.toml, where a missing file holds no floors."""
     if not path.exists():
         return Floors()
     content = tomllib.loads(path.read_text())
@@ -121,13 +121,13 @@ def read_floors(path: Path = FLOORS) -> Floors:
 
 
 def usable_cpus() -> int:
-    """Processors that this process may run on."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class Duel:
-    """A measurement of ours beside the baseline.
+    """Measurement of ours beside the baseline.
 
     Attributes:
         ratios: the other's time over ours, pair by pair.
@@ -143,7 +143,7 @@ class Duel:
 
     @property
     def ratio(self) -> float:
-        """The pairs' median."""
+        """Return the pairs' median."""
         return statistics.median(self.ratios)
 
 
@@ -163,7 +163,7 @@ def judge(floor: Floor, duel: Duel) -> Verdict:
 
 
 def joint(verdicts: Sequence[Verdict]) -> Verdict:
-    """Return what several processes say of a row: a pass if one does, and a failure if at least half of them do."""
+    """Return the verdict of several processes: a pass if one passes, and a failure if at least half of them fail."""
     for outcome, needed in (("pass", 1.0), ("fail", len(verdicts) / 2)):
         alike = [verdict for verdict in verdicts if verdict.outcome == outcome]
         if len(alike) >= needed:
@@ -172,19 +172,19 @@ def joint(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 class Others:
-    """Which share of the processors other processes take."""
+    """Meter of the share of the processors that other processes take."""
 
     def __init__(self) -> None:
         self._start = self._spent()
 
     def share(self) -> float:
-        """Since this was made; 0 where the system does not tell."""
+        """Return the share since this meter was made, 0 where the system does not tell."""
         busy, total, ours = (b - a for a, b in zip(self._start, self._spent(), strict=True))
         return max(0.0, (busy - ours) / total) if total else 0.0
 
     @staticmethod
     def _spent() -> tuple[float, float, float]:
-        """Busy and whole seconds of all processors, and this process's own."""
+        """Return busy and total seconds of all processors, and this process's own."""
         ours = sum(os.times()[:2])
         if not STAT.exists():
             return 0.0, 0.0, ours

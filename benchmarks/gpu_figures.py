@@ -26,7 +26,10 @@ def _caption(machine: Mapping[str, Any]) -> Lines:
 
 
 def kernel_table(rows: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]] = ()) -> str:
-    """At the large size: the share of a copy's bandwidth (in brackets that of ``before``), and the reference's time."""
+    """Return the table of kernels at the large size.
+
+    It has the share of a copy's bandwidth (in brackets that of ``before``), and the reference's time.
+    """
     header = ["operator", "fp32", "of a copy: fp32", "fp32, odd", "bf16", "bf16, odd", "over the reference"]
     earlier, lines = _large(before), []
     for name, by_backend in _large(rows).items():
@@ -51,7 +54,7 @@ def kernel_table(rows: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str
 
 
 def _large(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[tuple[str, bool, str], Mapping[str, Any]]]:
-    """Rows of the large size by operator, and by dtype, alignment and backend."""
+    """Return rows of the large size by operator, and by dtype, alignment and backend."""
     operators: dict[str, dict[tuple[str, bool, str], Mapping[str, Any]]] = {}
     for row in rows:
         if row["size"] == "large" and "seconds" in row and row["operator"] != "contrastive":  # which products bind
@@ -79,19 +82,19 @@ def last_run() -> Lines:
 
 
 def _over(ratio: float) -> str:
-    """Return a ratio of times, theirs over ours; bold where ours is longer."""
+    """Return a ratio of times, theirs over ours, bold where ours is longer."""
     return f"**{ratio:.2f}×**" if ratio < 1 else f"{ratio:.2f}×"
 
 
 def against(row: Comparison, name: str) -> str:
-    """Another's time over ours by the GPU's clock, and in brackets by the wall's."""
+    """Return another's time over ours by the GPU's clock, and in brackets by the wall's."""
     if name not in row.speedup:
         return ""
     return f"{_over(row.speedup[name])} ({row.wall_seconds[name] / row.wall_seconds[row.ours]:.2f}×)"
 
 
 def whole_runs() -> Lines:
-    """Whole commands on the GPU, plain and ours; of their rounds the first and the median of later ones, where told."""
+    """Return whole commands on the GPU, plain and ours, with first round and median of later ones if recorded."""
     content = load(f"methods_{GPU}", comparisons.RESULTS)
     rows = [bench_methods.Row(**case) for case in content["cases"]]
     has_rounds = all(row.later_seconds for row in rows)

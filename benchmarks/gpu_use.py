@@ -1,4 +1,4 @@
-"""How busy a GPU is, and what memory it gives away, while something runs: the driver's figures, through NVML."""
+"""Utilisation and memory of a GPU while something runs: the driver's figures, through NVML."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SAMPLE_SECONDS = 0.1
 
 @dataclass
 class Use:
-    """What was seen of a GPU.
+    """Measurements of a GPU.
 
     Attributes:
         utilisation: per cent of the time in which a kernel ran, one value per sample, of all programs on this GPU.
@@ -25,19 +25,19 @@ class Use:
 
     @property
     def mean(self) -> float:
-        """The mean utilisation, in per cent."""
+        """Return the mean utilisation, in per cent."""
         return mean(self.utilisation) if self.utilisation else 0.0
 
 
 @contextlib.contextmanager
 def watched(index: int = 0, interval: float = SAMPLE_SECONDS) -> Iterator[Use]:
-    """Look at a GPU ten times a second while what is inside goes on, and once at its end.
+    """Sample a GPU ten times a second during the block, and once at its end.
 
     Args:
         index: the GPU's number, as the driver counts.
 
     Raises:
-        pynvml.NVMLError: there is no driver, or it tells nothing of this GPU.
+        pynvml.NVMLError: there is no driver, or it reports nothing of this GPU.
     """
     import pynvml
 

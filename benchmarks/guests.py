@@ -1,4 +1,4 @@
-"""Published networks as people write them in plain torch.nn, for images of 32 x 32 pixels."""
+"""Published networks as people write them in plain torch.nn, for images of 32 × 32 pixels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def cnn(width: int = 16) -> nn.Module:
-    """Three convolutions with batch norm, ReLU and pooling."""
+    """Return three convolutions with batch norm, ReLU and pooling."""
     sides, layers = (3, width, 2 * width, 4 * width), []
     for inner, outer in pairwise(sides):
         layers += [nn.Conv2d(inner, outer, 3, padding=1), nn.BatchNorm2d(outer), nn.ReLU(), nn.MaxPool2d(2)]
@@ -98,7 +98,7 @@ def resnet(
 
 
 def vgg(width: int = 16, normed: bool = False) -> nn.Module:
-    """VGG-11 (Simonyan and Zisserman 2015, arXiv 1409.1556)."""
+    """Return VGG-11 (Simonyan and Zisserman 2015, arXiv 1409.1556)."""
     layers: list[nn.Module] = []
     channels = 3
     for wide in (1, 0, 2, 0, 4, 4, 0, 8, 8, 0, 8, 8, 0):
@@ -125,7 +125,7 @@ class Fire(nn.Module):
 
 
 def squeezenet() -> nn.Module:
-    """SqueezeNet 1.1 with a stem for small images."""
+    """Return SqueezeNet 1.1 with a stem for small images."""
     return nn.Sequential(
         nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2), Fire(64, 16, 64), Fire(128, 16, 64),
         nn.MaxPool2d(3, 2), Fire(128, 32, 128), Fire(256, 32, 128), nn.Dropout(0.5), nn.Conv2d(256, 10, 1), nn.ReLU(),
@@ -190,7 +190,7 @@ def densenet(growth: int = 12) -> nn.Module:
 
 
 def imagenet(width: int = 64) -> nn.Module:
-    """ResNet-18 with ImageNet's stem, 7 x 7 with stride 2 and pooling."""
+    """Return ResNet-18 with ImageNet's stem, 7 × 7 with stride 2 and pooling."""
     body = resnet((2, 2, 2, 2), width)
     assert isinstance(body, nn.Sequential)
     stem = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
@@ -198,7 +198,7 @@ def imagenet(width: int = 64) -> nn.Module:
 
 
 def groups(channels: int) -> nn.Module:
-    """Group norm of two groups."""
+    """Return a group norm of two groups."""
     return nn.GroupNorm(2, channels)
 
 

@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved implementations, medians of per-pair ratios, model bytes, a copy.
+"""Harness of all benchmarks: interleaved implementations, medians of per-pair ratios, model bytes, a copy.
 
 A benchmark is a pytest function that calls :func:`compare` with its implementations.  Times on a shared machine drift
 by more than the differences looked for, so the implementations take turns: a "pair" is one sample of each, the one that
@@ -41,14 +41,14 @@ GPU_PAIRS = 7  # events on a GPU scatter less than a clock
 
 @dataclass
 class Settings:
-    """How this run measures; conftest.py fills it in from the command line.
+    """Settings of this run, which conftest.py fills in from the command line.
 
     Attributes:
         device: where tensors are made.
-        floors: what a measurement must not fall below, or None.
+        floors: the floors that measurements must reach, or None.
         afresh: the options of a fresh process that measures a row below its floor again, none in that process.
         seen: the floors that this run finds, or None where it does not look for any.
-        recorder: what takes the rows where they are recorded, or None.
+        recorder: the recorder of rows where they are recorded, or None.
         rounds: whether bench_rounds.py plays its rounds: "", "small" (a trial) or "full".
         environments: folders of virtual environments, by the framework that each one has.
         data_root: folder of CIFAR-10's binary files, or None.
@@ -71,7 +71,7 @@ GATED: list[str] = []
 
 
 def device() -> torch.device:
-    """Where this run's tensors live."""
+    """Return the device of this run's tensors."""
     return torch.device(SETTINGS.device)
 
 
@@ -110,7 +110,7 @@ def compare(
     threads: int = 1,
     note: str = "",
 ) -> None:
-    """Times the implementations against each other.
+    """Time the implementations against each other.
 
     Args:
         node: the pytest node that measures, relative to benchmarks/.
@@ -180,7 +180,7 @@ def conclude(comparison: Comparison) -> None:
 
 
 def _hold(node: str, floors: gate.Floors, runs: dict[str, Callable[[], Any]], ours: str, threads: int) -> None:
-    """Fails where the row stays below its floor, and skips where nobody can tell."""
+    """Fail where the row stays below its floor, and skip where the measurement cannot tell."""
     if difference := machine_difference(floors.machine, machine()):
         pytest.skip(f"floors.toml was {difference}")
     if threads > gate.usable_cpus():
@@ -202,7 +202,7 @@ def _hold(node: str, floors: gate.Floors, runs: dict[str, Callable[[], Any]], ou
 
 
 def _afresh(node: str, verdict: gate.Verdict) -> gate.Verdict:
-    """Return what this process and, where it finds a row too slow, fresh ones say of the row."""
+    """Return the measurements of this process and, where it finds a row too slow, of fresh ones."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *SETTINGS.afresh, str(HERE / node)]
     verdicts = [verdict]
     while verdicts[-1].outcome != "pass" and len(verdicts) < gate.PROCESSES:
@@ -213,9 +213,9 @@ def _afresh(node: str, verdict: gate.Verdict) -> gate.Verdict:
 
 
 def _look(node: str, seen: gate.Floors, runs: dict[str, Callable[[], Any]], ours: str, threads: int) -> None:
-    """Note the row's ratio beside those of earlier runs that set floors; skips what the gate cannot hold.
+    """Note the row's ratio beside those of earlier runs that set floors, and skip rows that the gate cannot hold.
 
-    A run's is the median of as many measurements as the gate makes.
+    A run's ratio is the median of as many measurements as the gate makes.
     """
     case = next(case for name, case, _ in shown.nodes() if name == node)
     against = case.held or case.against
@@ -234,7 +234,7 @@ def _look(node: str, seen: gate.Floors, runs: dict[str, Callable[[], Any]], ours
 
 
 def _duel(runs: dict[str, Callable[[], Any]], ours: str, against: str, threads: int) -> gate.Duel:
-    """One measurement of the gate."""
+    """Take one measurement of the gate."""
     clock = timing.clock(device(), one_thread=threads == 1)
     beside = gate.Others()
     samples, _ = timing.interleave(
@@ -248,7 +248,7 @@ def _duel(runs: dict[str, Callable[[], Any]], ours: str, against: str, threads: 
 def _measure(
     runs: dict[str, Callable[[], Any]], ours: str, pairs: int, copied: int, where: torch.device
 ) -> dict[str, Any]:
-    """Return what of a :class:`Comparison` is measured."""
+    """Return the measured attributes of a :class:`Comparison`."""
     if copied:
         runs = {**runs, shown.COPY: _copy(copied, where)}
     clock = timing.clock(where)
@@ -262,14 +262,14 @@ def _measure(
 
 
 def _copy(moved: int, where: torch.device) -> Callable[[], Any]:
-    """Read half of so many bytes and write the other half."""
+    """Return a call that reads half of so many bytes and writes the other half."""
     count = max(moved // 8, 1)
     source, target = torch.ones(count, device=where), torch.ones(count, device=where)
     return lambda: target.copy_(source)
 
 
 def summarise(samples: dict[str, list[float]], ours: str) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """What of a :class:`Comparison` follows from the implementations' times, and the pairs' ratios by implementation.
+    """Return attributes of a :class:`Comparison` from the implementations' times, and the pairs' ratios.
 
     Args:
         samples: seconds by implementation, each time beside those that it was measured among.
@@ -288,7 +288,7 @@ def summarise(samples: dict[str, list[float]], ours: str) -> tuple[dict[str, Any
 
 
 def _leave_record(run: Callable[[], Any], where: torch.device) -> None:
-    """A few wall times for pytest-benchmark's own table and files."""
+    """Leave a few wall times for pytest-benchmark's own table and files."""
     clock = timing.clock(where)
     seconds = clock.wall(run, 1) or clock.sample(run, 1)
     call = run
@@ -314,7 +314,7 @@ def _plain_defaults() -> Iterator[None]:
 
 
 def machine() -> dict[str, Any]:
-    """Return what this run's numbers depend on."""
+    """Return the machine and versions behind this run's numbers."""
     return machines.machine(SETTINGS.device)
 
 

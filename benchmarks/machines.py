@@ -1,4 +1,4 @@
-"""What measured: the processor down to its caches, versions, and which backend and compiled core served."""
+"""Description of the measuring machine: the processor down to its caches, versions, backend and compiled core."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def now() -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Return what the numbers depend on; a forced backend is part of it."""
+    """Return the machine and versions behind numbers, with a forced backend."""
     info: dict[str, Any] = {
         "time": now(),
         "commit": recorded_commit(),
@@ -64,7 +64,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def chip(path: Path = CPUINFO, caches: Path = CACHES) -> dict[str, str]:
-    """Name, family, model and stepping (on ARM implementer and part) and the sizes of L2 and L3, as far as known."""
+    """Return name, family, model, stepping (on ARM implementer and part) and sizes of L2 and L3, as far as known."""
     info = {FACTS[name]: value for name, value in cpuinfo(path).items() if name in FACTS}
     with contextlib.suppress(OSError):
         for index in sorted(caches.glob("index*")):
@@ -81,7 +81,7 @@ def _forced() -> str | None:
 
 
 def served_by(device: str) -> tuple[str, str]:
-    """Which backend serves here, and the ``source_hash()`` of its compiled core ("" where it has none).
+    """Return the serving backend, and the ``source_hash()`` of its compiled core ("" without one).
 
     The backend is the forced one, else the first that can serve; "reference" where none does.
     """
@@ -94,7 +94,7 @@ def served_by(device: str) -> tuple[str, str]:
 
 @functools.cache
 def _core_of(backend: str) -> str | None:
-    """The source hash of a backend's compiled core, "" where the backend has none, None where it cannot be used."""
+    """Return the source hash of a backend's compiled core, "" without a core, None where it cannot be used."""
     from fedkern.ops._core.backend import cpu_core
     from fedkern.ops._core.loading import Unavailable, load_core, load_triton
 

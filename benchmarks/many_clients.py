@@ -1,11 +1,11 @@
-"""Runs with 10,000 clients of which 1 % work in a round: start, rounds, memory, descriptors and files as rounds go by.
+"""Runs with 10,000 clients of which 1 % work in a round: start, rounds, memory, descriptors and files over the rounds.
 
     python -m benchmarks.many_clients --data-root DIR            # writes results/many_clients_<cpu>.json
     python -m benchmarks.many_clients --data-root DIR --rounds 100 --dry
 
 DIR holds MNIST's four IDX files.  Every run is a process of its own, whose clients work in that process.  Seconds and
-bytes of a row are means over the rounds since the row before, so that they hold what is written in the background too.
-Processor seconds do not depend on what else the machine does.
+bytes of a row are means over the rounds since the row before, so that they include writes in the background.
+Processor seconds do not depend on the machine's other work.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def results_path(machine: Mapping[str, Any], folder: Path = comparisons.RESULTS)
 
 
 class Meter(Listener):
-    """Takes the run's measures at some of its rounds.
+    """Listener that measures the run at some of its rounds.
 
     Args:
         out: the run folder.
@@ -91,7 +91,7 @@ def _resident() -> int:
 
 
 def _written() -> int:
-    """Bytes that this process has handed to the system to write."""
+    """Return the bytes that this process has handed to the system to write."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("wchar")))
 
@@ -121,7 +121,7 @@ def _play(asked: Mapping[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.many_clients", description=__doc__.splitlines()[0])
     parser.add_argument("--data-root", help="folder of MNIST's four IDX files")
     parser.add_argument("--methods", nargs="+", default=METHODS)

@@ -1,4 +1,4 @@
-"""What the five methods gain over others, paired by seed, where each is the right tool, and what it costs."""
+"""Gains of the five methods over others, paired by seed, where each is the right tool, and its cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PUBLISHED = "as published"
 
 @dataclass(frozen=True)
 class Sample:
-    """A figure by seed, the larger the better; how many times it is shown; commit and day of its runs."""
+    """Figure by seed, the larger the better, with its scale in tables, and commit and day of its runs."""
 
     values: Mapping[int, float]
     scale: float
@@ -23,7 +23,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Contest:
-    """A form of a method beside another method in a setting; a sample is None where its runs are not finished."""
+    """Form of a method beside another method in a setting, where a sample is None while its runs are unfinished."""
 
     setting: str
     form: str
@@ -33,7 +33,7 @@ class Contest:
 
     @property
     def made(self) -> list[str]:
-        """Commit and day of both, where both are played."""
+        """Return commit and day of both, where both are played."""
         return [] if self.own is None or self.rival_sample is None else [self.own.made, self.rival_sample.made]
 
     def ends(self) -> tuple[float, float, float]:
@@ -58,7 +58,7 @@ class Contest:
 
 @dataclass(frozen=True)
 class Tool:
-    """A method: its page below docs/, unit and contests, where it is the right tool, its cost, and what to use else."""
+    """Method: its page below docs/, unit and contests, where it is the right tool, its cost, and alternatives."""
 
     name: str
     page: str
@@ -70,7 +70,7 @@ class Tool:
 
 
 def reproduced(paper: str, cell: str) -> Sample | None:
-    """Return a cell's figure in the results of a study; None where it was not played."""
+    """Return a cell's figure in the results of a study, or None where it was not played."""
     row = read_rows(paper).get(cell) if (RESULTS / f"{paper}.json").exists() else None
     if row is None or row["ours"] is None:
         return None
@@ -83,7 +83,7 @@ def reproduced(paper: str, cell: str) -> Sample | None:
 def contests(
     paper: str, settings: Mapping[str, str], forms: Mapping[str, str], rivals: Mapping[str, str]
 ) -> list[Contest]:
-    """Return every form beside every rival in every setting; cells by what the tables call them."""
+    """Return every form beside every rival in every setting, with cells by their names in the tables."""
     return [
         Contest(setting, form, reproduced(paper, prefix + own), rival, reproduced(paper, prefix + theirs))
         for setting, prefix in settings.items()
@@ -93,12 +93,12 @@ def contests(
 
 
 def sent(paper: str, cell: str, clients: int) -> float:
-    """Megabytes of a client in both directions, mean of a cell's runs."""
+    """Return megabytes of a client in both directions, the mean of a cell's runs."""
     return float(read_rows(paper)[cell]["bytes"]) / clients / 1e6
 
 
 def differences(name: str = "") -> list[str]:
-    """Return the table of paired differences, of one method or of all; what is not played is left out."""
+    """Return the table of paired differences, of one method or of all, without unplayed cells."""
     rows = [
         [f"[{tool.name}]({tool.page})", *contest.cells()]
         for tool in tools() if name in ("", tool.name) for contest in tool.contests if contest.made

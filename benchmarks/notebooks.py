@@ -1,4 +1,4 @@
-"""Plays the notebooks of examples/ and stores their outputs in them: python -m benchmarks.notebooks."""
+"""Play the notebooks of examples/ and store their outputs in them: python -m benchmarks.notebooks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COLOURS = 128
 
 
 def play(path: Path, folder: Path) -> Any:
-    """Return a notebook with the outputs that it has when a kernel of this Python plays it in ``folder``.
+    """Return a notebook with its outputs in a kernel of this Python in ``folder``.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell raised.
@@ -41,7 +41,7 @@ def _smaller(picture: str) -> str:
 
 
 def main() -> None:
-    """Plays every notebook, and writes it with its outputs."""
+    """Play every notebook, and write it with its outputs."""
     for path in NOTEBOOKS:
         with tempfile.TemporaryDirectory() as folder:
             notebook = play(path, Path(folder))

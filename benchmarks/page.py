@@ -1,4 +1,4 @@
-"""A page of the documentation whose numbers are written from results."""
+"""Page of the documentation whose numbers are written from results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESULTS = STUDIES / "results"
 
 @dataclass(frozen=True)
 class Page:
-    """What vouches for a page's numbers.
+    """Sources of a page's numbers.
 
     Attributes:
         path: from the repository's root.
@@ -31,14 +31,17 @@ class Page:
 
 
 def by_seed(row: Mapping[str, Any]) -> dict[int, float]:
-    """Return a cell's figure by seed; empty where it is not played."""
+    """Return a cell's figure by seed, empty where it is not played."""
     return {
         int(seed): float(value) for seed, _, value in (entry.partition("=") for entry in row.get("values", "").split())
     }
 
 
 def decimal(value: float, digits: int, sign: str = "") -> str:
-    """Return a difference with so many digits; what rounds to nothing is not negative.  ``sign`` "+": above 0 too."""
+    """Return a difference with so many digits, without a minus sign if rounded to nothing.
+
+    ``sign`` "+": a plus sign above 0.
+    """
     return f"{round(value, digits) + 0.0:{sign}.{digits}f}".replace("-", "−")
 
 
@@ -55,7 +58,7 @@ def read_rows(study: str) -> dict[str, Mapping[str, Any]]:
 
 
 def spread(values: Sequence[float], scale: float = 100.0, digits: int = 1) -> str:
-    """``mean ± standard deviation`` of fractions, in percent; a single value stands alone."""
+    """Return ``mean ± standard deviation`` of fractions, in percent, or a single value alone."""
     centre = f"{scale * mean(values):.{digits}f}"
     return f"{centre} ± {scale * stdev(values):.{digits}f}" if len(values) > 1 else centre
 

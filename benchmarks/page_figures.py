@@ -1,4 +1,4 @@
-"""What the methods' pages say in figures, and which result file has each of them (`benchmarks.pages`)."""
+"""Figures of the methods' pages, and the result file of each of them (`benchmarks.pages`)."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ def figures(study: str, cell: str, figure: str = "accuracy") -> list[float]:
 
 
 def percent(values: float | Sequence[float], digits: int = 1) -> str:
-    """Fractions in per cent: one alone, several as mean ± standard deviation."""
+    """Return fractions in per cent: one alone, several as mean ± standard deviation."""
     return spread([values] if isinstance(values, int | float) else values, 100.0, digits)
 
 
 def nats(values: float | Sequence[float]) -> str:
-    """Losses, or what else is no fraction, with two digits."""
+    """Return losses, or other values that are no fractions, with two digits."""
     return spread([values] if isinstance(values, int | float) else values, 1.0, 2)
 
 
 def points(difference: float, digits: int = 1) -> str:
-    """Return a difference of fractions in points; what rounds to nothing has no sign."""
+    """Return a difference of fractions in points, without a sign if rounded to nothing."""
     return decimal(100 * difference, digits)
 
 
 def megabytes(count: float, digits: int = 3) -> str:
-    """Bytes in MB."""
+    """Return bytes in MB."""
     return f"{count / 1e6:.{digits}f}"
 
 
 def closed(row: Mapping[str, Any], start: Mapping[str, Any], goal: Mapping[str, Any]) -> str:
-    """Share of the gap between ``start`` and ``goal`` that a row closes, over the seeds that all three have.
+    """Return the share of the gap between ``start`` and ``goal`` that a row closes, over the seeds of all three.
 
-    No share where the gap's own 95 % interval, paired by seed, holds 0.
+    Empty where the gap's own 95 % interval, paired by seed, holds 0.
     """
     values = [by_seed(cell) for cell in (row, start, goal)]
     shared = set.intersection(*(set(cell) for cell in values))
@@ -68,8 +68,8 @@ def closed(row: Mapping[str, Any], start: Mapping[str, Any], goal: Mapping[str, 
 def reproduced(paper: str, *tables: str, goal: str = "", rates: bool = False) -> Lines:
     """Return the cells of a paper's tables as ``reproduce --json`` gave them: fractions in per cent, intervals of 95 %.
 
-    ``goal`` names a cell of another table.  Rows then tell what share of the gap from their baseline to it they close.
-    ``rates``: tell learning rates, and where they were chosen.
+    ``goal`` names a cell of another table.  Rows then say what share of the gap from their baseline to it they close.
+    ``rates``: add learning rates, and where they were chosen.
     """
     by_name = read_rows(paper)
     shown, rows = [row for row in by_name.values() if row["table"] in tables or row["name"] == goal], []
@@ -95,7 +95,7 @@ def rate(row: Mapping[str, Any]) -> str:
 
 
 def made(paper: str, rows: Sequence[Mapping[str, Any]]) -> Lines:
-    """Return the commits and days of rows, below a blank line; nothing where no row is played."""
+    """Return the commits and days of rows, below a blank line, or nothing where no row is played."""
     lines = [figure.made for row in rows if by_seed(row) and (figure := method_gains.reproduced(paper, row["name"]))]
     return ["", f"Commit and day: {'; '.join(dict.fromkeys(lines))}."] if lines else []
 
@@ -115,7 +115,7 @@ def verdicts(paper: str) -> Lines:
 
 
 def command(method: str, digits: int = 1, scale: float = 100.0, unit: str = "%") -> Lines:
-    """Return the page's command, what it gave, and how long that took."""
+    """Return the page's command, its result, and how long it took."""
     text = COMMANDS[method].text()
     row = load("page_commands").get(method, {})
     lines = ["```bash", _wrapped(text), "```"]
@@ -315,7 +315,7 @@ def _fediod() -> Page:
 
 
 def dra_noisy(*tables: str) -> Lines:
-    """Losses on captions with a noisy minority: means with their intervals, and differences to the first row's."""
+    """Return losses on captions with a noisy minority: means with intervals, and differences to the first row."""
 
     def interval(row: Mapping[str, Any], key: str) -> str:
         if row[key] is None:
@@ -349,10 +349,10 @@ MACHINE, OTHER_MACHINE = "intel-xeon", "amd-epyc"
 
 
 def operators(machine: str, marked: str = "", *, folder: Path = comparisons.RESULTS) -> Lines:
-    """The operators' table: rows of shown.py recorded with the present kernels on a machine, or marked on another.
+    """Return the operators' table: rows of shown.py recorded with the present kernels on a machine (others marked).
 
-    Below those of a test stand its other rows, of one thread, in which somebody is faster; where nobody has measured
-    such a row with the present kernels, the row of earlier ones stays, marked.
+    Below those of a test stand its other rows, of one thread, in which an alternative is faster.  Where no such row has
+    been measured with the present kernels, the row of earlier ones stays, marked.
     """
     shown = [(node, case) for node, case, _ in nodes()]
     named = {node for node, _ in shown}
@@ -407,7 +407,7 @@ RUNS, MANY_CLIENTS = f"methods_{MACHINE}", f"many_clients_{OTHER_MACHINE}"
 
 
 def caption(machine: Mapping[str, Any]) -> Lines:
-    """When, where and of which commit a table was measured, and a blank line."""
+    """Return when, where and of which commit a table was measured, and a blank line."""
     return [f"{comparisons.spoken(machine)}, {comparisons.dated(machine)}", ""]
 
 
@@ -417,13 +417,13 @@ def undated(make: Callable[[], Lines]) -> Lines:
 
 
 def shortened(row: bench_methods.Row) -> str:
-    """What a run has of the rounds and epochs of its method's default run."""
+    """Return the rounds and epochs of a shortened run of its method's default run."""
     usual = RunConfig.make(row.method)
     return ", ".join(f"{n} of {getattr(usual, name)} {name.replace('_', ' ')}" for name, n in row.settings.items())
 
 
 def earned(row: bench_methods.Row) -> dict[str, str]:
-    """Return a whole run's seconds, and what of its lead kernels, processes and start-up make, by column."""
+    """Return a whole run's seconds, and the shares of kernels, processes and start-up in its lead, by column."""
     plain, ours, one_core = bench_methods.PLAIN, bench_methods.OURS, bench_methods.ONE_CORE
 
     def seconds(value: float | None) -> str:
@@ -494,7 +494,7 @@ def rounds_of_fedavg(machine: str) -> Lines:
 
 
 def rounds_on_datasets(machine: str) -> Lines:
-    """Milliseconds a round of FedAvg on Datasets, ours and the other program's."""
+    """Return milliseconds a round of FedAvg on Datasets, ours and the other program's."""
     (recorded,) = (file for file in read_results(comparisons.RESULTS)["datasets"] if file.name.endswith(machine))
     lines = []
     for row in recorded.rows:
@@ -524,7 +524,7 @@ def networks_of_your_own() -> Lines:
 
 
 def ten_thousand_clients() -> Lines:
-    """Return the runs with many clients: what a round takes as rounds go by."""
+    """Return the runs with many clients: the cost of a round over the rounds."""
     content, rows = load(MANY_CLIENTS, comparisons.RESULTS), []
     for method, run in content["runs"].items():
         for row in run["rounds"]:
@@ -590,7 +590,7 @@ def over_flower() -> Lines:
 
 
 def messages(method: str) -> tuple[str, ...]:
-    """Seconds in process, with a resident and without, of a round or an iteration."""
+    """Return seconds in process, with a resident and without, of a round or an iteration."""
     seconds = load(MESSAGES, comparisons.RESULTS)["seconds"][method]
     return tuple(f"{median(values):.2g}" for values in seconds.values())
 
@@ -613,7 +613,7 @@ WHOLE = "none"
 
 
 def compressed_uploads() -> Lines:
-    """Accuracy against bytes of all clients, with differences seed by seed, and the commit of the runs."""
+    """Return accuracy against bytes of all clients, with differences seed by seed, and the commit of the runs."""
     fewer = {f"{WHOLE}, {text}": f"{WHOLE} in {text}" for text in ("6 rounds of 5 epochs", "3 rounds of 10 epochs")}
     lines = []
     for buffers in ("average", "drop"):
@@ -664,7 +664,7 @@ NETWORKS = ("McMahan's CNN", "VGG-11/16, batch norm", "ResNet-8/16", "ResNet-18/
 
 
 def accelerated(machine: str) -> Lines:
-    """Five networks' training steps beside plain PyTorch, on one core."""
+    """Return five networks' training steps beside plain PyTorch, on one core."""
     (recorded,) = (file for file in read_results(comparisons.RESULTS)["guest"] if file.name.endswith(machine))
     times = {row.case: row.speedup["eager"] for row in recorded.rows}
     rows = [[name, *(f"{times[f'{name}, B={batch}']:.1f}×" for batch in (8, 32))] for name in NETWORKS]
@@ -690,7 +690,7 @@ def privacy_audit() -> Lines:
 
 
 def options_of(method: str) -> Lines:
-    """Options of a method as its help lists them."""
+    """Return the options of a method as its help lists them."""
     rows = [
         [f"`{opt.name}`", "" if opt.default is None else f"{opt.default}", opt.range, opt.help.replace("|", r"\|")]
         for opt in METHODS[method].Options.list_options()

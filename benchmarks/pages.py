@@ -1,4 +1,4 @@
-"""Keeps the figures on the methods' pages what benchmarks/results says.
+"""Keep the figures on the methods' pages equal to benchmarks/results.
 
     python -m benchmarks.pages            # writes the figures of README.md and docs/, tables and charts
     python -m benchmarks.pages --check    # exit code 1 where a page says something else, or a result by hand
@@ -7,7 +7,7 @@ Results stand between ``<!-- figures: NAME -->`` and ``<!-- end -->``, which `be
 tables are files in docs/tables, which the page links and the site shows in place of the link.  Only README.md has
 tables in its text.  Charts are in docs/charts (`benchmarks.charts`).  A number
 with the unit of a result (per cent, points, nats, times as fast, seconds, megabytes) anywhere else makes `--check`
-fail, but for sentences that say what was published.  Code (fenced blocks and words in backquotes) and addresses of
+fail, but for sentences about published results.  Code (fenced blocks and words in backquotes) and addresses of
 links are not looked at.
 """
 
@@ -78,7 +78,7 @@ def fill(text: str, page: Page) -> str:
 
 
 def faults(text: str, page: Page, root: Path = ROOT) -> list[str]:
-    """What is wrong with a page: sections that are not what the results say, and results outside of them."""
+    """Return the faults of a page: sections that differ from the results, and results outside of them."""
     sentences = []
     written = {match[2] for match in SECTION.finditer(text)}
     sentences += [f'the section "{name}" is not on it' for name in page.tables if name not in written]
@@ -102,7 +102,7 @@ def stale_charts(root: Path = ROOT) -> list[Chart]:
 
 
 def unbound(text: str, page: Page) -> list[str]:
-    """Where a result stands outside of the generated sections."""
+    """Return the results that stand outside of the generated sections."""
     if page.part:
         start = text.index(f"## {page.part}\n")
         end = text.find("\n## ", start + 1)
@@ -118,7 +118,7 @@ def _blank(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pages", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail where a page is not up to date")
     args = parser.parse_args(arguments)

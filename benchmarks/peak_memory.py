@@ -1,4 +1,4 @@
-"""The most memory a call takes beyond its inputs."""
+"""Peak memory of a call beyond its inputs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
     """Run once more and return the rise of memory at its highest point, or None where that cannot be seen.
 
     On a GPU torch's allocator counts.  On the CPU the kernel does: the high-water mark of resident memory is set back
-    first, and free memory that malloc and fedkern hold is returned, so that what torch, NumPy and compiled code touch
-    is all in it, to a page.  (The counters are per process: other threads must be quiet.)
+    first, and free memory that malloc and fedkern hold is returned, so that all memory of torch, NumPy and compiled
+    code is in it, to a page.  (The counters are per process: other threads must be quiet.)
 
-    Gradients left by the call before are dropped first, and so count as what this call makes.
+    Gradients left by the call before are dropped first, and so count as memory of this call.
     """
     gc.collect()
     for tensor in gc.get_objects():

@@ -1,4 +1,4 @@
-"""What a whole command costs: seconds, processor seconds and memory of everything that it starts."""
+"""Cost of a whole command: seconds, processor seconds and memory of all its processes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PROC = Path("/proc")
 
 
 class Failed(Exception):
-    """A command ended with another exit code than 0; the message repeats its last line."""
+    """Error of a command with another exit code than 0, whose message repeats its last line."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a command took.
+    """Cost of a command.
 
     Attributes:
         seconds: from its start to its end.
@@ -88,7 +88,7 @@ def session(leader: int, proc: Path = PROC) -> list[int]:
 
 
 def proportional_bytes(pid: int, proc: Path = PROC) -> int:
-    """Return a process's proportional set; 0 of one that has ended."""
+    """Return a process's proportional set, 0 of a process that has ended."""
     with contextlib.suppress(OSError):
         for line in (proc / str(pid) / "smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
@@ -97,7 +97,7 @@ def proportional_bytes(pid: int, proc: Path = PROC) -> int:
 
 
 def processor_seconds(pid: int, proc: Path = PROC) -> float:
-    """What a process itself has computed, its children left out; 0 of one that has ended."""
+    """Return the processor seconds of a process itself, without its children, 0 of a process that has ended."""
     with contextlib.suppress(OSError):
         fields = (proc / str(pid) / "stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -105,7 +105,7 @@ def processor_seconds(pid: int, proc: Path = PROC) -> float:
 
 
 class _Watch:
-    """Looks at a session's processes until it is told to stop; of a single process the kernel knows the peak."""
+    """Watcher of a session's processes until it is stopped: of a single process the kernel knows the peak."""
 
     def __init__(self, leader: int) -> None:
         self.peak_bytes, self.processes = 0, 1

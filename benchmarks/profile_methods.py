@@ -1,12 +1,12 @@
-"""Where the seconds of a default run go: every method's run, shortened, under torch.profiler.
+"""Seconds of default runs by part: every method's run, shortened, under torch.profiler.
 
     python -m benchmarks.profile_methods                  # writes results/profile_<cpu>.json
     python -m benchmarks.profile_methods --methods fedgid --dry
 
 A run is a process of its own, on one thread, with all clients in that process.  Every event's own time belongs to one
 part: that of the region it lies in (evaluation, batches, optimiser ...), else that of its operator (convolutions, batch
-norm ...), else "other tensor operators".  What no event covers is Python's.  The profiler itself makes runs of many
-small operators longer, so the same run's seconds without it stand beside.
+norm ...), else "other tensor operators".  Time that no event covers is Python's.  The profiler itself makes runs of
+many small operators longer, so the same run's seconds without it stand beside.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def mark(path: str, region: str) -> None:
     """Put :func:`marked` in the place of the function at "module:name" or "module:Class.name".
 
     Raises:
-        AttributeError: it is not there any more.
+        AttributeError: there is no such function any more.
     """
     module, _, name = path.partition(":")
     holder: Any = importlib.import_module(module)
@@ -105,7 +105,7 @@ def mark_all() -> None:
 
 
 def functions_of_ours() -> set[str]:
-    """Yield the names that the backward passes of fedkern's operators have in a profile."""
+    """Return the names of the backward passes of fedkern's operators in a profile."""
     import torch
 
     def below(kind: type) -> Iterator[type]:
@@ -121,7 +121,7 @@ def functions_of_ours() -> set[str]:
 
 
 def part_of(name: str, ours: Iterable[str] = ()) -> str | None:
-    """Return the part of a run that an event of this name tells, or None where its parent's is to count."""
+    """Return the part of a run to which an event of this name belongs, or None for its parent's part."""
     name = name.rpartition("autograd::engine::evaluate_function: ")[2]
     if name.startswith("fedkern/"):
         return name.partition("/")[2]
@@ -141,7 +141,7 @@ def part_of(name: str, ours: Iterable[str] = ()) -> str | None:
 
 
 def divided(events: Iterable[Any], ours: Iterable[str] = ()) -> dict[str, float]:
-    """Seconds by part: every event's own time, of the thread that ran the whole.
+    """Return seconds by part: every event's own time, of the thread of the whole run.
 
     Args:
         events: torch.profiler's, with ``name``, ``cpu_parent``, ``self_cpu_time_total`` in microseconds and ``thread``.
@@ -179,7 +179,7 @@ def divided(events: Iterable[Any], ours: Iterable[str] = ()) -> dict[str, float]
 
 
 def child(words: Sequence[str], started: float, out: Path) -> int:
-    """Run ``python -m fedkern.run`` with these words under the profiler; write seconds by part."""
+    """Run ``python -m fedkern.run`` with these words under the profiler, and write seconds by part."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -206,7 +206,7 @@ def shortened(case: Case) -> Case:
 
 
 def profiled(case: Case) -> dict[str, Any]:
-    """Seconds of a run, in all, by part, and without the profiler."""
+    """Return seconds of a run, in all, by part, and without the profiler."""
     environment = {**bench_methods.environment(bench_methods.OURS, None), "OMP_WAIT_POLICY": "PASSIVE"}
     with tempfile.TemporaryDirectory(prefix="profile-") as made:
         folder = Path(made)

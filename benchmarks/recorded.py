@@ -1,4 +1,4 @@
-"""The commit that a result file names."""
+"""Commit that a result file names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ UNRECORDED = "unrecorded"
 
 
 def recorded_commit() -> str:
-    """The short hash of the checkout, with "-dirty" where files differ from the commit, or :data:`UNRECORDED`."""
+    """Return the checkout's short hash, with "-dirty" where files differ from the commit, or :data:`UNRECORDED`."""
     return commit(Path(__file__).parent) or UNRECORDED
 
 

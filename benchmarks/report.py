@@ -1,4 +1,4 @@
-"""Turns benchmarks/results/*.json into the tables of benchmarks/results/README.md.
+"""Turn benchmarks/results/*.json into the tables of benchmarks/results/README.md.
 
     python -m benchmarks.report             # writes the page
     python -m benchmarks.report --check     # exit code 1 where the page is not what the results say
@@ -27,14 +27,14 @@ TITLE = "README.md"
 
 
 def present(row: Comparison, cores: Cores) -> bool:
-    """Whether a row's figures are those of the present kernels, or of a whole run."""
+    """Return whether a row's figures are those of the present kernels, or of a whole run."""
     current = cores[sources.key(sources.module(row.backend), sources.family(row.group))]
     compiled = row.backend not in ("reference", "triton")
     return bool(row.startup_seconds) or not compiled or not current or row.sources == current
 
 
 def left_out(count: int) -> list[str]:
-    """Return a line that says how many rows are not shown, and a blank one; nothing where all are."""
+    """Return a line that counts the omitted rows, and a blank one, or nothing where all rows are shown."""
     if not count:
         return []
     rows = f"{count} row{'s' if count > 1 else ''}"
@@ -42,7 +42,7 @@ def left_out(count: int) -> list[str]:
 
 
 def machine_line(recorded: Recorded) -> str:
-    """Where and when, with versions and the forced backend."""
+    """Return place and time of the measurement, with versions and the forced backend."""
     info = recorded.machine
     place = (
         f"{info['gpu']}, CUDA {info.get('cuda', '?')}" if info.get("gpu") else f"{info['cpu']}, {info['cores']} cores"
@@ -62,12 +62,12 @@ def dates(recorded: Recorded) -> str:
 
 
 def baselines(rows: Sequence[Comparison]) -> list[str]:
-    """Everyone but us, in the order in which they first appear."""
+    """Return all implementations but ours, in the order in which they first appear."""
     return list(dict.fromkeys(name for row in rows for name in row.speedup))
 
 
 def families(rows: Sequence[Comparison]) -> list[list[Comparison]]:
-    """Rows that share baselines, together: each family makes a table without empty columns."""
+    """Group rows that share baselines: each family makes a table without empty columns."""
     groups: list[list[Comparison]] = []
     for row in rows:
         related = [family for family in groups if set(baselines(family)) & set(row.speedup)]
@@ -77,7 +77,7 @@ def families(rows: Sequence[Comparison]) -> list[list[Comparison]]:
 
 
 def duration(seconds: float) -> str:
-    """Three digits and a unit."""
+    """Return a duration with three digits and a unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= size:
             return f"{_digits(seconds / size)} {unit}"
@@ -85,7 +85,7 @@ def duration(seconds: float) -> str:
 
 
 def memory(count: int) -> str:
-    """Megabytes."""
+    """Return megabytes."""
     return f"{_digits(count / 1e6)} MB"
 
 
@@ -96,12 +96,12 @@ def _digits(value: float) -> str:
 
 
 def noisy(row: Comparison, baseline: str) -> bool:
-    """Whether a row's times, the baseline's or ours, scatter so much that their ratio tells little."""
+    """Return whether a row's times, the baseline's or ours, scatter too much for their ratio."""
     return max(row.scatter[baseline], row.scatter[row.ours]) > gate.NOISY
 
 
 def ratio(row: Comparison, name: str) -> str:
-    """Return a speed-up; bold where we lose, marked where times scatter."""
+    """Return a speed-up, bold where ours is slower, marked where times scatter."""
     if name not in row.speedup:
         return "–"
     value = row.speedup[name]
@@ -111,12 +111,12 @@ def ratio(row: Comparison, name: str) -> str:
 
 
 def our_time(row: Comparison) -> str:
-    """Our median time, marked where it scatters."""
+    """Return our median time, marked where it scatters."""
     return (SCATTERS if row.scatter[row.ours] > gate.NOISY else "") + duration(row.seconds[row.ours])
 
 
 def table(rows: Sequence[Comparison]) -> list[str]:
-    """All that was measured of one operator, or of one family of its rows."""
+    """Return all measurements of one operator, or of one family of its rows."""
     names = baselines(rows)
     walls = any(row.wall_seconds for row in rows)
     heads = ["size", "run on", "time", *(["wall time"] if walls else []), *(f"against {name}" for name in names)]
@@ -143,7 +143,7 @@ def table(rows: Sequence[Comparison]) -> list[str]:
 
 
 def whole_runs(rows: Sequence[Comparison]) -> list[str]:
-    """Return a line per program of the rows that are whole runs, with what else was measured of them.
+    """Return a line per program of the rows that are whole runs, with their further measurements.
 
     None without any.
     """
@@ -162,7 +162,7 @@ def whole_runs(rows: Sequence[Comparison]) -> list[str]:
 
 
 def page(results: dict[str, list[Recorded]], cores: Cores) -> str:
-    """results/README.md."""
+    """Return the text of results/README.md."""
     all_rows = [row for files in results.values() for recorded in files for row in recorded.rows]
     lines = [
         "# Measured",
@@ -201,7 +201,7 @@ def page(results: dict[str, list[Recorded]], cores: Cores) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the recorded results")
     parser.add_argument("--check", action="store_true", help="write nothing, fail where the page is not up to date")

@@ -1,4 +1,4 @@
-"""The rows that docs/speed.md shows, at most sixty: every operator, at sizes that users have.
+"""Rows that docs/speed.md shows, at most sixty: every operator, at sizes that users have.
 
 ``pytest benchmarks --shown --record`` records them in a quarter of an hour.  ``pytest benchmarks --set-floors``
 measures the quicker ones for the gate.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shown:
-    """One case of an operator.
+    """Case of an operator.
 
     Attributes:
         operator, size: as the page has them.
@@ -85,7 +85,7 @@ SHOWN = {
 
 
 def nodes() -> Iterator[tuple[str, Shown, int]]:
-    """Every row: its pytest node relative to benchmarks/, its case, and its number of threads."""
+    """Return every row: its pytest node relative to benchmarks/, its case, and its number of threads."""
     for start, case in SHOWN.items():
         for threads in case.threads:
             yield f"{start}-{threads}]", case, threads

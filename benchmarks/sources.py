@@ -1,4 +1,4 @@
-"""What of csrc/ an operator is built from: other operators' kernels may change without making its rows outdated."""
+"""Sources in csrc/ of each operator: other operators' kernels may change without making its rows outdated."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def hash_of(folder: Path, core: str, name: str) -> str:
 
 
 def _unused(folder: Path, core: str, without: re.Pattern[str]) -> list[str]:
-    """Headers that no file of the core includes, as patterns."""
+    """Return headers that no file of the core includes, as patterns."""
     texts = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.[ch]*")}
     texts = {name: text for name, text in texts.items() if not without.search(name)}
     headers = {name for name in texts if name.endswith(("h", "cuh"))}
@@ -76,10 +76,10 @@ def module(backend: str) -> str:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Of every family, by the names of :func:`key`; "" where there is no ``folder``."""
+    """Return the hashes of all families, by the names of :func:`key`, "" without a ``folder``."""
     return {key(core, name): hash_of(folder, core, name) for core in ("_cpu", "_cuda") for name in ("", *GROUPS)}
 
 
 def key(core: str, name: str) -> str:
-    """``"_cpu"`` for all of a core, ``"_cpu blend"`` for what a family is built from."""
+    """Return ``"_cpu"`` for all of a core, ``"_cpu blend"`` for the sources of a family."""
     return f"{core} {name}".strip()

@@ -1,4 +1,4 @@
-"""Clocks, and implementations that take turns: what :func:`harness.compare` measures with."""
+"""Clocks, and turns of implementations, for the measurements of :func:`harness.compare`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Run = Callable[[], Any]
 
 
 class Clock(Protocol):
-    """Times calls on one kind of device."""
+    """Timer of calls on one kind of device."""
 
     def sample(self, run: Run, count: int) -> float:
-        """Seconds per call over ``count`` calls."""
+        """Return seconds per call over ``count`` calls."""
         ...
 
     def wall(self, run: Run, count: int) -> float | None:
-        """Wall seconds per call over ``count`` calls in a row where :meth:`sample` tells something else, or None."""
+        """Return wall seconds per call over ``count`` calls in a row, or None where :meth:`sample` returns the same."""
         ...
 
 
 class CpuClock:
-    """Wall time of calls in a row, caches as the calls before left them."""
+    """Wall time of calls in a row, with caches as the earlier calls left them."""
 
     def sample(self, run: Run, count: int) -> float:
         start = time.perf_counter()
@@ -42,7 +42,7 @@ class CpuClock:
 
 
 class ThreadClock(CpuClock):
-    """Processor time of the calling thread: of a busy machine's time slices only those that this thread had."""
+    """Processor time of the calling thread: of a busy machine's time slices only those of this thread."""
 
     def sample(self, run: Run, count: int) -> float:
         start = time.thread_time()
@@ -52,11 +52,13 @@ class ThreadClock(CpuClock):
 
 
 class CudaClock:
-    """Time between two events around each call, other memory read into the L2 cache before it; the host's share as wall
-    time.  (A cache that is overwritten is full of lines that are still to be written, which the call would wait for.)
+    """Time between two events around each call, other memory read into the L2 cache before it.
 
-    The device is kept busy while the host enqueues a call, so that what the events measure is its kernels and not the
-    gaps between them: half as long again as the first call of a sample took the host, at most :data:`LONGEST_DELAY`.
+    The host's share is wall time.  (A cache that is overwritten is full of lines that are still to be written, which
+    the call would wait for.)
+
+    The device is kept busy while the host enqueues a call, so that the events measure its kernels and not the gaps
+    between them: half as long again as the first call of a sample took the host, at most :data:`LONGEST_DELAY`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -102,11 +104,14 @@ def clock(device: torch.device, *, one_thread: bool = False) -> Clock:
 def interleave(
     runs: dict[str, Run], pairs: int, clock: Clock, *, longest: float, fewest: int = 15
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Lets implementations take turns; the first changes from pair to pair.  Returns ``sample`` and ``wall`` of each.
+    """Let implementations take turns, in which the first changes from pair to pair.
 
     Args:
         pairs: how many samples of each.
         longest: seconds after which no further pair starts once there are ``fewest``.
+
+    Returns:
+        ``sample`` and ``wall`` of each.
     """
     repeats = {}
     for name, run in runs.items():
@@ -131,6 +136,6 @@ def interleave(
 
 
 def scatter(values: list[float]) -> float:
-    """Interquartile range over median."""
+    """Return the interquartile range over the median."""
     low, middle, high = statistics.quantiles(values, n=4)
     return (high - low) / middle

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/examples.md into docs/gallery: python docs/gallery.py [NAME ...]
+"""Draw the pictures of docs/examples.md into docs/gallery: python docs/gallery.py [NAME ...].
 
 Each script of examples/ runs as it stands, and its last run gives the picture.  Notebooks hold their pictures.
 """

@@ -1,1 +1,1 @@
-"""Everything that is to be done where there is a GPU, in short stages (`all.sh`)."""
+"""All work that needs a GPU, in short stages (`all.sh`)."""

@@ -1,4 +1,4 @@
-"""The command line of `all.sh`."""
+"""Command line of `all.sh`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ABSENT = "there is no NVIDIA GPU here (nvidia-smi lists none): run it on a machi
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0 where all has passed, 1 where something failed or is left, 2 for what it cannot take."""
+    """Return the exit code: 0 where all has passed, 1 where something failed or is left, 2 for wrong arguments."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu/all.sh", description=__doc__)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="stages, or first words of them; all by default")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), help="folder of logs and results, %(default)s")
@@ -75,7 +75,7 @@ def _meant(stage: Stage, word: str) -> bool:
 
 
 def gpu() -> dict[str, Any] | None:
-    """Return the first GPU; None where there is none."""
+    """Return the first GPU, or None without one."""
     names = ("name", "compute_cap", "driver_version", "memory.total")
     try:
         asked = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]

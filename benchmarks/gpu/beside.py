@@ -3,7 +3,7 @@
 python -m benchmarks.gpu.beside MODEL WIDTH CLIENTS ROUNDS --out DIR [--traced]
 
 The task is that of bench_rounds.py, played once by each.  DIR gets ``MODEL.json``: the first round, the median of
-the later ones and the accuracy; or, traced, what ``benchmarks.gpu.trace`` leaves.
+the later ones and the accuracy; or, traced, the files of ``benchmarks.gpu.trace``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OURS, LEAN = "fedkern", "lean loop"
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Return the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.beside", description=__doc__)
     parser.add_argument("model")
     for name in ("width", "clients", "rounds"):
@@ -56,7 +56,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def contest(task: Task, device: str) -> dict[str, dict[str, float]]:
-    """Seconds of the first round and the median of the later ones, and the accuracy, of each."""
+    """Return seconds of the first round, the median of the later ones, and the accuracy, of each."""
     facts: dict[str, dict[str, float]] = {"first": {}, "later": {}, "accuracy": {}}
     for name, adapter, *arguments in ((LEAN, "lean"), (OURS, "ours", "1")):
         program = Program(name, adapter, Path(sys.executable), words=tuple(arguments), device=device)
@@ -68,7 +68,7 @@ def contest(task: Task, device: str) -> dict[str, dict[str, float]]:
 
 
 def traced(case: Setting, task: Task, out: Path) -> str:
-    """Plays two rounds in this process, the second under the profiler; one line on what it says."""
+    """Play two rounds in this process, the second under the profiler, and return the trace's figures in one line."""
     setting.register(case.model)
     shutil.rmtree(out / "run", ignore_errors=True)  # what an end of time has left of an earlier one
     run(ours.settings(task, 1, "1"), out=out / "run", data=ours.federated_data(task), profile=True)
@@ -76,7 +76,7 @@ def traced(case: Setting, task: Task, out: Path) -> str:
 
 
 def told(facts: dict[str, Any]) -> str:
-    """One line."""
+    """Return the figures in one line."""
     figures = ", ".join(
         f"{name} {1e3 * facts['first'][name]:.0f} ms and {1e3 * seconds:.1f} ms ({100 * facts['accuracy'][name]:.1f} %)"
         for name, seconds in facts["later"].items()

@@ -1,4 +1,4 @@
-"""Succeeds where the CUDA core is built from the present csrc/ for one architecture, so that nothing is to be built.
+"""Check that the CUDA core is built from the present csrc/ for one architecture, so that no build is needed.
 
 python -m benchmarks.gpu.built 90
 """
@@ -11,7 +11,7 @@ from fedkern.ops._core.loading import Unavailable, load_core, stale_cores
 
 
 def main(architecture: str) -> int:
-    """Return the exit code: 0 where nothing is to be built."""
+    """Return the exit code: 0 where no build is needed."""
     try:
         core = load_core("_cuda")
     except Unavailable:

@@ -1,4 +1,4 @@
-"""Nsight Compute's counters of the kernels of a few calls: what binds them.
+"""Nsight Compute's counters of the kernels of a few calls, which show the kernels' limits.
 
 python -m benchmarks.gpu.counters CSV "OPERATOR SIZE" ...     # as benchmarks.gpu.kernels names them; fp32, aligned
 """
@@ -29,7 +29,7 @@ INSIDE = "--inside"
 
 
 def main(words: Sequence[str]) -> int:
-    """Call the operators under ncu; return its exit code."""
+    """Call the operators under ncu, and return its exit code."""
     if words[0] == INSIDE:
         return call(words[1:])
     asked = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
@@ -61,7 +61,7 @@ def call(words: Sequence[str]) -> int:
 
 
 def read(path: Path) -> list[list[str]]:
-    """Name and counters, as :data:`METRICS` names them, of fedkern's kernels in ncu's log."""
+    """Return name and counters, as :data:`METRICS` names them, of fedkern's kernels in ncu's log."""
     text = path.read_text(errors="replace") if path.exists() else ""
     rows = list(csv.DictReader(line for line in text.splitlines() if line.startswith('"')))
     table = []

@@ -1,6 +1,6 @@
-"""What fifteen minutes on a GPU decide, line by line, and `again` what of it failed; `fifteen.sh` starts it.
+"""Fifteen minutes on a GPU, line by line, and `again` for failed lines, started by `fifteen.sh`.
 
-Every line has a time of its own, and all have one together.  What they leave lies in a folder beside the checkout,
+Every line has a time of its own, and all have one together.  Their output lies in a folder beside the checkout,
 where `again` finds it, and after every line in an archive.  Figures measured before are of one kind of card: on another
 they are not shown, the counters are left out, and `again` plays no run twice, since that card came late.
 """
@@ -62,7 +62,7 @@ def lines(capability: str, out: Path, *, known: bool) -> list[Stage]:
 
     Args:
         capability: the GPU's compute capability, for example "9.0".
-        out: folder of what they leave.
+        out: folder of their output.
         known: whether the GPU is of the kind that measured before.
     """
     results = str(out / "results")
@@ -100,7 +100,7 @@ def _line(name: str, seconds: int, *words: str) -> Stage:
 
 
 def checks(*, known: bool) -> list[Stage]:
-    """Return what `again` adds: the changed kernels under NVIDIA's checkers, and runs twice with one seed."""
+    """Return the lines that `again` adds: the changed kernels under NVIDIA's checkers, and runs twice with one seed."""
     chosen = f"gives_the_reference_result and ({' or '.join(CHANGED)})"
     quick = []
     for stage in stages.sanitizers():
@@ -111,7 +111,7 @@ def checks(*, known: bool) -> list[Stage]:
 
 
 class Lines(Playing):
-    """Plays lines; after each the table and the archive are written."""
+    """Player of lines, which writes the table and the archive after each."""
 
     archive: Path
 
@@ -122,7 +122,7 @@ class Lines(Playing):
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0 where all has passed, 1 where something did not, 2 for what it cannot take."""
+    """Return the exit code: 0 where all has passed, 1 where something has not, 2 for wrong arguments."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu/fifteen.sh", description=__doc__)
     parser.add_argument("again", nargs="?", choices=("again",), help="what failed, and checks of it")
     parser.add_argument("--out", default=os.environ.get("OUT"), metavar="DIR", help="of the archive; by default $OUT")
@@ -156,7 +156,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def told(out: Path, facts: Mapping[str, Any], done: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """All that the lines found, as tables."""
+    """Return all findings of the lines, as tables."""
     rows = [[name, entry["outcome"], f"{entry['seconds']:.0f}", entry["last"]] for name, entry in done.items()]
     text = [", ".join(map(str, facts.values())), "", table(["line", "outcome", "s", "said last"], rows)]
     for part in (_kernels, _rounds, _runs, _traces, _losses, _counters):

@@ -4,7 +4,7 @@ python -m benchmarks.gpu.kernels --results DIR [--backends cuda triton reference
 
 Times come from events, other memory read into the L2 cache before each call, beside a copy of as many bytes in the same
 process; wall times from calls in a row.  DIR gets ``kernels.json``, written anew after every call; rows that it has of
-the same machine and core stay, so that a part can be measured again, or what is missing (``--missing``).
+the same machine and core stay, so that a part can be measured again, or missing rows (``--missing``).
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def drawn(*shape: int, dtype: torch.dtype, leaf: bool = False) -> Tensor:
 
 
 def trained(loss: Callable[..., Tensor], leaves: Sequence[Tensor], constants: Sequence[Any] = ()) -> Callable[[], Any]:
-    """Return a call forward and backward; outputs that are no scalars get a gradient of ones."""
+    """Return a call forward and backward, with gradients of ones for outputs that are no scalars."""
     loss_value = loss(*leaves, *constants)
     outer = torch.ones_like(loss_value)
     return lambda: torch.autograd.grad(loss(*leaves, *constants), leaves, outer)
 
 
 def vectors(size: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Made]]]:
-    """Operators on M vectors [P], and on one."""
+    """Yield operators on M vectors [P], and on one."""
     bytes_of = size * dtype.itemsize
     weights = [float(m + 1) for m in range(CLIENTS)]
 
@@ -112,7 +112,7 @@ def vectors(size: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], M
 
 
 def batches(batch: int, size: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Made]]]:
-    """Blends of samples [B, P]."""
+    """Yield blends of samples [B, P]."""
     moved = batch * size * dtype.itemsize
 
     def blend(gradient: bool, index: bool) -> Made:
@@ -128,7 +128,7 @@ def batches(batch: int, size: int, dtype: torch.dtype) -> Iterator[tuple[str, Ca
 
 
 def losses(rows: int, classes: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Made]]]:
-    """Row losses, forward and backward."""
+    """Yield row losses, forward and backward."""
     moved = rows * classes * dtype.itemsize
     experts = 4
 
@@ -164,7 +164,7 @@ def losses(rows: int, classes: int, dtype: torch.dtype) -> Iterator[tuple[str, C
 
 
 def maps(shape: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Made]]]:
-    """Operators on feature maps [B, C, H, W]."""
+    """Yield operators on feature maps [B, C, H, W]."""
     batch, channels = shape[:2]
     moved = torch.Size(shape).numel() * dtype.itemsize
 
@@ -194,7 +194,7 @@ def maps(shape: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[str, Callab
 
 
 def features(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], Made]]]:
-    """Yield the contrastive loss, whose products bind it and not its bytes."""
+    """Yield the contrastive loss, which is bound by its products and not by its bytes."""
     for size, rows in (("small", 256), ("large", 8192)):
 
         def make(rows: int = rows) -> Made:
@@ -205,7 +205,7 @@ def features(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], Made]]
 
 
 def cases(dtype: torch.dtype, odd: bool) -> Iterator[tuple[str, str, Callable[[], Made]]]:
-    """Operator, size, and what makes its call.
+    """Yield operator, size, and a function that makes its call.
 
     Args:
         dtype: of the tensors.
@@ -226,7 +226,7 @@ def cases(dtype: torch.dtype, odd: bool) -> Iterator[tuple[str, str, Callable[[]
 
 
 def measure(made: Made, clock: CudaClock) -> dict[str, Any]:
-    """Seconds by events and by the wall clock, and the share of a copy's bandwidth."""
+    """Return seconds by events and by the wall clock, and the share of a copy's bandwidth."""
     call, moved = made
     call()
     half = max(moved // 8, 1)
@@ -237,7 +237,7 @@ def measure(made: Made, clock: CudaClock) -> dict[str, Any]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0, or 1 where a call failed; its row says why."""
+    """Return the exit code: 0, or 1 where a call failed, whose row says why."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.kernels", description=__doc__)
     parser.add_argument("operators", nargs="*", metavar="CASE", help="first words of operator and size; all by default")
     parser.add_argument("--results", type=Path, required=True, metavar="DIR")
@@ -263,7 +263,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def asked(words: Sequence[str], backends: Sequence[str]) -> Iterator[tuple[dict[str, Any], Callable[[], Made]]]:
-    """Yield the rows to fill, and what makes the call of each; the reference has no odd ones.
+    """Yield the rows to fill, and functions that make the call of each, without odd ones of the reference.
 
     Args:
         words: first words of an operator and a size, for example "kl_div" or "kl_div large"; empty: all.
@@ -278,7 +278,7 @@ def asked(words: Sequence[str], backends: Sequence[str]) -> Iterator[tuple[dict[
 
 
 class Table:
-    """The rows of a machine and a core in a file."""
+    """Rows of a machine and a core in a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -290,11 +290,11 @@ class Table:
                 self._rows = {_key(row): row for row in content["rows"]}
 
     def has(self, row: dict[str, Any]) -> bool:
-        """Whether the call was measured, and did not fail."""
+        """Return whether the call was measured, and did not fail."""
         return "seconds" in self._rows.get(_key(row), {})
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take a row in the place of an earlier one of the same call, and write the file."""
+        """Put a row in the place of an earlier one of the same call, and write the file."""
         self._rows[_key(row)] = row
         lines = ",\n".join(json.dumps(row) for row in self._rows.values())
         text = f'{{"machine": {json.dumps(self._machine)},\n"rows": [\n{lines}\n]}}\n'

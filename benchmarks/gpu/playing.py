@@ -1,4 +1,4 @@
-"""Plays stages one after another within the time given, and writes down after each what became of it."""
+"""Player of stages, one after another within a time limit, which records each outcome."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PASSED, FAILED, CUT = "passed", "failed", "cut short"
 
 @dataclass
 class Playing:
-    """The state of all stages, in a folder.
+    """State of all stages, in a folder.
 
     Args:
-        out: the folder; made where it is missing.
+        out: the folder, which is made if missing.
         facts: of the machine and the versions, written beside the results.
-        code: name of the code that is tested; what other code has passed is played again.
-        seconds: time given; None: no limit.
+        code: name of the tested code; stages that passed with other code are played again.
+        seconds: the time limit; None: no limit.
         patience: seconds between the request to end and the kill: a run writes its checkpoint in them.
     """
 
@@ -47,14 +47,14 @@ class Playing:
             self.done = json.loads(path.read_text())["stages"]
 
     def play(self, stages: Sequence[Stage], *, again: bool = False) -> list[Stage]:
-        """Plays what has not passed yet; returns the stages for which no time was there.
+        """Play the stages that have not passed yet, and return those for which no time was left.
 
-        What was begun before with the same code, and did not pass, comes after all that was not: no failure keeps the
-        stages behind it from their turn.
+        Stages that began before with the same code, and did not pass, come after all that did not begin: no failure
+        keeps the stages behind it from their turn.
 
         Args:
             stages: in their order.
-            again: whether to play what has passed too.
+            again: whether to play passed stages too.
         """
         stages = sorted(stages, key=self._begun)
         for i, stage in enumerate(stages):
@@ -113,7 +113,7 @@ class Playing:
 
 
 def _end(process: subprocess.Popen[Any], patience: float) -> None:
-    """End a process and all that it has started: asks first, as Ctrl-C does, so that runs keep what they have."""
+    """End a process and its children: ask first, as Ctrl-C does, so that runs keep their results."""
     for number, seconds in ((signal.SIGINT, patience), (signal.SIGKILL, None)):
         try:
             os.killpg(process.pid, number)
@@ -127,7 +127,7 @@ def _end(process: subprocess.Popen[Any], patience: float) -> None:
 
 
 def wait(process: subprocess.Popen[Any]) -> int:
-    """Return a process's exit code; a Ctrl-C meant for both is left to it."""
+    """Return a process's exit code, and leave a Ctrl-C that is meant for both to the process."""
     while True:
         try:
             return process.wait()

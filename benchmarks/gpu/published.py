@@ -1,4 +1,4 @@
-"""A run at published scale, begun or gone on with; says at its end, or when its time is over, what it has reached.
+"""Run at published scale, begun or resumed, which reports its progress when it or its time ends.
 
 python -m benchmarks.gpu.published METHOD FLAG ... --out DIR
 """
@@ -21,7 +21,7 @@ FIGURES = ("accuracy", "ood_accuracy", "id_accuracy")
 
 
 def main(words: Sequence[str]) -> int:
-    """Plays the run; returns its exit code."""
+    """Play the run and return its exit code."""
     out = Path(words[words.index("--out") + 1])
     asked = ["--resume", str(out)] if (out / NAME).exists() else list(words)
     code = wait(subprocess.Popen([sys.executable, "-m", "fedkern.run", *asked]))
@@ -30,7 +30,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def reached(method: str, out: Path) -> str:
-    """One line on how far a run has come."""
+    """Return one line on how far a run has come."""
     records = read_metrics(out) if (out / METRICS).exists() else []
     if not records:
         return f"{method}: no round is done"

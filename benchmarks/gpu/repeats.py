@@ -1,4 +1,4 @@
-"""Runs a method, or FedAvg of a network, twice with one seed and compares final models, bit by bit, and all metrics.
+"""Comparison of two runs of a method, or of FedAvg of a network, with one seed: models bit by bit, and all metrics.
 
 python -m benchmarks.gpu.repeats METHOD|NETWORK [--device cuda]
 """
@@ -55,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def play(case: bench_methods.Case, device: str, folder: Path) -> Path:
-    """Run a case with seed 0 in a new folder; return the run folder.
+    """Run a case with seed 0 in a new folder, and return the run folder.
 
     Raises:
         processes.Failed: the run failed.
@@ -71,7 +71,7 @@ def play(case: bench_methods.Case, device: str, folder: Path) -> Path:
 
 
 def differences(first_folder: Path, second: Path) -> list[str]:
-    """What two run folders do not share, though deterministic runs must; one entry for the model, one for metrics."""
+    """Return differences of two run folders that deterministic runs must not have: one of models, one of metrics."""
     sentences = []
     own, repeat = (load_file(folder / MODEL) for folder in (first_folder, second))
     if (first_folder / MODEL).read_bytes() != (second / MODEL).read_bytes():
@@ -90,7 +90,7 @@ def differences(first_folder: Path, second: Path) -> list[str]:
 
 
 def repeatable(record: Any) -> Any:
-    """Return a round's record without what is measured, in tables within it too."""
+    """Return a round's record without measured values, also in its tables."""
     if not isinstance(record, dict):
         return record
     kept = {name: value for name, value in record.items() if name not in MEASURED and not name.endswith("seconds")}
@@ -98,7 +98,7 @@ def repeatable(record: Any) -> Any:
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal in dtype, shape and memory, so that a NaN equals itself and 0 is not -0."""
+    """Return whether dtype, shape and memory are equal, so that a NaN equals itself and 0 is not -0."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     return a.contiguous().view(-1).view(torch.uint8).equal(b.contiguous().view(-1).view(torch.uint8))

@@ -1,4 +1,4 @@
-"""The stages of `all.sh`: what each runs, in which order, and how long it may take."""
+"""Stages of `all.sh`: their commands, order and time limits."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ NOT_OPERATORS = {"bench_conv", "bench_flower", "bench_methods", "bench_rounds"}
 
 @dataclass(frozen=True)
 class Stage:
-    """One command.
+    """A command of `all.sh`.
 
     Attributes:
         name: as the command line takes it.
         command: words, run in the repository's root.
-        seconds: the longest that it may take.
+        seconds: its time limit.
         environment: variables beside those of this process.
-        ready: words of a command that succeeds where there is nothing to do, whatever was done before; empty: none.
-        goes_on: whether a stage that is cut short goes on where it was, so that an end of its time is no failure.
+        ready: words of a command that succeeds where no work is left, whatever was done before; empty: none.
+        goes_on: whether a stage that is cut short resumes later, so that an end of its time is no failure.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Stage:
 
 
 def plan(capability: str, out: Path, data_root: str | None) -> list[Stage]:
-    """All stages in their order.
+    """Return all stages in their order.
 
     Args:
         capability: the GPU's compute capability, for example "9.0".
@@ -59,7 +59,7 @@ def plan(capability: str, out: Path, data_root: str | None) -> list[Stage]:
 
 
 def build(capability: str) -> Stage:
-    """Return the package in place, its CUDA core for this GPU alone; again on every machine that lacks it."""
+    """Return the package in place, its CUDA core for this GPU alone, again on every machine without it."""
     architecture = capability.replace(".", "")
     words = ("-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--editable", ".")
     return Stage(
@@ -76,7 +76,7 @@ def doctor() -> Stage:
 
 
 def tests() -> Stage:
-    """The tests on the GPU: half a minute in eight processes."""
+    """Return the tests on the GPU: half a minute in eight processes."""
     words = ("-m", "pytest", "-q", "-n", "8", *CHOSEN, *TESTED)
     return Stage("tests", (sys.executable, *words), 300)
 
@@ -95,7 +95,7 @@ def sanitizers() -> list[Stage]:
 
 
 def kernels(out: Path) -> Stage:
-    """Every kernel of both backends and the reference beside a copy."""
+    """Return every kernel of both backends and the reference beside a copy."""
     words = ("-m", "benchmarks.gpu.kernels", "--results", str(out / "results"), "--missing")
     return Stage("kernels", (sys.executable, *words), 590, goes_on=True)
 
@@ -139,7 +139,7 @@ def traces(out: Path) -> list[Stage]:
 
 
 def methods(out: Path, data_root: str | None) -> list[Stage]:
-    """Every method's whole run beside the same method in plain PyTorch; the larger setting needs CIFAR-10's files."""
+    """Return every method's whole run beside plain PyTorch, where the larger setting needs CIFAR-10's files."""
     words = (sys.executable, "-m", "benchmarks.bench_methods", "--device", "cuda", "--repeats", "2", "--variants",
              "plain", "fedkern", "bf16", "reference", "--results", str(out / "results"))  # fmt: skip
     stages = []
@@ -161,7 +161,7 @@ ROUNDS = ("lenet-10", "cnn-10", "cnn-50", "resnet8-10", "resnet18-10")
 
 
 def rounds(out: Path) -> list[Stage]:
-    """Return the rounds of the engine beside the lean loop; a first play of each looks at memory."""
+    """Return the rounds of the engine beside the lean loop, after a first play of each that measures memory."""
     return [
         Stage(
             f"rounds {name}",
@@ -174,7 +174,7 @@ def rounds(out: Path) -> list[Stage]:
 
 
 def repeats() -> list[Stage]:
-    """Every method, attention and a loss of pixels twice with one seed: both runs must end with the same bits."""
+    """Return every method, attention and a loss of pixels twice with one seed: both runs must have the same bits."""
     words = (sys.executable, "-m", "benchmarks.gpu.repeats")
     return [Stage(f"repeats {name}", (*words, name, "--device", "cuda"), 300) for name in (*METHODS, *NETWORKS)]
 
@@ -200,7 +200,7 @@ PUBLISHED = {"fusefl": (FUSEFL, 900), "fediod": (FEDIOD, 1200), "fedgid": (FEDGI
 
 
 def published(out: Path, data_root: str) -> list[Stage]:
-    """Run at published scale; FedIOD's teachers come first, and their ensemble bounds its student."""
+    """Return runs at published scale: FedIOD's teachers come first, because their ensemble bounds its student."""
     return [
         Stage(
             f"published {method}",

@@ -1,9 +1,9 @@
-"""Whether the GPU is ever idle because the host waits: one round under PyTorch's profiler, as figures and a picture.
+"""One round under PyTorch's profiler, which shows idle times of the GPU while the host waits.
 
 python -m benchmarks.gpu.trace METHOD [FLAG ...] --out DIR
 
 The flags are those of ``python -m fedkern.run``.  DIR gets the run (``run``), ``trace.json`` (the figures) and
-``trace.png`` (some milliseconds out of the middle: what the host and the GPU do side by side).
+``trace.png`` (some milliseconds out of the middle: host and GPU side by side).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def waits(events: Iterable[Event]) -> list[Event]:
 
 
 def covered(events: Iterable[Event], begin: float, end: float) -> float:
-    """Microseconds of [begin, end] in which at least one of the events, in the order of their beginnings, went on."""
+    """Return the microseconds of [begin, end] in which an event went on, for events sorted by their beginnings."""
     total, reached = 0.0, begin
     for event in events:
         start, stop = max(event["ts"], reached), min(event["ts"] + event["dur"], end)
@@ -58,7 +58,7 @@ def covered(events: Iterable[Event], begin: float, end: float) -> float:
 
 
 def around(events: Sequence[Event], chosen: Iterable[Event]) -> list[str]:
-    """For each of the chosen events the innermost operator of PyTorch that it belongs to, in the trace's order."""
+    """Return for each of the chosen events the innermost operator of PyTorch around it, in the trace's order."""
     wanted = {id(event) for event in chosen}
     open_here: dict[Any, list[Event]] = {}  # by thread, the outermost operator first
     operators = []
@@ -76,7 +76,7 @@ def around(events: Sequence[Event], chosen: Iterable[Event]) -> list[str]:
 
 
 def figures(events: Sequence[Event]) -> dict[str, Any]:
-    """Return what a trace says.
+    """Return the figures of a trace.
 
     Returns:
         ``seconds`` from the first to the last event; ``busy``, the share of them in which the GPU did something, or
@@ -105,7 +105,7 @@ def figures(events: Sequence[Event]) -> dict[str, Any]:
 
 
 def draw(events: Sequence[Event], path: Path, title: str) -> None:
-    """Draws the middle of a trace: a row for the host's operators, one for its waits, and one for every GPU stream."""
+    """Draw the middle of a trace: a row for the host's operators, one for its waits, and one for every GPU stream."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -137,7 +137,7 @@ def draw(events: Sequence[Event], path: Path, title: str) -> None:
 
 
 def main(words: Sequence[str]) -> int:
-    """Plays the run and writes what its trace says; returns the run's exit code."""
+    """Play the run, write its trace's figures, and return the run's exit code."""
     place = words.index("--out")
     out, method = Path(words[place + 1]), words[0]
     run = out / "run"
@@ -151,7 +151,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def conclude(name: str, flags: Sequence[str], path: Path, out: Path) -> str:
-    """Write what the trace in ``path`` says into ``out``; return it in one line."""
+    """Write the figures of the trace in ``path`` into ``out``, and return them in one line."""
     events = read(path)
     facts = {"commit": recorded_commit(), "method": name, "flags": list(flags), **figures(events)}
     (out / "trace.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""A run with a part of the engine switched off, to compare seconds; the bits stay the same.
+"""Run with a part of the engine switched off, to compare seconds, while the bits stay the same.
 
 python -m benchmarks.gpu.without PART METHOD FLAG ... --workers 1 --out DIR    # PART: graphs, lanes, or nothing
 """
@@ -20,7 +20,7 @@ PARTS: dict[str, tuple[Any, str, Any]] = {
 
 
 def main(words: Sequence[str]) -> int:
-    """Plays the run in this process; returns its exit code."""
+    """Play the run in this process and return its exit code."""
     shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)  # what an end of time has left of an earlier one
     if words[0] != "nothing":
         setattr(*PARTS[words[0]])

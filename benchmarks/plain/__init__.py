@@ -1,5 +1,5 @@
-"""The methods written the way they are usually written: plain PyTorch, a module per client, state dicts averaged.
+"""Methods as they are usually written: plain PyTorch, a module per client, state dicts averaged.
 
-What ``benchmarks.bench_methods`` compares fedkern with.  Data, partition and networks are fedkern's, so that both train
+``benchmarks.bench_methods`` compares fedkern with them.  Data, partition and networks are fedkern's, so that both train
 the same; nothing else is.
 """

@@ -1,4 +1,4 @@
-"""What the plain methods share: flags, data, the averaging of state dicts, evaluation, records."""
+"""Shared parts of the plain methods: flags, data, the averaging of state dicts, evaluation, records."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def device(word: str) -> torch.device:
     """Return the device of this name.
 
     Raises:
-        argparse.ArgumentTypeError: it is neither cpu nor cuda, or torch sees no GPU.
+        argparse.ArgumentTypeError: the name is neither cpu nor cuda, or torch sees no GPU.
     """
     if word not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"expected cpu or cuda, given {word!r}")
@@ -74,7 +74,7 @@ def device(word: str) -> torch.device:
 
 
 class Images(Dataset[tuple[Any, ...]]):
-    """Normalised images with whatever belongs to each: labels, a teacher's logits, tokens."""
+    """Normalised images with labels, a teacher's logits or tokens for each."""
 
     def __init__(self, images: Tensor, *columns: Tensor, augment: str = "none") -> None:
         if augment not in ("none", "crop-flip"):
@@ -92,7 +92,7 @@ class Images(Dataset[tuple[Any, ...]]):
 
 
 def crop_and_flip(image: Tensor) -> Tensor:
-    """Return a random window of the image padded by 4 pixels, mirrored half of the time; ``[C, H, W]`` both."""
+    """Return a random window of the image padded by 4 pixels, mirrored half of the time (``[C, H, W]`` both)."""
     height, width = image.shape[1:]
     padded = F.pad(image, (CROP_PADDING,) * 4)
     top, left = torch.randint(0, 2 * CROP_PADDING + 1, (2,)).tolist()
@@ -102,10 +102,10 @@ def crop_and_flip(image: Tensor) -> Tensor:
 
 @dataclass
 class Federation:
-    """The clients' training sets and the test sets by name, normalised.
+    """Clients' training sets and the test sets by name, normalised.
 
     Attributes:
-        source: what fedkern.data.load gave: splits with uint8 images, masks and texts.
+        source: the data of fedkern.data.load: splits with uint8 images, masks and texts.
         public: images that no client has; None where there are none.
     """
 
@@ -156,7 +156,7 @@ def build_model(args: argparse.Namespace, source: Any, model: str | None = None,
 
 
 def loader(dataset: Images, batch_size: int, device: torch.device) -> DataLoader[Any]:
-    """Shuffled batches; a last batch of a single sample, which batch norm could not normalise, is left out."""
+    """Return shuffled batches without a last batch of a single sample, which batch norm could not normalise."""
     return DataLoader(
         dataset, batch_size=batch_size, shuffle=True, drop_last=len(dataset) > 1 and len(dataset) % batch_size == 1,
         pin_memory=device.type == "cuda",
@@ -180,7 +180,7 @@ def optimizer(parameters: Iterable[nn.Parameter], args: argparse.Namespace) -> t
 
 
 def average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Return the weighted mean of state dicts; of integer buffers the largest."""
+    """Return the weighted mean of state dicts, of integer buffers the largest."""
     total = sum(weights)
     mean: dict[str, Tensor] = {}
     for key, value in states[0].items():
@@ -200,7 +200,7 @@ def train(
     loss_of: Callable[..., Tensor],
     after_backward: Callable[[], None] | None = None,
 ) -> None:
-    """A client's local epochs: ``loss_of(model, *batch)``, and ``after_backward`` between gradients and step."""
+    """Train a client's local epochs: ``loss_of(model, *batch)``, and ``after_backward`` between gradients and step."""
     model.train()
     step = optimizer(model.parameters(), args)
     batches = loader(dataset, args.batch_size, args.device)
@@ -221,7 +221,7 @@ def frozen(model: nn.Module) -> Any:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, tests: Mapping[str, Images]) -> dict[str, float]:
-    """Accuracy, mean cross-entropy and mean probability of the true class on every test set."""
+    """Return accuracy, mean cross-entropy and mean probability of the true class on every test set."""
     model.eval()
     figures: dict[str, float] = {}
     for name, dataset in tests.items():
@@ -238,18 +238,18 @@ def evaluate(model: nn.Module, tests: Mapping[str, Images]) -> dict[str, float]:
 
 
 class Records:
-    """The figures and seconds of every round, printed as they come and written to ``--out`` at the end."""
+    """Figures and seconds of every round, printed as they come and written to ``--out`` at the end."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args, self._rounds = args, []
         self._begun = time.perf_counter()
 
     def due(self, number: int, rounds: int) -> bool:
-        """Whether round ``number``, from 1, of so many is evaluated."""
+        """Return whether round ``number``, from 1, of so many is evaluated."""
         return number % self._args.eval_every == 0 or number == rounds
 
     def start(self) -> None:
-        """Begins a round."""
+        """Begin a round."""
         self._begun = time.perf_counter()
 
     def add(self, figures: Mapping[str, float]) -> None:
@@ -273,7 +273,7 @@ def prepare(args: argparse.Namespace) -> None:
 def run_rounds(
     args: argparse.Namespace, model: nn.Module, federation: Federation, update: Callable[[int], None]
 ) -> None:
-    """Call ``update(round)``, which leaves the new global network in ``model``; evaluate; keep the records."""
+    """Call ``update(round)``, which leaves the new global network in ``model``, evaluate, and keep the records."""
     records = Records(args)
     for number in range(1, args.rounds + 1):
         records.start()

@@ -53,7 +53,7 @@ def loss_of(model: Any, images: Tensor, tokens: Tokens, *, globally: Any, args: 
 
 
 def pairs(split: Any, source: Any, model: Any, augment: str = "none") -> common.Images:
-    """Images with the token numbers and masks of their texts."""
+    """Return images with the token numbers and masks of their texts."""
     tokens = model.tokenize(split.texts)
     return common.Images(common.normalise(split.images, source), tokens.ids, tokens.mask, augment=augment)
 
@@ -69,13 +69,13 @@ def trimmed(ids: Tensor, mask: Tensor) -> Tokens:
 
 
 def on(batches: Iterable[Sequence[Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tokens]]:
-    """Yield the batches of a loader, on the device; how long the texts are is read before."""
+    """Yield the batches of a loader, on the device, after reading the lengths of the texts."""
     for images, ids, mask in batches:
         yield images.to(device, non_blocking=True), trimmed(ids, mask).to(device)
 
 
 def steps(dataset: common.Images, batch_size: int, count: int, device: torch.device) -> Iterator[tuple[Tensor, Tokens]]:
-    """So many batches, epoch after epoch."""
+    """Yield so many batches, epoch after epoch."""
     batches = common.loader(dataset, batch_size, device)
     while count > 0:
         for images, tokens in on(batches, device):
@@ -164,7 +164,7 @@ def new_weights(weights: list[float], losses: list[float], eta: float, rho: floa
 
 @torch.no_grad()
 def evaluate(model: Any, data: common.Images, texts: Sequence[str]) -> dict[str, float]:
-    """Recall in both directions, equal texts standing for each other, and the contrastive loss."""
+    """Return recall in both directions, where equal texts count as one, and the contrastive loss."""
     model.eval()
     batches = DataLoader(data, batch_size=common.EVALUATION_BATCH)
     made = [model(images, tokens) for images, tokens in on(batches, common.device_of(model))]

@@ -27,7 +27,7 @@ ASSUMES = {
 
 @contextmanager
 def running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Batch norms normalise by the batch and leave their running statistics alone."""
+    """Normalise by the batch in batch norms without changing their running statistics."""
     layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
     for layer in layers:
         layer.track_running_stats = False
@@ -39,7 +39,7 @@ def running_statistics_kept(model: nn.Module) -> Iterator[None]:
 
 
 def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(student / T) || softmax(teacher / T)): the local features against the global ones."""
+    """Return T^2 KL(softmax(student / T) || softmax(teacher / T)): the local features against the global ones."""
     log_student = F.log_softmax(student / temperature, dim=1)
     log_teacher = F.log_softmax(teacher / temperature, dim=1)
     return temperature**2 * F.kl_div(log_teacher, log_student, reduction="batchmean", log_target=True)

@@ -1,7 +1,7 @@
 """FedIOD (arXiv 2312.14478) in plain PyTorch: one generator against many private discriminators.
 
 Every client trains a teacher.  Then a generator learns images that look real to the clients' discriminators, that the
-teachers are sure of and that they tell apart, and a student learns what the weighted ensemble of the teachers says.
+teachers are sure of and that they tell apart, and a student learns from the weighted ensemble of the teachers.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def cosine(start: float, end: float, progress: float) -> float:
 
 
 def entropy(probabilities: Tensor) -> Tensor:
-    """Over the last axis, in nats."""
+    """Return the entropy over the last axis, in nats."""
     return torch.special.entr(probabilities).sum(-1)
 
 
 def generator_loss(
     logits: Sequence[Tensor], patches: Sequence[Tensor], shares: Sequence[float], args: argparse.Namespace
 ) -> Tensor:
-    """Realism, clarity, diversity and balance of images by what every teacher and discriminator says of them."""
+    """Return realism, clarity, diversity and balance of images from the answers of teachers and discriminators."""
     probabilities = [x.softmax(1) for x in logits]
     mixture = sum(share * p for share, p in zip(shares, probabilities, strict=True))
     clarity = sum(share * entropy(p).mean() for share, p in zip(shares, probabilities, strict=True))
@@ -63,12 +63,12 @@ def ensemble(logits: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 
 def student_loss(student: Tensor, target: Tensor) -> Tensor:
-    """Half the variance over the classes of the logits' difference: the divergence at infinite temperature."""
+    """Return half the variance over the classes of the logits' difference: the divergence at infinite temperature."""
     return 0.5 * (student - target).var(1, unbiased=False).mean()
 
 
 def class_weights(labels: Sequence[Tensor], classes: int) -> Tensor:
-    """Every client's share [K, C] of a class's samples; the same for all where nobody has one."""
+    """Return every client's share [K, C] of a class's samples, equal shares where no client has one."""
     counts = torch.stack([torch.bincount(targets, minlength=classes) for targets in labels]).float()
     total = counts.sum(0)
     return torch.where(total > 0, counts / total.clamp_min(1), 1 / len(counts))

@@ -48,7 +48,7 @@ def larger_model(args: argparse.Namespace, source: Any, client_model: nn.Module)
 
 
 def pretrain(model: nn.Module, public: common.Images, epochs: int) -> None:
-    """SGD on the public images, the learning rate falling to 0 along half a cosine."""
+    """Train by SGD on the public images, the learning rate falling to 0 along half a cosine."""
     batches = DataLoader(public, batch_size=PRETRAINING_BATCH, shuffle=True, drop_last=True)
     optimizer = torch.optim.SGD(model.parameters(), **PRETRAINING)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs * len(batches))
@@ -64,7 +64,7 @@ def pretrain(model: nn.Module, public: common.Images, epochs: int) -> None:
 
 @torch.no_grad()
 def with_logits(dataset: common.Images, teacher: nn.Module) -> common.Images:
-    """Return the same samples, each with what the teacher says of its image as it is stored."""
+    """Return the same samples, each with the teacher's logits of its unaugmented image."""
     device = common.device_of(teacher)
     logits = torch.cat([teacher(images.to(device)).cpu() for images in dataset.images.split(256)])
     return common.Images(dataset.images, *dataset.columns, logits, augment=dataset.augment)

@@ -31,7 +31,7 @@ JITTER = 1e-4
 
 
 class Branch(nn.Module):
-    """One client's adaptor and block."""
+    """A client's adaptor and block."""
 
     def __init__(self, adaptor: nn.Module | None, block: nn.Module) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Fused(nn.Module):
 
 
 class Local(nn.Module):
-    """What a client trains at a level."""
+    """Modules that a client trains at a level."""
 
     def __init__(self, adaptor: nn.Module | None, blocks: Sequence[nn.Module], head: nn.Linear) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Local(nn.Module):
 
 
 def averaging_adaptor(branches: int, channels: int) -> nn.Conv2d:
-    """Return a 1x1 convolution that begins as the mean over the branches."""
+    """Return a 1 × 1 convolution that begins as the mean over the branches."""
     adaptor = nn.Conv2d(branches * channels, channels, 1)
     with torch.no_grad():
         adaptor.weight.copy_(torch.eye(channels).repeat(1, branches).view_as(adaptor.weight) / branches)
@@ -96,7 +96,7 @@ def loss_of(model: nn.Module, images: Tensor, labels: Tensor, *, fused: Fused | 
 def class_statistics(
     fused: Fused, dataset: common.Images, classes: int, device: torch.device
 ) -> list[tuple[int, Tensor, Tensor]]:
-    """Count, mean [d] and scatter [d, d] of the features of every class, fp64."""
+    """Return count, mean [d] and scatter [d, d] of the features of every class, fp64."""
     labels = dataset.columns[0].to(device)
     features = torch.cat([fused.features(images.to(device)) for images in dataset.images.split(500)]).double()
     result = []
@@ -119,7 +119,7 @@ def pooled(clients: Sequence[Sequence[tuple[int, Tensor, Tensor]]]) -> list[tupl
 
 
 def shrunk(covariance: Tensor, count: int) -> Tensor:
-    """Oracle approximating shrinkage towards the mean variance (Chen et al., arXiv 0907.4698)."""
+    """Apply oracle approximating shrinkage towards the mean variance (Chen et al., arXiv 0907.4698)."""
     d = len(covariance)
     squared, trace = covariance.square().sum(), covariance.trace()
     spread = (count + 1 - 2 / d) * (squared - trace.square() / d)
@@ -129,7 +129,7 @@ def shrunk(covariance: Tensor, count: int) -> Tensor:
 
 
 def calibrate(head: nn.Linear, statistics: Sequence[tuple[int, Tensor, Tensor]], args: Any) -> nn.Linear:
-    """Trains a copy of the classifier on features drawn from one Gaussian per class."""
+    """Train a copy of the classifier on features drawn from one Gaussian per class."""
     head = copy.deepcopy(head)
     optimizer = torch.optim.SGD(head.parameters(), lr=args.calibration_lr)
     roots = {}

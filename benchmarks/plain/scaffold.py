@@ -21,7 +21,7 @@ ASSUMES = {"weighting": "samples", "control": "II", "server_lr": 1.0}
 def train_client(
     local: nn.Module, dataset: common.Images, args: Any, control: list[Tensor], own: list[Tensor]
 ) -> list[Tensor]:
-    """Trains with gradients g - c_i + c; returns the client's new control variate, the mean of the g."""
+    """Train with gradients g - c_i + c, and return the client's new control variate, the mean of the g."""
     parameters = list(local.parameters())
     total = [torch.zeros_like(parameter) for parameter in parameters]
     steps = 0

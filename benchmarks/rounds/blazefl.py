@@ -26,14 +26,14 @@ from .task import Contest, Task, contest
 
 @dataclass
 class Config:
-    """What a client's process is given; it was forked with the task."""
+    """Configuration of a client's process, which was forked with the task."""
 
     client: int
     round: int
 
 
 class Selector:
-    """Hands out the task's network; BlazeFL flattens parameters by view(-1)."""
+    """Selector of the task's network, since BlazeFL flattens parameters by view(-1)."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -43,7 +43,7 @@ class Selector:
 
 
 class Marked(FedAvgBaseServerHandler):
-    """Notes when a round begins."""
+    """Server that notes when a round begins."""
 
     contested: Contest
 
@@ -53,7 +53,7 @@ class Marked(FedAvgBaseServerHandler):
 
 
 class Trainer(FedAvgProcessPoolClientTrainer):
-    """Trains every client as all programs do."""
+    """Trainer of every client with the function of all programs."""
 
     contested: Contest
 
@@ -75,7 +75,7 @@ class Trainer(FedAvgProcessPoolClientTrainer):
 
 
 def main() -> None:
-    """Plays the task's rounds."""
+    """Play the task's rounds."""
     contested = contest()
     task = contested.task
     Marked.contested = Trainer.contested = contested

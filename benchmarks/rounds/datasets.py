@@ -41,7 +41,7 @@ TEST = 1000
 
 
 class Own(Dataset[tuple[Tensor, int]]):
-    """Samples and classes by position, as people write it; ``noise`` is added anew each time."""
+    """Samples and classes by position, as people write them, with ``noise`` added anew each time."""
 
     def __init__(self, x: NDArray[Any], y: NDArray[np.int64], noise: float = 0.0) -> None:
         self.x, self.y, self.noise = x, y, noise
@@ -56,7 +56,7 @@ class Own(Dataset[tuple[Tensor, int]]):
 
 @dataclass
 class Trial:
-    """A folder's trial.
+    """Trial in a folder.
 
     Attributes:
         kind: which Dataset, one of :data:`CASES`.
@@ -85,7 +85,7 @@ class Trial:
 
     @property
     def case(self) -> str:
-        """The row's name."""
+        """Return the row's name."""
         network = "cnn/8" if self.kind == "images" else "MLP"
         return f"{network}, {CASES[self.kind]}, {self.clients} clients × {self.samples}"
 
@@ -113,12 +113,12 @@ class Trial:
         return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, CLASSES))
 
     def accuracy(self, state: Mapping[str, Tensor]) -> float:
-        """Return what the program wrote as its accuracy on the test set."""
+        """Return the recorded accuracy of a program on the test set."""
         return float(state["accuracy"])
 
 
 class Marked(Listener):
-    """Notes when a round begins."""
+    """Listener that notes when a round begins."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []

@@ -18,7 +18,7 @@ from .task import Contest, Task, contest  # noqa: E402
 
 
 class Trainer(SGDSerialClientTrainer):
-    """Trains every client as all programs do."""
+    """Trainer of every client with the function of all programs."""
 
     task: Task
     contested: Contest
@@ -31,7 +31,7 @@ class Trainer(SGDSerialClientTrainer):
 
 
 class Marked(SyncServerHandler):
-    """Notes when a round begins."""
+    """Server that notes when a round begins."""
 
     contested: Contest
 
@@ -41,14 +41,14 @@ class Marked(SyncServerHandler):
 
 
 class Quiet(StandalonePipeline):
-    """Evaluates nothing between rounds."""
+    """Pipeline without evaluation between rounds."""
 
     def evaluate(self) -> None:
         pass
 
 
 def main() -> None:
-    """Plays the task's rounds.
+    """Play the task's rounds.
 
     FedLab averages parameters alone: batch norm's running statistics stay those of the client that trained last.
     """

@@ -20,7 +20,7 @@ from .task import Contest, Task, contest
 
 
 def client_app(folder: str, threads: int) -> ClientApp:
-    """Trains a client's partition of the task."""
+    """Return an app that trains a client's partition of the task."""
     app = ClientApp()
     kept: dict[str, Any] = {}  # a worker's own task and network, made once
 
@@ -57,7 +57,7 @@ class Marked(FedAvg):
 
 
 def main() -> None:
-    """Plays the task's rounds."""
+    """Play the task's rounds."""
     contested = contest(optimizer=False)
     task = contested.task
     server_app = ServerApp()

@@ -19,7 +19,7 @@ from .task import CLASSES, Contest, Task, contest  # noqa: E402
 
 
 class Trainer(Client):
-    """A client that trains as all programs do."""
+    """Client that trains with the function of all programs."""
 
     task: Task
 
@@ -29,7 +29,7 @@ class Trainer(Client):
 
 
 class Marked(Server):
-    """The server, which notes when a round begins."""
+    """Server that notes when a round begins."""
 
     contested: Contest
 
@@ -39,7 +39,7 @@ class Marked(Server):
 
 
 def main() -> None:
-    """Plays the task's rounds."""
+    """Play the task's rounds."""
     contested = contest()
     task = Trainer.task = contested.task
     Marked.contested = contested

@@ -1,4 +1,4 @@
-"""The lean loop: one network re-used for every client, in-place updates over all tensors at once, no framework."""
+"""The lean loop: one network reused for every client, in-place updates over all tensors at once, no framework."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .task import contest
 
 
 def main() -> None:
-    """Plays the task's rounds."""
+    """Play the task's rounds."""
     contested = contest(optimizer=False)
     task = contested.task
     module = task.network().train()

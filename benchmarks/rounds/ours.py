@@ -48,7 +48,7 @@ def federated_data(task: Task) -> FederatedData:
 
 
 class Marked(Listener):
-    """Notes when a round begins."""
+    """Listener that notes when a round begins."""
 
     def __init__(self, contested: Contest) -> None:
         self.contested = contested
@@ -82,7 +82,7 @@ def settings(task: Task, threads: int, workers: str) -> RunConfig:
 
 
 def main() -> None:
-    """Plays the task's rounds."""
+    """Play the task's rounds."""
     contested = contest(optimizer=False)
     register(contested.task.model)
     workers = sys.argv[5]

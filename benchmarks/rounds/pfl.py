@@ -21,7 +21,7 @@ from .task import Contest, Task, contest
 
 
 class Trained(PyTorchModel):
-    """A model whose local epochs are those of all programs."""
+    """Model whose local epochs are those of all programs."""
 
     task: Task
     round = -1
@@ -33,12 +33,12 @@ class Trained(PyTorchModel):
         return LocalResultMetaData(num_steps=1)
 
     def evaluate(self, *rest: Any, **named: Any) -> Metrics:
-        """Nothing: pfl evaluates the first round's clients whatever it is told."""
+        """Return no figures, because pfl evaluates the first round's clients with any setting."""
         return Metrics()
 
 
 class Marked(FederatedAveraging):
-    """Notes when a round begins."""
+    """Algorithm that notes when a round begins."""
 
     contested: Contest
 
@@ -51,7 +51,7 @@ class Marked(FederatedAveraging):
 
 
 def main() -> None:
-    """Plays the task's rounds.
+    """Play the task's rounds.
 
     pfl averages parameters alone: batch norm's running statistics stay those of the client that trained last.
     """

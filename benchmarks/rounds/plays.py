@@ -1,4 +1,4 @@
-"""Plays a program in a process of its own: when its rounds began, its accuracy, the memory of all its processes."""
+"""Player of a program in a process of its own: the beginnings of its rounds, its accuracy, its memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PATIENCE_SECONDS = 5.0  # for what a program leaves behind
 
 @dataclass(frozen=True)
 class Program:
-    """Whom to play.
+    """Program to play.
 
     Attributes:
         name: in the table.
@@ -53,7 +53,7 @@ class Program:
 
 
 class Judged(Protocol):
-    """A folder that programs read, and how good the network is that one of them writes."""
+    """Folder that programs read, and the accuracy of a network that one of them writes."""
 
     folder: Path
 
@@ -61,19 +61,19 @@ class Judged(Protocol):
 
 
 class Failed(Exception):
-    """A program did not come to its end; says why."""
+    """Error of a program that did not finish, with the reason."""
 
 
 @dataclass
 class Played:
-    """What came of one play.
+    """Result of one play.
 
     Attributes:
         startup: seconds until the first round began.
         rounds: seconds of every round but the last, which has no end.
         accuracy: of the last global network.
-        peak: bytes of all processes at the highest point seen, where that was asked for and /proc tells it.
-        said: what the adapter says of itself.
+        peak: bytes of all processes at the highest point seen, if measured and known to /proc.
+        said: the adapter's words about itself.
     """
 
     startup: float
@@ -84,7 +84,7 @@ class Played:
 
 
 def play(program: Program, task: Judged, *, watch: bool = False, limit: float = 3600.0) -> Played:
-    """Plays the task's rounds.
+    """Play the task's rounds.
 
     Args:
         watch: look at the memory all the time, which costs time: not for the plays that are timed.
@@ -138,7 +138,7 @@ def last_words(log: str) -> str:
 
 
 def family(pid: int, word: str) -> list[int]:
-    """Return a process, its descendants, and whoever has the word in its environment (daemons have another parent)."""
+    """Return a process, its descendants, and all processes with the word in their environment (such as daemons)."""
     parents: dict[int, int] = {}
     members = {pid}
     for entry in PROC.iterdir():

@@ -1,4 +1,4 @@
-"""Writes a task's folder with fedkern's own networks, streams and data (see task.Task)."""
+"""Writer of a task's folder with fedkern's own networks, streams and data (see task.Task)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """A size of the benchmark.
+    """Size of the benchmark.
 
     Attributes:
         model: one of :data:`NAMES`, or a network of fedkern's that task.py knows too.
@@ -54,7 +54,7 @@ class Setting:
 
     @property
     def case(self) -> str:
-        """The row's name."""
+        """Return the row's name."""
         network = NAMES.get(self.model, "{}/{}").format(self.model, self.width)
         return f"{network}, {self.clients} clients × {self.samples}"
 
@@ -111,7 +111,7 @@ def cifar10(root: str, count: int, test: int) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def synthetic(count: int, test: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """uint8 ``[n, 3, 32, 32]`` of a smooth picture per class under noise, with their labels: for speed alone."""
+    """Return uint8 ``[n, 3, 32, 32]`` of a smooth picture per class under noise, with labels, for speed alone."""
     rng = stream(SEED, "rounds/synthetic")
     coarse = torch.from_numpy(rng.uniform(64, 192, (CLASSES, 3, 4, 4))).float()
     pictures = torch.nn.functional.interpolate(coarse, size=(32, 32), mode="bilinear")

@@ -1,4 +1,4 @@
-"""What all programs share: one folder of data, batches and first weights; networks; a client's training.
+"""Shared parts of all programs: one folder of data, batches and first weights, networks, and a client's training.
 
 ``python -m benchmarks.rounds.ADAPTER FOLDER OUT THREADS WORKERS`` runs one program on the task in ``FOLDER`` (see
 setting.py) and writes ``OUT/marks.json`` and ``OUT/final.pt``.  Where the environment's
@@ -79,7 +79,7 @@ class Staged(nn.Module):
 
 
 def cnn(width: int, classes: int = CLASSES) -> nn.Module:
-    """Three stages of 3x3 convolution, batch norm, ReLU and 2x2 maximum: fedkern's ``--model cnn``."""
+    """Return three stages of 3x3 convolution, batch norm, ReLU and 2x2 maximum: fedkern's ``--model cnn``."""
     sizes = (3, width, 2 * width, 4 * width)
     stages: list[nn.Module] = [
         nn.Sequential(
@@ -116,7 +116,7 @@ class Block(nn.Module):
 
 
 def resnet(blocks: tuple[int, ...], width: int, norm: Norm = nn.BatchNorm2d) -> nn.Module:
-    """fedkern's ``--model resnet8`` and ``resnet18`` for images of up to 64 pixels and widths from 16."""
+    """Return fedkern's ``--model resnet8`` or ``resnet18`` for images of up to 64 pixels and widths from 16."""
     stages: list[nn.Module] = []
     current = width
     for i, count in enumerate(blocks):
@@ -143,7 +143,7 @@ NETWORKS: dict[str, Callable[[int], nn.Module]] = {
 
 @dataclass
 class Task:
-    """A folder's task.
+    """Task of a folder.
 
     Attributes:
         model, width: which of :data:`NETWORKS`.
@@ -175,7 +175,7 @@ class Task:
 
     @classmethod
     def load(cls, folder: str | Path) -> Task:
-        """Read what setting.py wrote.
+        """Read the files of setting.py.
 
         On the CPU the images are mapped, so that the processes of a program share them.  A GPU gets all of them at
         once, as every program has its data in memory.
@@ -195,22 +195,22 @@ class Task:
         )
 
     def network(self, layout: torch.memory_format = torch.channels_last) -> nn.Module:
-        """Return the network with the first weights; some frameworks can only send contiguous ones."""
+        """Return the network with the first weights, contiguous for frameworks that cannot send others."""
         module = NETWORKS[self.model](self.width)
         module.load_state_dict(self.initial)
         return module.to(self.device, memory_format=layout)  # type: ignore[call-overload]
 
     def batches(self, client: int, round: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and labels of the client's batches in a round, counted from 0."""
+        """Yield images and labels of the client's batches in a round, counted from 0."""
         images, labels = self.images[client], self.labels[client]
         for order in self.orders[round, client]:
             for chosen in order.split(self.batch_size):
                 yield images.index_select(0, chosen), labels[chosen]
 
     def train(self, module: nn.Module, client: int, round: int) -> None:
-        """A client's round: SGD on the cross-entropy, from the weights that ``module`` holds.
+        """Train a client's round: SGD on the cross-entropy, from the weights that ``module`` holds.
 
-        It is what every framework's adapter calls in place of that framework's own example of a training loop.
+        Every framework's adapter calls this in place of that framework's own example of a training loop.
         """
         module.train()
         optimizer = torch.optim.SGD(module.parameters(), lr=self.lr, momentum=self.momentum)
@@ -220,7 +220,7 @@ class Task:
             optimizer.step()
 
     def accuracy(self, state: Mapping[str, Tensor]) -> float:
-        """Of a global state dict on the task's test images, 500 at a time.
+        """Return the accuracy of a global state dict on the task's test images, 500 at a time.
 
         Batch norm takes the statistics of these images: some frameworks average the running statistics, others leave
         those of the client that trained last, which says nothing of the weights.
@@ -238,7 +238,7 @@ class Task:
 
 
 class Contest:
-    """What a program's process was asked for, and what it says of itself.
+    """Request to a program's process, and its answer.
 
     Attributes:
         task: the task.
@@ -254,13 +254,13 @@ class Contest:
         torch.set_num_threads(self.threads)
 
     def begin(self) -> None:
-        """The server begins a round.  The monotonic clock is the machine's, so that the parent can read it."""
+        """Note that the server begins a round, by the machine's monotonic clock, which the parent can read."""
         if self.task.device.type == "cuda":
             torch.cuda.synchronize()  # what the round before has queued belongs to it
         self.marks.append(time.monotonic())
 
     def finish(self, state: Mapping[str, Any], **said: str) -> None:
-        """Write the last global state dict (tensors or arrays), the rounds' marks and what else is to be ``said``.
+        """Write the last global state dict (tensors or arrays), the rounds' marks and further facts (``said``).
 
         Raises:
             RuntimeError: not as many rounds began as the task has.
@@ -273,7 +273,7 @@ class Contest:
 
 
 def contest(*, optimizer: bool = True) -> Contest:
-    """Return the that of this process's command line.
+    """Return the request of this process's command line.
 
     Args:
         optimizer: whether this process trains with torch's optimisers, the first of which imports torch's compiler, for

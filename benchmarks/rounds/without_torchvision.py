@@ -1,4 +1,4 @@
-"""An empty torchvision where the installed one cannot be imported: some frameworks import it and use it for data alone.
+"""Empty torchvision where the installed one cannot be imported: some frameworks import it and use it for data alone.
 
 Its operators are compiled for one build of torch; beside another the import fails.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class _Nothing(type):
-    """Of classes whose attributes are classes that can be inherited from."""
+    """Metaclass of classes whose attributes are classes that can be inherited from."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -22,7 +22,7 @@ class _Nothing(type):
 
 
 class _Empty(ModuleType):
-    """A module that has every name."""
+    """Module that has every name."""
 
     __path__: list[str] = []  # noqa: RUF012 — a package's, which the import system reads
     __version__ = "0"
@@ -34,7 +34,7 @@ class _Empty(ModuleType):
 
 
 class _Finder:
-    """Finds torchvision and whatever is asked for in it."""
+    """Finder of torchvision and all its submodules."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if name.partition(".")[0] != "torchvision":
@@ -45,11 +45,14 @@ class _Finder:
         return _Empty(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """There is nothing to run."""
+        """Do nothing, since there is no code to run."""
 
 
 def install() -> str:
-    """Put the empty module in the place of a torchvision that cannot be imported; says so, or ""."""
+    """Put the empty module in the place of a torchvision that cannot be imported.
+
+    Returns a sentence that says so, or "".
+    """
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError, OSError) as error:

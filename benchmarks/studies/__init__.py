@@ -1,1 +1,1 @@
-"""Studies of learning: what the methods reach on real data, and the commands of their pages."""
+"""Studies of learning: results of the methods on real data, and the commands of their pages."""

@@ -32,7 +32,7 @@ _CANDIDATES = 199
 
 @dataclass(frozen=True)
 class Audit:
-    """How well a threshold tells two neighbouring data sets apart.
+    """Result of a threshold test between two neighbouring data sets.
 
     Attributes:
         lower: lower bound on mu at this confidence; 0 where the data sets were not told apart.
@@ -126,13 +126,13 @@ def _mu(false_positives: Any, false_negatives: Any) -> Any:
 
 
 def _bounds(x: np.ndarray, y: np.ndarray, thresholds: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
-    """For every threshold, upper bounds on the shares of ``x`` above the threshold and of ``y`` not above it."""
+    """Return for every threshold upper bounds on the shares of ``x`` above the threshold and of ``y`` not above it."""
     positives = len(x) - np.searchsorted(np.sort(x), thresholds, side="right")
     return _most(positives, len(x), level), _most(np.searchsorted(np.sort(y), thresholds, side="right"), len(y), level)
 
 
 def _most(errors: np.ndarray, runs: int, level: float) -> np.ndarray:
-    """Clopper-Pearson upper bounds on error rates, each wrong with probability ``level``."""
+    """Return Clopper-Pearson upper bounds on error rates, each wrong with probability ``level``."""
     from scipy.special import betaincinv
 
     right = np.maximum(runs - errors, 1)

@@ -16,7 +16,7 @@ WIDTH = 1280
 
 
 class FrozenFeatures(nn.Module):
-    """A linear classifier on the features of EfficientNet-Lite0; the classifier alone has parameters and travels.
+    """Linear classifier on the features of EfficientNet-Lite0, which alone has parameters and travels.
 
     An image's features are computed once and kept in the user's cache folder, beside teachers' logits.
 
@@ -29,7 +29,7 @@ class FrozenFeatures(nn.Module):
         self.head = nn.Linear(WIDTH, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """CIFAR-10's normalised images fp32 ``[B, 3, 32, 32]`` to logits ``[B, classes]``."""
+        """Map CIFAR-10's normalised images fp32 ``[B, 3, 32, 32]`` to logits ``[B, classes]``."""
         store, extractor = _extractor()
         with torch.no_grad():
             features = store.logits(extractor, [images])

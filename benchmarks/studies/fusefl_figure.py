@@ -26,7 +26,7 @@ PANELS = {
 
 
 def points(rows: list[Mapping[str, Any]]) -> dict[str, tuple[float, float, list[float]]]:
-    """Bytes that a client sends, parameters of the final model and accuracies in per cent by seed, by cell."""
+    """Return bytes that a client sends, parameters of the final model and accuracies in per cent by seed, by cell."""
     parameters, figures = load("fusefl_cifar10_width"), {}
     for row in rows:
         if row["table"] == "upload and memory" and row["ours"] is not None:
@@ -36,7 +36,7 @@ def points(rows: list[Mapping[str, Any]]) -> dict[str, tuple[float, float, list[
 
 
 def draw(rows: list[Mapping[str, Any]], path: Path) -> None:
-    """Two panels with a common axis of accuracy; a thin mark is a seed, a large one the mean."""
+    """Draw two panels with a common axis of accuracy, a thin mark for each seed and a large one for the mean."""
     figure = plots.new_figure(8.4, 3.6)
     panels = figure.subplots(1, 2, sharey=True)
     for place, (panel, (title, ticks)) in enumerate(zip(panels, PANELS.items(), strict=True)):

@@ -21,7 +21,7 @@ VALIDATION, TEST = range(20, 24), range(24, 30)
 def cut_tiles(source: Path, folder: Path, side: int = SIDE) -> Path:
     """Cut the slices into square tiles, list these in ``tiles.csv`` and return its path.
 
-    A mask is 255 on the membranes.  A client holds four neighbouring slices; the test slices are nobody's.
+    A mask is 255 on the membranes.  A client holds four neighbouring slices, and the test slices belong to no client.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["image,mask,split,client"]

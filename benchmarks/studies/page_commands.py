@@ -1,4 +1,4 @@
-"""The command that a method's page prints: what it gave when it was run as printed, and how long it took.
+"""Run of the command that a method's page prints: its figure and its processor time.
 
     python -m benchmarks.studies.page_commands --mnist DIR --cifar10 DIR [--only METHOD ...]
 
@@ -32,13 +32,13 @@ FILE = RESULTS / "page_commands.json"
 
 @dataclass(frozen=True)
 class Command:
-    """A page's command.
+    """Command of a page.
 
     Attributes:
         study, cell: the run.
         figure: the metric of ``summary.json`` that the page shows.
         files: whose folder stands for ``DIR``: ``mnist``, ``cifar10``, or none.
-        flags: what else the command sets, such as the learning rate that the cell's sweep chose.
+        flags: further settings of the command, such as the learning rate that the cell's sweep chose.
         scale: 100 for what the page has in per cent.
     """
 
@@ -71,7 +71,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.studies.page_commands", description=__doc__.split("\n")[0]
     )

@@ -1,11 +1,11 @@
-"""An audit of the private channels: what can be told from their releases, beside what their ledgers admit.
+"""Audit of the private channels: the privacy loss that their releases show, beside the claims of their ledgers.
 
     python -m benchmarks.studies.privacy_audit            # some minutes
     python -m benchmarks.studies.privacy_audit --draw     # the figure again, from the JSON
 
 Writes ``benchmarks/studies/results/privacy_audit.json`` and ``.png``.  ``python -m benchmarks.pages`` then writes the
-table of docs/privacy.md.  The audited code is what runs in a federation: ``fediod.private_messages`` for FedIOD's
-gradients and counts, ``engine.private_training`` for DP-SGD.
+table of docs/privacy.md.  The audited code runs in federations: ``fediod.private_messages`` for FedIOD's gradients and
+counts, ``engine.private_training`` for DP-SGD.
 
 Every mechanism gets the pair of neighbouring data sets that is easiest to tell apart: a canary, one record whose
 gradient is longer than the clipping norm and points one way in one data set and the opposite way in the other, where
@@ -57,14 +57,14 @@ Runs = Callable[[int, float], tuple[Tensor, Ledger]]
 
 @dataclass(frozen=True)
 class Mechanism:
-    """What is audited: its name on the page, and how it is run."""
+    """Audited mechanism: its name on the page, and its runs."""
 
     name: str
     runs: Runs
 
 
 class Client:
-    """A client with a stream and a state, as the engine's."""
+    """Client with a stream and a state, like the engine's."""
 
     def __init__(self, seed: int, samples: int = 2) -> None:
         self.id, self.samples, self.seed = 0, samples, seed
@@ -108,7 +108,7 @@ def channels(*, sigma: float, releases: int = 1, rows: int = 4, shards: int = 1)
 
 
 def _serves(client: Client, t: int, repeat: int, options: Any) -> float:
-    """1 where the shard that holds the canary serves, as a step of its own draws it."""
+    """Return 1 where the shard that holds the canary serves, as a step of its own draws it."""
     if options.shards == 1:
         return 1.0
     phase = Phase(repeat, "round", f"images {t}")
@@ -116,7 +116,7 @@ def _serves(client: Client, t: int, repeat: int, options: Any) -> float:
 
 
 def _of_one(ledger: Ledger, repeats: int) -> Ledger:
-    """Of the ledger of a release of so many batches: what it is of one, whose sensitivity has that root less."""
+    """Return the ledger of one batch from that of so many, whose sensitivity is smaller by the root of their number."""
     return {
         channel: [[kind, noise * math.sqrt(repeats), rate, steps] for kind, noise, rate, steps in rows]
         for channel, rows in ledger.items()
@@ -124,7 +124,7 @@ def _of_one(ledger: Ledger, repeats: int) -> Ledger:
 
 
 def histogram(**settings: Any) -> Runs:
-    """The class counts of a client: every canary moves from one class to another, of which it has two to itself."""
+    """Return the class counts of a client, where every canary moves between two classes of its own."""
 
     def runs(repeats: int, sign: float) -> tuple[Tensor, Ledger]:
         options = IODOptions(batch=4, iterations=1, noise="seed", **settings)
@@ -141,7 +141,7 @@ def histogram(**settings: Any) -> Runs:
 
 
 class _Canaries(Objective):
-    """A linear network whose i-th parameter nothing but the i-th sample moves; sees the parameters before each step."""
+    """Linear network whose i-th parameter only the i-th sample moves, and the parameters before each step."""
 
     def __init__(self, sign: float) -> None:
         self.sign, self.seen = sign, list[Tensor]()
@@ -153,7 +153,7 @@ class _Canaries(Objective):
 
 
 def dp_sgd(*, noise: float, steps: int = 1, rate: float = 1.0) -> Runs:
-    """Training with Poisson-sampled batches; the score of a canary is what its parameter moved by, signs taken back."""
+    """Return training with Poisson-sampled batches: a canary's score is its parameter's change, signs taken back."""
 
     def runs(repeats: int, sign: float) -> tuple[Tensor, Ledger]:
         size = SIDE * SIDE
@@ -195,7 +195,7 @@ MECHANISMS = (
 
 @contextmanager
 def draws(change: Callable[..., dict[str, Any]]) -> Iterator[None]:
-    """Mechanisms whose noise is not what they book.
+    """Return mechanisms whose noise is not the noise that they book.
 
     Args:
         change: from the settings of a draw to others: ``max_norm``, ``noise`` (the multiplier), ``seed`` and ``offset``
@@ -217,13 +217,13 @@ def draws(change: Callable[..., dict[str, Any]]) -> Iterator[None]:
 
 
 def halved(**settings: Any) -> dict[str, Any]:
-    """Half the noise that is booked."""
+    """Return the settings with half the noise that is booked."""
     return {**settings, "noise": settings["noise"] / 2}
 
 
 @contextmanager
 def unsampled() -> Iterator[None]:
-    """The shard that holds the canary always serves, and every sample is in every batch."""
+    """Disable sampling: the canary's shard always serves, and every sample is in every batch."""
     right = Client.rng
 
     def rng(self: Client, purpose: str, phase: Phase) -> Any:
@@ -234,7 +234,7 @@ def unsampled() -> Iterator[None]:
 
 
 class _Zeros:
-    """A generator of the smallest numbers."""
+    """Generator of the smallest numbers."""
 
     def integers(self, high: int) -> int:
         return 0
@@ -247,9 +247,9 @@ class _Zeros:
 
 
 def measure(mechanism: Mechanism, repeats: int) -> dict[str, Any]:
-    """The lower bound on mu beside the claimed one, for the mechanism and for one that does not do what it books.
+    """Return the lower bound on mu beside the claimed one, for the mechanism and for a defective one.
 
-    That is half the noise, or no sampling where there was some; ``half`` is then what half the noise shows.
+    The defect is half the noise, or no sampling where there was some; ``half`` is then the result of half the noise.
     """
     figures = audited(mechanism, repeats)
     sampled = any(rate < 1 for rows in figures["ledger"].values() for _, _, rate, _ in rows)
@@ -274,7 +274,7 @@ def audited(mechanism: Mechanism, repeats: int) -> dict[str, Any]:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Claimed mu, its lower bound, and the lower bound of the mechanism with a defect."""
+    """Draw claimed mu, its lower bound, and the lower bound of the mechanism with a defect."""
     figure = plots.new_figure(7.2, 0.8 + 0.34 * len(rows))
     axes = figure.subplots()
     places = range(len(rows))

@@ -1,9 +1,9 @@
-"""Calibrate a finished run again, so that networks are compared under one classifier: whose features, and how long.
+"""Calibrate a finished run again, so that networks are compared under one classifier.
 
     python -m benchmarks.studies.recalibrate RUN [--covariance diagonal]
 
 FuseFL's classifier reads the mean of its branches' features, an ensemble's all members' features side by side, M times
-as many.  What calibration makes of either depends on that, and on how far its few steps come: features of a mean are
+as many.  The effect of calibration depends on that, and on how far its few steps come: features of a mean are
 smaller.  Here every network gets both kinds of classifier at several learning rates; an ordinary one has one branch,
 whose features are the same in both.  The command prints the accuracies as JSON.
 """
@@ -65,8 +65,8 @@ def recalibrate(folder: Path, wanted: Sequence[Classifier], *, batch: int = 500)
 
     Args:
         folder: a finished run on images: of ``fusefl`` or ``ensemble``, calibrated or not, or of a method whose model
-            is an ordinary network, not calibrated (its classifier is what calibration starts from).
-        wanted: what to calibrate.
+            is an ordinary network, not calibrated (calibration starts from its classifier).
+        wanted: the kinds of calibration.
         batch: images at a time.
 
     Returns:
@@ -135,7 +135,7 @@ def _refuse_calibrated(network: Any, options: Mapping[str, Any], folder: Path) -
 
 
 def _plain_head(network: Any, folder: Path, pool: Pool) -> nn.Linear:
-    """Return the classifier before calibration for features pooled so."""
+    """Return the classifier before calibration for features pooled in this way."""
     if isinstance(network, Ensemble):
         network.pool = pool
         return network.joint_head()

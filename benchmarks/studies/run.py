@@ -45,7 +45,7 @@ def commands_after(paper: published.Paper) -> list[str]:
 
 
 def ask(command: str, folder: Path) -> Any:
-    """Return the JSON answer of a program about a run; exit with the last line that a failing program says."""
+    """Return the JSON answer of a program about a run, or exit with a failing program's last line."""
     words = [word.replace("{run}", str(folder)) for word in shlex.split(command)]
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -60,7 +60,7 @@ def curve_of(run: FoundRun) -> dict[str, list[Any]]:
 
 
 def stored_run(run: FoundRun, commands: Sequence[str]) -> dict[str, Any]:
-    """Return what the results keep of a finished run."""
+    """Return the stored results of a finished run."""
     last = {name: value for name, value in run.records[-1].items() if isinstance(value, int | float)}
     traffic = {name: value for name, value in run.summary["bytes"].items() if isinstance(value, int | float)}
     answers = {AFTER: {command: ask(command, run.folder) for command in commands}} if commands else {}
