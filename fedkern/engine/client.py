@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.data.sharing.patients import number_patients
-from fedkern.engine.batches.images import BackgroundBank
+from fedkern.data.types import AnySplit
+from fedkern.engine.batches.reader import Reader
 from fedkern.engine.context import RunContext
 from fedkern.engine.local.network import Network, Part, Trainable
 from fedkern.engine.local.private_training import count_declared, train_privately
@@ -26,7 +27,7 @@ from fedkern.engine.uploads.encoders import STATES, Drift
 from fedkern.errors import UserError, format_value
 from fedkern.messages import states
 from fedkern.messages.states import State
-from fedkern.methods.protocol import BEFORE, Batch, Message, Phase, batch_slices
+from fedkern.methods.protocol import BEFORE, Backgrounds, Batch, Message, Phase, batch_slices
 from fedkern.methods.roles import Objective
 from fedkern.methods.uploads import is_alike
 from fedkern.ops._core.layout import plain_strides
@@ -67,7 +68,7 @@ class Client(Node):
         return self._context
 
     @property
-    def _data(self) -> Any:
+    def _data(self) -> Reader:
         return self._context.samples.of_client(self.id)
 
     @property
@@ -99,7 +100,8 @@ class Client(Node):
 
     @functools.cached_property
     def groups(self) -> np.ndarray | None:
-        return self._context.data.clients[self.id].units()
+        split: AnySplit = self._context.data.clients[self.id]
+        return split.units()
 
     @functools.cached_property
     def patients(self) -> np.ndarray | None:
@@ -420,8 +422,9 @@ class Client(Node):
             ]
         return float(torch.cat(right).double().mean()) if right else None
 
-    def backgrounds(self) -> BackgroundBank:
-        bank = self._data.backgrounds
+    def backgrounds(self) -> Backgrounds:
+        images: Any = self._data
+        bank: Backgrounds = images.backgrounds
         if len(bank) == 0:
             self.warn(
                 "background-bank-empty",

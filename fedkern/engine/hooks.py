@@ -79,7 +79,8 @@ class Hooks:
 
     def declare_upload(self, phase: Phase, client: ClientId, message: Message) -> Declaration:
         with self._code("expects"):
-            return self._asked.expects(self._server, phase, client, message)
+            declared: Declaration = self._asked.expects(self._server, phase, client, message)
+            return declared
 
     @property
     def on_gpu(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedkern.data.forms import ImageForm
 from fedkern.engine.context import RunContext
 from fedkern.errors import UserError
 from fedkern.messages.leaves import move_to_device
@@ -55,11 +56,12 @@ class Node:
     def std(self) -> tuple[float, ...]:
         return self._images().scale(self._context.config.method)[1]
 
-    def _images(self) -> Any:
+    def _images(self) -> ImageForm:
         form, method = self._context.data.form, self._context.config.method
         if "images" not in form.offers:
             raise UserError(f"{method} with these options needs images [C, H, W]; samples have {form.input_words()}.")
-        return form
+        images: ImageForm = form
+        return images
 
     def noise(self, samples: int, rng: np.random.Generator) -> Any:
         return move_to_device(self._context.data.form.noise(samples, rng), self.device)

@@ -68,7 +68,8 @@ class Packed:
         return name
 
     def state(self) -> State:
-        return value_of(json.loads(self._about)["tree"], lambda name: self._tensors[name].clone())
+        copy: State = value_of(json.loads(self._about)["tree"], lambda name: self._tensors[name].clone())
+        return copy
 
     def save(self, path: Path) -> None:
         atomic.write(

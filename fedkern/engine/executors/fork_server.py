@@ -172,15 +172,8 @@ def _start_process() -> ForkServer:
     paths = [folder, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # -I, -E, -O, -X ...
-    words = [
-        sys.executable,
-        *flags,
-        "-P",
-        "-m",
-        "fedkern.engine.executors.worker",
-        str(theirs.fileno()),
-        str(os.getpid()),
-    ]
+    words = [sys.executable, *flags, "-P", "-m", "fedkern.engine.executors.worker"]
+    words += [str(theirs.fileno()), str(os.getpid())]
     try:
         process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=environment, process_group=0

@@ -65,7 +65,8 @@ class ClientsFigures:
             self._run.notices.warn(name, text)
         problem = answer.problem
         if problem is None:
-            return answer.message
+            message: Message = answer.message
+            return message
         label = self._run.context.data.client_label(answer.client)
         given = isinstance(problem, ClientFailed) and problem.exit_code == UserError.exit_code
         where = f"The evaluation of client {label}'s network {self._run.progress.when()}"

@@ -35,8 +35,7 @@ class Network:
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        module = place(module, device)
-        self.module: Any = module
+        self.module = module = place(module, device)
         self._flat = personal_parts.flatten(module)
         self.parameters: Tensor = self._flat.parameters
         self.personal: Tensor = self._flat.personal
@@ -263,6 +262,5 @@ def all_finite(tensor: Tensor) -> Tensor:
 
 def place(module: nn.Module, device: torch.device) -> nn.Module:
     """Move a module to a device, with channels-last convolutional weights in built-in networks."""
-    if channels_last(module):
-        return module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return module.to(device)
+    layout: dict[str, Any] = {"memory_format": torch.channels_last} if channels_last(module) else {}
+    return module.to(device, **layout)

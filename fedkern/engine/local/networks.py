@@ -51,7 +51,7 @@ class Networks:
         self._sent: tuple[Tensor, int, Tensor] | None = (
             None  # a message's vector, its version and its copy on the device
         )
-        self._frozen: tuple[list[Any], Any] = [], None  # the vectors of a frozen network, and the network
+        self._frozen: tuple[list[Any], nn.Module | None] = [], None  # the vectors of a frozen network, and the network
 
     # -- making ----------------------------------------------------------------------------------------------------
 
@@ -79,8 +79,8 @@ class Networks:
             personal_parts.keep(inner(network), self._personal(network), self.model_name)
         return network
 
-    def _build_network(self, model: str | None, width: int | None, classes: int | None, seed: int | None) -> Any:
-        config, task = self._config, self._data.task
+    def _build_network(self, model: str | None, width: int | None, classes: int | None, seed: int | None) -> nn.Module:
+        config, task, form = self._config, self._data.task, self._data.form
         if model is not None:  # the run's own network was checked before
             check_gives(model, task.network, config.data, "in the method option that names it")
         about = {
@@ -89,7 +89,8 @@ class Networks:
             "width": config.width if width is None and model in (None, config.model) else width,
             **(self._describe() if model is None else {}),
         }
-        return self._data.form.build(task, about, config.seed if seed is None else seed)
+        network: nn.Module = form.build(task, about, config.seed if seed is None else seed)
+        return network
 
     def _personal(self, network: nn.Module) -> list[str]:
         if self._config.personal is not None:
@@ -203,12 +204,12 @@ class Networks:
         counted = [isinstance(x, Tensor) and not x.is_inference() for x in vectors]  # others are numbers
         key = [(x, x._version if has_version else 0) for x, has_version in zip(vectors, counted, strict=True)]
         key += [(client, 0)] if network.constants else []
-        old_key, _ = self._frozen
-        if len(key) != len(old_key) or any(a[0] is not b[0] or a[1] != b[1] for a, b in zip(key, old_key, strict=True)):
+        old_key, module = self._frozen
+        if module is None or [(id(x), version) for x, version in key] != [(id(x), version) for x, version in old_key]:
             network.train_mode()  # before the weights change that eval() has derived others from
             network.write({**message, **(buffers or {})})
             network.write_personal(own_tensors or {})
             network.statistics = self._config.statistics or bool(buffers)
             network.eval_mode()
-            self._frozen = key, cast_frozen(network.module)
-        return self._frozen[1]
+            self._frozen = key, (module := cast_frozen(network.module))
+        return module

@@ -54,7 +54,7 @@ def stepped_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def clip(vectors: Sequence[Tensor], largest: float) -> Tensor:
     """Scale gradient vectors to a joint norm of at most ``largest`` (0: any), and return the norm, fp64 0-d."""
     norms = [torch.linalg.vector_norm(vector, dtype=torch.float64) for vector in vectors]
-    norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
     if largest:
         for vector in vectors:
             vector.mul_((largest / norm).clamp(max=1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property, singledispatch
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Samples:
         self._clients: dict[int, Reader] = {}
 
     def tokens(self, split: AnySplit) -> Any:
-        return split.task.tokens(split, lambda: self._networks.get("server").module.tokenize)
+        return split.task.tokens(split, lambda: attrgetter("module.tokenize")(self._networks.get("server")))
 
     @property
     def augment(self) -> str:
