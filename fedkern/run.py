@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from fedkern.process.interrupts import in_order
     from fedkern.process.launcher import without_leftovers
-    from fedkern.process.standard_streams import open_closed, tolerate
+    from fedkern.process.standard_streams import open_closed, tolerate_lost_output
 
-    tolerate() if argv is None else open_closed()
+    tolerate_lost_output() if argv is None else open_closed()
     _shorten_waits()
     words = list(sys.argv[1:] if argv is None else argv)
     with in_order(to_the_end=argv is None), without_leftovers() as leftover:

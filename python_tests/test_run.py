@@ -33,7 +33,7 @@ class Module:
 
 def main():
     global module, pool
-    standard_streams.tolerate()
+    standard_streams.tolerate_lost_output()
     module = Module()
     sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(is_initialized=lambda: CUDA))
     pool = ThreadPoolExecutor(1)
@@ -54,7 +54,7 @@ from fedkern import run
 from fedkern.process import standard_streams
 
 def main():
-    standard_streams.tolerate()
+    standard_streams.tolerate_lost_output()
     sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(is_initialized=lambda: False))
     atexit.register(lambda: sys.CLOSED.write("late"))
     return 4

@@ -16,7 +16,7 @@ from fedkern.cli.flags import Parser, as_request, check_filled
 from fedkern.cli.front_page import COMMANDS
 from fedkern.cli.request import Request
 from fedkern.errors import UserError, suggest_name
-from fedkern.process.standard_streams import put
+from fedkern.process.standard_streams import print_result
 
 SETTINGS = ("rounds", "data_root", "cache", "workers", "model")
 """Flags that are settings of a run, as is ``data`` unless it names other data than the run's."""
@@ -66,7 +66,7 @@ def parse_words(words: Sequence[str]) -> Request:
 def play_request(request: Request) -> int:
     """Carry out a request and return the exit code."""
     if request.command == "help":
-        put(request.help)
+        print_result(request.help)
         return 0
     code: int = load_command(request.command).play(request)
     return code

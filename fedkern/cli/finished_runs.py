@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedkern.cli.flags import Parser, add_arguments
 from fedkern.cli.request import Request, find_trusted_code
-from fedkern.process.standard_streams import put
+from fedkern.process.standard_streams import print_result
 
 
 def add_data(parser: Parser, options: str = "an option of that other data set") -> None:
@@ -55,7 +55,7 @@ def publish_result(request: Request, result: Mapping[str, object], table: object
 
     text = json.dumps(result, indent=2, allow_nan=False)
     if request.json:
-        put(text)
+        print_result(text)
     else:
         make_console().print(table)
     # Last, so that the printed result is not lost if the folder cannot be written.

@@ -21,7 +21,7 @@ from fedkern.engine.local.script_objects import ScriptObjects
 from fedkern.engine.run import run
 from fedkern.engine.setup.own_model import network_hash
 from fedkern.engine.store import initial_weights
-from fedkern.engine.store.checkpoints import newest
+from fedkern.engine.store.checkpoints import read_newest
 from fedkern.engine.store.resuming import with_identity
 from fedkern.engine.store.run_folder import reserve
 from fedkern.errors import UserError, first_of, traceback_of
@@ -90,7 +90,7 @@ class Runner:
             if (folder / SETTINGS).exists():
                 configs.append(self._stored_config(cell))
                 before = load_settings(folder, trusted=self._trusted_code(cell), device="cpu")
-                self.begun.append((folder, with_identity(before, newest(folder))))
+                self.begun.append((folder, with_identity(before, read_newest(folder))))
                 continue
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise UserError(f"{folder} is there and holds no run: remove it, or name another --out.")
@@ -212,7 +212,7 @@ class Runner:
                 "settings."
             )
         if folder not in self._compared:
-            self._check_identity(current, with_identity(stored, newest(folder)), folder)
+            self._check_identity(current, with_identity(stored, read_newest(folder)), folder)
             self._compared.add(folder)
         return current
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.comparison.cells import word
-from fedkern.engine.store.checkpoints import newest
+from fedkern.engine.store.checkpoints import read_newest
 from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.engine.store.resuming import load_unedited, with_identity
 from fedkern.errors import UserError, first_of
@@ -86,7 +86,7 @@ def read_run(folder: str | Path, trusted: Collection[str] = ()) -> FoundRun:
     summary = read_summary(path)
     if summary is None:
         raise UserError(f"The run in {path} is not finished: go on with it by --resume {path}, or leave it out.")
-    return FoundRun(path, with_identity(config, newest(path)), summary, read_metrics(path))
+    return FoundRun(path, with_identity(config, read_newest(path)), summary, read_metrics(path))
 
 
 def read_runs(folders: Iterable[str | Path]) -> tuple[list[FoundRun], list[str]]:

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from fedkern.comparison.cells import Cell, most_threads
-from fedkern.engine.executors.choice import unavailable
+from fedkern.engine.executors.choice import find_worker_obstacle
 from fedkern.engine.executors.fork_server import describe_end
 from fedkern.engine.executors.worker import end_with_parent, with_kernels
 from fedkern.engine.local.script_objects import ScriptObjects
 from fedkern.errors import RunFailed, UserError, traceback_of
 from fedkern.listeners.events import Listener, RunInfo
-from fedkern.messages.packets import portable
+from fedkern.messages.packets import copy_error
 from fedkern.methods import method_registry
 from fedkern.ops._core import backend
 from fedkern.process import machine
@@ -44,7 +44,7 @@ def check_jobs(jobs: object, configs: Sequence[RunConfig]) -> None:
     if type(jobs) is not int or jobs < 1:
         raise UserError(f'--jobs must be a whole number from 1 on, not "{jobs}".')
     workers = {f"the runs have --workers {config.workers}" for config in configs if config.workers not in _ONE_PROCESS}
-    if jobs > 1 and (why := min(workers, default=unavailable("cpu"))):
+    if jobs > 1 and (why := min(workers, default=find_worker_obstacle("cpu"))):
         raise UserError(f"--jobs {jobs} plays runs in one process each, and {why}: leave one of the two out.")
     threads, cores = most_threads(configs), machine.usable_cores()
     if jobs > 1 and jobs * threads > cores:
@@ -162,6 +162,6 @@ def play_run(
     except KeyboardInterrupt:  # SIGTERM
         return
     except (Exception, SystemExit) as error:
-        failure = portable(error) if isinstance(error, Exception) else error
+        failure = copy_error(error) if isinstance(error, Exception) else error
         vars(failure)["traceback"] = traceback_of(error)
         end.send(("end", failure))

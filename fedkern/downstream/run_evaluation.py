@@ -22,7 +22,7 @@ from fedkern.data.split import Split
 from fedkern.downstream.image_shapes import check_shape
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.batches.reader import Reader
-from fedkern.engine.evaluate import Key, batch_size, evaluate, evaluating, sets_by_prefix
+from fedkern.engine.evaluate import Key, batch_size, evaluate, set_evaluation_threads, sets_by_prefix
 from fedkern.engine.figures.final_figures import final_figures
 from fedkern.engine.figures.intervals import Row, intervals
 from fedkern.engine.local.item_sets import Trial
@@ -97,7 +97,7 @@ def evaluate_run(
         if isinstance(loaded.validation, Items):
             Trial(loaded, config.kind, lambda: deepcopy(module).cpu()).check_tests()
         threads = config.client_threads if has_own else config.threads  # as in the run
-        with evaluating(config.replace(threads=threads), flat and not has_own) as at_once:
+        with set_evaluation_threads(config.replace(threads=threads), flat and not has_own) as at_once:
             figures = evaluate(judge, module, sets, code, at_once, seed=config.seed, keep=True)
             for k, test_set in own.items():
                 evaluate(judge, module, {f"client_{k}_": test_set}, code, at_once, seed=config.seed, keep=True)

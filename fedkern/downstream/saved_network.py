@@ -21,7 +21,7 @@ from fedkern.engine.client import BUFFERS, PERSONAL, check_own_entries
 from fedkern.engine.context import RunContext
 from fedkern.engine.local.network import Network
 from fedkern.engine.server import Server
-from fedkern.engine.store.checkpoints import Checkpoints, again, check_results, checksum, newest
+from fedkern.engine.store.checkpoints import Checkpoints, advise_rewriting, check_results, checksum, read_newest
 from fedkern.engine.store.resuming import load_unedited
 from fedkern.engine.store.run_folder import BEST
 from fedkern.engine.store.saved_model import FORMAT, MODEL, RUNNING, norms
@@ -99,7 +99,7 @@ def read_model(
         raise UserError("best=True is the global network, without what clients keep to themselves: leave client out.")
     check_regular(out)
     check_format(Path(out))
-    path, mend = (Path(out) / BEST, "put the file back") if best else (Path(out) / MODEL, again(out))
+    path, mend = (Path(out) / BEST, "put the file back") if best else (Path(out) / MODEL, advise_rewriting(out))
     try:
         (Path(out) / MODEL).stat()  # an extended run has a best network before it is finished
         with safe_open(path, framework="pt") as file:
@@ -134,7 +134,7 @@ def read_model(
     except Exception as error:  # what describes no network may fail anywhere
         raise UserError(f"{path} is damaged (no network is as it says: {describe_error(error)}): {mend}.") from None
     check_results(Path(out), MODEL)
-    if best and (entry := newest(Path(out))) is not None:
+    if best and (entry := read_newest(Path(out))) is not None:
         written = entry["info"]["parts"].get("patience", {}).get("best", {})
         if checksum(path) != written.get("sum"):
             raise UserError(f"{path} is not what the run wrote: {mend}.")

@@ -114,7 +114,7 @@ class Client(Node):
 
     @property
     def known(self) -> Tensor:
-        return self._data.known
+        return self._data.known_count
 
     @property
     def objects_known(self) -> bool:
@@ -331,7 +331,7 @@ class Client(Node):
         trainable = Trainable(module)
         trainable.fixed = self.statistics_fixed(phase)
         self.marks |= TRAINED
-        schedule = self._cut_schedule(phase, rows, epochs=epochs, first=first)
+        schedule = self._cut_schedule(phase, rows, epochs=epochs, first_epoch=first)
         received = self._make_received(phase, message or {}, schedule.epochs, None)
         try:
             read_figures = train_async(
@@ -384,7 +384,7 @@ class Client(Node):
 
     def _schedule(
         self, phase: Phase, samples: int, *, steps: int | None = None, epochs: int | None = None,
-        first: int | None = None,
+        first_epoch: int | None = None,
     ) -> Schedule:  # fmt: skip
         """Return a schedule of ``epochs``, or of as many as ``steps`` begin, by default the run's."""
         config, round = self._context.config, max(phase.round, 0)
@@ -404,7 +404,7 @@ class Client(Node):
         return Schedule(
             lr=lr, momentum=config.momentum, weight_decay=config.weight_decay, clip_norm=config.clip_norm,
             epochs=epochs, batch_size=config.batch_size, steps=drops, factor=config.lr_step_factor,
-            first=round * epochs if first is None else first, limit=limit, optimizer=config.optimizer,
+            first_epoch=round * epochs if first_epoch is None else first_epoch, limit=limit, optimizer=config.optimizer,
             keep=config.optimizer_state == "keep", make=make,
         )  # fmt: skip
 

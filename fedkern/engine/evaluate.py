@@ -51,7 +51,7 @@ def batch_size(device: torch.device, statistics: bool) -> int:
 
 
 @contextmanager
-def evaluating(config: RunConfig, run_network: bool) -> Iterator[int]:
+def set_evaluation_threads(config: RunConfig, run_network: bool) -> Iterator[int]:
     """Set the threads of an evaluation, and yield how many sets or batches run side by side.
 
     A run and the command ``evaluate`` both call it: the number of threads changes bits.

@@ -74,7 +74,7 @@ class Node:
         self._context.notices.notice(text)
 
 
-def figures(report: Mapping[str, object], owner: str, taken: Collection[str] = ()) -> dict[str, float]:
+def convert_figures(report: Mapping[str, object], owner: str, taken: Collection[str] = ()) -> dict[str, float]:
     """Return a report's figures as Python numbers."""
     numbers = {}
     for name, value in report.items():

@@ -17,8 +17,8 @@ from fedkern.engine.rounds.loop import Loop
 from fedkern.engine.setup.order import filters_of, parts_of, restore, states_of
 from fedkern.engine.setup.preparing import make_context, prepare
 from fedkern.engine.setup.run_objects import Remote, Request, RunObjects, open_store
-from fedkern.engine.store.extending import aside, check_extension, write_extension
-from fedkern.engine.store.resuming import changes, check_place, finished_summary, repairs, resumed_settings
+from fedkern.engine.store.extending import check_extension, former_results_folder, write_extension
+from fedkern.engine.store.resuming import check_place, finished_summary, resumed_settings, warn_changes, warn_damage
 from fedkern.engine.store.run_folder import check_vacant, keep_settings, writing
 from fedkern.engine.uploads.filters import Filter
 from fedkern.listeners.events import Listener
@@ -127,7 +127,7 @@ def _play(run: RunObjects) -> State:
     parts += parts_of(run)
     restore("parts", parts, run)
     if entry is not None:
-        warnings = {**changes(entry["info"], run.config), **repairs(store.checkpoints, entry, run.out)}
+        warnings = {**warn_changes(entry["info"], run.config), **warn_damage(store.checkpoints, entry, run.out)}
         for name, text in warnings.items():
             run.notices.warn(name, text)
     executor = run.states.executor = executor_of(run)
@@ -137,7 +137,7 @@ def _play(run: RunObjects) -> State:
         loop = Loop(run, filters, parts)
         if run.request.rounds is not None and entry is not None:
             if write_extension(store.checkpoints, entry, run.out):
-                listener.on_notice(f"results of the former network: {aside(run.out, entry['round'])}")
+                listener.on_notice(f"results of the former network: {former_results_folder(run.out, entry['round'])}")
             if schedule_note := run.config.kind.schedule_note:
                 rounds = f"a run of {run.request.rounds} rounds from the start"
                 listener.on_notice(f"{schedule_note}: the network will not be that of {rounds}")

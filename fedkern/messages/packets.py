@@ -289,7 +289,7 @@ class _Unpickler(pickle.Unpickler):
         return self._unpacker.tensor(place)
 
 
-def portable(error: Exception) -> Exception:
+def copy_error(error: Exception) -> Exception:
     try:
         copy = pickle.loads(pickle.dumps(error))
     except Exception:

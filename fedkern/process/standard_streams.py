@@ -59,7 +59,7 @@ def open_closed() -> None:
             setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: PTH123, SIM115
 
 
-def tolerate() -> None:
+def tolerate_lost_output() -> None:
     """Let the process continue if standard output or error is closed, cannot be written or cannot encode a letter."""
     open_closed()
     for number, name in enumerate(_NAMES[1:], start=1):
@@ -79,7 +79,7 @@ def tolerate() -> None:
 
 @contextmanager
 def results_alone() -> Iterator[None]:
-    """Let standard output take only :func:`put` inside the block.
+    """Let standard output take only :func:`print_result` inside the block.
 
     Prints of users' code, C libraries and child processes go to standard error.
     """
@@ -93,7 +93,7 @@ def results_alone() -> Iterator[None]:
         _out = None
 
 
-def put(result: object) -> None:
+def print_result(result: object) -> None:
     """Print a command's result on standard output: a text as it is, anything else as JSON."""
     import json
 

@@ -12,7 +12,7 @@ from fedkern.engine.figures.final_figures import set_name
 from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.artifacts import read as read_artifacts
-from fedkern.engine.store.checkpoints import newest
+from fedkern.engine.store.checkpoints import read_newest
 from fedkern.engine.store.confusions import Confusions
 from fedkern.engine.store.data_facts import DataFacts
 from fedkern.engine.store.record_files import METRICS, read_metrics, read_summary
@@ -89,7 +89,7 @@ def read_run_folder(run_dir: Path, *, trusted: Collection[str] = ()) -> Contents
         UserError: there is no run, a file is damaged, or the settings were changed after the run began.
     """
     config = load_unedited(run_dir, trusted=trusted, device="cpu")
-    entry = newest(run_dir)
+    entry = read_newest(run_dir)
     info = {} if entry is None else entry["info"]
     summary = read_summary(run_dir) if info.get("finished", True) else None  # an older one, of a run since extended
     records = read_metrics(run_dir) if entry or (run_dir / METRICS).exists() else []

@@ -16,7 +16,7 @@ import fedkern
 from fedkern.data.sources.digits import open_digits
 from fedkern.downstream import prediction
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine.evaluate import evaluating
+from fedkern.engine.evaluate import set_evaluation_threads
 from fedkern.errors import UserError
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
@@ -97,7 +97,7 @@ def test_evaluate_repeats_a_run_of_two_threads_also_one_that_went_on(given, tmp_
 def test_threads_of_an_evaluation():
     def of(own, **given):
         before = torch.get_num_threads()
-        with evaluating(RunConfig.make("fedavg", data="digits", device="cpu", **given), own) as at_once:
+        with set_evaluation_threads(RunConfig.make("fedavg", data="digits", device="cpu", **given), own) as at_once:
             found = at_once, torch.get_num_threads()
         assert torch.get_num_threads() == before
         return found

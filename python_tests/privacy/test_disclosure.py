@@ -14,7 +14,7 @@ from rich.console import Console
 from fedkern.data.identity import identify_memory
 from fedkern.downstream import membership_attack
 from fedkern.engine.run import run
-from fedkern.engine.store.checkpoints import newest
+from fedkern.engine.store.checkpoints import read_newest
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.listeners import Listener
@@ -298,7 +298,7 @@ def test_hashes_and_sizes_of_a_private_runs_data_stay_in_its_checkpoints(cut, ma
     for path in (path for path in out.rglob("*") if path.is_file() and "checkpoints" not in path.parts):
         content = path.read_bytes()
         assert not [name for name, text in found.items() if text.encode() in content], path
-    assert newest(out)["info"]["config"]["identity"].items() >= found.items()
+    assert read_newest(out)["info"]["config"]["identity"].items() >= found.items()
 
 
 @needs_accounting

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fedkern.process.standard_streams import put, results_alone
+from fedkern.process.standard_streams import print_result, results_alone
 from fedkern.run import main
 from python_tests.plugin_sources import unload_all
 
@@ -74,9 +74,9 @@ def noise(how):
 def test_standard_output_takes_results_alone(how, capfd):
     with contextlib.suppress(LookupError), results_alone():
         noise(how if how != "error" else "print")
-        put({"figures": [1, 0.5]})
+        print_result({"figures": [1, 0.5]})
         noise(how)
-        put("a text")
+        print_result("a text")
         noise(how if how != "error" else "print")
     ctypes.CDLL(None).fflush(None)
     out, err = capfd.readouterr()
@@ -85,7 +85,7 @@ def test_standard_output_takes_results_alone(how, capfd):
     assert err == "noise\n" * (2 if how == "error" else 3)
     noise("print" if how == "error" else how)
     ctypes.CDLL(None).fflush(None)
-    put("outside")
+    print_result("outside")
     assert capfd.readouterr() == ("noise\noutside\n", "")
 
 

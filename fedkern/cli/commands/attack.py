@@ -6,7 +6,7 @@ from fedkern.cli.finished_runs import add_network, run_folder, trusted_code
 from fedkern.cli.flags import Parser, add_arguments
 from fedkern.cli.request import Request
 from fedkern.engine.store.record_files import plain
-from fedkern.process.standard_streams import put
+from fedkern.process.standard_streams import print_result
 
 
 def add_flags(parser: Parser) -> None:
@@ -22,7 +22,7 @@ def play(request: Request) -> int:
     root = request.settings.get("data_root")
     result = membership_attack.attack(out, data_root=root, keep=False, trusted=trusted_code(request), best=best)
     if request.json:
-        put(plain(result))
+        print_result(plain(result))
     else:
         from fedkern.report.live.progress_bar import make_console
         from fedkern.report.tables import attack_table

@@ -19,7 +19,7 @@ from fedkern.errors import UserError, make_printable
 from fedkern.files import atomic
 from fedkern.methods import METHODS, method_registry
 from fedkern.process import interrupts
-from fedkern.process.standard_streams import put
+from fedkern.process.standard_streams import print_result
 from fedkern.settings.config import RunConfig
 from fedkern.text_table import Table
 from fedkern.typed_option import flag
@@ -187,7 +187,7 @@ exec {command} --task "$SLURM_ARRAY_TASK_ID"
     atomic.make_folder(out)
     atomic.write_bytes(path, text.encode())
     hint = f"start: sbatch {as_word(path)}\nafter the last task: {_again(words, out)}"
-    put({"script": str(path), "runs": len(configs)} if request.json else str(path) if request.quiet else hint)
+    print_result({"script": str(path), "runs": len(configs)} if request.json else str(path) if request.quiet else hint)
 
 
 def _again(words: Sequence[str], out: Path) -> str:
@@ -236,7 +236,7 @@ def print_outcome(
     from fedkern.report.names import print_line
 
     if request.json:
-        put(as_json())
+        print_result(as_json())
     elif request.quiet:
         print(folder)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedkern.cli.flags import Parser, add_arguments
 from fedkern.cli.request import Request
-from fedkern.process.standard_streams import put
+from fedkern.process.standard_streams import print_result
 
 
 def add_flags(parser: Parser) -> None:
@@ -16,7 +16,7 @@ def play(request: Request) -> int:
     from fedkern.report.live.progress_bar import make_console
 
     if request.json:
-        put(doctor_page.collect_report())
+        print_result(doctor_page.collect_report())
     else:
         doctor_page.print_report(make_console())
     return 0

@@ -11,7 +11,7 @@ from fedkern.cli.request import Request
 from fedkern.downstream import model_export
 from fedkern.files.filesystem import check_new
 from fedkern.messages.leaves import leaves
-from fedkern.process.standard_streams import put
+from fedkern.process.standard_streams import print_result
 
 
 def add_flags(parser: Parser) -> None:
@@ -38,7 +38,7 @@ def play(request: Request) -> int:
     check_new(out, "export")
     written = [str(path) for path in model_export.export(bundle, out, kind)]
     if request.json:
-        put({"files": written})
+        print_result({"files": written})
     else:
         print("\n".join(written))
         if bundle.lengths and kind != "state-dict":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedkern.cli.flags import Parser, add_arguments
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import Request
-from fedkern.process.standard_streams import put
+from fedkern.process.standard_streams import print_result
 
 
 def add_flags(parser: Parser) -> None:
@@ -40,7 +40,7 @@ def catalogue() -> dict[str, dict[str, str]]:
 def play(request: Request) -> int:
     sections = catalogue()
     if request.json:
-        put(sections)
+        print_result(sections)
         return 0
     for i, (title, entries) in enumerate(sections.items()):
         print(("\n" if i else "") + title)

@@ -11,7 +11,7 @@ from fedkern.cli.flags import Parser, add_arguments
 from fedkern.cli.request import Request
 from fedkern.errors import UserError
 from fedkern.files.filesystem import check_new, expand
-from fedkern.process.standard_streams import put
+from fedkern.process.standard_streams import print_result
 
 
 def add_flags(parser: Parser) -> None:
@@ -52,7 +52,7 @@ def play(request: Request) -> int:
 
         write(out, predictor, paths, rows())
     if request.json:
-        put({"images": len(paths), "classes": list(predictor.classes), "out": str(out)})
+        print_result({"images": len(paths), "classes": list(predictor.classes), "out": str(out)})
         return 0
     for path, probabilities in shown_rows:
         print(f"{path}  {predictor.task.answer_text(probabilities, predictor.classes)}")

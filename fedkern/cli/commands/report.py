@@ -10,7 +10,7 @@ from fedkern.cli.repeat import first_commands, repeat_command
 from fedkern.cli.request import Request, find_trusted_code
 from fedkern.errors import UserError
 from fedkern.files.filesystem import expand
-from fedkern.process.standard_streams import put
+from fedkern.process.standard_streams import print_result
 from fedkern.settings.stored import check_run_folder
 
 
@@ -46,7 +46,7 @@ def play(request: Request) -> int:
         if not request.json:
             print(written[-1], flush=True)
     if request.json:
-        put({"files": [str(path) for path in written]})
+        print_result({"files": [str(path) for path in written]})
     return 0
 
 

@@ -24,7 +24,7 @@ from fedkern.errors import UserError
 from fedkern.listeners.events import Listener, Listeners, Summary
 from fedkern.methods import method_registry
 from fedkern.process import interrupts, machine
-from fedkern.process.standard_streams import put
+from fedkern.process.standard_streams import print_result
 from fedkern.settings.config import RESUMABLE, RunConfig
 from fedkern.settings.stored import load_settings, stored_settings
 from fedkern.usercode import plugins
@@ -71,11 +71,13 @@ def _workers_ahead(config: RunConfig) -> AbstractContextManager[None]:
     from fedkern.engine.executors import choice, fork_server
     from fedkern.engine.transport import torchrun_group
 
-    in_one_process = config.workers == "1" or config.trained_clients < 2 or bool(choice.unavailable(config.device))
+    in_one_process = (
+        config.workers == "1" or config.trained_clients < 2 or bool(choice.find_worker_obstacle(config.device))
+    )
     in_one_process = in_one_process or bool(plugins.loaded_plugins())  # a plugin may have computed already
-    in_one_process = in_one_process or torchrun_group.present() is not None  # clients work on ranks
+    in_one_process = in_one_process or torchrun_group.find_main_group() is not None  # clients work on ranks
     idle = min(machine.usable_cores(), config.threads) > 1 or config.workers != "auto"
-    return fork_server.ahead() if interrupts.whole_process() and idle and not in_one_process else nullcontext()
+    return fork_server.prefork_server() if interrupts.whole_process() and idle and not in_one_process else nullcontext()
 
 
 def _run(request: Request, config: RunConfig, out: Path) -> int:
@@ -191,7 +193,7 @@ def _load_stored_config(request: Request) -> RunConfig:
 
 def _close(request: Request, config: RunConfig, out: Path, summary: Summary) -> None:
     if request.json:
-        put(plain(summary))
+        print_result(plain(summary))
         return
     if request.quiet:
         print(out, flush=True)

@@ -69,7 +69,7 @@ class Images(Reader):
         self.full = None if split.full is None else split.full.load_masks()  # read now, as the files may vanish later
 
     @property
-    def known(self) -> Tensor:
+    def known_count(self) -> Tensor:
         return torch.stack([(part >= 0).sum() for part in in_parts(self.split.labels)]).sum().clamp_min(1)
 
     def take(self, indices: np.ndarray, rng: Generator | None = None) -> Tensor:
@@ -96,7 +96,7 @@ class Images(Reader):
         masks: Tensor = self.split.masks.to(self.device)
         return masks
 
-    def planned(
+    def make_batches(
         self, plan: Plan, phase: Phase = OUTSIDE, epoch: int = 0, rng: Generator | None = None, *, masked: bool = False
     ) -> Iterator[Batch]:
         """Yield the batches of an epoch on demand, with their indices sent to the device at once."""

@@ -34,7 +34,7 @@ class ItemReader(Reader):
         self._targets: torch.Tensor | None = None
 
     @property
-    def known(self) -> torch.Tensor:
+    def known_count(self) -> torch.Tensor:
         return torch.tensor(len(self))
 
     @property
@@ -54,7 +54,7 @@ class ItemReader(Reader):
         if seen:
             self._targets = torch.cat(seen)
 
-    def planned(
+    def make_batches(
         self,
         plan: Sequence[np.ndarray],
         phase: Phase = OUTSIDE,
@@ -78,4 +78,4 @@ def trial_batch(split: Items, rows: Sequence[int]) -> Batch:
     """Return a batch before a run begins, reading each item at most once."""
     reader = ItemReader(split, torch.device("cpu"), seed=0)
     reader.reads = 1
-    return next(reader.planned([np.asarray(rows, dtype=np.int64)]))
+    return next(reader.make_batches([np.asarray(rows, dtype=np.int64)]))

@@ -59,11 +59,11 @@ class Reader:
         return len(self.split)
 
     @property
-    def known(self) -> Tensor:
+    def known_count(self) -> Tensor:
         """The number of known targets (samples, or pixels of a segmentation), at least 1."""
         raise NotImplementedError
 
-    def planned(
+    def make_batches(
         self, plan: Plan, phase: Phase = OUTSIDE, epoch: int = 0, rng: Generator | None = None, *, masked: bool = False
     ) -> Iterator[Batch]:
         """Yield the batches of an epoch on demand, augmented by ``rng``, with object masks if ``masked``."""
@@ -71,7 +71,7 @@ class Reader:
 
     def batch(self, indices: np.ndarray, phase: Phase = OUTSIDE, epoch: int = 0, rng: Generator | None = None) -> Batch:
         """Return the samples at ``indices`` (int64), augmented by ``rng``."""
-        return next(self.planned([indices], phase, epoch, rng))
+        return next(self.make_batches([indices], phase, epoch, rng))
 
     def batches(
         self, size: int | None = None, *, even: bool = False, augment: bool = False, rng: Generator | None = None

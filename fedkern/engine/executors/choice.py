@@ -37,7 +37,7 @@ def executor_of(run: RunObjects) -> Executor:
     asks = config.sampled_clients * sum(len(entry.exchanges) for entry in rounds if not entry.cohort)
     if config.own_networks:  # all clients evaluate theirs
         asks += context.federation.clients * -(-len(rounds) // config.eval_every)
-    if (ranks := torchrun_group.present()) is not None:
+    if (ranks := torchrun_group.find_main_group()) is not None:
         return _on_ranks(run, ranks, asks)
     count = workers_for(config, context, asks, run.parameters)
     if count < 2:
@@ -65,7 +65,7 @@ def workers_for(config: RunConfig, context: RunContext, asks: int, parameters: i
     """Return the number of workers, or 1 if clients work in the run's process."""
     if config.workers == "1" or not asks:
         return 1
-    why = unavailable(config.device)
+    why = find_worker_obstacle(config.device)
     if why:
         _no_workers(config, context, why)
         return 1
@@ -77,7 +77,7 @@ def workers_for(config: RunConfig, context: RunContext, asks: int, parameters: i
     return min(limit, cores // config.client_threads, machine.free_memory() // worker_bytes(context, parameters))
 
 
-def unavailable(device: str) -> str:
+def find_worker_obstacle(device: str) -> str:
     """Return why there can be no workers, as a part of a sentence, or an empty text."""
     if sys.platform != "linux" or not hasattr(os, "memfd_create"):
         return "workers need Linux"
@@ -100,7 +100,7 @@ def own_fork_server(setup: Setup) -> AbstractContextManager[None]:
     The run has no thread yet, and the fork server and its workers compute on one thread.
     """
     config = setup.context.config
-    barred = unavailable(config.device) or torch.cuda.is_initialized()
+    barred = find_worker_obstacle(config.device) or torch.cuda.is_initialized()
     if config.workers != "1" and config.client_threads == 1 and not barred:
         try:
             check_portable(setup)
@@ -110,7 +110,7 @@ def own_fork_server(setup: Setup) -> AbstractContextManager[None]:
             # All processes would share an open object, such as a connection.
             needed = only_code_bars(setup)
         if needed:
-            return fork_server.ahead(setup)
+            return fork_server.prefork_server(setup)
     return nullcontext()
 
 

@@ -119,7 +119,7 @@ def fork_server_of(setup: Setup) -> ForkServer:
 
 
 @contextmanager
-def ahead(setup: Setup | None = None) -> Iterator[None]:
+def prefork_server(setup: Setup | None = None) -> Iterator[None]:
     """Fork a fork server from this process for a run inside the block, which ends with the block if unused.
 
     A new process would need seconds to load PyTorch. Without ``setup``, only the command line may call this, before

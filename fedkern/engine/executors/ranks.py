@@ -43,7 +43,7 @@ class Ranks(Ordered):
         super().__init__(context, serial, states)
         self._group = group
         self._processes: list[Connection] = []
-        for rank, level in group.odd.items():
+        for rank, level in group.other_isas.items():
             context.notices.warn(
                 "other-kernels",
                 f"Rank {rank} computes with other kernels than rank 0 (torch {level}): bits depend on where a client "
@@ -100,7 +100,7 @@ class Ranks(Ordered):
         self._group.check()
         if (rank := self._at[k]) is not None:
             idle = bool(self._todo) and len(self._replies) < AHEAD
-            packet = self._group.heard(rank, 0.0 if idle else 0.5)
+            packet = self._group.receive_from(rank, 0.0 if idle else 0.5)
             if (reply := None if packet is None else self._read(packet)) is not None:
                 self._replies[k] = reply
             elif idle:

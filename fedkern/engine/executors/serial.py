@@ -15,7 +15,7 @@ from fedkern.engine.executors.worker_messages import Done, Job
 from fedkern.engine.local.first_steps import UnfitStep
 from fedkern.engine.local.lanes import lanes, on_this_stream, side_by_side
 from fedkern.engine.local.training import Diverged
-from fedkern.engine.node import TAKEN, figures
+from fedkern.engine.node import TAKEN, convert_figures
 from fedkern.engine.uploads.encoders import Departure, Encoder
 from fedkern.errors import RAISED, ClientFailed
 from fedkern.messages.digest import Fingerprint
@@ -124,7 +124,7 @@ class Serial:
                         on_this_stream(value)
                 for work in client.later or () if answer.problem is None else ():
                     work()
-                answer.report = figures(client.report, "client.report", TAKEN) if answer.problem is None else {}
+                answer.report = convert_figures(client.report, "client.report", TAKEN) if answer.problem is None else {}
             problem, client.later, answer.marks = answer.problem, None, client.left_marks()
             with self._problems(answer, asker):
                 client.check_state()

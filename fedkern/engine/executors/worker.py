@@ -31,14 +31,14 @@ import torch
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.shared_tensors import Channel
 from fedkern.engine.executors.worker_messages import Clear, Done, Forget, Job, Notice, Setup
-from fedkern.messages.packets import NotPortable, Packer, PacketStream, Unpacker, portable
+from fedkern.messages.packets import NotPortable, Packer, PacketStream, Unpacker, copy_error
 from fedkern.methods import method_registry
 from fedkern.models import MODELS
 from fedkern.models.precision import compute_in
 from fedkern.ops._core import backend, loading
 from fedkern.process.allocator import keep_freed_memory
 from fedkern.process.forking import cut_connections, has_threads, read_positions, reopen_files
-from fedkern.process.standard_streams import tolerate
+from fedkern.process.standard_streams import tolerate_lost_output
 from fedkern.process.torch_modes import reproducible, set_modes
 from fedkern.usercode import plugins
 
@@ -75,7 +75,7 @@ class Worker:
 
     def _send(self, done: Done) -> None:
         if done.failed is not None:
-            done.failed = portable(done.failed)
+            done.failed = copy_error(done.failed)
         sys.stdout.flush()  # shows what a client's code has printed: a worker may be killed at any time
         try:
             packet = self._packer.pack(done)
@@ -210,5 +210,5 @@ def _wait_for_end(process: int) -> int | None:
 
 
 if __name__ == "__main__":
-    tolerate()
+    tolerate_lost_output()
     serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))

@@ -77,7 +77,9 @@ def warn_emulated(precision: str, device: str) -> dict[str, str]:
     return {"emulated-bf16": f"This {lacks}, so that --precision bf16 is emulated and slower than fp32: leave it out."}
 
 
-def unrepeatable(find_network: Callable[[], nn.Module], shape: Sequence[int], device: torch.device) -> dict[str, str]:
+def warn_unrepeatable(
+    find_network: Callable[[], nn.Module], shape: Sequence[int], device: torch.device
+) -> dict[str, str]:
     """Return a warning about layers that upsample, whose gradient PyTorch sums in random order on a GPU."""
     if device.type == "cpu":
         return {}

@@ -32,12 +32,12 @@ class FinalFigures:
 def final_figures(sets: Mapping[str, EvaluatedSet], classes: Sequence[str]) -> FinalFigures:
     """Return figures of the answers that the last evaluation kept.
 
-    Sets of image-text pairs, and sets for which the method kept no :func:`answers`, have none.
+    Sets of image-text pairs, and sets for which the method has no :func:`kept_answers`, have none.
     """
     result = FinalFigures()
     names = unique_names(classes)
     for prefix, data in sets.items():
-        outputs = [answer for _, answer in answers(data, len(names))]
+        outputs = [answer for _, answer in kept_answers(data, len(names))]
         if not outputs:
             continue
         figures, name = data.task.final(data, outputs, names), set_name(prefix)
@@ -48,7 +48,7 @@ def final_figures(sets: Mapping[str, EvaluatedSet], classes: Sequence[str]) -> F
     return result
 
 
-def answers(data: EvaluatedSet, classes: int) -> list[tuple[int | None, Tensor]]:
+def kept_answers(data: EvaluatedSet, classes: int) -> list[tuple[int | None, Tensor]]:
     """Return what ``data`` kept if it has the shape that the task's final figures need, else nothing."""
     shape = data.task.kept_shape(data, classes)
     return data.kept if all(answer.shape == shape for _, answer in data.kept) else []

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedkern.data import FederatedData
 from fedkern.data.sharing.groups import unit_noun
-from fedkern.engine.figures.final_figures import answers, set_name
+from fedkern.engine.figures.final_figures import kept_answers, set_name
 from fedkern.methods.roles import EvaluatedSet
 from fedkern.streams import stream
 from fedkern.tasks.figure_names import scale
@@ -69,7 +69,7 @@ def intervals(
         places.append(({"set": "own", "client": str(k) if names is None else names[k]}, data, k, np.arange(len(data))))
     found = []
     for about, data, k, rows in places:
-        kept = answers(data, len(federation.classes))
+        kept = kept_answers(data, len(federation.classes))
         outputs = [output for owner, output in kept if not own or k < 0 or owner in (None, k)]
         name = data.task.sampled
         if name and outputs and len(rows):

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fedkern.engine.local.moments import Snapshot, alike, in_memory
+from fedkern.engine.local.moments import Snapshot, has_same_bits, in_memory
 from fedkern.engine.local.network import Trained
 from fedkern.methods.protocol import Batch, Received
 from fedkern.methods.roles import Objective
@@ -75,7 +75,7 @@ class Pass(Protocol):
     def __call__(self, batch: Batch, received: Received, *, collect: Callable[[], None] | None = None) -> Outcome: ...
 
 
-def replayable(kind: type[Objective], network: nn.Module | None = None) -> bool | None:
+def is_replayable(kind: type[Objective], network: nn.Module | None = None) -> bool | None:
     """Return whether recorded steps fit other batches, or None if the classes do not declare it.
 
     A user-defined ``network`` may compute on the host.
@@ -145,7 +145,7 @@ class Graphs:
         self._eager = Counter[Hashable]()
         self._values: dict[Hashable, int] = {}  # numbers in a batch's record
         self.held: dict[str, Tensor] = {}
-        self._strangers: set[tuple[Any, type]] = set()  # networks and methods whose steps cannot be recorded
+        self._unrecordable: set[tuple[Any, type]] = set()  # networks and methods whose steps cannot be recorded
         self._compare: dict[Hashable, int] = {}  # batches on which an unverified step is still compared
         self._fleeting = False  # whether a step of this network and method depends on what was received
         self._last: Any = None  # kept, because torch frees a pool without graphs
@@ -233,7 +233,7 @@ class Graphs:
         *,
         ahead: bool,
         settings: Hashable,
-        strange: bool = False,
+        unverified: bool = False,
     ) -> Iterator[Play]:
         """Yield a function that takes an exchange's batches through ``run``, in order, recording steps that pay.
 
@@ -241,7 +241,7 @@ class Graphs:
             sizes: number of batches of the exchange, by size.
             failed: called with the reason if a step cannot be recorded.
             ahead: whether batches may be made before ``run`` is done with earlier ones, with nothing between two steps.
-            strange: whether nobody declares that ``run`` can be recorded.
+            unverified: whether nobody declares that ``run`` can be recorded.
         """
         addresses = tuple((name, tensor.data_ptr()) for name, tensor in self.held.items())
         of = (network, method, ahead, settings, addresses, *_state(network))
@@ -264,10 +264,10 @@ class Graphs:
             self._eager[key] += 1
             # Clients of few batches share a lasting recording, and only making it shows whether it lasts.
             worth = remaining[size] + 1 >= LEAST or (self._eager[key] > EAGER + LEAST and not self._fleeting)
-            allowed = not self.off and owner not in self._strangers
+            allowed = not self.off and owner not in self._unrecordable
             if allowed and key is not None and self._eager[key] > EAGER and worth and self._room():
                 try:
-                    if strange:
+                    if unverified:
                         self._check_repeats(run, batch, received, network, method)
                         self._compare[key] = COMPARED
                     self._recorded[key] = self._record(run, batch, received, network, self._values[key], ahead)
@@ -276,8 +276,8 @@ class Graphs:
             return self._recorded.get(key)
 
         def give_up(error: Exception) -> None:
-            self._strangers.add(owner)
-            self.off = self.off or not strange
+            self._unrecordable.add(owner)
+            self.off = self.off or not unverified
             failed(error)
 
         def play(batches: Iterable[Batch]) -> Iterator[Outcome]:
@@ -294,7 +294,7 @@ class Graphs:
                     self._values[key] = sum(part.numel() for part in outcome.parts())
                     yield outcome
                     continue
-                if strange and self._compare[key]:
+                if unverified and self._compare[key]:
                     self._compare[key] -= 1
                     outcome, is_same = self._compare_step(recording, run, batch, received, network)
                     yield outcome
@@ -393,7 +393,7 @@ class Graphs:
             )
             draws = {**drawn, **dict(zip(_drawn_tensors(batch), drawn_tensors, strict=True))}
             static = replace(batch, inputs=inputs, targets=targets, drawn=draws, **unread)
-            with _gradients_apart(network.trained_parameters) as collect:
+            with _separate_gradients(network.trained_parameters) as collect:
                 outcome = run(static, cast(Received, watched), collect=collect)
             row = torch.cat([part.reshape(-1).double() for part in outcome.parts()])
             torch.where(marks == counter, row, records, out=records)
@@ -406,7 +406,9 @@ class Graphs:
 
 def _same(left: Outcome, right: Outcome) -> bool:
     pairs = zip(left.parts(), right.parts(), strict=True)
-    return left.names == right.names and all(alike(a.double().reshape(-1), b.double().reshape(-1)) for a, b in pairs)
+    return left.names == right.names and all(
+        has_same_bits(a.double().reshape(-1), b.double().reshape(-1)) for a, b in pairs
+    )
 
 
 class _Unread:
@@ -455,7 +457,7 @@ def _signature(batch: Batch, device: torch.device) -> Hashable:
 
 
 @contextmanager
-def _gradients_apart(parameters: Sequence[nn.Parameter]) -> Iterator[Callable[[], None]]:
+def _separate_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[Callable[[], None]]:
     """Make a backward pass leave separate gradients, and yield a function that adds all to the old ones at once.
 
     Otherwise each is added by its own kernel.

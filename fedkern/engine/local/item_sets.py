@@ -141,7 +141,7 @@ class Trial:
         return failures[0]
 
 
-def check_apart(data: FederatedData) -> dict[str, str]:
+def check_test_sets(data: FederatedData) -> dict[str, str]:
     """Return a warning about a test set that is also the data set of a listed client."""
     holders: dict[int, list[Items]] = {}
     for split in data.clients:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.executor import Handler
-from fedkern.engine.local.captured import replayable
+from fedkern.engine.local.captured import is_replayable
 from fedkern.methods.base import LocalTraining
 from fedkern.methods.roles import Objective
 
@@ -46,7 +46,7 @@ def lanes(context: RunContext, method: Handler) -> int:
     if (
         any(isinstance(layer, DRAWING) for layer in module.modules())
         or kind.prepare is not Objective.prepare
-        or not replayable(kind, module)
+        or not is_replayable(kind, module)
         or context.data.task.code()
     ):
         return 1

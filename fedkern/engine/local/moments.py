@@ -23,7 +23,9 @@ class Snapshot:
         return next((name for name, state in self._host.items() if state != current[name]), "")
 
     def holds(self) -> bool:
-        return all(alike(tensor.detach(), value) for tensor, value in zip(self._tensors, self._values, strict=True))
+        return all(
+            has_same_bits(tensor.detach(), value) for tensor, value in zip(self._tensors, self._values, strict=True)
+        )
 
     def restore(self) -> None:
         for tensor, value in zip(self._tensors, self._values, strict=True):
@@ -33,7 +35,7 @@ class Snapshot:
         restore_generators(self._host)
 
 
-def alike(left: Tensor, right: Tensor) -> bool:
+def has_same_bits(left: Tensor, right: Tensor) -> bool:
     """Return whether two tensors of one shape, dtype and layout have the same bits."""
     return torch.equal(in_memory(left).view(torch.uint8), in_memory(right).view(torch.uint8))
 

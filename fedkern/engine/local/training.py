@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedkern import ops
 from fedkern.engine.batches.reader import Reader, batch_plan
-from fedkern.engine.local.captured import Graphs, Outcome, Play, replayable
+from fedkern.engine.local.captured import Graphs, Outcome, Play, is_replayable
 from fedkern.engine.local.first_steps import FirstSteps
 from fedkern.engine.local.network import Network, Trained
 from fedkern.engine.local.own_optimizer import OwnStepper, clip
@@ -54,7 +54,7 @@ class Schedule:
     Attributes:
         lr: learning rate before any drop.
         steps: epochs of the whole run, from 0, at each of which the rate is multiplied by ``factor``.
-        first: the run's epoch with which this exchange begins.
+        first_epoch: the run's epoch with which this exchange begins.
         limit: optimiser steps of the exchange, whatever number of epochs they take; None: all of ``epochs``.
         optimizer: ``"sgd"``, or ``"adamw"`` with betas of 0.9 and 0.999, reset in every exchange.
         keep: whether the optimiser's state is kept in the client's.
@@ -69,14 +69,14 @@ class Schedule:
     batch_size: int
     steps: tuple[int, ...] = ()
     factor: float = 0.1
-    first: int = 0
+    first_epoch: int = 0
     limit: int | None = None
     optimizer: str = "sgd"
     keep: bool = False
     make: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
 
     def lr_at(self, epoch: int) -> float:
-        return self.lr * self.factor ** sum(step <= self.first + epoch for step in self.steps)
+        return self.lr * self.factor ** sum(step <= self.first_epoch + epoch for step in self.steps)
 
 
 @dataclass
@@ -220,7 +220,7 @@ class EpochBatches:
         self._epoch, self._amid = 0, False
         plans = epochs(len(data), replace(schedule, epochs=sys.maxsize), client.rng("batches", phase))
         augmentation = client.rng("augmentation", phase) if data.fresh else None
-        self._epochs = (data.planned(plan, phase, epoch, augmentation) for epoch, plan in enumerate(plans))
+        self._epochs = (data.make_batches(plan, phase, epoch, augmentation) for epoch, plan in enumerate(plans))
 
     @property
     def lr(self) -> float:
@@ -303,7 +303,7 @@ def train_async(
     prepares = kind.prepare is not Objective.prepare
     previous = client.state.get(key := f"optimizer {phase.exchange} {len(gradients)}", {}) if schedule.keep else {}
     terms = None if adjusts else method.terms(received)
-    recordable = None if graphs is None else replayable(kind, network.module)
+    recordable = None if graphs is None else is_replayable(kind, network.module)
     if recordable and data.task.code():  # the user's loss
         recordable = None
     if recordable is False:
@@ -330,7 +330,7 @@ def train_async(
     done, count = 0, len(data) if rows is None else len(rows)
 
     def batches(epoch: int, plan: list[np.ndarray]) -> Iterator[Batch]:
-        for batch in data.planned(plan, phase, epoch, augmentation, masked=method.masked):
+        for batch in data.make_batches(plan, phase, epoch, augmentation, masked=method.masked):
             check()
             if draws is not None:
                 batch.drawn = method.draw(client, batch, draws)
@@ -347,7 +347,7 @@ def train_async(
             network, method, received, run, batch_sizes(count, schedule), partial(_warn, client),
             ahead=as_whole and not prepares,
             settings=(as_whole, schedule.momentum, schedule.weight_decay, schedule.clip_norm, terms and terms.proximal),
-            strange=recordable is None,
+            unverified=recordable is None,
         )  # fmt: skip
     records: list[Outcome] = []
     with passes as play:

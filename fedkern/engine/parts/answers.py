@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedkern.engine.figures.final_figures import answers, set_name, unique_names
+from fedkern.engine.figures.final_figures import kept_answers, set_name, unique_names
 from fedkern.engine.parts.part import RunPart, Summary, register_part
 from fedkern.engine.store import confusions, predictions
 
@@ -23,7 +23,7 @@ class Answers(RunPart):
         run = self._run
         classes = unique_names(run.context.data.classes)
         sets = {
-            set_name(prefix): (data.split.ids, data.labels.cpu(), answers(data, len(classes)))
+            set_name(prefix): (data.split.ids, data.labels.cpu(), kept_answers(data, len(classes)))
             for prefix, data in run.sets.items()
         }
         if any(logits for _, _, logits in sets.values()):

@@ -6,7 +6,7 @@ import time
 
 from fedkern.engine.parts.part import Record, RunPart, Summary, register_part
 from fedkern.engine.store import record_files
-from fedkern.engine.store.saved_model import results
+from fedkern.engine.store.saved_model import checksum_results
 from fedkern.errors import NoEffect, UserError
 from fedkern.files.atomic import Unwritable
 from fedkern.messages.states import State
@@ -44,7 +44,7 @@ class Checkpointing(RunPart):
 
     def finish(self, summary: Summary) -> None:
         store = self._run.store
-        store.checkpoints.amend({**self._info(finished=True), "results": results(store.out)})
+        store.checkpoints.amend({**self._info(finished=True), "results": checksum_results(store.out)})
 
     def _info(self, finished: bool) -> State:
         store = self._run.store

@@ -12,7 +12,7 @@ from torch import nn
 
 from fedkern.engine.batches.reader import Reader
 from fedkern.engine.client import Client
-from fedkern.engine.evaluate import evaluate, evaluate_clients, evaluating
+from fedkern.engine.evaluate import evaluate, evaluate_clients, set_evaluation_threads
 from fedkern.engine.figures.client_figures import over_clients, with_undefined, worst_client
 from fedkern.engine.figures.clients_figures import ClientsFigures
 from fedkern.engine.figures.final_figures import final_figures
@@ -144,7 +144,7 @@ class Evaluation(RunPart):
         return Client(self._context, k, self._run.store.checkpoints.client_state(k))
 
     def _at_once(self, network: nn.Module) -> AbstractContextManager[int]:
-        return evaluating(self._run.config, self._context.networks.is_flat(network))
+        return set_evaluation_threads(self._run.config, self._context.networks.is_flat(network))
 
     def _of_clients(self, test_set: str, sets: dict[int, Reader]) -> State:
         if not self.of_clients:

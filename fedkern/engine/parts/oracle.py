@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedkern.engine.clients import AllClients
-from fedkern.engine.node import figures
+from fedkern.engine.node import convert_figures
 from fedkern.engine.parts.part import Part, RunPart, Summary, register_part
 from fedkern.engine.setup.run_objects import RunObjects
 
@@ -23,5 +23,5 @@ class Oracle(RunPart):
         clients = AllClients(run.context, run.store.checkpoints)
         with run.code("oracle_metrics"):
             metrics = run.method.oracle_metrics(run.server, clients, run.sets)
-        metrics = figures(metrics, "oracle_metrics")
+        metrics = convert_figures(metrics, "oracle_metrics")
         summary.metrics.update(disclosure.oracle_metrics(metrics, ("", *run.sets)))

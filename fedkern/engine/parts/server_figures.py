@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fedkern.engine.node import figures
+from fedkern.engine.node import convert_figures
 from fedkern.engine.parts.part import Record, RunPart, Summary, register_part
 from fedkern.messages.states import State
 from fedkern.privacy.disclosure import About
@@ -19,7 +19,7 @@ class ServerFigures(RunPart):
         if record.entry.one_off:
             return
         report, told = self._run.server.report, self._run.notices.disclosure.filter_entries(record.entries)
-        for name, value in figures(
+        for name, value in convert_figures(
             report, "server.report", {*told, *RECORD_NAMES, *(FIGURE_NAMES & report.keys())}
         ).items():
             report[name] = float(value)

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from fedkern.engine.executors.executor import Answer, Executor
-from fedkern.engine.node import TAKEN, figures
+from fedkern.engine.node import TAKEN, convert_figures
 from fedkern.engine.rounds.round_log import RoundLog
 from fedkern.engine.uploads.filters import Arrival, ExchangeRequest, Filter, encoders_of
 from fedkern.errors import locate_errors
@@ -75,7 +75,7 @@ class Exchange:
         """Return an answer's upload (an empty one has the message None), or None if its client is left out."""
         k = answer.client
         self._leave(k, self._asked.sent[k])
-        self._log.heard(answer)
+        self._log.pass_warnings(answer)
         if self._asked.hooks.own:
             self._log.marks |= answer.marks
         info: dict[str, Any] = {"samples": self._samples[k], **answer.report}
@@ -83,7 +83,7 @@ class Exchange:
         if answer.absent or answer.refused or answer.problem is not None:
             for part in self._filters:
                 part.on_missing(arrival, failed=not answer.absent and answer.problem is not None)
-            self._log.lacks(answer)
+            self._log.note_missing(answer)
             return None
         for part in self._filters:
             if why := part.decode(arrival):
@@ -109,7 +109,9 @@ class Exchange:
                     client.check_state()
             if uploads is not None:
                 share = (time.perf_counter() - start) / len(asked.sent)
-                reports = {k: figures(own.report, f"client {k}: client.report", TAKEN) for k, own in clients.items()}
+                reports = {
+                    k: convert_figures(own.report, f"client {k}: client.report", TAKEN) for k, own in clients.items()
+                }
                 marks = frozenset().union(*(client.left_marks() for client in clients.values()))
                 return (
                     Answer(k, uploads.pop(k), report=reports[k], seconds=share, marks=marks) for k in list(asked.sent)

@@ -19,7 +19,7 @@ class RoundLog:
     """The clients of a round.
 
     Args:
-        silent: whether to hide dropped clients, as no noise covers a drop.
+        hides_dropouts: whether to hide dropped clients, as no noise covers a drop.
         hint: end of the sentence about an undeclared upload, for the method's author.
 
     Attributes:
@@ -36,11 +36,11 @@ class RoundLog:
         states: ClientStates,
         listener: Listener,
         *,
-        silent: bool = False,
+        hides_dropouts: bool = False,
         hint: str = "",
     ) -> None:
         self._context, self._progress, self._states, self._listener = context, progress, states, listener
-        self._silent, self._hint = silent, hint
+        self._hides_dropouts, self._hint = hides_dropouts, hint
         self.clients: dict[str, State] = {}
         self.reports: list[State] = []
         self.left: set[ClientId] = set()
@@ -52,7 +52,7 @@ class RoundLog:
 
     # -- who is done -----------------------------------------------------------------------------------------------
 
-    def heard(self, answer: Answer) -> None:
+    def pass_warnings(self, answer: Answer) -> None:
         for name, text in answer.warnings.items():
             self._context.notices.warn(name, text)
 
@@ -71,7 +71,7 @@ class RoundLog:
     def note_lost(self, k: ClientId, exchange: str, why: str) -> None:
         self._note_dropped(k, {"exchange": exchange, "reason": why})
 
-    def lacks(self, answer: Answer) -> None:
+    def note_missing(self, answer: Answer) -> None:
         if answer.absent:
             self._note_loss(answer.client, answer.absent)
         elif answer.problem is not None:
@@ -81,7 +81,7 @@ class RoundLog:
 
     def note_refused(self, k: ClientId, why: str) -> None:
         """Note that a client's upload is not as declared, or larger than allowed."""
-        if self._silent or not self._context.notices.disclosure.server:
+        if self._hides_dropouts or not self._context.notices.disclosure.server:
             why = "is not as declared"
         label, exchange = self._context.data.client_label(k), self._progress.exchange
         sentence = f"Client {label}'s upload {self._progress.when(exchange)} {why}"
@@ -91,8 +91,8 @@ class RoundLog:
         self._warn(f"refused-upload-{k}", f"{sentence}; it was left out.")
 
     def leave_out(self, k: ClientId, why: State) -> None:
-        self._states.left_out(k)
-        if self._silent:
+        self._states.leave_out(k)
+        if self._hides_dropouts:
             self.left.add(k)
         else:
             self._note_dropped(k, why)
@@ -141,7 +141,7 @@ class RoundLog:
         self._warn(name, f"{where}; {consequence}.")
 
     def _warn(self, name: str, text: str) -> None:
-        if not self._silent:
+        if not self._hides_dropouts:
             self._context.notices.warn(name, text)
 
     def _note_dropped(self, k: ClientId, why: State) -> None:

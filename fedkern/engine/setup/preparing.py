@@ -14,7 +14,7 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.figures import diagnostics
 from fedkern.engine.figures.privacy_report import guarantee
 from fedkern.engine.hooks import MethodCode
-from fedkern.engine.local.item_sets import Trial, check_apart
+from fedkern.engine.local.item_sets import Trial, check_test_sets
 from fedkern.engine.participation import Participation
 from fedkern.engine.rounds.ledger import Ledger
 from fedkern.engine.rounds.progress import Progress
@@ -85,7 +85,7 @@ def make_context(
         trial.check_tests()
         items = data
     if is_compared and (items is data or config.held_out_client is None):
-        alike = check_apart(items)
+        alike = check_test_sets(items)
     training, warnings = script.describe_training(build, code)
     config = config.replace(**training) if training else config
     changed: list[str] = []
@@ -151,7 +151,7 @@ def prepare(request: Request, context: RunContext, listener: ListenerGroup, *, i
         context.notices.warn("partly-covered", run_guarantee.warning())
     warnings = diagnostics.warn_emulated(config.precision, config.device)
     shape = getattr(context.data.form, "shape", ())
-    warnings |= diagnostics.unrepeatable(lambda: context.networks.get("server").module, shape, context.device)
+    warnings |= diagnostics.warn_unrepeatable(lambda: context.networks.get("server").module, shape, context.device)
     for name, text in warnings.items():
         context.notices.warn(name, text)
     if not is_begun:  # a resumed run has loaded most of them already

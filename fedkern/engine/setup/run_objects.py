@@ -176,8 +176,8 @@ class RunObjects:
         hint = ""  # for the author of a method that does not override Method.expects
         if type(self.method).expects is Method.expects:
             hint = f" ({self.config.method} declares no uploads of its own; Method.expects is where a method does.)"
-        silent = self.hides_dropouts
-        return RoundLog(self.context, self.progress, self.states, self.listener, silent=silent, hint=hint)
+        hidden = self.hides_dropouts
+        return RoundLog(self.context, self.progress, self.states, self.listener, hides_dropouts=hidden, hint=hint)
 
     @property
     def executor(self) -> Executor:

@@ -96,7 +96,7 @@ class ArtifactLog:
 
 def read(out: Path | str) -> list[Artifact]:
     out = Path(out)
-    entries, last = _entries(out / FILE), checkpoints.newest(out)
+    entries, last = _entries(out / FILE), checkpoints.read_newest(out)
     if entries and last is not None:
         ArtifactLog(out, 1).restore(last["round"], last["info"]["parts"]["artifacts"]["sha256"])
     return entries

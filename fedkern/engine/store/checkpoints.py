@@ -404,7 +404,7 @@ class Checkpoints:
             self.folder.rmdir()
 
 
-def newest(out: Path) -> Entry | None:
+def read_newest(out: Path) -> Entry | None:
     """Return the newest checkpoint of a run folder, or None without a readable manifest."""
     try:
         return Checkpoints(out).peek()
@@ -420,7 +420,7 @@ def check_results(out: Path, needed: str) -> None:
     Raises:
         UserError: a file was changed, or the file ``needed`` is missing.
     """
-    entry = newest(out)
+    entry = read_newest(out)
     if entry is None or not entry["info"]["finished"]:
         return
     for name, value in entry["info"]["results"].items():
@@ -428,12 +428,12 @@ def check_results(out: Path, needed: str) -> None:
             continue
         if describe_file_kind(out / name) != "missing":
             way = explain_line_ends(out / name, zlib.crc32, value)
-            raise UserError(f"{out / name} is not what the run wrote{way or f': {again(out)}'}.")
+            raise UserError(f"{out / name} is not what the run wrote{way or f': {advise_rewriting(out)}'}.")
         if name == needed:
             raise UserError(f"{out / name} is missing: --resume {shlex.quote(str(out))} makes it again.")
 
 
-def again(out: Path | str) -> str:
+def advise_rewriting(out: Path | str) -> str:
     """Return advice for a damaged final file, as a part of a sentence."""
     return f"delete it, and --resume {shlex.quote(str(out))} makes it again"
 

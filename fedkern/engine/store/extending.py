@@ -28,8 +28,8 @@ PICTURE_LIST = "pictures.json"
 _PICTURE = re.compile(r"[a-z0-9_]+\.png")
 OF_A_NETWORK = (
     *RESULTS, *ATTACKS.values(), REPORT, PICTURE_LIST,
-    *(f"{network}.{form}{more}" for network in ("model", "best") for form in ("onnx", "pt2", "pt")
-      for more in ("", ".json")),
+    *(f"{network}.{form}{suffix}" for network in ("model", "best") for form in ("onnx", "pt2", "pt")
+      for suffix in ("", ".json")),
     "evaluate.json", "evaluate-*.json",
 )  # fmt: skip
 """Patterns of files about the run's last network: the run's, and those of commands on the run."""
@@ -95,9 +95,9 @@ def write_extension(checkpoints: Checkpoints, entry: Entry, out: Path) -> bool:
     # From the file, as the run's settings have this machine's device.
     text = toml.dumps({**stored_settings(out), "rounds": entry["info"]["config"]["rounds"]})
     atomic.write_bytes(out / SETTINGS, text.encode())
-    set_aside(out, entry["round"])
+    move_former_results(out, entry["round"])
     checkpoints.amend(entry["info"])
-    return aside(out, entry["round"]).exists()
+    return former_results_folder(out, entry["round"]).exists()
 
 
 def pictures(out: Path) -> list[str]:
@@ -107,19 +107,19 @@ def pictures(out: Path) -> list[str]:
         return []
 
 
-def aside(out: Path, round: int) -> Path:
+def former_results_folder(out: Path, round: int) -> Path:
     """Return the folder for results of a run's network after ``round`` rounds, once the run has more."""
     return out / f"round-{round:04d}"
 
 
-def set_aside(out: Path, round: int) -> None:
-    """Move the results of the network after ``round`` rounds, and of commands on it, to :func:`aside`."""
+def move_former_results(out: Path, round: int) -> None:
+    """Move the results of the network after ``round`` rounds to :func:`former_results_folder`."""
     names = [name for pattern in OF_A_NETWORK for name in sorted(path.name for path in out.glob(pattern))]
     for name in [*names, *pictures(out), *(f"{FOLDER}/{name}" for name in ATTACKS.values())]:
         if describe_file_kind(out / name):
             continue
-        target = aside(out, round) / name
-        atomic.make_folder(aside(out, round))
+        target = former_results_folder(out, round) / name
+        atomic.make_folder(former_results_folder(out, round))
         atomic.make_folder(target.parent)
         with atomic.report_unwritable(target):
             (out / name).replace(target)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from fedkern.engine.store.checkpoints import check_results, newest
+from fedkern.engine.store.checkpoints import check_results, read_newest
 from fedkern.errors import UserError
 from fedkern.files import atomic
 from fedkern.files.inputs import describe_file_kind, open_regular, report_unreadable
@@ -31,7 +31,7 @@ def _file(path: str) -> Path:
     folder = Path(path)
     if describe_file_kind(folder) != "a folder":
         return folder
-    entry = newest(folder)
+    entry = read_newest(folder)
     begun = (folder / CONFIG).exists() and not (folder / MODEL).exists()
     if begun or (entry is not None and not entry["info"]["finished"]):
         way_out = f"finish it with --resume {shlex.quote(path)}"
@@ -45,7 +45,7 @@ def _file(path: str) -> Path:
 
 
 def of_module(module: nn.Module, folder: Path) -> str:
-    """Return the future path of a module's weights in a run folder, readable even before :func:`keep` writes it."""
+    """Return the future path of a module's weights in a run folder, readable even before :func:`write_given`."""
     path = str((folder / INIT).absolute())
     _GIVEN[path] = save(
         {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
@@ -53,7 +53,7 @@ def of_module(module: nn.Module, folder: Path) -> str:
     return path
 
 
-def keep(path: str | None) -> None:
+def write_given(path: str | None) -> None:
     if path in _GIVEN:
         atomic.write_bytes(Path(path), _GIVEN.pop(path))
 

@@ -87,7 +87,7 @@ def read_metrics(out: Path | str) -> list[State]:
     """
     out = Path(out)
     path = out / METRICS
-    entry = checkpoints.newest(out)
+    entry = checkpoints.read_newest(out)
     if entry is not None:
         size = Metrics(out).check_entry(entry)
         if entry["info"]["finished"] and path.stat().st_size != size:
@@ -116,7 +116,7 @@ def read_summary(out: Path | str) -> State | None:
     checkpoints.check_results(out, SUMMARY)
     if inputs.describe_file_kind(path) == "missing":
         return None
-    with inputs.report_damage(f"{path} is damaged", checkpoints.again(out)):
+    with inputs.report_damage(f"{path} is damaged", checkpoints.advise_rewriting(out)):
         summary = inputs.read_json(path)
         if not isinstance(summary, dict):
             raise ValueError("it is no JSON object")

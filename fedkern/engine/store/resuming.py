@@ -13,7 +13,7 @@ import torch
 
 from fedkern.engine.context import RunContext
 from fedkern.engine.store import predictions, record_files
-from fedkern.engine.store.checkpoints import Checkpoints, Entry, newest
+from fedkern.engine.store.checkpoints import Checkpoints, Entry, read_newest
 from fedkern.engine.store.run_folder import NODES
 from fedkern.engine.store.saved_model import find_damaged
 from fedkern.engine.transport import torchrun_group
@@ -135,7 +135,7 @@ def with_identity(config: RunConfig, entry: Entry | None) -> RunConfig:
 
 def load_unedited(out: Path | str, *, trusted: Collection[str] = (), **replaced: Any) -> RunConfig:
     config = load_settings(out, trusted=trusted, **replaced)
-    if (entry := newest(Path(out))) is not None:
+    if (entry := read_newest(Path(out))) is not None:
         check_unedited(config, entry, Path(out))
     return config
 
@@ -258,7 +258,7 @@ def _choosable(name: str) -> dict[str, str]:
         return {}
 
 
-def changes(info: State, config: RunConfig) -> dict[str, str]:
+def warn_changes(info: State, config: RunConfig) -> dict[str, str]:
     """Return warnings, by name, about changes that make the bits of a resumed run differ."""
     warnings = {}
     theirs, device = info["versions"]["torch"], info["config"]["device"]
@@ -289,7 +289,7 @@ def changes(info: State, config: RunConfig) -> dict[str, str]:
     return warnings
 
 
-def repairs(checkpoints: Checkpoints, entry: Entry, out: Path) -> dict[str, str]:
+def warn_damage(checkpoints: Checkpoints, entry: Entry, out: Path) -> dict[str, str]:
     warnings = {}
     if checkpoints.skipped:
         warnings["damaged-checkpoint"] = (

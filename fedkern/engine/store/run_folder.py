@@ -68,7 +68,7 @@ def keep_settings(settings: config.RunConfig, out: Path, *, fresh: bool) -> None
     if settings.cache is not None or fresh:
         used_cache.note_cache(out, settings.cache)
     if fresh:
-        initial_weights.keep(settings.init)
+        initial_weights.write_given(settings.init)
         atomic.write_bytes(out / config.NAME, make_portable(settings, out).to_toml().encode())
 
 
@@ -138,7 +138,7 @@ def writing(out: Path, *, fresh: bool) -> Iterator[Callable[[], None]]:
 
 def _came_to_something(out: Path) -> bool:
     metrics = out / record_files.METRICS
-    return checkpoints.newest(out) is not None or (metrics.exists() and metrics.stat().st_size > 0)
+    return checkpoints.read_newest(out) is not None or (metrics.exists() and metrics.stat().st_size > 0)
 
 
 def _take_back(out: Path) -> None:

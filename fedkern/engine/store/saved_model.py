@@ -74,7 +74,7 @@ RESULTS = (MODEL, SUMMARY, EVALUATION, CONFUSION, PREDICTIONS)
 """Files of a run's end, the last two not in every run."""
 
 
-def results(out: Path) -> dict[str, int | None]:
+def checksum_results(out: Path) -> dict[str, int | None]:
     """Return the CRC-32 of a run's final files and of its data facts, by file name."""
     return {name: checksum(out / name) for name in (*RESULTS, FACTS) if (out / name).exists()}
 

@@ -79,13 +79,13 @@ class TorchrunGroup:
     Attributes:
         launched: this process among the ranks.
         connections: by rank: on rank 0 to all others, on another rank to rank 0.
-        odd: on rank 0, differing ISA levels of PyTorch by rank (see `versions.kernels`).
+        other_isas: on rank 0, differing ISA levels of PyTorch by rank (see `versions.kernels`).
     """
 
     def __init__(self, launched: LaunchedRank) -> None:
         self.launched, self.rank, self.size = launched, launched.rank, launched.size
         self.connections: dict[int, Connection] = {}
-        self.odd: dict[int, str] = {}
+        self.other_isas: dict[int, str] = {}
 
     def meet(self, words: Sequence[str]) -> None:
         """Connect the ranks and compare their command lines and versions."""
@@ -108,7 +108,7 @@ class TorchrunGroup:
             return
         ours = versions.kernels()
         for rank, connection in self.connections.items():
-            while (hello := self.heard(connection, 0.5)) is None:
+            while (hello := self.receive_from(connection, 0.5)) is None:
                 self.check()
             theirs, their_versions, kernels = hello.value
             if theirs != list(words):
@@ -123,7 +123,7 @@ class TorchrunGroup:
                 )
             # Backend and instruction set need no check: rank 0 sends its own to the others.
             if kernels["torch"] != ours["torch"]:
-                self.odd[rank] = kernels["torch"]
+                self.other_isas[rank] = kernels["torch"]
 
     def _connect(self, seconds: float) -> dict[int, socket.socket]:
         until, host, port = time.monotonic() + seconds, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -135,7 +135,7 @@ class TorchrunGroup:
             own, peer = route.getsockname()[0], route.getpeername()[0]
         return accept_ranks(self._store, host if own == peer else own, self.size, until)
 
-    def heard(self, connection: Connection, seconds: float) -> Packet | None:
+    def receive_from(self, connection: Connection, seconds: float) -> Packet | None:
         try:
             return connection.get(seconds)
         except (Lost, Ended):
@@ -214,7 +214,7 @@ _present: TorchrunGroup | None = None
 _met = False
 
 
-def present() -> TorchrunGroup | None:
+def find_main_group() -> TorchrunGroup | None:
     """Return this process's ranks if it is rank 0 of several."""
     return _present if _present is not None and _present.rank == 0 else None
 

@@ -27,7 +27,7 @@ from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.local import captured, lanes, training
-from fedkern.engine.local.captured import Graphs, replayable
+from fedkern.engine.local.captured import Graphs, is_replayable
 from fedkern.engine.local.networks import Networks
 from fedkern.engine.run import run
 from fedkern.engine.store.record_files import read_metrics
@@ -46,7 +46,7 @@ OWN = {
     "fedproto": {"options": {"networks": "averaged"}, "rounds": 3},
     "fedlpfm": {"data": "digits", "train_samples": 60, "public_samples": 20, "partition": "iid"},
 }
-CLAIMED = sorted(name for name, kind in METHODS.items() if replayable(kind) and name not in ALIKE)
+CLAIMED = sorted(name for name, kind in METHODS.items() if is_replayable(kind) and name not in ALIKE)
 SIDE_BY_SIDE = {"fedavg", "fedprox"}
 QUICK = ("fedavg", "scaffold")
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -200,12 +200,12 @@ def test_what_is_replayable():
             return super().scaled(loss, received)
 
     # What a class of somebody's own overrides of the loss, or a module does, may be no work for the device alone.
-    assert [replayable(kind) for kind in (FedAvg, Derived, Other, Helper, Claims)] == [True, True, None, None, True]
+    assert [is_replayable(kind) for kind in (FedAvg, Derived, Other, Helper, Claims)] == [True, True, None, None, True]
     known = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    assert replayable(FedAvg, known)
-    assert replayable(FedAvg, nn.Sequential(known, Own(2, 2))) is None
+    assert is_replayable(FedAvg, known)
+    assert is_replayable(FedAvg, nn.Sequential(known, Own(2, 2))) is None
     # Who says so is not tried.
-    assert [replayable(kind, Own(2, 2)) for kind in (Declines, METHODS["feddra"])] == [False, False]
+    assert [is_replayable(kind, Own(2, 2)) for kind in (Declines, METHODS["feddra"])] == [False, False]
 
 
 class Counting(FedAvg):
@@ -320,7 +320,7 @@ def test_a_stranger_that_a_recording_would_freeze_runs_eagerly(
     assert why in diagnostics["no-cuda-graph"]
 
 
-def test_a_strangers_loss_is_recorded_and_compared(make_data, make_config, tmp_path, monkeypatch):
+def test_an_unverified_loss_is_recorded_and_compared(make_data, make_config, tmp_path, monkeypatch):
     compared, compare = [], Graphs._compare_step
     monkeypatch.setattr(Graphs, "_compare_step", lambda self, *a: compared.append(compare(self, *a)) or compared[-1])
     monkeypatch.setitem(METHODS, "fedavg", Stranger)

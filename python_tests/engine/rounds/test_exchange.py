@@ -110,7 +110,7 @@ class Bench:
         listener = Listener()
         listener.on_client = lambda *event: self.heard.append(event)
         self.states = ClientStates(self.executor, self.checkpoints, self.context, self.progress, False)
-        self.log = RoundLog(self.context, self.progress, self.states, listener, silent=silent)
+        self.log = RoundLog(self.context, self.progress, self.states, listener, hides_dropouts=silent)
         sent = {k: {"parameters": torch.full((2,), float(k))} for k in clients}
         phase = Phase(self.progress.index, entry.name, "update")
         self.asked = ExchangeRequest(phase, entry, 3, len(clients), tuple(clients), hooks or Hooks(), sent)
@@ -363,7 +363,7 @@ def test_states_of_rounds_of_many_exchanges_are_written_at_the_end():
 )
 def test_the_state_of_a_client_that_is_left_out_is_dropped(entry, state, written):
     states, executor, checkpoints, _ = states_of(entry, {1: state})
-    states.left_out(1)
+    states.leave_out(1)
     assert executor.calls == [("forget", 1)]
     assert checkpoints.written == ([(1, 4, state)] if written else [])
 
@@ -381,13 +381,13 @@ def test_what_the_server_refuses_leaves_the_state_as_before_the_round(before):
     progress.last_exchange = True
     states.finish_exchange(1)
     assert checkpoints.client_state(1) == {"x": 3}
-    states.left_out(1)
+    states.leave_out(1)
     assert checkpoints.client_state(1) == before.get(1, {})
     states.end_round()
     executor._states[1] = NEW
     states.finish_exchange(1)
     states.end_round()
-    states.left_out(1)  # in another round, whose beginning is this state
+    states.leave_out(1)  # in another round, whose beginning is this state
     assert checkpoints.client_state(1) == NEW
 
 
@@ -398,7 +398,7 @@ def test_encoders_forget_a_refused_upload_where_the_rest_is_kept(before, entry, 
     states, _, checkpoints, _ = states_of(entry, {1: {**NEW, LEDGER: {}}}, before=before)
     if served:
         states.finish_exchange(1)
-    states.left_out(1)
+    states.leave_out(1)
     kept = {name: value for name, value in before.get(1, {}).items() if name == STATES}
     assert checkpoints.client_state(1) == {"x": 2, LEDGER: {}, **kept}
 

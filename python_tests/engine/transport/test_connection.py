@@ -178,7 +178,7 @@ def meet(ends, monkeypatch):
 def test_ranks_meet(meet, name, entries, odd):
     zero, peer = meet(name=name, **entries)
     assert torchrun_group.is_connected()
-    assert (zero.rank, peer.rank, zero.size, zero.odd) == (0, 1, 2, odd)
+    assert (zero.rank, peer.rank, zero.size, zero.other_isas) == (0, 1, 2, odd)
     peer.connections[0].say("up")
     zero.connections[1].say("down")
     assert (zero.connections[1].receive_value(), peer.connections[0].receive_value()) == ("up", "down")

@@ -36,11 +36,11 @@ def test_a_healthy_run_has_none(make_data, make_config, tmp_path):
 ])  # fmt: skip
 def test_upsampling_that_does_not_repeat_on_a_gpu(layer, modes):
     for shape in ((1, 16, 16), (1, 16, 24), ()):
-        told = diagnostics.unrepeatable(lambda: layer, shape, torch.device("cuda"))
+        told = diagnostics.warn_unrepeatable(lambda: layer, shape, torch.device("cuda"))
         if modes and (shape == (1, 16, 24) or not isinstance(layer, StagedNetwork)):
             assert f"by {' and '.join(modes)} interpolation" in told.pop("unrepeatable-gradient")
         assert told == {}
-        assert diagnostics.unrepeatable(lambda: layer, shape, torch.device("cpu")) == {}
+        assert diagnostics.warn_unrepeatable(lambda: layer, shape, torch.device("cpu")) == {}
 
 
 @pytest.mark.parametrize("sides", [(16, 16), (16, 24), (24, 16), (17, 19), (16, 20)])
@@ -57,7 +57,7 @@ def test_positions_are_interpolated_where_it_is_said(sides):
 
 
 def test_a_run_on_a_gpu_tells_of_its_own_network(make_data, make_config, tmp_path, monkeypatch):
-    own, heard = diagnostics.unrepeatable, Hearing()
+    own, heard = diagnostics.warn_unrepeatable, Hearing()
     monkeypatch.setattr(
         diagnostics,
         "unrepeatable",
