@@ -105,7 +105,7 @@ def test_batches_picked_at_once_are_those_picked_one_by_one(split, kind, cache, 
 
     def epoch():
         rng = None if kind == "none" else stream()
-        return list(client(split, kind, cache=cache).planned(plan, rng=rng))
+        return list(client(split, kind, cache=cache).make_batches(plan, rng=rng))
 
     singly = epoch()
     monkeypatch.setitem(reader_of_images.PICKED_BYTES, "cpu", at_once * 5 * 3 * SIDE * SIDE * 4)

@@ -60,7 +60,7 @@ def test_a_run_on_a_gpu_tells_of_its_own_network(make_data, make_config, tmp_pat
     own, heard = diagnostics.warn_unrepeatable, Hearing()
     monkeypatch.setattr(
         diagnostics,
-        "unrepeatable",
+        "warn_unrepeatable",
         lambda network, shape, device: own(network, (*shape[:2], 100), torch.device("cuda")),
     )
     data, settings = make_data(), {"model": "vit-tiny", "width": 8, "rounds": 1, "local_steps": 1}
