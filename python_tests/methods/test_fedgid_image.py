@@ -37,7 +37,7 @@ def scene(make_data, make_config):
         rows = made.batch.indices
         planned = data.batch(rows)
         assert planned.masks is None  # only methods that ask have them
-        (masked,) = data.planned([rows], PHASE, masked=True)
+        (masked,) = data.make_batches([rows], PHASE, masked=True)
         masked.masks[2] = False  # nothing was detected
         made.batch = dataclasses.replace(made.batch, masks=masked.masks)
         return made
@@ -110,7 +110,9 @@ def test_masks_move_with_their_images(kind, sides):
     reader = Images(split, ImageForm((3, *sides), (0.0,) * 3, (0.2,) * 3), torch.device("cpu"), augment=kind)
     plan = [np.arange(20)[::-1][:11], np.array([3, 3, 0])]
     rngs = [np.random.default_rng(4) for _ in range(2)]
-    pairs = zip(reader.planned(plan, rng=rngs[0]), reader.planned(plan, rng=rngs[1], masked=True), strict=True)
+    pairs = zip(
+        reader.make_batches(plan, rng=rngs[0]), reader.make_batches(plan, rng=rngs[1], masked=True), strict=True
+    )
     for plain, masked in pairs:
         assert torch.equal(plain.inputs, masked.inputs)
         assert torch.equal(plain.targets, masked.targets)
