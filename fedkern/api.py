@@ -39,7 +39,7 @@ from fedkern.settings.in_memory import check_in_memory
 from fedkern.settings.run_data import kept_data
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import Task
-from fedkern.tasks.user_tasks import inner
+from fedkern.tasks.user_tasks import user_module
 from fedkern.typed_option import Value
 from fedkern.usercode import named_code, plugins
 from fedkern.usercode.hook_checks import check_hooks
@@ -121,7 +121,7 @@ class Run:
             if self.config.options.get(name) != value:
                 raise UserError(
                     f"The run in {out} has {name}={self.config.options.get(name)}, not {name}={value}: give "
-                    f"method={method_registry.short(self.config.method)} without options, or start a new run."
+                    f"method={method_registry.short_name(self.config.method)} without options, or start a new run."
                 )
         self._data, self._script, self._trusted = data, script, tuple(trusted)
         for name in self._trusted:
@@ -135,7 +135,7 @@ class Run:
     def _give_method(self) -> None:
         """Register the run's own class again, in case a notebook has since defined another one of its name."""
         if self._kind is not None:
-            script_methods.give_again(self._kind, self.config.method, self.out)
+            script_methods.give_class_again(self._kind, self.config.method, self.out)
 
     def __repr__(self) -> str:
         return f"<fedkern.Run {self.config.method} on {self.config.data} in {str(self.out)!r}>"
@@ -186,7 +186,7 @@ class Run:
                 themselves, and no ``client`` is named.
         """
         self._give_method()
-        return inner(self._network(best=best, client=client))
+        return user_module(self._network(best=best, client=client))
 
     def _network(self, *, best: bool = False, client: int | None = None) -> nn.Module:
         return read_model(self.out, self._trusted, self._script.network, best=best, client=client)[0]
@@ -557,10 +557,10 @@ def read_request(
         if setting in _LOADERS:
             raise UserError(f"{setting} is a DataLoader's: {_LOADERS[setting]}, so leave it out.")
         if setting not in fields:
-            hint = suggest_name(setting, {*fields, *option_names, *_ARGUMENTS}) + method_registry.owners(setting)
+            hint = suggest_name(setting, {*fields, *option_names, *_ARGUMENTS}) + method_registry.hint_owners(setting)
             if is_data_option(setting):
                 hint = f' Did you mean data_options={{"{setting}": ...}}?'
-            raise UserError(f'{method_registry.short(name)} and its runs have no setting "{setting}".{hint}')
+            raise UserError(f'{method_registry.short_name(name)} and its runs have no setting "{setting}".{hint}')
     for list_name in ("freeze", "personal", "stages"):
         if isinstance(settings.get(list_name), (list, tuple)):
             settings[list_name] = ",".join(map(str, settings[list_name]))
@@ -574,7 +574,8 @@ def read_request(
     given_options = method_registry.given_options(name, options)
     if twice := [name for name in given_options if name in made_with]:
         raise UserError(
-            f"{twice[0]} is given twice, in {method_registry.short(name)}(...) and beside it: leave one of the two out."
+            f"{twice[0]} is given twice, in {method_registry.short_name(name)}(...) and beside it: leave one of the "
+            "two out."
         )
     given_options |= method_registry.given_options(name, made_with)
     config = RunConfig.make(name, options=given_options, **cast(Any, settings))
@@ -616,7 +617,7 @@ def find_method(method: str | Method | type[Method]) -> tuple[str, dict[str, Val
         method_registry.get(method)
         return method, {}
     kind, options = _class_of(method)
-    return script_methods.give(kind), options
+    return script_methods.give_class(kind), options
 
 
 def _class_of(method: Method | type[Method]) -> tuple[type[Method], dict[str, Value]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedkern import models
 from fedkern.data import load, normalise
 from fedkern.streams import stream
-from fedkern.tasks.user_tasks import inner
+from fedkern.tasks.user_tasks import user_module
 
 from .task import CLASSES, NETWORKS
 
@@ -98,7 +98,7 @@ def first_weights(setting: Setting) -> dict[str, Tensor]:
     """Return the state dict that a run of fedkern's with this seed begins with."""
     register(setting.model)
     module = models.build(setting.model, classes=CLASSES, channels=3, image_size=32, seed=SEED, width=setting.width)
-    return dict(inner(module).state_dict())
+    return dict(user_module(module).state_dict())
 
 
 def cifar10(root: str, count: int, test: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

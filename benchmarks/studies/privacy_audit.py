@@ -90,7 +90,7 @@ def channels(*, sigma: float, releases: int = 1, rows: int = 4, shards: int = 1)
     def runs(repeats: int, sign: float) -> tuple[Tensor, Ledger]:
         options = IODOptions(batch=rows, iterations=releases, noise="seed", epsilon=1.0, shards=shards)
         client = Client(seed=0 if sign > 0 else 1, samples=shards)
-        private_messages.agree(client, {"privacy": {"sigma_d": sigma}})  # type: ignore[arg-type]
+        private_messages.keep_terms(client, {"privacy": {"sigma_d": sigma}})  # type: ignore[arg-type]
         direction = torch.full((1, 4, 4), 0.25)
         scores = torch.zeros(repeats, dtype=torch.float64)
         for t in range(releases):
@@ -112,7 +112,7 @@ def _serves(client: Client, t: int, repeat: int, options: Any) -> float:
     if options.shards == 1:
         return 1.0
     phase = Phase(repeat, "round", f"images {t}")
-    return float(private_messages.serving(client, phase, options) == 0)  # type: ignore[arg-type]
+    return float(private_messages.serving_shard(client, phase, options) == 0)  # type: ignore[arg-type]
 
 
 def _of_one(ledger: Ledger, repeats: int) -> Ledger:

@@ -227,7 +227,7 @@ def _unknown(word: str, method: str | None, *parsers: Parser) -> UserError:
     flags = [name for parser in parsers for action in parser._actions for name in action.option_strings]
     hint = suggest_name(token, flags)
     see = f"{PROGRAM} {method or 'METHOD'}" if len(parsers) == 1 else parsers[-1].prog
-    return UserError(f'Unknown flag "{token}".{hint}{method_registry.owners(option)} See {see} --help.')
+    return UserError(f'Unknown flag "{token}".{hint}{method_registry.hint_owners(option)} See {see} --help.')
 
 
 def parse_run(argv: Sequence[str], *around: Parser) -> Request:

@@ -27,7 +27,7 @@ from fedkern.engine.store.run_folder import reserve
 from fedkern.errors import UserError, first_of, traceback_of
 from fedkern.files import atomic
 from fedkern.listeners.events import Listener, Listeners
-from fedkern.methods.method_registry import short
+from fedkern.methods.method_registry import short_name
 from fedkern.models import MODELS, Own, available
 from fedkern.process import interrupts
 from fedkern.report.tables import human_metric
@@ -297,12 +297,13 @@ def pick_best(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: 
         winners.append(best)
         figures = ", ".join(f"{_point(v)}: {human_metric(config.main, scores[v.label][0])}" for v in finished)
         main = short_title(config.main)
-        sentences.append(f"{short(method)}: {_point(best)} was chosen by validation {main} of seed {seed} ({figures}).")
+        choice = f"{_point(best)} was chosen by validation {main} of seed {seed} ({figures})."
+        sentences.append(f"{short_name(method)}: {choice}")
     return winners, sentences
 
 
 def _point(variant: Variant) -> str:
-    return variant.label.removeprefix(short(variant.method)).strip()
+    return variant.label.removeprefix(short_name(variant.method)).strip()
 
 
 def check_out(out: Path) -> None:

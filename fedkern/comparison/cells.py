@@ -42,7 +42,7 @@ class Variant:
     def label(self) -> str:
         """Name of the variant for people: ``fedgid alpha=0.3``. An unregistered class goes by its own name."""
         return " ".join(
-            [method_registry.short(self.method), *(f"{name}={word(value)}" for name, value in self.swept.items())]
+            [method_registry.short_name(self.method), *(f"{name}={word(value)}" for name, value in self.swept.items())]
         )
 
     @property
@@ -87,17 +87,17 @@ def check_methods(names: Sequence[str]) -> None:
     for name in names:
         method_registry.get(name)
         if names.count(name) > 1:
-            raise UserError(f"{method_registry.short(name)} is named twice: name every method once.")
+            raise UserError(f"{method_registry.short_name(name)} is named twice: name every method once.")
 
 
 def check_option(name: str, methods: Sequence[str], similar: Collection[str] = ()) -> None:
     """Raise UserError for a method option that no method has. ``similar`` are other names for the hint."""
     options = {option for method in methods for option in method_registry.option_names(method)}
     if name not in options:
-        names = ", ".join(map(method_registry.short, methods))
+        names = ", ".join(map(method_registry.short_name, methods))
         raise UserError(
             f'None of the methods ({names}) has an option "{name}".{suggest_name(name, {*options, *similar})}'
-            f"{method_registry.owners(name)} METHOD --help lists a method's options."
+            f"{method_registry.hint_owners(name)} METHOD --help lists a method's options."
         )
 
 

@@ -172,8 +172,8 @@ def play_comparison(runner: Runner, plan: Plan) -> Comparison:
     finished.sort(key=lambda cell: (order[cell.variant.label], cell.seed))
     labels = {runner.folder(cell): cell.variant.label for cell in finished}
     groups = group_runs([runner.read(cell) for cell in finished], lambda run: labels[run.folder])
-    present = {*labels.values(), *(method_registry.short(cell.variant.method) for cell in finished)}
-    planned_names = [*(cell.variant.label for cell in planned), *map(method_registry.short, plan.variants)]
+    present = {*labels.values(), *(method_registry.short_name(cell.variant.method) for cell in finished)}
+    planned_names = [*(cell.variant.label for cell in planned), *map(method_registry.short_name, plan.variants)]
     if missing := [name for name in dict.fromkeys(planned_names) if name not in present]:
         texts.append(f"No run of {', '.join(missing)} succeeded.")
     result = Result(groups, target, texts, failures)
@@ -216,14 +216,14 @@ def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: st
 def unread(methods: Sequence[str], settings: Collection[str], options: Iterable[str]) -> list[str]:
     """Return sentences on settings and options that some of the methods ignore."""
     names = [name for name in OF_ROUNDS if name in settings]
-    one_shot = [method_registry.short(method) for method in methods if method_registry.get(method).one_shot]
+    one_shot = [method_registry.short_name(method) for method in methods if method_registry.get(method).one_shot]
     flags = " and ".join(map(flag, names))
     sentences = (
         [f"{flags} is not used by {', '.join(one_shot)}, which plans its own rounds."] if names and one_shot else []
     )
     for name in options:
         ignoring = [
-            method_registry.short(method) for method in methods if name not in method_registry.option_names(method)
+            method_registry.short_name(method) for method in methods if name not in method_registry.option_names(method)
         ]
         sentences += [f'The option "{name}" is not read by {", ".join(ignoring)}.'] if ignoring else []
     return sentences
@@ -349,9 +349,10 @@ def _distinct_names(entries: Sequence[Given]) -> list[str]:
     cells.check_methods(plain if len(plain) == len(entries) else list(dict.fromkeys(name for name, _ in entries)))
     for entry in entries:
         if entries.count(entry) > 1:
-            raise UserError(f"{method_registry.short(entry[0])} is given twice with the same options: leave one out.")
+            name = method_registry.short_name(entry[0])
+            raise UserError(f"{name} is given twice with the same options: leave one out.")
     names = list(dict.fromkeys(name for name, _ in entries))
-    shorts = [method_registry.short(name) for name in names]
+    shorts = [method_registry.short_name(name) for name in names]
     for name, short in zip(names, shorts, strict=True):
         if shorts.count(short) > 1:
             raise UserError(
@@ -372,8 +373,8 @@ def _of_objects(
     for made_with in (arguments for method_name, arguments in entries if method_name == name):
         if twice := [key for key in made_with if key in keys]:
             raise UserError(
-                f"{twice[0]} is given twice, in {method_registry.short(name)}(...) and beside it: leave one of the two "
-                "out."
+                f"{twice[0]} is given twice, in {method_registry.short_name(name)}(...) and beside it: leave one of "
+                "the two out."
             )
         result += [replace(variant, options={**made_with, **variant.options}) for variant in swept]
     return result

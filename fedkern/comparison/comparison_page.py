@@ -26,7 +26,7 @@ from fedkern.report.run_contents import read_run_folder as read_contents
 from fedkern.report.run_contents import sum_phases
 from fedkern.report.tables import human_bytes, human_metric, human_time, sort_metrics
 from fedkern.settings.run_format import NAME as SETTINGS
-from fedkern.tasks.figure_names import figure_and_set, figure_title, number, scale, split_metric
+from fedkern.tasks.figure_names import figure_and_set, figure_title, number_text, scale, split_metric
 from fedkern.text_table import Table
 
 TOLD = 6
@@ -130,13 +130,13 @@ def headline(result: Result) -> list[str]:
             if mean is None:
                 continue
             title, both_groups = _figure_label(figure), f"{row['group']} and {base_row['group']}"
-            points = number(figure, mean, "+") + " points" * bool(scale(figure)[1])
+            points = number_text(figure, mean, "+") + " points" * bool(scale(figure)[1])
             far = f"{title}: {row['group']} is {points} from {base_row['group']}"
             if low is None or high is None:
                 unsure += 1
                 sentences.append(f"{far}, without an interval.")
                 continue
-            interval = f"{number(figure, low, '+')} to {number(figure, high, '+')}"
+            interval = f"{number_text(figure, low, '+')} to {number_text(figure, high, '+')}"
             if min(row["seeds"], base_row["seeds"]) < FEW:
                 unsure += 1
                 sentences.append(f"{far} (95 % interval {interval}, which two seeds can make narrow by accident).")

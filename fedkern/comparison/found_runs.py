@@ -16,7 +16,7 @@ from fedkern.engine.store.resuming import load_unedited, with_identity
 from fedkern.errors import UserError, first_of
 from fedkern.files.filesystem import expand
 from fedkern.listeners.events import Record, Summary
-from fedkern.methods.method_registry import short
+from fedkern.methods.method_registry import short_name
 from fedkern.report.tables import sort_metrics
 from fedkern.settings.config import RESUMABLE, RunConfig
 from fedkern.settings.fingerprints import FINGERPRINTS
@@ -130,7 +130,7 @@ def group_runs(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None
         key = (run.config.method, run.settings)
         if key not in tables:
             tables.append(key)
-            groups.append(Group(label(run) if label else short(run.config.method), run.config.method))
+            groups.append(Group(label(run) if label else short_name(run.config.method), run.config.method))
         group = groups[tables.index(key)]
         seed = run.config.seed
         if seed in group.runs:
@@ -146,7 +146,7 @@ def group_runs(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None
             siblings = [sibling for name, sibling in tables if name == method]
             differing = [name for name in _names(siblings) if len({str(sibling.get(name)) for sibling in siblings}) > 1]
             words = [f"{name.removeprefix('options.')}={word(table.get(name, 'unset'))}" for name in differing]
-            group.label = " ".join([short(method), *words])
+            group.label = " ".join([short_name(method), *words])
     return groups
 
 

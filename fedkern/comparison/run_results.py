@@ -20,11 +20,11 @@ from fedkern.engine.store import confusions, record_files
 from fedkern.errors import UserError, printable_name, suggest_name, warn_instead
 from fedkern.files import atomic
 from fedkern.listeners.events import Record
-from fedkern.methods.method_registry import short
+from fedkern.methods.method_registry import short_name
 from fedkern.report.names import CELL
 from fedkern.report.run_contents import constant_figures
 from fedkern.report.tables import human_bytes, human_metric, human_time
-from fedkern.tasks.figure_names import number, scale, short_set_title, short_title, split_metric
+from fedkern.tasks.figure_names import number_text, scale, short_set_title, short_title, split_metric
 from fedkern.text_table import Table
 from fedkern.usercode.named_code import INSTANCE
 
@@ -82,7 +82,7 @@ class Result:
         base = self.groups[0]
         rows = []
         for group in self.groups:
-            row: dict[str, Any] = {"group": group.label, "method": short(group.method), "seeds": len(group.runs)}
+            row: dict[str, Any] = {"group": group.label, "method": short_name(group.method), "seeds": len(group.runs)}
             for figure in self.figures:
                 values = group.values(figure)
                 row[figure], row[f"{figure}_std"] = mean_std(list(values.values())) if values else (None, None)
@@ -109,7 +109,7 @@ class Result:
         rows = []
         for group in self.groups:
             for seed, run in group.runs.items():
-                row = {"group": group.label, "method": short(group.method), "seed": seed, **run.metrics}
+                row = {"group": group.label, "method": short_name(group.method), "seed": seed, **run.metrics}
                 row |= {"bytes": run.summary["bytes"]["total"], "seconds": run.summary["seconds"]}
                 if self.target is not None:
                     took = self.target.cost_of_target(run.records) or {}
@@ -165,7 +165,7 @@ class Result:
 
     def title(self) -> str:
         data = list(dict.fromkeys(run.config.data for run in self.runs))
-        methods = dict.fromkeys(short(group.method) for group in self.groups)
+        methods = dict.fromkeys(short_name(group.method) for group in self.groups)
         start = ", all seeds start from the same weights" if self.shared_start else ""
         return printable_name(f"{', '.join(methods)} on {', '.join(data)}", CELL) + start
 
@@ -221,12 +221,12 @@ def spread_text(figure: str, mean: float | None, deviation: float | None) -> str
         return "not told"
     if deviation is None:
         return human_metric(figure, mean)
-    return f"{plus_minus(mean, deviation, partial(number, figure))} {scale(figure)[1]}".rstrip()
+    return f"{plus_minus(mean, deviation, partial(number_text, figure))} {scale(figure)[1]}".rstrip()
 
 
 def _difference(figure: str, row: Mapping[str, Any]) -> str:
     mean, low, high = (row[f"{figure}_{part}"] for part in ("difference", "low", "high"))
-    return "" if mean is None else interval_text(mean, low, high, partial(number, figure, sign="+"))
+    return "" if mean is None else interval_text(mean, low, high, partial(number_text, figure, sign="+"))
 
 
 def _target_text(name: str, row: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from fedkern.comparison.published import ROUNDS, PublishedCell
 from fedkern.comparison.seed_statistics import Difference, compare_pairs
 from fedkern.errors import UserError, suggest_name
 from fedkern.report.tables import human_metric
-from fedkern.tasks.figure_names import number, scale
+from fedkern.tasks.figure_names import number_text, scale
 
 REPRODUCED, DIFFERS, UNDECIDED = "reproduced", "differs", "undecided"
 SAME, REVERSED, BASELINE = (f"smaller scale: {text}" for text in ("same ordering", "reversed", "baseline"))
@@ -188,5 +188,5 @@ def figure_text(cell: PublishedCell, value: float, sign: str = "") -> str:
     if cell.figure == ROUNDS:
         return f"{value:{sign},.0f}"
     if sign:
-        return number(cell.figure, value, sign) + " points" * bool(scale(cell.figure)[1])
+        return number_text(cell.figure, value, sign) + " points" * bool(scale(cell.figure)[1])
     return human_metric(cell.figure, value)

@@ -29,7 +29,7 @@ from fedkern.ops._core.private_torch import ONNX_LOG
 from fedkern.process.extras import import_extra
 from fedkern.process.torch_modes import reproducible
 from fedkern.tasks.protocols import Description
-from fedkern.tasks.user_tasks import inner
+from fedkern.tasks.user_tasks import user_module
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2", "state-dict": ".pt"}
 """Formats, with their file suffixes."""
@@ -139,7 +139,7 @@ def of_images(predictor: Predictor) -> Exportable:
 def of_items(module: nn.Module, about: Description) -> Exportable:
     """Return a user-defined network of samples that are no images: the user's own module."""
     form: Any = form_of(about)
-    network, unfit = inner(module), ""
+    network, unfit = user_module(module), ""
     description = {"task": about["task"], "classes": about["classes"], "input": about["inputs"]}
     inputs: Any = Positional()
     if form.inputs is None:

@@ -32,7 +32,7 @@ from fedkern.settings.run_format import check_format
 from fedkern.settings.stored import check_regular, check_run_folder, load_plugins
 from fedkern.tasks import Task, task_named
 from fedkern.tasks.protocols import Description
-from fedkern.tasks.user_tasks import inner
+from fedkern.tasks.user_tasks import user_module
 from fedkern.usercode import named_code
 
 
@@ -212,7 +212,7 @@ def _of_client(network: nn.Module, about: Description, out: Path, trusted: Colle
     context, state = _context(out, about, trusted, [1] * count), Checkpoints(out).last_client_state(client)
     check_own_entries(context, state, client)
     module = context.networks.build()
-    inner(module).load_state_dict(inner(network).state_dict(), strict=False)  # which may lack statistics
+    user_module(module).load_state_dict(user_module(network).state_dict(), strict=False)  # which may lack statistics
     wrapper = Network(module, torch.device("cpu"))
     stand_in: Any = SimpleNamespace(id=client, state=state)
     try:

@@ -34,7 +34,7 @@ from fedkern.ops._core.layout import plain_strides
 from fedkern.privacy import DPSGD
 from fedkern.process.device_copies import to_host_async, wait_for_stream
 from fedkern.streams import stream
-from fedkern.tasks.user_tasks import inner
+from fedkern.tasks.user_tasks import user_module
 
 PERSONAL, BUFFERS = "personal", "buffers_local"
 """Entries of a client's stored state: its personal parts, and its own buffers (``--buffers local``)."""
@@ -244,7 +244,7 @@ class Client(Node):
         self.marks |= {"batches", "augmented"}
         network = self._context.networks.get("local").module
         for batch in self._epoch_batches(phase or self.phase):
-            if inner(network) is not network and isinstance(batch.inputs, Tensor):
+            if user_module(network) is not network and isinstance(batch.inputs, Tensor):
                 batch.inputs = plain_strides(batch.inputs)
             yield batch
 
@@ -258,7 +258,7 @@ class Client(Node):
         network = self._context.networks.get("local")
         self._load_message(network, message)
         network.train_mode()
-        return copy.deepcopy(inner(network.module))
+        return copy.deepcopy(user_module(network.module))
 
     def upload(self, model: nn.Module) -> Message:
         network = self._context.networks.get("local")

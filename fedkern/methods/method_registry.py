@@ -60,8 +60,8 @@ def get(name: str) -> type[Method]:
         return GIVEN[name]
     if name.startswith(CLASS):
         raise UserError(
-            f"The method {name} is a class of a script, which only Python can give: fedkern.simulate({short(name)}, "
-            f"...), or fedkern.load(DIR, method={short(name)}) to go on."
+            f"The method {name} is a class of a script, which only Python can give: fedkern.simulate("
+            f"{short_name(name)}, ...), or fedkern.load(DIR, method={short_name(name)}) to go on."
         )
     if name not in METHODS:
         raise unknown_method(name, METHODS)
@@ -84,13 +84,13 @@ def given_options(method: str, texts: Iterable[str] | Mapping[str, object]) -> d
     return {key: options[key].absolute(value) for key, value in kind.parse(texts, method=method).given_values().items()}
 
 
-def owners(option: str) -> str:
+def hint_owners(option: str) -> str:
     """Return a hint on the methods with an option, if any."""
     methods = [method for method in METHODS if option in option_names(method)]
     return f" It is a method option of {first_of(methods, 3)}." if methods else ""
 
 
-def short(name: str) -> str:
+def short_name(name: str) -> str:
     """Return a method's name, of a class without its module."""
     return name.rpartition(":")[2].rpartition(".")[2] if name.startswith(CLASS) else name
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
-from fedkern.methods.method_registry import CLASS, GIVEN, METHODS, short
+from fedkern.methods.method_registry import CLASS, GIVEN, METHODS, short_name
 from fedkern.methods.options import Options
 from fedkern.typed_option import Value
 from fedkern.usercode import named_code
@@ -30,7 +30,7 @@ def name_of(kind: type[Method]) -> str:
     return f"{CLASS}{kind.__module__}:{kind.__qualname__}"
 
 
-def give(kind: type[Method]) -> str:
+def give_class(kind: type[Method]) -> str:
     """Make a class known to the runs of this process, and return its name."""
     name = name_of(kind)
     if name.startswith(CLASS):
@@ -39,22 +39,22 @@ def give(kind: type[Method]) -> str:
     return name
 
 
-def give_again(kind: type[Method], name: str, folder: str | os.PathLike[str]) -> None:
+def give_class_again(kind: type[Method], name: str, folder: str | os.PathLike[str]) -> None:
     """Make the class of a stored run known, or raise UserError if the run has another method."""
     if name.startswith(CLASS):
         _check(kind)
-        if kind.__name__ != short(name):
+        if kind.__name__ != short_name(name):
             raise UserError(
-                f"The method of the run in {folder} is {short(name)}, not {kind.__name__}: give that class."
+                f"The method of the run in {folder} is {short_name(name)}, not {kind.__name__}: give that class."
             )
         GIVEN[name] = kind
     elif METHODS.get(name) is not kind:
         raise UserError(
-            f"The run in {folder} is one of the method {name}, not of {short(name_of(kind))}: leave method out."
+            f"The run in {folder} is one of the method {name}, not of {short_name(name_of(kind))}: leave method out."
         )
 
 
-def check(
+def check_class(
     name: str,
     sha256: str | None,
     stored: Mapping[str, str],
@@ -70,8 +70,8 @@ def check(
     if name not in GIVEN:
         module = name.removeprefix(CLASS).rpartition(":")[0]
         raise UserError(
-            f"The method of the run in {folder} is {short(name)}, a class of the script or module {module}: go on with "
-            f"it in Python, fedkern.load({str(folder)!r}, method={short(name)})."
+            f"The method of the run in {folder} is {short_name(name)}, a class of the script or module {module}: go on "
+            f"with it in Python, fedkern.load({str(folder)!r}, method={short_name(name)})."
         )
     table = identity_table({"method": GIVEN[name]})
     if not is_unchanged(sha256 or "", digest(table)) and "method" not in trusted:

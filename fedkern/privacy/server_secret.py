@@ -19,14 +19,14 @@ NAME = "server-secret.txt"
 _DIGITS = re.compile(rf"[0-9a-f]{{{2 * SECRET_BYTES}}}\n")
 
 
-def draw(folder: Path) -> str:
+def draw_secret(folder: Path) -> str:
     """Draw the secret of a new run, 32 hexadecimal digits, into the folder of its checkpoints."""
     secret = secrets.token_hex(SECRET_BYTES)
     atomic.write_bytes(folder / NAME, f"{secret}\n".encode())
     return secret
 
 
-def read(folder: Path) -> str:
+def read_secret(folder: Path) -> str:
     """Return the secret in a folder, or raise UserError if the file is missing or damaged."""
     path = folder / NAME
     try:
@@ -43,4 +43,4 @@ def read(folder: Path) -> str:
 
 def load_or_create(folder: Path, *, begun: bool) -> str:
     """Return the secret of a run, drawn unless the run has ``begun`` or the file exists."""
-    return read(folder) if begun or (folder / NAME).exists() else draw(folder)
+    return read_secret(folder) if begun or (folder / NAME).exists() else draw_secret(folder)

@@ -68,8 +68,8 @@ def load_settings(
         table["init"] = str(Path(folder).absolute() / INIT)
     method, sha256 = str(table.get("method", RunConfig.method)), table.get("method_sha256")
     if given is not None:
-        script_methods.give_again(given, method, folder)
-    script_methods.check(method, sha256, stored_code(Path(folder)).get("method", {}), folder, trusted)
+        script_methods.give_class_again(given, method, folder)
+    script_methods.check_class(method, sha256, stored_code(Path(folder)).get("method", {}), folder, trusted)
     return RunConfig.of({**table, **replaced})
 
 

@@ -15,7 +15,7 @@ from fedkern.tasks import classification_figures as of_classes
 from fedkern.tasks.cross_entropy import check_classes, cross_entropy
 from fedkern.tasks.protocols import JudgedSet, Members, SampleSet, TaskBatch
 from fedkern.tasks.registered_metrics import Answers
-from fedkern.tasks.task import Constant, Figures, Rows, Task, answers, check_shape, mean, to_dict
+from fedkern.tasks.task import Constant, Figures, Rows, Task, check_shape, iterate_outputs, mean, to_dict
 
 MATRIX = 1000
 """Most classes of a confusion matrix that is kept: a larger one cannot be drawn."""
@@ -52,7 +52,7 @@ class Classification(Task):
         Predictions are int64 [n], and kept answers are logits [n, C] on the CPU. Registered metrics in ``data.metrics``
         are added.
         """
-        return self.figures_of(answers(model, data), data)
+        return self.figures_of(iterate_outputs(model, data), data)
 
     def figures_of(
         self, pairs: Iterable[tuple[Tensor, Tensor]], data: object, client: int | None = None

@@ -148,7 +148,7 @@ def scale(name: str) -> tuple[int, str]:
     return (100, "%") if figure.endswith(_SHARES) or figure.startswith("dice_") else (1, "")
 
 
-def number(name: str, value: float, sign: str = "") -> str:
+def number_text(name: str, value: float, sign: str = "") -> str:
     """Return a value, or with ``sign`` "+" a difference, as text in its unit.
 
     A share has one decimal, other values have three digits.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedkern.errors import UserError
 from fedkern.tasks import classification_figures as of_classes
 from fedkern.tasks.protocols import Description, JudgedSet, SampleSet, TaskBatch
-from fedkern.tasks.task import Constant, Figures, Rows, Task, answers, mean, to_dict
+from fedkern.tasks.task import Constant, Figures, Rows, Task, iterate_outputs, mean, to_dict
 
 UNIT = 0.5413248546129181
 """softplus(UNIT) is 1: thresholds begin one apart."""
@@ -67,7 +67,7 @@ class Ordinal(Task):
 
         Predictions are the likeliest classes; kept answers are log-probabilities, [n, K].
         """
-        parts = [(outputs.double(), labels) for outputs, labels in answers(model, data)]
+        parts = [(outputs.double(), labels) for outputs, labels in iterate_outputs(model, data)]
         if not parts:
             raise ValueError("data: expected at least one sample, given none")
         logits, labels = (torch.cat(column) for column in zip(*parts, strict=True))

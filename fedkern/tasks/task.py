@@ -381,7 +381,7 @@ def check_shape(labels: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Non
         raise ValueError(f"labels: expected {expected}, got {actual}")
 
 
-def answers(model: nn.Module, data: JudgedSet) -> Iterator[tuple[Tensor, Tensor]]:
+def iterate_outputs(model: nn.Module, data: JudgedSet) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield a network's outputs for ``data.batches()`` with the targets, in order.
 
     With a pool of threads in ``data.pool`` several batches run at once, with the same outputs.

@@ -156,7 +156,7 @@ class OwnTask(Task):
     def loss(self, model: nn.Module, batch: TaskBatch) -> Tensor:
         if self.takes_batches:
             with autocast_on(next(model.parameters()).device):
-                return to_fp32(self._call_loss(inner(model), batch.data))
+                return to_fp32(self._call_loss(user_module(model), batch.data))
         return self.criterion(model(batch.inputs), batch)
 
     def criterion(self, outputs: object, batch: TaskBatch) -> Tensor:
@@ -270,7 +270,7 @@ class SetEvaluation:
             self._shares += share
             self._count += len(batch.indices)
             self._device = next((leaf.device for leaf in tensors(outputs)), self._device)
-            pair = inner(self._model), batch.data
+            pair = user_module(self._model), batch.data
             if not takes_batches:
                 pair = map_leaves(_on_cpu, outputs), map_leaves(_on_cpu, batch.targets)
             with autocast_on(next(self._model.parameters()).device) if takes_batches else nullcontext():
@@ -370,7 +370,7 @@ def check_metrics(metrics: object) -> None:
         check_object(f"the metric {name}", metric)
 
 
-def inner(model: nn.Module) -> nn.Module:
+def user_module(model: nn.Module) -> nn.Module:
     wrapper: Any = model
     return wrapper.module if getattr(model, "own", False) is True else model
 

@@ -366,7 +366,7 @@ def test_a_secret_run_does_not_follow_from_its_seed(make_data, make_config, tmp_
     for name in ("one", "other"):
         run(config, out=tmp_path / name, data=make_data())
         models.append((tmp_path / name / "model.safetensors").read_bytes())
-        secret = server_secret.read(tmp_path / name / "checkpoints")
+        secret = server_secret.read_secret(tmp_path / name / "checkpoints")
         for path in (path for path in (tmp_path / name).rglob("*") if path.is_file()):
             if path.name != server_secret.NAME:
                 assert secret.encode() not in path.read_bytes(), path
@@ -429,7 +429,7 @@ def test_a_secret_draw_counts_and_nothing_tells_of_it(make_data, make_config, tm
     by_seed = [sample_clients(config, number) for number in range(200)]
     own = [sample_clients(config, number, "5a" * 16) for number in range(200)]
     assert sum(left == right for left, right in zip(by_seed, own, strict=True)) < 100
-    secret = server_secret.read(tmp_path / "run" / "checkpoints")
+    secret = server_secret.read_secret(tmp_path / "run" / "checkpoints")
     assert heard.drawn == [sample_clients(config, number, secret) for number in range(6)]
 
 

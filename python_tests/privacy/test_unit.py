@@ -203,7 +203,7 @@ def test_shards_and_hold_outs_have_whole_patients_and_public_sizes(federation, m
     assert not set(owner[out].tolist()) & set(owner[kept].tolist())
     # Ten patients of at most three images: how many they have shows in no size.
     assert hospital.declared == 30 > hospital.samples == sum(min(n, 3) for n in COUNTS)
-    assert privacy.trainings(hospital, options) == math.ceil(30 / 4)
+    assert privacy.count_trainings(hospital, options) == math.ceil(30 / 4)
     with pytest.raises(UserError, match='"shards" is 11, but client 1 has 10 patients'):
         privacy.shards(hospital, IODOptions(epsilon=5.0, shards=11))
 

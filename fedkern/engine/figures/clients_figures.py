@@ -12,7 +12,7 @@ from fedkern.engine.figures.own_figures import NAME
 from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.errors import ClientFailed, RunFailed, UserError
 from fedkern.methods.base import ClientId, Message, Phase
-from fedkern.methods.common.personal import means
+from fedkern.methods.common.personal import average_figures
 
 
 class ClientsFigures:
@@ -58,7 +58,7 @@ class ClientsFigures:
             executor.end_round()
         for place, data in sets.items() if keep else ():
             data.kept = kept[place]
-        return means(figures), of_clients
+        return average_figures(figures), of_clients
 
     def _read_answer(self, answer: Answer) -> Message:
         for name, text in answer.warnings.items():

@@ -14,7 +14,7 @@ from fedkern.methods.protocol import Observed
 from fedkern.methods.roles import EvaluatedSet
 from fedkern.models.networks.vit import PatchEmbedding
 from fedkern.tasks import Constant
-from fedkern.tasks.figure_names import OVER_CLIENTS, direction, number, scale, set_noun, short_title, split_metric
+from fedkern.tasks.figure_names import OVER_CLIENTS, direction, number_text, scale, set_noun, short_title, split_metric
 from fedkern.tasks.multilabel import MAIN as AREA
 
 DRIFT_FACTOR = 5.0
@@ -224,7 +224,7 @@ def poor_metrics(
 
 
 def _format_figure(figure: str, value: float) -> str:
-    return f"{number(figure, value)} {scale(figure)[1]}".rstrip()
+    return f"{number_text(figure, value)} {scale(figure)[1]}".rstrip()
 
 
 def missing_metrics(

@@ -14,7 +14,7 @@ from fedkern.messages.leaves import leaves
 from fedkern.methods.protocol import Batch, Received
 from fedkern.methods.roles import Client, Objective
 from fedkern.models import OwnNetwork
-from fedkern.tasks.user_tasks import inner
+from fedkern.tasks.user_tasks import user_module
 
 STEPS = 2
 """Steps that are checked. The second one tells a hook that is added once from hooks that pile up."""
@@ -51,7 +51,7 @@ class FirstSteps(Objective):
             if self._clears:
                 self._network.attach_gradients()
             return result
-        module, trained = inner(self._network.module), self._network.trained_parameters
+        module, trained = user_module(self._network.module), self._network.trained_parameters
         flat = not isinstance(self._network, Trainable)  # a Trainable's buffers are in no vector
         before, hooks, gradients = _tensors(module, flat), _hooks(module), [tensor.grad for tensor in trained]
         frozen = self._sum_frozen()
@@ -98,7 +98,7 @@ class FirstSteps(Objective):
         if not received:
             return
         self._left -= 1
-        if kinds := {_kind(x) for x in inner(model).parameters() if x.is_floating_point()} - {"float32"}:
+        if kinds := {_kind(x) for x in user_module(model).parameters() if x.is_floating_point()} - {"float32"}:
             client.warn(
                 "converted-parameters",
                 f"The training loop leaves parameters in {', '.join(sorted(kinds))}, and the upload is their rounded "

@@ -17,7 +17,7 @@ from fedkern.models.state import personal_parts
 from fedkern.models.state.freezing import constant_buffers, freeze_bn_after, frozen_norms, train_mode
 from fedkern.models.users.python_state import hash_attributes
 from fedkern.models.users.user_models import channels_last
-from fedkern.tasks.user_tasks import inner
+from fedkern.tasks.user_tasks import user_module
 
 
 class Network:
@@ -39,7 +39,7 @@ class Network:
         self._flat = personal_parts.flatten(module)
         self.parameters: Tensor = self._flat.parameters
         self.personal: Tensor = self._flat.personal
-        self._own = personal_parts.tensors(inner(module))
+        self._own = personal_parts.tensors(user_module(module))
         self.frozen: Tensor = self._flat.frozen
         self.buffers: Tensor = self._flat.buffers
         self.constants = []
@@ -124,9 +124,9 @@ class Network:
 
     def take(self, module: nn.Module) -> None:
         """Copy a module's tensors into the network by name, except frozen ones."""
-        target = inner(self.module)
+        target = user_module(self.module)
         state = target.state_dict()
-        source = bare_names(inner(module).state_dict(), state)
+        source = bare_names(user_module(module).state_dict(), state)
         fixed = {name for name, parameter in target.named_parameters() if not parameter.requires_grad}
         fixed |= {*constant_buffers(target)}
         if unfit := describe_misfits(state, source):

@@ -25,7 +25,7 @@ from fedkern.models.state import personal_parts
 from fedkern.models.state.freezing import freeze
 from fedkern.models.users.hooked import find_taps
 from fedkern.settings.config import RunConfig
-from fedkern.tasks.user_tasks import inner
+from fedkern.tasks.user_tasks import user_module
 
 
 class Networks:
@@ -72,11 +72,11 @@ class Networks:
             kind, *taps = self._taps  # before .module, which only a user's network has
             network = kind(network.module, *taps)
         if config.plan is not None:
-            apply_plan(inner(network), config.plan)
+            apply_plan(user_module(network), config.plan)
         if config.freeze is not None:
-            freeze(inner(network), config.freeze.split(","), self.model_name)
+            freeze(user_module(network), config.freeze.split(","), self.model_name)
         if config.keeps_parts:
-            personal_parts.keep(inner(network), self._personal(network), self.model_name)
+            personal_parts.keep(user_module(network), self._personal(network), self.model_name)
         return network
 
     def _build_network(self, model: str | None, width: int | None, classes: int | None, seed: int | None) -> nn.Module:
@@ -96,7 +96,7 @@ class Networks:
         if self._config.personal is not None:
             return self._config.personal.split(",")
         head = getattr(network, "head", None)  # unknown for a user's network before its first samples
-        return [f"{name}.*" for name, module in inner(network).named_modules() if module is head]
+        return [f"{name}.*" for name, module in user_module(network).named_modules() if module is head]
 
     @cached_property
     def _initial_weights(self) -> Mapping[str, Tensor]:
@@ -126,7 +126,8 @@ class Networks:
 
     @cached_property
     def initial_personal(self) -> Message:
-        return personal_parts.copies(personal_parts.tensors(inner(self.build()))) if self._config.keeps_parts else {}
+        keeps_parts = self._config.keeps_parts
+        return personal_parts.copies(personal_parts.tensors(user_module(self.build()))) if keeps_parts else {}
 
     @property
     def trained_vectors(self) -> tuple[str, ...]:

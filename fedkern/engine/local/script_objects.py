@@ -20,7 +20,7 @@ from fedkern.methods.base import LocalTraining
 from fedkern.methods.roles import Client
 from fedkern.models.users.user_models import check_module, unwrap
 from fedkern.settings.config import RunConfig
-from fedkern.tasks.user_tasks import inner
+from fedkern.tasks.user_tasks import user_module
 from fedkern.usercode.code_identity import digest, identity_table, only_code
 from fedkern.usercode.named_code import INSTANCE
 
@@ -122,7 +122,7 @@ class ScriptObjects:
         plain = issubclass(kind, LocalTraining) and all(getattr(kind, part) is getattr(usual, part) for part in _PARTS)
         if self.train is not None and not plain:
             raise UserError(
-                f"A train function would drop what {method_registry.short(config.method)} adds to local training: "
+                f"A train function would drop what {method_registry.short_name(config.method)} adds to local training: "
                 "write a class derived from it with a client_update (client.model, client.batches, client.upload), "
                 "give an optimizer factory instead, or take fedavg."
             )
@@ -167,7 +167,7 @@ class ScriptObjects:
         if self.optimizer is None:
             words = f"train function {getattr(self.train, '__qualname__', type(self.train).__name__)}"
         else:
-            trained = {name: x for name, x in inner(build()).named_parameters() if x.requires_grad}
+            trained = {name: x for name, x in user_module(build()).named_parameters() if x.requires_grad}
             optimizer = make_optimizer(self.optimizer, [*trained.values()])
             stepped = {id(tensor) for tensor in stepped_by(optimizer)}
             values = {name: value for name, value in optimizer.defaults.items() if value not in (None, False)}

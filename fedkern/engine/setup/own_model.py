@@ -28,7 +28,7 @@ from fedkern.models.users.user_models import check_output
 from fedkern.settings.config import RunConfig
 from fedkern.streams import seeded_generators
 from fedkern.tasks.cross_entropy import too_few
-from fedkern.tasks.user_tasks import inner
+from fedkern.tasks.user_tasks import user_module
 from fedkern.usercode.code_identity import digest, hash_layout, identity_table
 
 
@@ -136,8 +136,8 @@ def _try_network(network: nn.Module, make: Own, data: FederatedData) -> tuple[Fe
     except RAISED as error:  # a network's code may raise anything
         raise UserError(
             f"the network {make.text} fails on two samples of {split.name}, {', '.join(data.form.shapes)} "
-            f"({name_cause(error)}){error_origin(error, type(inner(network)))}: it gets an item's parts but the last, "
-            "or a dict's keys but its label; a collate_fn that returns (inputs, targets) picks others."
+            f"({name_cause(error)}){error_origin(error, type(user_module(network)))}: it gets an item's parts but the "
+            "last, or a dict's keys but its label; a collate_fn that returns (inputs, targets) picks others."
         ) from error
     network.train()
     if "classes" in offers:
@@ -150,7 +150,7 @@ def _try_network(network: nn.Module, make: Own, data: FederatedData) -> tuple[Fe
         data = replace(data, classes=data.classes or tuple(map(str, range(count))))
     if isinstance(batch.inputs, Tensor):
         with suppress(Exception), seeded_generators(0):  # the network then has no head that a method could use
-            data = replace(data, form=replace(data.form, head=find_head(inner(network), batch.inputs)))
+            data = replace(data, form=replace(data.form, head=find_head(user_module(network), batch.inputs)))
     return data, output_bytes
 
 

@@ -20,7 +20,7 @@ from fedkern.models.users.user_models import OwnNetwork
 from fedkern.ops._core import backend
 from fedkern.settings.config import RunConfig
 from fedkern.streams import seeded_generators
-from fedkern.tasks.user_tasks import inner
+from fedkern.tasks.user_tasks import user_module
 
 LEAST = 0.5
 """Least share of the products of a network's convolutions from which operators pay (benchmarks/bench_guest.py)."""
@@ -48,7 +48,7 @@ class _AsWritten(Exception):
 
 
 def _check_served(context: RunContext, network: nn.Module) -> tuple[str, str]:
-    if not any(isinstance(layer, nn.Conv2d) for layer in inner(network).modules()):
+    if not any(isinstance(layer, nn.Conv2d) for layer in user_module(network).modules()):
         raise _AsWritten("it has no convolutions")
     if not backend.active_isa().startswith("avx"):
         raise _AsWritten("the compiled core serves AVX2 and AVX-512")
@@ -60,7 +60,7 @@ def _check_served(context: RunContext, network: nn.Module) -> tuple[str, str]:
     if find_difference(_play_batch(network, batch), plain, 0.0):
         raise _AsWritten("it draws from generators of its own, or changes as it runs")
     plan = _rehearse(network, batch)
-    calls.apply_plan(inner(network), plan)
+    calls.apply_plan(user_module(network), plan)
     with calls.override_calls(serve=lambda chain, dense: None):
         waiting = _play_batch(network, batch)
     if name := find_difference(waiting, plain, 1e-5):
@@ -77,12 +77,12 @@ def _check_served(context: RunContext, network: nn.Module) -> tuple[str, str]:
 
 def _rehearse(network: nn.Module, batch: Batch) -> str:
     module = copy.deepcopy(network)
-    accelerate(inner(module), check=False)
+    accelerate(user_module(module), check=False)
     for training, gradients in calls.MODES:
         train_mode(module) if training else module.eval()
         with seeded_generators(0), torch.set_grad_enabled(gradients):
             module(batch.inputs)
-    return calls.plan_of(inner(module))
+    return calls.plan_of(user_module(module))
 
 
 def worth(record: calls.Record) -> float:
@@ -107,8 +107,8 @@ def _play_batch(network: nn.Module, batch: Batch) -> Found:
         loss = batch.task.loss(module, batch)
         loss.backward()
     results: Found = {"the loss": loss.detach()}
-    results |= {f"the gradient of {name}": tensor.grad for name, tensor in inner(module).named_parameters()}
-    results |= {name: tensor.detach() for name, tensor in inner(module).named_buffers()}
+    results |= {f"the gradient of {name}": tensor.grad for name, tensor in user_module(module).named_parameters()}
+    results |= {name: tensor.detach() for name, tensor in user_module(module).named_buffers()}
     module.eval()
     with seeded_generators(0), torch.no_grad():
         answer = [leaf for leaf in leaves(module(batch.inputs)) if isinstance(leaf, Tensor)]

@@ -74,7 +74,7 @@ def keep_settings(settings: config.RunConfig, out: Path, *, fresh: bool) -> None
 
 def run_name(settings: config.RunConfig) -> str:
     data = named_code.short_name(settings.data)
-    return f"{method_registry.short(settings.method)}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return f"{method_registry.short_name(settings.method)}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def reserve(parent: Path, stem: str, way_out: str) -> Path:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
-from fedkern.methods.common.calibration import ClassStatistics, pool, shrunk
+from fedkern.methods.common.calibration import ClassStatistics, merge_uploads, shrink_covariances
 from fedkern.methods.common.oneshot import OneShot
 from fedkern.methods.method_registry import register
 from fedkern.methods.options import Options as BaseOptions
@@ -39,8 +39,8 @@ class FedCGS(OneShot):
 
     Differences from the paper:
 
-    - ``shrinkage``, on by default, shrinks Sigma to its mean variance (`fedkern.methods.common.calibration.shrunk`).
-      Without shrinkage Sigma has no inverse where samples are fewer than features.
+    - ``shrinkage``, on by default, shrinks Sigma to its mean variance (`shrink_covariances`).
+      Without shrinkage Sigma has no inverse if samples are fewer than features.
     - A class without samples has the mean of all features and the prior of half a sample.
     - The paper's second step, personalisation, is not built.
 
@@ -83,7 +83,7 @@ class FedCGS(OneShot):
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         head = self.head(server)
         pooled = FeatureStatistics(head.out_features, head.in_features)
-        pool(server, uploads, pooled.merge)
+        merge_uploads(server, uploads, pooled.merge)
         if not pooled.samples:
             raise UserError("The statistics of every client were refused, so that there is no classifier to set.")
         self.replace_head(server, pooled.classifier(shrinkage=self.options.shrinkage))
@@ -138,7 +138,7 @@ class FeatureStatistics:
 
         A class without samples has the mean of all features and the prior of half a sample.
         """
-        covariance = (shrunk(self.total) if shrinkage else self.total.covariances())[0]
+        covariance = (shrink_covariances(self.total) if shrinkage else self.total.covariances())[0]
         present = (self.counts > 0)[:, None]
         means = torch.where(present, self.sums / self.counts.clamp_min(1)[:, None], self.total.means)
         root, failed = torch.linalg.cholesky_ex(covariance)

@@ -92,7 +92,7 @@ class FedProto(LocalTraining):
         if not self.options.lam or "prototypes" not in received.message:
             return {}
         if "targets" not in received.round_cache:
-            means, present = table(received.message["prototypes"], model.head.out_features)
+            means, present = proto_table(received.message["prototypes"], model.head.out_features)
             device = batch.inputs.device
             received.round_cache["targets"] = {"means": means.to(device), "known": present.to(device)}
         targets: Drawn = received.round_cache["targets"]
@@ -172,7 +172,7 @@ class FedProto(LocalTraining):
         else:
             super().server_update(server, phase, counted)
         if sums is not None:
-            means, present = table(server.state.get("prototypes"), classes, sums.shape[1])
+            means, present = proto_table(server.state.get("prototypes"), classes, sums.shape[1])
             seen = weights > 0  # a class that no client sent in this round keeps its prototype
             means[seen] = (sums[seen] / weights[seen, None]).float()
             present |= seen
@@ -187,7 +187,7 @@ class FedProto(LocalTraining):
             if not nearest or "prototypes" not in server.state:
                 return averaged
             network: Any = averaged
-            return Nearest(network, *table(server.state["prototypes"], server.federation.classes))
+            return Nearest(network, *proto_table(server.state["prototypes"], server.federation.classes))
         if "networks" not in server.state:
             return None
         members: dict[int, nn.Module] = {}
@@ -195,7 +195,7 @@ class FedProto(LocalTraining):
             network = server.build()
             network.load_state_dict(state)
             if nearest:
-                network = Nearest(network.eval(), *table(server.state["prototypes"], server.federation.classes))
+                network = Nearest(network.eval(), *proto_table(server.state["prototypes"], server.federation.classes))
             members[int(client)] = network
         return Personal(members)
 
@@ -255,7 +255,7 @@ def prototypes(network: Classifier, client: Client) -> Message:
     return {"classes": present, "means": (sums / counts[:, None]).float(), "counts": counts}
 
 
-def table(message: Message | None, classes: int, width: int | None = None) -> tuple[Tensor, Tensor]:
+def proto_table(message: Message | None, classes: int, width: int | None = None) -> tuple[Tensor, Tensor]:
     """Return ``means`` fp32 [C, d], zero without a prototype, and ``known`` bool [C]."""
     size = width if message is None else message["means"].shape[1]
     means, present = torch.zeros(classes, size or 0), torch.zeros(classes, dtype=torch.bool)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.methods.base import LocalTraining
-from fedkern.methods.common.oneshot_members import vectors
+from fedkern.methods.common.oneshot_members import copy_vectors
 from fedkern.methods.common.personal import keep_network, own_network
 from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import Batch, Message, Phase, Received
@@ -81,7 +81,7 @@ class FML(LocalTraining):
         client.fit(self, phase, pair)
         keep_network(client, "private", pair.private)
         proxy.flatten()  # the training loop has moved the parameters
-        return {name: vector for name, vector in vectors(proxy).items() if name in message}
+        return {name: vector for name, vector in copy_vectors(proxy).items() if name in message}
 
     def start(self, server: Server) -> None:
         super().start(server)

@@ -135,7 +135,7 @@ class ClassStatistics:
             raise ValueError("scatters of the class statistics must not be negative on the diagonal")
 
 
-def collect(
+def collect_statistics(
     features: Callable[[Tensor], Tensor], batches: Iterable[Batch], classes: int, options: CalibrationOptions
 ) -> Message:
     """Return a client's upload: statistics of ``features(images)`` ``[B, d]``."""
@@ -162,7 +162,7 @@ def statistics_of(head: nn.Linear, options: CalibrationOptions) -> Declaration:
     }
 
 
-def pool(server: Server, uploads: Iterable[Upload], merge: Callable[[Message], None]) -> None:
+def merge_uploads(server: Server, uploads: Iterable[Upload], merge: Callable[[Message], None]) -> None:
     """Pass the clients' statistics to ``merge``, and refuse uploads that raise ValueError."""
     for upload in uploads:
         try:
@@ -178,13 +178,13 @@ def calibrate_head(
     """Return ``head`` trained on the clients' statistics, or UserError if all were refused."""
     diagonal = options.covariance == "diagonal"
     pooled = ClassStatistics(head.out_features, head.in_features, diagonal=diagonal, compat=options.ccvr_compat)
-    pool(server, uploads, pooled.merge)
+    merge_uploads(server, uploads, pooled.merge)
     if not int(pooled.counts.sum()):
         raise UserError("The class statistics of every client were refused: run without calibrate.")
     return calibrate(head, pooled, server.rng("calibration", phase), options)
 
 
-def shrunk(statistics: ClassStatistics) -> Tensor:
+def shrink_covariances(statistics: ClassStatistics) -> Tensor:
     """Return covariances shrunk towards their mean variance, zero for absent classes.
 
     ``(1 - rho_c) Sigma_c + rho_c (tr Sigma_c / d) I`` with rho_c of the oracle approximating shrinkage (Chen et al.,
@@ -220,7 +220,7 @@ def virtual_features(
     ``compat`` leaves the covariances unchanged, neither shrunk nor raised by ``JITTER``.
     """
     present = torch.nonzero(statistics.counts).flatten().tolist()
-    covariances = statistics.covariances() if compat else shrunk(statistics)
+    covariances = statistics.covariances() if compat else shrink_covariances(statistics)
     roots = [_root(covariances[c], 0.0 if compat else JITTER).float() for c in present]
     means = statistics.means.float()
     at_once = max(1, PORTION_BYTES // max(1, 4 * statistics.width * len(present)))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from fedkern.errors import UserError
 from fedkern.methods.base import vectors_of
 from fedkern.methods.baselines.fedavg import FedAvg
-from fedkern.methods.common.calibration import CalibrationOptions, calibrate_head, collect, statistics_of
+from fedkern.methods.common.calibration import CalibrationOptions, calibrate_head, collect_statistics, statistics_of
 from fedkern.methods.common.class_counts import class_counts
-from fedkern.methods.common.oneshot_members import OwnNetworks, flatten, load, vectors
+from fedkern.methods.common.oneshot_members import OwnNetworks, copy_vectors, flatten, load
 from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.uploads import Declaration, Values, all_finite, like, make_once
@@ -83,7 +83,7 @@ class OneShot(FedAvg):
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         if phase.exchange == "statistics":
             network = self.statistics_network(client, message)
-            return collect(network.features, client.in_order(), len(client.classes), self.options)
+            return collect_statistics(network.features, client.in_order(), len(client.classes), self.options)
         return super().client_update(client, phase, message)
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
@@ -118,7 +118,7 @@ class OneShot(FedAvg):
         network: Any = load(flat, server.state)
         network.head.weight.copy_(head.weight)
         network.head.bias.copy_(head.bias)
-        server.state.update(vectors(flat))
+        server.state.update(copy_vectors(flat))
 
 
 class MemberNetworks(OwnNetworks, OneShot):
@@ -216,7 +216,7 @@ class MemberNetworks(OwnNetworks, OneShot):
             return super().client_update(client, phase, message)
         module = client.network(**architecture)
         client.fit(self, phase, module)
-        return vectors(flatten(module))
+        return copy_vectors(flatten(module))
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         architecture = self.architecture(client)
@@ -224,7 +224,9 @@ class MemberNetworks(OwnNetworks, OneShot):
             declared = super().expects(server, phase, client, message)
         else:
             key = f"member {architecture['model']} {architecture['width']}"
-            declared = make_once(server.round_cache, key, lambda: like(vectors(flatten(server.build(**architecture)))))
+            declared = make_once(
+                server.round_cache, key, lambda: like(copy_vectors(flatten(server.build(**architecture))))
+            )
         if phase.exchange != "update" or not self.by_class:
             return declared
         return {**declared, "classes": Values((server.federation.classes,), low=0)}

@@ -14,7 +14,7 @@ from fedkern import ops
 from fedkern.messages.leaves import leaves, map_leaves
 from fedkern.methods.base import VECTORS
 from fedkern.methods.common.oneshot import MemberNetworks, OneShot, exhaust
-from fedkern.methods.common.oneshot_members import flatten, load, vectors
+from fedkern.methods.common.oneshot_members import copy_vectors, flatten, load
 from fedkern.methods.common.oneshot_synthesis import Synthesis, refuse_diverged
 from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
 from fedkern.methods.roles import Client, Node, Server
@@ -135,7 +135,7 @@ class Distilled(MemberNetworks):
             teachers = Ensemble(members, self.member_weights(server))
             self.distil(server, phase, teachers, student)
             refuse_diverged(student)
-            server.state.update(vectors(flat))
+            server.state.update(copy_vectors(flat))
             del server.state["members"]  # later rounds do not need the members
         else:
             super().server_update(server, phase, uploads)

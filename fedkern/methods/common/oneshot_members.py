@@ -55,7 +55,7 @@ def flatten(module: nn.Module) -> FlatParameters:
     return personal_parts.flatten(module)
 
 
-def vectors(flat: FlatParameters) -> Message:
+def copy_vectors(flat: FlatParameters) -> Message:
     """Return CPU copies of ``parameters`` fp32 [P], ``buffers`` fp32 [Q], ``integers`` int64 [R], if any."""
     tensors = {"parameters": flat.parameters, "buffers": flat.buffers, "integers": flat.integers}
     return {name: value.detach().cpu().clone() for name, value in tensors.items() if value.numel()}

@@ -14,7 +14,7 @@ from fedkern.methods.protocol import ClientId, Message
 from fedkern.methods.roles import Client, TestSet
 from fedkern.models.state import personal_parts
 from fedkern.ops import FlatParameters
-from fedkern.tasks.user_tasks import inner
+from fedkern.tasks.user_tasks import user_module
 
 
 def own_network(client: Client, key: str, fresh: nn.Module) -> nn.Module:
@@ -32,7 +32,7 @@ def with_vectors(network: nn.Module, message: Message, client: Client) -> FlatPa
     """Write a message's vectors and the client's personal parts into a network."""
     flat = personal_parts.flatten(network)
     flat.load_vectors(message)
-    personal_parts.write(personal_parts.tensors(inner(network)), client.personal)
+    personal_parts.write(personal_parts.tensors(user_module(network)), client.personal)
     return flat
 
 
@@ -70,10 +70,10 @@ def mean_figures(
     networks: Iterable[tuple[ClientId, nn.Module]],
     data: TestSet,
 ) -> dict[str, float]:
-    return means([figures(network, OfClient(data, client)) for client, network in networks])
+    return average_figures([figures(network, OfClient(data, client)) for client, network in networks])
 
 
-def means(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def average_figures(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(row[name] for row in figures) / len(figures) for name in figures[0]}
 
 

@@ -61,7 +61,7 @@ class Answers:
         if self.options.shards > 1:
             with torch.no_grad():  # before the serving discriminator is loaded: its figures would reveal it
                 seen = self.discriminators.look(images)
-        self.discriminators.bring(lambda client: private.serving(client, phase, self.options))
+        self.discriminators.bring(lambda client: private.serving_shard(client, phase, self.options))
         with torch.enable_grad():
             images.requires_grad_()
             logits = teacher_log_probs(self.bank.logits(images))
@@ -119,7 +119,7 @@ class Answers:
         Clients take turns, one a round, since a client's own gradients cost as much as the sum over all clients.
         """
         client = self.clients[phase.round % len(self.clients)]
-        last = private.trainings(client, self.options) - 1
+        last = private.count_trainings(client, self.options) - 1
         if self.options.claims_privacy or client.id not in messages or pending.iteration != last:
             return  # in a private run this figure would be a release
         if (rows := self._realism_rows(pending, client.id)) is not None:
@@ -137,7 +137,7 @@ class Answers:
     # -- helpers ---------------------------------------------------------------------------------------------------
 
     def _bring_training(self, phase: Phase, iteration: int) -> None:
-        self.discriminators.bring(lambda client: private.training(client, phase.round, iteration, self.options))
+        self.discriminators.bring(lambda client: private.training_shard(client, phase.round, iteration, self.options))
 
     def _answers(self, messages: Messages, logits: Tensor, scores: Tensor | None) -> dict[ClientId, Message]:
         answers: dict[ClientId, Message] = {}

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedkern.methods.common.oneshot_distill import torch_stream
 from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.fediod.iod_options import IODOptions
-from fedkern.methods.fediod.losses import against, confidence
+from fedkern.methods.fediod.losses import confidence, patch_entropy
 from fedkern.methods.protocol import BEFORE, Phase, batch_slices
 from fedkern.methods.roles import Client
 from fedkern.models.networks.discriminator import PatchDiscriminators, whole_image
@@ -131,7 +131,7 @@ class Discriminators:
         stack = torch.stack([real.get(slot, blank) for slot in range(len(self._clients))])
         module.requires_grad_(True)
         with torch.enable_grad():
-            entropies = against(module(fake), False).mean(1) + against(module(stack), True).mean(1)
+            entropies = patch_entropy(module(fake), False).mean(1) + patch_entropy(module(stack), True).mean(1)
             active = send(torch.tensor([0.5 if k in real else 0.0 for k in range(len(self._clients))]), stack.device)
             losses = entropies * active
             named = dict(module.named_parameters())
@@ -165,4 +165,4 @@ class Discriminators:
     def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return realism losses and confidences ``[K, B]``, with gradients to the images."""
         patches = self.module(images)
-        return against(patches, True), confidence(patches)
+        return patch_entropy(patches, True), confidence(patches)

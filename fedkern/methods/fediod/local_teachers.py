@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedkern.data.sharing.groups import drawn_rows
-from fedkern.methods.common.oneshot_members import OwnNetworks, flatten, load, vectors
+from fedkern.methods.common.oneshot_members import OwnNetworks, copy_vectors, flatten, load
 from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.protocol import Batch, Phase, batch_slices
 from fedkern.methods.roles import Client
@@ -70,7 +70,7 @@ def make_teacher(method: OwnNetworks, client: Client) -> None:
     if not load_pretrained and not private.train_teacher(method, client, TRAIN, module, rows):
         client.fit(method, TRAIN, module, rows=None if len(rows) == client.samples else rows)
     module.eval()
-    state = client.state["teacher"] = vectors(flatten(module))
+    state = client.state["teacher"] = copy_vectors(flatten(module))
     if test_set.can_be_scored and not load_pretrained:
         with torch.no_grad():
             state["holdout"] = test_set.task.score(method.evaluate(module, test_set))

@@ -67,7 +67,7 @@ def mixture(logits: Tensor, weights: Tensor, mask: Tensor | None) -> Tensor:
 # -- discriminators (section 6) ------------------------------------------------------------------------------------
 
 
-def against(patches: Tensor, real: bool) -> Tensor:
+def patch_entropy(patches: Tensor, real: bool) -> Tensor:
     """Return the mean over patches of the binary cross-entropy ``[K, B]`` of patch logits ``[K, B, h, w]``."""
     return F.softplus(-patches if real else patches).mean((2, 3))
 

@@ -21,7 +21,7 @@ from fedkern.errors import UserError
 from fedkern.methods.base import Messages
 from fedkern.methods.common.class_counts import class_counts
 from fedkern.methods.common.oneshot_distill import torch_stream
-from fedkern.methods.common.oneshot_members import OwnNetworks, flatten, vectors
+from fedkern.methods.common.oneshot_members import OwnNetworks, copy_vectors, flatten
 from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.fediod.client import Answers
 from fedkern.methods.fediod.comparisons import compare_teachers
@@ -96,10 +96,10 @@ class FedIOD(OwnNetworks):
             raise UserError("fediod needs the running statistics of its student: use --buffers average.")
         for entry in self.architectures:
             server.build(model=entry and entry[0], width=entry and entry[1])
-        server.state.update(student=vectors(flat), iteration=0, classes={})
+        server.state.update(student=copy_vectors(flat), iteration=0, classes={})
         if self.options.makes_images:
             draw = torch_stream(server, "generator", BEFORE)
-            server.state["generator"] = vectors(flatten(make_generator(server, o, draw)))
+            server.state["generator"] = copy_vectors(flatten(make_generator(server, o, draw)))
         private.prepare(server, o)
 
     # -- the server ------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ class FedIOD(OwnNetworks):
         return shop
 
     def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message] | None:
-        kind, _ = parts(phase)
+        kind, _ = split_exchange(phase)
         if kind == "teacher":
             return {"privacy": dict(server.state["privacy"])} if "privacy" in server.state else {}
         if kind == "secret":
@@ -137,7 +137,7 @@ class FedIOD(OwnNetworks):
         return dict.fromkeys(ids, message) or None
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
-        kind, _ = parts(phase)
+        kind, _ = split_exchange(phase)
         classes, channels, (height, width) = server.federation.classes, server.image_shape[0], server.image_shape[1:]
         positions = server.task.output(classes, (height, width))[1:]
         if kind == "secret":
@@ -156,7 +156,7 @@ class FedIOD(OwnNetworks):
         return {"logits": Values((size, classes, *positions)), **scores}
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
-        kind, i = parts(phase)
+        kind, i = split_exchange(phase)
         if kind == "teacher":
             for upload in uploads:
                 server.state["classes"][upload.client_id] = upload.message.get("classes", torch.ones(1))
@@ -213,7 +213,7 @@ class FedIOD(OwnNetworks):
         return self._update({client.id: client}, phase, {client.id: message})[client.id]
 
     def cohort_update(self, clients: Mapping[ClientId, Client], phase: Phase, messages: Messages) -> Messages | None:
-        kind, _ = parts(phase)
+        kind, _ = split_exchange(phase)
         together = self.options.batched and self.options.makes_images and not self.options.noises_gradients
         if not together or kind not in ("images", "gradients", "distil"):
             return None  # with noise each client's gradients are needed alone
@@ -221,7 +221,7 @@ class FedIOD(OwnNetworks):
         return self._update(clients, phase, messages)
 
     def _update(self, clients: Mapping[ClientId, Client], phase: Phase, messages: Messages) -> Messages:
-        kind, i = parts(phase)
+        kind, i = split_exchange(phase)
         if kind == "secret":
             for client in clients.values():
                 private.secret(client, self.options)
@@ -243,7 +243,7 @@ class FedIOD(OwnNetworks):
         return answers.distil(phase, i, messages)
 
     def _train(self, client: Client, message: Message) -> Message:
-        private.agree(client, message)
+        private.keep_terms(client, message)
         make_teacher(self, client)
         counts = private.release_histogram(client, class_counts(client), self.options)
         return {"classes": counts} if self.options.tells_counts else {}
@@ -304,7 +304,7 @@ class FedIOD(OwnNetworks):
         return figures
 
 
-def parts(phase: Phase) -> tuple[str, int]:
+def split_exchange(phase: Phase) -> tuple[str, int]:
     """Return the kind and the iteration of an exchange."""
     kind, _, number = phase.exchange.partition(" ")
     return kind, int(number or 0)

@@ -89,7 +89,7 @@ def multiplier(sigma: float, rows: int) -> float:
 # -- noise terms, secrets and shards of a client -----------------------------------------------------------------------
 
 
-def agree(client: Client, message: Mapping[str, Any]) -> None:
+def keep_terms(client: Client, message: Mapping[str, Any]) -> None:
     """Keep the server's noise terms, which every client needs before its first step."""
     if message.get("privacy"):
         client.state[TERMS] = {name: float(value) for name, value in message["privacy"].items()}
@@ -136,18 +136,18 @@ def shards(client: Client, options: IODOptions) -> Sequence[np.ndarray]:
     return [np.flatnonzero(np.isin(units, part)) for part in np.array_split(order, options.shards)]
 
 
-def trainings(client: Client, options: IODOptions) -> int:
+def count_trainings(client: Client, options: IODOptions) -> int:
     """Return the number of iterations, a round's first, in which the client trains a discriminator."""
     count = options.count_batches(client.declared)
     return min(options.iterations or count, count)
 
 
-def training(client: Client, round: int, iteration: int, options: IODOptions) -> int:
+def training_shard(client: Client, round: int, iteration: int, options: IODOptions) -> int:
     """Return the shard whose discriminator trains, by a public schedule."""
-    return (round * trainings(client, options) + iteration) % options.shards
+    return (round * count_trainings(client, options) + iteration) % options.shards
 
 
-def serving(client: Client, phase: Phase, options: IODOptions) -> int:
+def serving_shard(client: Client, phase: Phase, options: IODOptions) -> int:
     """Return the shard whose discriminator serves the gradients of ``phase``, drawn in secret."""
     if options.shards == 1:
         return 0

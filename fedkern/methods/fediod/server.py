@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedkern.data.images.transforms import normalise
 from fedkern.errors import UserError
 from fedkern.methods.common.oneshot_distill import Means
-from fedkern.methods.common.oneshot_members import flatten, load, vectors
+from fedkern.methods.common.oneshot_members import copy_vectors, flatten, load
 from fedkern.methods.fediod.iod_options import IODOptions
 from fedkern.methods.fediod.losses import distillation, importance, mixture, scalar_of, teacher_terms
 from fedkern.methods.protocol import ClientId, Message, batch_slices
@@ -108,7 +108,7 @@ class Learner(Generic[N]):
         return bool(torch.isfinite(self._flat.parameters).all())
 
     def store(self) -> None:
-        self._state[self._key] = vectors(self._flat)
+        self._state[self._key] = copy_vectors(self._flat)
         if learnt := self._optimiser.state.get(self._vector):
             self._state[self._moments] = {name: value.detach().cpu().clone() for name, value in learnt.items()}
 

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
-from fedkern.methods.common.calibration import CalibrationOptions, calibrate_head, collect, statistics_of
+from fedkern.methods.common.calibration import CalibrationOptions, calibrate_head, collect_statistics, statistics_of
 from fedkern.methods.common.figures import with_accuracies
 from fedkern.methods.common.frozen import cached_rows
 from fedkern.methods.common.oneshot_distill import torch_stream
@@ -189,7 +189,7 @@ class FuseFL(Objective, Method):
         levels = _gather_levels(client, message)
         if phase.name == CALIBRATE:
             fused = self._fuse(client, networks, levels)
-            return collect(fused.features, client.in_order(), len(client.classes), self.options)
+            return collect_statistics(fused.features, client.in_order(), len(client.classes), self.options)
         network = networks.of(client.id)
         if "local" in client.state:
             for i, state in client.state["local"]["blocks"].items():

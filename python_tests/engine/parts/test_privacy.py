@@ -43,7 +43,7 @@ def test_what_a_private_run_needs_before_it_releases_anything(draws, tmp_path):
     kept = Kept(tmp_path, draws=draws)
     kept.part.begin(resumed=False)
     assert kept.calls == ["open 4", "at once"]
-    assert kept.private.secret == (server_secret.read(tmp_path) if draws == "secret" else "")
+    assert kept.private.secret == (server_secret.read_secret(tmp_path) if draws == "secret" else "")
     again = Kept(tmp_path, draws=draws)
     again.part.begin(resumed=True)
     assert again.private.secret == kept.private.secret

@@ -18,7 +18,7 @@ from fedkern.engine.server import Server
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.methods import Batch, FedProto, Phase, Upload
-from fedkern.methods.baselines.fedproto import Nearest, Personal, prototypes, table
+from fedkern.methods.baselines.fedproto import Nearest, Personal, proto_table, prototypes
 from python_tests.saved_network import same_network
 
 PHASE = Phase(1, "train", "update")
@@ -90,7 +90,7 @@ def test_the_server_averages_what_clients_have_and_keeps_what_nobody_brought(wei
 
 def test_nearest_prototype_answers():
     net = network().eval()
-    means, known = table({"classes": torch.tensor([0, 2]), "means": torch.randn(2, net.width)}, 3)
+    means, known = proto_table({"classes": torch.tensor([0, 2]), "means": torch.randn(2, net.width)}, 3)
     assert known.tolist() == [True, False, True]
     nearest = Nearest(net, means, known)
     images = torch.randn(5, 3, 8, 8)

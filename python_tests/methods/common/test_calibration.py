@@ -10,8 +10,8 @@ from fedkern.methods.common.calibration import (
     CalibrationOptions,
     ClassStatistics,
     calibrate,
-    collect,
-    shrunk,
+    collect_statistics,
+    shrink_covariances,
     virtual_features,
 )
 
@@ -113,7 +113,7 @@ def test_shrinkage_follows_the_number_of_samples():
             statistics = ClassStatistics(2, WIDTH, diagonal=diagonal)
             statistics.add(torch.randn(n, WIDTH, generator=generator) * scales, torch.zeros(n, dtype=torch.int64))
             statistics.add(torch.ones(1, WIDTH), torch.ones(1, dtype=torch.int64))
-            exact, pulled = statistics.covariances()[0], shrunk(statistics)
+            exact, pulled = statistics.covariances()[0], shrink_covariances(statistics)
             variances = pulled if diagonal else pulled.diagonal(dim1=1, dim2=2)
             total = exact.sum() if diagonal else exact.trace()
             assert variances[0].sum().item() == pytest.approx(total.item())
@@ -133,7 +133,7 @@ def test_virtual_features_have_the_moments(diagonal, monkeypatch):
         assert torch.bincount(y, minlength=CLASSES).tolist() == [len(x) // 3] * 3 + [0]
     features, labels = (torch.cat(parts) for parts in zip(*portions, strict=True))
     assert features.dtype == torch.float32
-    wanted = shrunk(statistics)
+    wanted = shrink_covariances(statistics)
     for c in range(3):
         own = features[labels == c].double()
         covariance = wanted[c].diag() if diagonal else wanted[c]
@@ -199,4 +199,4 @@ def test_bad_uploads_are_named_and_not_taken_in():
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 4\), not 4"):
         server.add(torch.zeros(1, WIDTH), torch.tensor([4]))
     with pytest.raises(ValueError, match="at least one batch"):
-        collect(nn.Identity(), [], CLASSES, CalibrationOptions())
+        collect_statistics(nn.Identity(), [], CLASSES, CalibrationOptions())

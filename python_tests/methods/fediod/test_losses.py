@@ -121,8 +121,8 @@ def test_the_generator_seeks_images_on_which_teachers_differ(logits):
 def test_discriminators_loss_and_confidence():
     patches = draw(2, B, 3, 3)
     real = torch.nn.functional.binary_cross_entropy_with_logits(patches[0], torch.ones(B, 3, 3, dtype=torch.float64))
-    assert float(losses.against(patches, True)[0].mean()) == pytest.approx(float(real))
-    torch.testing.assert_close(losses.against(patches, False), losses.against(-patches, True))
+    assert float(losses.patch_entropy(patches, True)[0].mean()) == pytest.approx(float(real))
+    torch.testing.assert_close(losses.patch_entropy(patches, False), losses.patch_entropy(-patches, True))
     torch.testing.assert_close(losses.confidence(patches)[1], patches[1].sigmoid().mean((1, 2)))
 
 

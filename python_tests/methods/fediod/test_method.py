@@ -15,9 +15,9 @@ from fedkern.engine.run import run
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import FedIOD
-from fedkern.methods.common.oneshot_members import flatten, load, vectors
+from fedkern.methods.common.oneshot_members import copy_vectors, flatten, load
 from fedkern.methods.fediod.local_teachers import load_teacher
-from fedkern.methods.fediod.losses import against, teacher_terms
+from fedkern.methods.fediod.losses import patch_entropy, teacher_terms
 from fedkern.methods.fediod.server import ALIKE, make_generator, stack_class_counts
 from fedkern.models.teachers.teacher_stack import TeacherStack
 from python_tests.methods.fediod_play import EVERY_TERM, TINY, World, cleared_and_live, frozen, same
@@ -74,7 +74,7 @@ def test_messages_give_the_gradient_of_a_single_graph(world):
     samples = torch.tensor([float(c.samples) for c in w.clients.values()])
     pi = samples / samples.sum()
     total = teacher_terms(logits, pi, options.w_balance)[0]
-    total = total + options.w_real * (pi * against(patches, True).mean(1)).sum()
+    total = total + options.w_real * (pi * patch_entropy(patches, True).mean(1)).sum()
     expected = torch.autograd.grad(total, list(shop.generator.network.parameters()), retain_graph=True)
     w.exchange(gradients)
     got = [p.grad for p in shop.generator.network.parameters()]
@@ -269,7 +269,7 @@ def test_a_saturated_generator_is_told_of(world, bias):
     flat = flatten(make_generator(w.server, w.method.options, torch.Generator()))
     module = load(flat, w.server.state["generator"])
     module.body[-1].bias.data.fill_(bias)
-    w.server.state["generator"] = vectors(flat)
+    w.server.state["generator"] = copy_vectors(flat)
     rounds = w.bench.federation.rounds
     for number in range(rounds):
         assert "generator-collapsed" not in w.bench.notices.warnings or number >= rounds / 2

@@ -55,7 +55,7 @@ def place(rounds):
 def make_client(sigma=1.0, **settings):
     """Return a client that knows its noise, in multiples of the clipping norm."""
     client = Client(**settings)
-    privacy.agree(client, {"privacy": {"sigma_d": sigma}})
+    privacy.keep_terms(client, {"privacy": {"sigma_d": sigma}})
     return client
 
 
@@ -69,13 +69,13 @@ def test_off_is_the_identity():
     assert privacy.sanitise(client, u_d, options) is u_d
     assert privacy.release_histogram(client, histogram, options) is histogram
     assert [part.tolist() for part in privacy.shards(client, options)] == [list(range(50))]
-    assert privacy.serving(client, PHASE, options) == 0
+    assert privacy.serving_shard(client, PHASE, options) == 0
     assert options.tells_scores
     assert not options.noises_gradients
     assert options.guarantee() is None
     server = place(3)
     privacy.prepare(server, options)
-    privacy.agree(client, {"privacy": server.state.get("privacy", {})})
+    privacy.keep_terms(client, {"privacy": server.state.get("privacy", {})})
     assert server.state == client.state == {}
 
 
@@ -166,7 +166,7 @@ def test_noise_and_draws_follow_from_bits_that_a_client_draws_once(monkeypatch):
     options = options_of(**NOISED, shards=5, histogram_noise=2.0, noise="secret")
 
     def release_all(client):
-        drawn = [privacy.serving(client, Phase(r, "round", "images 0"), options) for r in range(40)]
+        drawn = [privacy.serving_shard(client, Phase(r, "round", "images 0"), options) for r in range(40)]
         counts = privacy.release_histogram(client, torch.full((50,), 100.0), options)
         return [privacy.sanitise(client, gradients(), options), counts, torch.tensor(drawn)]
 
@@ -201,7 +201,7 @@ def test_nobody_draws_bits_where_nothing_is_private():
     options, client = options_of(noise="secret"), Client()
     privacy.sanitise(client, gradients(), options)
     privacy.release_histogram(client, torch.ones(2), options)
-    privacy.serving(client, PHASE, options)
+    privacy.serving_shard(client, PHASE, options)
     assert privacy.secret(client, options) == ""
     assert client.state == {}
 
@@ -234,12 +234,12 @@ def test_shards_are_disjoint_and_whole_and_fixed():
 def test_who_serves_is_drawn_evenly_and_independently_of_who_trains():
     """Each of seven shards serves a seventh of the steps, whichever shard trains."""
     options, client = options_of(**NOISED, shards=7, iterations=0), Client(samples=50)
-    assert privacy.trainings(client, options) == 7  # batches of eight
+    assert privacy.count_trainings(client, options) == 7  # batches of eight
     table = np.zeros((7, 7))
     for r in range(1000):
         for i in range(7):
             phase = Phase(r, "round", f"images {i}")
-            table[privacy.training(client, r, i, options), privacy.serving(client, phase, options)] += 1
+            table[privacy.training_shard(client, r, i, options), privacy.serving_shard(client, phase, options)] += 1
     assert (table.sum(1) == 1000).all()
     assert (abs(table - 1000 / 7) < 5 * math.sqrt(1000 / 7)).all()
 
@@ -254,8 +254,8 @@ def test_shards_take_turns_in_training_whatever_the_seed(samples, iterations, tr
     turns = []
     for seed in (0, 1):
         client = Client(samples=samples, seed=seed)
-        assert privacy.trainings(client, options) == trainings
-        turns.append([privacy.training(client, r, i, options) for r in range(10) for i in range(trainings)])
+        assert privacy.count_trainings(client, options) == trainings
+        turns.append([privacy.training_shard(client, r, i, options) for r in range(10) for i in range(trainings)])
     assert turns[0] == turns[1] == [n % 5 for n in range(10 * trainings)]
 
 
@@ -297,7 +297,7 @@ def test_a_target_is_met_by_what_the_clients_then_release(teacher):
     server = place(2)
     privacy.prepare(server, options)
     client = Client()
-    privacy.agree(client, {"privacy": server.state.get("privacy", {})})
+    privacy.keep_terms(client, {"privacy": server.state.get("privacy", {})})
     privacy.release_histogram(client, torch.tensor([20.0, 30.0]), options)
     for _ in range(6):
         privacy.sanitise(client, gradients(rows=4), options)

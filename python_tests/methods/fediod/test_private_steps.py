@@ -10,7 +10,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.methods.fediod import private_messages as privacy
 from fedkern.methods.fediod.discriminators import Discriminators
-from fedkern.methods.fediod.losses import against
+from fedkern.methods.fediod.losses import patch_entropy
 from python_tests.extras import needs_accounting
 from python_tests.methods.fediod_play import TINY, World, cleared_and_live, frozen, same
 
@@ -37,7 +37,7 @@ def test_a_row_is_the_gradient_of_an_images_own_loss(world):
         if phase.exchange == "images 2":  # client 0, whose turn it is, trains for the last time
             images = messages[0]["images"].clone().requires_grad_()
             discriminators = w.clients[0].round_cache["answers"].discriminators
-            realism = against(discriminators.module(images), True)[0]
+            realism = patch_entropy(discriminators.module(images), True)[0]
             (rows,) = torch.autograd.grad(realism.sum(), images)
         if phase.exchange == "gradients 2":
             assert w.clients[0].report["norm_d"] == pytest.approx(float(norms(rows).median()), rel=1e-3)
@@ -85,7 +85,7 @@ def kept_whoever_serves(world, monkeypatch, iterations):
     """Return client 0's discriminators after a round, once with the first and once with the last shard serving."""
     states = []
     for serves in (0, 2):
-        monkeypatch.setattr(privacy, "serving", lambda *a, shard=serves: shard)
+        monkeypatch.setattr(privacy, "serving_shard", lambda *a, shard=serves: shard)
         w = world(iterations=iterations, batched=False, **SHARDED)
         for phase in w.phases(w.round(), 0):
             if phase.exchange.startswith("images"):  # without the others the generator stays as it is
@@ -100,9 +100,9 @@ def kept_whoever_serves(world, monkeypatch, iterations):
 def test_shards_train_in_turn_whichever_serves(world, monkeypatch, serves):
     """Clients of 20, 13 and 9 samples train four, four and three times a round of four."""
     asked = Counter()
-    drawn = privacy.serving
+    drawn = privacy.serving_shard
     monkeypatch.setattr(
-        privacy, "serving", lambda *a: asked.update([shard := drawn(*a) if serves is None else serves]) or shard
+        privacy, "serving_shard", lambda *a: asked.update([shard := drawn(*a) if serves is None else serves]) or shard
     )
     w = world(iterations=4, **SHARDED)
     for number in range(3):
@@ -136,7 +136,7 @@ def test_what_is_reported_does_not_tell_who_serves(world, monkeypatch):
     """The recorded realism is that of the shard whose turn it is to train."""
     told = []
     for serves in (0, 1, 2):
-        monkeypatch.setattr(privacy, "serving", lambda *a, shard=serves: shard)
+        monkeypatch.setattr(privacy, "serving_shard", lambda *a, shard=serves: shard)
         w = world(iterations=2, **SHARDED)
         for phase in w.phases(w.round(), 0)[:2]:  # the gradients' answers report
             w.exchange(phase)
@@ -149,14 +149,14 @@ def test_what_is_reported_does_not_tell_who_serves(world, monkeypatch):
 def test_the_gradient_comes_through_the_shard_that_serves(world, monkeypatch):
     given = []
     monkeypatch.setattr(privacy, "sanitise", lambda client, rows, options: given.append(rows) or rows)
-    monkeypatch.setattr(privacy, "serving", lambda *a: 2)
+    monkeypatch.setattr(privacy, "serving_shard", lambda *a: 2)
     w = world(iterations=1, **SHARDED)
     images, gradients = w.phases(w.round(), 0)[:2]
     sent = w.exchange(images)[0][0]["images"].clone().requires_grad_()
     module = copy.deepcopy(w.clients[0].round_cache["answers"].discriminators.module)
     for name, tensor in module.parts()[0].items():
         tensor.copy_(w.clients[0].state["critics"][2]["weights"][name])
-    (expected,) = torch.autograd.grad(against(module(sent), True).sum(), sent)
+    (expected,) = torch.autograd.grad(patch_entropy(module(sent), True).sum(), sent)
     w.exchange(gradients)
     torch.testing.assert_close(given[0], expected, rtol=1e-4, atol=1e-8)
 
