@@ -30,7 +30,7 @@ def reproducible() -> Iterator[None]:
         torch.backends.cuda.enable_flash_sdp(True)
         torch.backends.cuda.enable_math_sdp(True)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
-        set_sdp_order(sorted(sdp_order(), key=lambda one: one != _MATH))
+        set_sdp_order(sorted(sdp_order(), key=lambda kernel: kernel != _MATH))
         torch.set_default_dtype(torch.float32)
         torch.set_float32_matmul_precision("highest")
         if torch.get_default_device() != torch.device("cpu"):

@@ -99,6 +99,8 @@ class Serial:
         client.report, client.phase, client.marks = {}, phase, set()
         client.on_gpu, client.drift = () if encoder is None else encoder.on_gpu, None
         client.later = None if lane is None else []
+
+        # The client works now. On a lane it only starts the GPU's work, whose results finish() reads.
         answer, wait = Answer(k), None
         if lane is not None and isinstance(message.get("parameters"), Tensor):
             context.networks.send(message["parameters"])  # sent once, before the lanes that need it
@@ -118,6 +120,7 @@ class Serial:
         def finish() -> Answer:
             start = time.perf_counter()
             with self._problems(answer, asker), cpu_threads(self._threads):
+                # Results of a lane are ready after its event, and later work on this stream may use their memory.
                 if wait is not None:
                     wait()
                     for value in answer.message.values() if answer.problem is None else ():
@@ -125,6 +128,7 @@ class Serial:
                 for work in client.later or () if answer.problem is None else ():
                     work()
                 answer.report = convert_figures(client.report, "client.report", TAKEN) if answer.problem is None else {}
+            # The state is checked even after a failure, as the client keeps it.
             problem, client.later, answer.marks = answer.problem, None, client.left_marks()
             with self._problems(answer, asker):
                 client.check_state()
@@ -132,6 +136,7 @@ class Serial:
             self._asked += 1
             if self._asked & (self._asked - 1) == 0:  # after 1, 2, 4, 8 ... answers: a state may change late
                 context.tell_attributes(client, self._objects)
+            # Encoders read the upload's values, so they run once the GPU is done.
             if answer.problem is None and encoder is not None:
                 with self._problems(answer, asker), cpu_threads(self._threads):
                     sent = self._beside(message, answer.message) if encoder.on_gpu else message

@@ -155,6 +155,8 @@ def serve(
 
 def _serve(end: socket.socket, setup: Setup | None, positions: dict[int, int] | None) -> None:
     channel, unpacker = Channel(end), Unpacker()
+
+    # A started process gets the setup by packet, a forked one has it already.
     if setup is None:
         sys.path[:], plugin_list = channel.receive_value()
         packet = channel.receive()
@@ -167,6 +169,8 @@ def _serve(end: socket.socket, setup: Setup | None, positions: dict[int, int] | 
     else:  # networks stay with the run's process
         make, arguments = setup.context.__reduce__()
         setup = replace(setup, context=make(*arguments))
+
+    # A fork shares positions and connections with the run's process until they are reopened and cut.
     if positions is not None:
         cut_connections(end.fileno())
     try:
@@ -174,10 +178,14 @@ def _serve(end: socket.socket, setup: Setup | None, positions: dict[int, int] | 
     except OSError as error:
         channel.say(f"an open file cannot be opened again: {error}")
         return
+
+    # A process with threads cannot be forked again.
     if has_threads():
         channel.say("modules that it imports start threads")
         return
     channel.say("ready")
+
+    # Requests are "fork", or the process id of a worker whose end is asked for.
     while True:
         request = channel.receive()
         if request.value != "fork":
@@ -189,6 +197,7 @@ def _serve(end: socket.socket, setup: Setup | None, positions: dict[int, int] | 
             os.close(request.extra[0])
             channel.say(child)
             continue
+        # The child leaves if the fork server died before it could be bound to its end.
         end_with_parent()
         if os.getppid() == ours:
             end.close()

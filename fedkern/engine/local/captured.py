@@ -243,6 +243,8 @@ class Graphs:
             ahead: whether batches may be made before ``run`` is done with earlier ones, with nothing between two steps.
             unverified: whether nobody declares that ``run`` can be recorded.
         """
+
+        # Recordings hold addresses and settings, so any change makes all of them stale.
         addresses = tuple((name, tensor.data_ptr()) for name, tensor in self.held.items())
         of = (network, method, ahead, settings, addresses, *_state(network))
         if of != self._of:
@@ -276,6 +278,7 @@ class Graphs:
             return self._recorded.get(key)
 
         def give_up(error: Exception) -> None:
+            # If code that declares itself recordable fails, no other step is tried.
             self._unrecordable.add(owner)
             self.off = self.off or not unverified
             failed(error)
@@ -285,6 +288,7 @@ class Graphs:
             step: Any = None
             last: Hashable = None
             for key, batch in ((_signature(batch, self.device), batch) for batch in batches):
+                # Batches wait while the same recording fits, so that one table holds many.
                 if waiting and key != last:
                     yield step(waiting)
                     waiting = []
@@ -314,6 +318,7 @@ class Graphs:
             with self.stream():
                 yield play
         finally:
+            # A recording that reads what the client received is stale after the exchange.
             lasting = {key: recording for key, recording in self._recorded.items() if recording.lasting}
             if len(lasting) < len(self._recorded):
                 self._fleeting = True

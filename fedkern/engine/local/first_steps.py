@@ -45,12 +45,15 @@ class FirstSteps(Objective):
         return self
 
     def loss(self, model: object, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        # After the watched steps, and while a step is recorded, the loss runs unchecked.
         recorded = self._client.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if not self._left or recorded:
             result = self._method.loss(model, batch, received)
             if self._clears:
                 self._network.attach_gradients()
             return result
+
+        # Compare the network before and after the loss, which may change what it should not.
         module, trained = user_module(self._network.module), self._network.trained_parameters
         flat = not isinstance(self._network, Trainable)  # a Trainable's buffers are in no vector
         before, hooks, gradients = _tensors(module, flat), _hooks(module), [tensor.grad for tensor in trained]
@@ -74,6 +77,8 @@ class FirstSteps(Objective):
                 f"{'buffer' if buffer else 'parameter'} {changed[0]}, and a run trains and sends those that it has "
                 f"before: {'write into it in place (copy_)' if buffer else 'do that where the network is made'}."
             )
+
+        # The second watched step shows whether hooks pile up.
         grown = {name for name, count in _hooks(module).items() if count > hooks.get(name, 0)}
         if piling := sorted(grown & self._hooked):
             self._client.warn(
@@ -82,6 +87,8 @@ class FirstSteps(Objective):
                 "once, or call remove() on its handle.",
             )
         self._hooked, self._left = grown, self._left - 1
+
+        # A loss that clears gradients detaches them from the flat vectors.
         if any(parameter.grad is not view for parameter, view in zip(trained, gradients, strict=True)):
             self._clears = True
             self._network.attach_gradients()
@@ -113,6 +120,8 @@ class FirstSteps(Objective):
 
     def _check_loss(self, loss: object, batch: Batch) -> None:
         """Check that a loss is a finite number that depends on trained parameters, and on no others."""
+
+        # Messages name the code that is to be changed: the network, the loss function or the method.
         owner = next(kind for kind in type(self._method).__mro__ if "loss" in vars(kind))
         code = getattr(batch.task, "loss_code", type(batch.task))
         name = "The loss of the network's outputs" if is_shipped(code) else getattr(batch.task, "loss_name", "loss_fn")
@@ -136,6 +145,8 @@ class FirstSteps(Objective):
                 f"{name} returns {loss.item()} for the first batch of client {self._client.label}: mend the network, "
                 "the loss or the samples."
             )
+
+        # Every trained parameter must be reachable from the loss, and no foreign one.
         found, opaque = _leaves_of(loss)
         known = {id(tensor) for tensor in (*self._network.module.parameters(), *leaves([batch.inputs, batch.data]))}
         outside = [leaf for leaf in found if id(leaf) not in known]

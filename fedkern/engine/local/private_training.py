@@ -57,6 +57,8 @@ def train_privately(
             error and its batch would leak samples, while the parameters are differentially private.
     """
     check_network(module, "this one")
+
+    # Numbers of steps and draws depend only on declared sizes, as a patient's number of images is private.
     size = count_declared(len(data), rows, spending)
     rows = np.arange(len(data)) if rows is None else rows
     steps_per_epoch = math.ceil(size / schedule.batch_size)
@@ -64,10 +66,14 @@ def train_privately(
     rate = min(1.0, schedule.batch_size / size)
     owners = None if spending.patients is None else np.unique(spending.patients[rows], return_inverse=True)[1]
     count = size // spending.images  # number of samples, or of patients
+
+    # With a secret, nobody who knows the seed can repeat draws and noise.
     noise = spending.noise(rate, steps)
     secret = spending.secret
     draws = client.rng(stream_name("batches", secret), phase)
     augmentation = client.rng("augmentation", phase) if data.fresh else None
+
+    # The plain optimiser of torch, whose gradients the private steps clip and noise.
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer: torch.optim.Optimizer
     if schedule.optimizer == "adamw":

@@ -293,6 +293,8 @@ def train_async(
             gradients are checked once per epoch, or on a GPU, for which the host would wait, once at the end.
         UserError: a batch is a single sample, which batch norm cannot normalise.
     """
+
+    # Streams of random numbers, and the method's hooks that the loop has to call.
     network.train_mode()
     theta, gradients = network.parameters, network.gradients
     orders = client.rng("batches", phase)
@@ -303,11 +305,15 @@ def train_async(
     prepares = kind.prepare is not Objective.prepare
     previous = client.state.get(key := f"optimizer {phase.exchange} {len(gradients)}", {}) if schedule.keep else {}
     terms = None if adjusts else method.terms(received)
+
+    # Steps are recorded if method, network and loss declare it; None is unknown, and verified.
     recordable = None if graphs is None else is_replayable(kind, network.module)
     if recordable and data.task.code():  # the user's loss
         recordable = None
     if recordable is False:
         graphs = None
+
+    # A step is recorded as a whole only for plain SGD on shared parameters; else forward and backward alone.
     hold = None  # a whole recorded step keeps its tensors in place; AdamW's numbers change every time
     has_personal = len(network.gradient_vectors) > 1  # parameters that the client keeps to itself
     if (
@@ -321,6 +327,8 @@ def train_async(
     as_whole = hold is not None
     optimiser = stepper(network, schedule, terms, previous, hold)
     step: Callable[[Rate], ops.StepResult] = optimiser.step
+
+    # A recorded step reads its learning rate from memory.
     rate = torch.zeros((), dtype=torch.float64, device=theta.device)
     rate = rate if hold is None else hold("rate", rate)
     for vector in network.gradient_vectors:
@@ -329,6 +337,7 @@ def train_async(
     seen: dict[str, int] = {}
     done, count = 0, len(data) if rows is None else len(rows)
 
+    # Draws and preparation happen batch by batch, in the order of the streams.
     def batches(epoch: int, plan: list[np.ndarray]) -> Iterator[Batch]:
         for batch in data.make_batches(plan, phase, epoch, augmentation, masked=method.masked):
             check()
@@ -339,6 +348,7 @@ def train_async(
                     batch.drawn = {**batch.drawn, **method.prepare(network.module, batch, received)}
             yield batch
 
+    # The checks of first steps wrap the loss, inside and outside of recordings.
     objective = method if first_steps is None else first_steps.watch(client, method, network)
     run = partial(one_pass, objective, network.module, partial(step, rate) if as_whole else None)
     passes: AbstractContextManager[Play] = nullcontext(partial(one_by_one, partial(run, received=received)))
@@ -349,6 +359,8 @@ def train_async(
             settings=(as_whole, schedule.momentum, schedule.weight_decay, schedule.clip_norm, terms and terms.proximal),
             unverified=recordable is None,
         )  # fmt: skip
+
+    # On a CPU, losses are checked after every epoch; a GPU is not waited for.
     records: list[Outcome] = []
     with passes as play:
         for epoch, plan in enumerate(epochs(count, schedule, orders)):
@@ -366,6 +378,8 @@ def train_async(
                 raise
             if graphs is None and theta.device.type == "cpu":
                 done, records = _digest(client.id, phase, *_gather_records(records), done, totals, seen), []
+
+    # The terms count the run's own steps, unless the stepper has counted already.
     optimiser.switch(False)
     finite = network.finite()
     counted = schedule.make is not None or has_personal  # by the stepper
@@ -378,6 +392,7 @@ def train_async(
             lambda leaf: fetch(leaf) if isinstance(leaf, Tensor) else leaf, optimiser.read_state()
         )
 
+    # One copy to the host holds all figures, on its way while the caller continues.
     groups, values = _gather_records(records, finite)
     values = to_host_async(values)
 

@@ -43,10 +43,14 @@ def find_facts(
         Settings that describe the network, the data with the network's classes if nobody named them, and sentences for
         the user.
     """
+
+    # The file of --init is fixed by its hash.
     facts: State = {}
     if config.init is not None:
         facts["init_sha256"] = initial_weights.sha256(config.init) if stored is None else stored.init_sha256
         config = config.replace(**facts)
+
+    # Built-in networks of images fit by construction, unless a setting changes them.
     entry = MODELS.get(config.model)
     if entry is None:
         raise UserError(explain_unknown(config.model))
@@ -59,6 +63,8 @@ def find_facts(
     notes = [context.networks.unfit] if context.networks.unfit and stored is None else []
     if not from_user:
         return facts, data, notes
+
+    # A user's network is tried on samples, or its output shape is checked.
     make: Any = entry.make
     if not is_of_images:
         data, output_bytes = _try_network(network, make, data)
@@ -68,6 +74,8 @@ def find_facts(
         data = _with_classes(network, data)
         classes, form = len(data.classes), data.form
         check_output(network, make.text, form, data.task.output(classes, form.shape[1:]), classes, config.data)
+
+    # A resumed run keeps what was decided at its start.
     method_registry.check_network(config.method, config.method_instance.needs, network, data, make.text)
     facts["model_layout"], facts["model_sha256"] = hash_layout(network.state_dict()), network_hash(make)
     if stored is not None:

@@ -44,6 +44,8 @@ def make_context(
     request: Request, config: RunConfig, notice: Callable[[str], None], stored: RunConfig | None, entry: Entry | None
 ) -> RunContext:
     """Load the data of a run, and complete its settings by all that data, network and functions decide."""
+
+    # Other ranks cannot see objects of this process.
     data, script, known, out = request.data, request.script, request.has_samples, request.out
     is_in_memory = bool(script.functions) or (data is not None and isinstance(data.validation, Items))
     if is_in_memory and torchrun_group.find_rank() is not None:
@@ -52,6 +54,8 @@ def make_context(
             "ranks have none: start the script without torchrun, with workers=N, or have python -m fedkern.run load "
             "FILE.py:NAME."
         )
+
+    # The data and their identity, which a resumed run takes from its checkpoint.
     are_loaded = data is None
     if data is None:
         data = run_data.load_data(config, notice=notice, identify=entry is None)
@@ -76,6 +80,8 @@ def make_context(
     # The settings that describe the network and the functions.
     found, data, notes = own_model.find_facts(config, data, stored, out, known=known)
     config = config.replace(**found, identity=identity)
+
+    # Trials of batches before anything is written, and only for a new run.
     build, alike = RunContext(config, data).networks.build, dict[str, str]()
     is_compared = isinstance(items.validation, Items) and known and stored is None
     if is_compared and isinstance(data.validation, Items):
@@ -86,11 +92,15 @@ def make_context(
         items = data
     if is_compared and (items is data or config.held_out_client is None):
         alike = check_test_sets(items)
+
+    # A resumed run goes on with the code of its start, unless the user trusts the change.
     training, warnings = script.describe_training(build, code)
     config = config.replace(**training) if training else config
     changed: list[str] = []
     if stored is not None:
         config, changed = same_code(config, stored, entry, code, out, request.trusted)
+
+    # Notices come last, when nothing can fail any more.
     for sentence in (
         *run_data.list_caveats(data),
         *(run_data.equal_samples(data) if is_compared and not alike else ()),
@@ -121,6 +131,8 @@ def _not_compared(code: Mapping[str, Mapping[str, str]], sight: Sight | None) ->
 
 def prepare(request: Request, context: RunContext, listener: ListenerGroup, *, is_begun: bool) -> RunObjects:
     """Make the objects of a run, and check them."""
+
+    # Data and method: every client's data must fit.
     config = context.config
     if config.kind.pooled:
         context.pool()
@@ -135,10 +147,14 @@ def prepare(request: Request, context: RunContext, listener: ListenerGroup, *, i
     if context.task_facts:
         network = context.networks.get("server")  # raises if an encoder's folder cannot be read
         pooling.check(network.module)
+
+    # The method makes its state first, as privacy and participation depend on it.
     with context.drawing(server, BEFORE), code("start"):
         method.start(server)
     participation = (asynchronous.Asynchronous if config.asynchronous else Participation)(config, context.federation)
     private, run_guarantee = _privacy(context, method, server, code, participation)
+
+    # What may be disclosed decides which outputs are allowed.
     context.notices.disclosure = Disclosure.of(config.records, run_guarantee)
     if request.profile and not context.notices.disclosure.clients:
         raise UserError(
@@ -149,11 +165,15 @@ def prepare(request: Request, context: RunContext, listener: ListenerGroup, *, i
         predictions_file.check(context.data.task, told=context.notices.disclosure.clients)
     if run_guarantee is not None and not run_guarantee.complete:
         context.notices.warn("partly-covered", run_guarantee.warning())
+
+    # Warnings about the machine's arithmetic.
     warnings = diagnostics.warn_emulated(config.precision, config.device)
     shape = getattr(context.data.form, "shape", ())
     warnings |= diagnostics.warn_unrepeatable(lambda: context.networks.get("server").module, shape, context.device)
     for name, text in warnings.items():
         context.notices.warn(name, text)
+
+    # Teachers and plan, which every round relies on.
     if not is_begun:  # a resumed run has loaded most of them already
         check_teachers(method, context)
     with code("rounds"):
