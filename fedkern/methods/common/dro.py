@@ -82,6 +82,7 @@ class Robust(LocalTraining):
 
     @property
     def radius(self) -> float:
+        """The radius rho of the set of client weights."""
         raise NotImplementedError
 
     # -- the exchanges: one for training, one for the losses -------------------------------------------------------
@@ -252,6 +253,7 @@ class Robust(LocalTraining):
         return float((latest[:, 0] * latest[:, 1]).sum() / latest[:, 1].sum())
 
     def judge(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the loss of a batch that determines the client weights."""
         return batch.task.loss(model, batch)
 
     def scaled(self, loss: Tensor, received: Received) -> Tensor:

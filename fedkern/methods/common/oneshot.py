@@ -108,12 +108,14 @@ class OneShot(FedAvg):
         return load(flatten(client.network()), message).eval()
 
     def head(self, server: Server) -> nn.Linear:
+        """Return the classifier to calibrate."""
         network: Any = load(flatten(server.build()), server.state)
         head: nn.Linear = network.head
         return head
 
     @torch.no_grad()
     def replace_head(self, server: Server, head: nn.Linear) -> None:
+        """Put the calibrated classifier into the server's state."""
         flat = flatten(server.build())
         network: Any = load(flat, server.state)
         network.head.weight.copy_(head.weight)
