@@ -128,6 +128,7 @@ def _run_guarded(words: list[str], leftover: bool) -> int:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere, stream.fileno())
         return BROKEN_PIPE
+    # Errors of the machine that the user can do something about. Others keep their traceback.
     except OSError as error:
         if error.errno in _FULL:
             where = f" while writing {error.filename}" if error.filename else ""

@@ -273,6 +273,7 @@ def compare(
     from fedkern.comparison.boards import choose_board
     from fedkern.usercode import plugins
 
+    # A single method need not be in a list, and folders of finished runs may stand in place of methods.
     single = isinstance(methods, (str, Path, Method, type)) or not isinstance(methods, Iterable)
     items = [methods] if single else list(methods)
     entries: list[Any] = [str(item) if isinstance(item, Path) else item for item in items]
@@ -282,6 +283,7 @@ def compare(
         if settings or sweep or select or jobs != 1:
             raise UserError("Settings are for new runs: name methods instead of folders, or leave the settings out.")
         return compare_found(folders, out=folder, target=target)
+    # Plugins first, as they register what the other arguments may name.
     plugins.load_given(api.plugins_of(settings.get("plugins")))
     pairs = [api.find_method(entry) for entry in entries]
     names = _distinct_names(pairs)
@@ -292,6 +294,7 @@ def compare(
     for name in ("train", "optimizer", "init"):
         if callable(settings.get(name)):
             raise UserError(f"{name} as a function or a module is for one run, fedkern.simulate: leave it out.")
+    # Keyword arguments describe data sets, name options of the methods, or are settings of the runs.
     about = {name: settings.pop(name) for name in api.ABOUT if name in settings}
     options = api.table_of(settings.pop("options", None), "options")
     fields = {setting.field for setting in RunConfig.list_options()} | {"data_options", "plugins"}
@@ -303,6 +306,7 @@ def compare(
     plan = replace(plan, variants=of_objects)
     data, model = settings.pop("data", None), settings.pop("model", None)
     check_in_memory(data, model, {**settings, **{name: values[0] for name, values in points.items() if values}})
+    # Runs that draw and share out the same samples share one copy in memory.
     cache: dict[tuple[str, ...], str | FederatedData | None] = {}
 
     def data_of(how: Mapping[str, object]) -> str | FederatedData | None:  # every seed draws and shares out anew
@@ -325,6 +329,7 @@ def compare(
         source = data_of(vars(config))
         return source if isinstance(source, FederatedData) else None
 
+    # A notebook has no exit code, so failures of single runs are a warning.
     tracebacks: dict[str, str] = {}
 
     def begin(where: Path) -> Comparison:

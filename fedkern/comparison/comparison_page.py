@@ -123,6 +123,7 @@ def headline(result: Result) -> list[str]:
     if not other_rows:
         parts = [f"{_figure_label(figure)} {_value(figure, base_row)}" for figure in result.figures]
         return [f"One group, {base_row['group']}, with {'; '.join(parts)}: nothing is compared."]
+    # A sentence for every figure and group, worded by how far its interval supports a difference.
     sentences, sure, unsure = [], 0, 0
     for figure in result.figures:
         for row in other_rows:
@@ -148,6 +149,7 @@ def headline(result: Result) -> list[str]:
                 sentences.append(
                     f"{title}: {row['group']} is {way} than {base_row['group']} ({points}, 95 % interval {interval})."
                 )
+    # The opening warns first of too few seeds, then of groups that cannot be distinguished.
     seeds = min(row["seeds"] for row in result.table)
     if not sentences:
         return ["No two groups have a seed in common, so nothing is compared."]

@@ -63,6 +63,7 @@ def evaluate_run(
     Arguments are those of :meth:`fedkern.api.Run.evaluate`, :meth:`fedkern.api.Run.model` and :func:`fedkern.load`.
     ``own_tests`` adds intervals on the clients' own test sets.
     """
+    # Network, settings and data are read as the run had them, with the network's classes.
     has_own = not best and _own_networks(out, trusted)
     module, about = read_model(out, trusted, model, best=best, client=0 if has_own else None)
     config = load_unedited(out, trusted=trusted, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -89,6 +90,7 @@ def evaluate_run(
         network = lambda k: place_on_device(read_model(out, trusted, model, client=k)[0])  # noqa: E731
         judge = ClientsNetworks(method, range(config.trained_clients), network)
     module = place_on_device(module)
+    # Answers are kept, as intervals need them.
     sets = _sets(sets_by_prefix(loaded), module, about, config)
     usual = own_tests and type(method).evaluate_own is Method.evaluate_own  # else a client's state is needed
     own = _sets(dict(enumerate(loaded.client_tests if usual else ())), module, about, config)

@@ -97,6 +97,7 @@ def read_model(
     """
     if best and client is not None:
         raise UserError("best=True is the global network, without what clients keep to themselves: leave client out.")
+    # Description and tensors, from a file that may be missing, damaged or of an unfinished run.
     check_regular(out)
     check_format(Path(out))
     path, mend = (Path(out) / BEST, "put the file back") if best else (Path(out) / MODEL, advise_rewriting(out))
@@ -113,6 +114,7 @@ def read_model(
         raise UserError(f"{out} has no {BEST if finished else MODEL}: {way_out}.") from None
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): {mend}.") from None
+    # Networks that the file alone cannot restore.
     if best and "samples" in about:
         raise UserError(
             f"{path} holds a module of {about['method']}, built from the server's state in round {about['rounds']}, "
@@ -123,6 +125,7 @@ def read_model(
             f"The clients of {out} keep {first_of(about['personal'], 3)} to themselves, which {path.name} has as it "
             f"began: name a client, fedkern.load({str(out)!r}).model(client=0)."
         )
+    # The module, from the network's name or by the method.
     _check_code(path, about["model"], trusted, model)
     module = model if about["model"].startswith(named_code.INSTANCE) else None
     try:
@@ -133,6 +136,7 @@ def read_model(
         raise
     except Exception as error:  # what describes no network may fail anywhere
         raise UserError(f"{path} is damaged (no network is as it says: {describe_error(error)}): {mend}.") from None
+    # The tensors, after a check that the run wrote them.
     check_results(Path(out), MODEL)
     if best and (entry := read_newest(Path(out))) is not None:
         written = entry["info"]["parts"].get("patience", {}).get("best", {})

@@ -165,6 +165,7 @@ def print_report(console: Console, report: dict[str, Any] | None = None) -> None
     def add(name: str, value: object) -> None:
         facts.add_row(name, literal_text(value, limit=MESSAGE))
 
+    # Installed packages, and whether the compiled core fits this machine and the sources beside it.
     present = {name: version for name, version in report["versions"].items() if version != "not installed"}
     absent = [name for name, version in report["versions"].items() if version == "not installed"]
     add("versions", ", ".join(f"{name} {version}" for name, version in present.items()))
@@ -183,6 +184,7 @@ def print_report(console: Console, report: dict[str, Any] | None = None) -> None
 
         names = " and ".join(report["stale"])
         add("outdated", f"{names}: not built from the csrc/ beside the package; {loading.REBUILD}")
+    # What limits speed: threads, GPUs, and the CUDA or ROCm that torch was built for.
     thread = report["threads"]
     limits = [f"{name}={thread[name] or 'unset'}" for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")]
     add("threads", f"{thread['torch']} ({', '.join(limits)}, {thread['usable cores']} cores usable)")
@@ -205,6 +207,7 @@ def print_report(console: Console, report: dict[str, Any] | None = None) -> None
     console.print(facts)
     console.print()
     console.print(_operator_table(report["operators"]))
+    # One line for all operators that a backend leaves to the reference for the same reason.
     operators = {row["operator"] for row in report["operators"]}
     notes: dict[tuple[str, bool, str], list[str]] = {}
     for row in report["operators"]:

@@ -122,6 +122,7 @@ def play(request: Request) -> int:
     from fedkern.comparison.boards import choose_board
     from fedkern.comparison.cell_runner import Runner
 
+    # Folders of finished runs are only read.
     arguments = request.arguments
     if "folders" in arguments:
         found = compared.compare_found(arguments["folders"], out=request.out, target=arguments["target"])
@@ -141,7 +142,8 @@ def play(request: Request) -> int:
         plan, number = arguments["plan"], arguments["task"]
         if number is None and not arguments["slurm"]:
             return compared.play_comparison(runner, plan)
-        pairs = [(variant, seed) for seed in plan.seeds for variant in chain(*plan.variants.values())]  # as `cells`
+        # Runs are numbered in the order of `cells`, so that a script and its tasks agree.
+        pairs = [(variant, seed) for seed in plan.seeds for variant in chain(*plan.variants.values())]
         if number is not None and not (number.isdecimal() and int(number) < len(pairs)):
             raise UserError(f'--task must be the number of a run, from 0 to {len(pairs) - 1}, not "{number}".')
         chosen = pairs if number is None else [pairs[int(number)]]
@@ -154,6 +156,7 @@ def play(request: Request) -> int:
             print(runner.folder(planned[0]))
         return None
 
+    # After an interruption, print the command that continues the comparison.
     try:
         result = compared.in_folder(request.out, begin)
     except KeyboardInterrupt as stop:

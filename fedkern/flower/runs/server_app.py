@@ -43,10 +43,12 @@ def play(grid: Grid, run_config: UserConfig) -> Summary:
         if settings.resume:
             raise UserError('resume=true goes on with a run: name its folder, out="DIR", in the run-config.')
         out, fresh = reserve(RUNS, run_name(config), 'name another run folder, out="DIR", in the run-config'), True
+    # Logged first, so that a run that is stopped can be resumed from this folder.
     out = out.absolute()
     log(INFO, "run folder: %s", out)
     again = f"flwr run with the run-config 'out=\"{out}\" resume=true'"
     code = tuple(part for _, part in config.code())
+    # The engine plays the run as for the command line, and only asks the nodes for the clients' answers.
     channel, listener = NodeChannel(grid), FlowerLog()
     registry = NodeRegistry(channel, wait=settings.wait, own_data=settings.own_data)
     try:
@@ -76,6 +78,7 @@ def play(grid: Grid, run_config: UserConfig) -> Summary:
         if fresh:
             with suppress(OSError):  # not empty: the run has begun
                 out.rmdir()
+    # The run is complete: whatever fails from here on is a warning.
     if wire := summary.get("wire"):
         log(INFO, "on the wire: %.3g MB to nodes, %.3g MB from nodes", wire["down"] / 1e6, wire["up"] / 1e6)
     draw(out, listener.data, config.data_root, code, settings.report)

@@ -27,6 +27,7 @@ _PAD = 2 / 72  # inches from a matrix to its names
 
 def draw_confusions(confusions: Confusions, *, title: str = "") -> Figure:
     """Draw at least one matrix, of at least one class, on one scale: the share of a true class's images."""
+    # All places are in inches, computed from the sizes of cells and of class names.
     classes = len(confusions.classes)
     numbers = classes <= NUMBERS
     cell = max(0.42 if classes <= 10 else 0.36, 2.1 / classes) if numbers else min(max(6 / classes, 0.1), 16 / classes)
@@ -36,6 +37,7 @@ def draw_confusions(confusions: Confusions, *, title: str = "") -> Figure:
     room = max(len(name) for name in names) * size * 0.62 / 72 + 0.1
     upright = room > cell * name_step
     below = (room if upright else size / 72 + 0.1) + _AXIS
+    # Of many classes, the most frequent mistakes are listed below the matrix.
     lists = [] if numbers else [list_mistakes(matrix, confusions.classes) for matrix in confusions.matrices.values()]
     notes = 0.1 + _LINE * (1 + max(len(lines) for lines in lists)) if lists else 0.0
     across = min(2 if numbers else 1, len(confusions.matrices))
@@ -53,6 +55,7 @@ def draw_confusions(confusions: Confusions, *, title: str = "") -> Figure:
         # As texts, which take half the time of ticks.
         figure.text(x, y, text, transform=inches, fontsize=size, **{"ha": ha, "va": "center", **how})
 
+    # Each test set has a matrix with its share of right answers above, and names at its left and below.
     upwards: dict[str, Any] = {"rotation": 90, "rotation_mode": "anchor"}
     write(0.1, top / 2 + 0.02, heading, 12, "left")
     for number, (name, matrix) in enumerate(confusions.matrices.items()):
@@ -72,6 +75,7 @@ def draw_confusions(confusions: Confusions, *, title: str = "") -> Figure:
         write(x - left + 0.15, y + side / 2, "true class", **upwards)
         for row, line in enumerate(("most frequent mistakes", *lists[number]) if lists else ()):
             write(x, end + below + 0.1 + row * _LINE, line, 9, "left", color="black" if row else GREY)
+    # All matrices share one scale, at the right.
     x, y = across * wide - _GAP + 0.15, top + _HEAD
     bar = figure.add_axes((x / width, 1 - (y + side) / height, 0.12 / width, side / height))
     heat_map(bar, np.linspace(1, 0, 256)[:, None], 1.0, rows=[], columns=[])

@@ -129,6 +129,7 @@ def _draw(
     with without_docstrings():
         from fedkern.report.figures import answer_sheets, confusion_sheet, curves, plots
 
+    # Makers of pictures run one by one in _save, so that one that fails does not stop the others.
     config, facts, records, confusion = run.config, run.facts, run.records, run.confusion
     title = f"{run.name}, seed {config.seed}"
     paths: list[Path] = []
@@ -155,6 +156,7 @@ def _draw(
         model = read_model(run.folder, trusted)[0] if model is None else model
         return answer_sheets.ANSWERS[name](run, samples and samples(), model, trusted)
 
+    # Confusion and partition are exact counts, which a private run must not keep, not even from an earlier time.
     statistics: Any = facts.statistics
     makers: dict[str, Callable[[], Figure | None]] = {
         CURVES.get(config.main, "accuracy"): accuracy,
@@ -172,6 +174,7 @@ def _draw(
     for name, make in makers.items():
         paths += _save(run.folder / PICTURES[name], make, failed)
     paths += draw_artifacts(run.artifacts, run.folder, run.name, facts.classes, failed)
+    # Last, as these load the network and the data.
     for name in _answers(run) if samples is not None else ():
         paths += _save(run.folder / PICTURES[name], partial(answer, name), failed)
     return paths

@@ -36,6 +36,7 @@ UNSHOWN = (
 
 def run_headline(run: RunInfo) -> list[str]:
     """Return the heading of a run: method, data, model, device, run folder and privacy, in two to eight lines."""
+    # Who trains on how many samples, and which test sets judge the network.
     config = run.config
     samples, clients = sum(run.samples), len(run.samples)
     tests = [
@@ -54,6 +55,7 @@ def run_headline(run: RunInfo) -> list[str]:
     training = f"{samples:,} training"
     if config.unit.name == "patient":
         training = f"training images of {samples // config.unit.images:,} patients"
+    # The first two lines are always there. The others follow only if they apply.
     noun = "images" if run.data is None else run.data.form.noun
     lines = [
         f"{config.method} on {config.data}: {who_trains}, {training}, "
@@ -70,6 +72,7 @@ def run_headline(run: RunInfo) -> list[str]:
     notes = () if run.data is None else run.data.form.seen or run.data.form.describe_stored()
     lines += notes[:1] if run.private else notes[1:] or notes  # of single sites nothing, where records are private
     lines += _resize_lines(run.data)
+    # What a reader must not overlook: the privacy guarantee, the schedule, and that the run was resumed.
     if run.guarantee is not None:
         unit = run.guarantee.unit
         lines.append(f"differential privacy of every {unit.name}: {unit.change}")
