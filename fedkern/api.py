@@ -541,7 +541,6 @@ def read_request(
     model: str | Callable[..., nn.Module] | None,
     arguments: Mapping[str, Any],
 ) -> tuple[RunConfig, FederatedData | None]:
-    """Return the settings of a run with the arguments of :func:`simulate`, and its in-memory data."""
     settings = dict(arguments)
     settings |= {table: table_of(settings.get(table), table) for table in ("options", "data_options")}
     settings["plugins"] = plugins_of(settings.get("plugins"))
@@ -587,7 +586,6 @@ def plugins_of(value: object) -> list[str]:
 
 
 def _paths(value: object, must: str) -> list[str]:
-    """Return a list of texts and paths as texts, or raise UserError beginning with ``must``."""
     paths = None if isinstance(value, (str, os.PathLike)) or not isinstance(value, Iterable) else [*value]
     if paths is None or not all(isinstance(path, (str, os.PathLike)) for path in paths):
         raise UserError(f"{must}, not {format_value(value)}.")
@@ -595,7 +593,6 @@ def _paths(value: object, must: str) -> list[str]:
 
 
 def table_of(value: object, name: str) -> dict[str, Any]:
-    """Return a copy of a dict argument, or raise UserError."""
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):

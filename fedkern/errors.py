@@ -58,9 +58,8 @@ WAYS = {
 class UserError(Exception):
     """A mistake in the input (flag, path, file, value), not in fedkern.
 
-    The message is one sentence that says what is wrong and what to do. :func:`make_printable` cleans the message. The
-    command line prints the message on standard error and exits with ``exit_code``. A library caller sees an ordinary
-    exception.
+    The message is one sentence that says what is wrong and what to do. The command line prints it on standard error and
+    exits with ``exit_code``. A library caller sees an ordinary exception.
     """
 
     exit_code = 2
@@ -117,7 +116,6 @@ class ClientFailed(RunFailed):
     Attributes:
         what: the exception, in one line.
         traceback: the exception's traceback as text, empty for a UserError, whose sentence is enough.
-        exit_code: a UserError's exit code, otherwise 1.
     """
 
     def __init__(
@@ -152,12 +150,10 @@ def user_message(error: BaseException) -> str | None:
 
 
 def error_origin(error: BaseException, code: object) -> str:
-    """Return file and line of ``code`` where an exception passed, as ``" (FILE, line N)"``.
+    """Return file and line of ``code`` where an exception passed, as ``" (FILE, line N)"``, or "".
 
-    Empty where the exception did not pass there, and for a :class:`UserError` raised by fedkern, which explains itself.
-
-    Args:
-        code: a function, or a class, whose bases are searched after the class itself.
+    ``code`` is a function, or a class, whose bases are searched after it. A :class:`UserError` raised by fedkern has no
+    origin, as it explains itself.
     """
     frames = [
         (str(frame.f_globals.get("__name__")), frame, line) for frame, line in traceback.walk_tb(error.__traceback__)
@@ -185,13 +181,12 @@ def error_origin(error: BaseException, code: object) -> str:
 def locate_errors(where: str, code: object) -> Iterator[None]:
     """Name the part of a method or data set in every exception that the part's code raises.
 
-    A UserError keeps its type, and ``where`` comes before its sentence. Other exceptions get a note. An exception
-    becomes a :class:`CodeFailed` if it would be taken for an error of the machine or the command (a broken pipe, a full
-    disk, ``sys.exit()``), or if its text is missing or too long.
+    A UserError keeps its type, with ``where`` before its sentence. Other exceptions get a note. An exception becomes a
+    :class:`CodeFailed` if it would be taken for an error of the machine or the command (a broken pipe, a full disk,
+    ``sys.exit()``), or if its text is missing or too long.
 
-    Args:
-        where: the part, as the beginning of a sentence: ``"The method's server_update of fedavg in round 2"``.
-        code: the class or function (see :func:`error_origin`).
+    ``where`` begins the sentence: ``"The method's server_update of fedavg in round 2"``. ``code``: see
+    :func:`error_origin`.
     """
     try:
         yield
@@ -235,7 +230,6 @@ def describe_error(error: BaseException) -> str:
 
 
 def has_short_text(error: BaseException) -> bool:
-    """Return whether an exception has a text of bounded length."""
     try:
         return len(str(error)) <= MESSAGE
     except Exception:
@@ -243,7 +237,6 @@ def has_short_text(error: BaseException) -> bool:
 
 
 def format_traceback(error: BaseException) -> str:
-    """Return the traceback of an exception, as text of bounded length."""
     return make_printable("".join(traceback.format_exception(error)), TRACEBACK)
 
 
@@ -307,8 +300,8 @@ def join_words(parts: Sequence[str]) -> str:
 def suggest_name(word: str, candidates: Iterable[str], cutoff: float = 0.5) -> str:
     """Return ``' Did you mean "x"?'`` for the candidates that ``word`` means, or else for the most similar one.
 
-    Dashes before a word and upper case make no difference. Returns an empty string where no similarity reaches
-    ``cutoff``, from 0 to 1. Among settings, methods, networks and data sets the text may come from `WAYS`.
+    Dashes before a word and upper case make no difference. Empty where no similarity reaches ``cutoff``, from 0 to 1.
+    Among settings, methods, networks and data sets the text may come from `WAYS`.
     """
     if len(word) > WORD:
         return ""

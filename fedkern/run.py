@@ -206,7 +206,6 @@ def _dispatch(words: list[str], leftover: bool) -> int:
 
 @contextmanager
 def _show_waiting(text: str) -> Iterator[None]:
-    """Show ``text`` on a terminal while the block runs."""
     if "torch" in sys.modules or not sys.stderr.isatty() or not _first():
         yield
         return
@@ -233,7 +232,6 @@ def _first() -> bool:
 
 
 def _ranks() -> ModuleType | None:
-    """Return torchrun's module if it is already imported under torchrun."""
     return sys.modules.get("fedkern.engine.transport.torchrun_group") if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 

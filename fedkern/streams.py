@@ -47,7 +47,6 @@ def seed_generators(word: int, device: torch.device | None = None, names: Collec
 
 
 def generator_states() -> dict[str, object]:
-    """Return the states of the CPU's global generators by name."""
     return {name: get() for name, (get, _, _) in GENERATORS.items()}
 
 
@@ -57,7 +56,6 @@ def forget_spare_number() -> None:
 
 
 def restore_generators(states: Mapping[str, Any]) -> set[str]:
-    """Restore the generators that have moved, and return their names."""
     moved = {name for name, (get, _, _) in GENERATORS.items() if name != "NumPy" and get() != states[name]}
     # Key and position show almost every move; the spare number takes longer to read.
     if _numpy_words() != states["NumPy"][0] or _read_numpy() != states["NumPy"]:

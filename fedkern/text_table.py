@@ -26,7 +26,6 @@ class Table:
     """A table of texts. The first ``words`` columns hold words, the others right-aligned numbers.
 
     Attributes:
-        header: titles of the columns.
         rows: the texts, of which a ``Text`` has its own style on a terminal.
         title: may have several lines, so names in it must be ``printable_name``.
         notes: lines below the table.
@@ -67,8 +66,6 @@ class Table:
         return Group(*titles, table, *(plain(note, MESSAGE) for note in self.notes))
 
     def html(self) -> str:
-        """Return the table as HTML in a notebook's own colours."""
-
         def text(name: str, limit: int = LINE) -> str:
             return escape(printable_name(name, limit))
 
@@ -110,7 +107,6 @@ class Table:
         return cls(rows[0], rows[1:], notes=[_of_markdown(line) for line in after if line.strip()])
 
     def latex(self) -> str:
-        """Return the table as LaTeX (package booktabs), with title and notes as comments."""
         lines = [f"% {_line(text)}" for text in (self.title, *self.notes)]
         lines += [f"\\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}", "\\toprule", _latex(self.header)]
         lines += ["\\midrule", *map(_latex, self.rows), "\\bottomrule", "\\end{tabular}"]

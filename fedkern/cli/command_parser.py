@@ -36,7 +36,6 @@ def load_command(name: str) -> ModuleType:
 
 
 def parse_words(words: Sequence[str]) -> Request:
-    """Read the words after ``python -m fedkern.run``, or raise UserError."""
     name = find_command(words)
     if name == "run":
         return flags.parse_run(words)
@@ -64,7 +63,6 @@ def parse_words(words: Sequence[str]) -> Request:
 
 
 def play_request(request: Request) -> int:
-    """Carry out a request and return the exit code."""
     if request.command == "help":
         print_result(request.help)
         return 0

@@ -44,7 +44,6 @@ def run_folder(request: Request) -> Path:
 
 
 def trusted_code(request: Request) -> tuple[str, ...]:
-    """Return the code that the run may import (:func:`fedkern.cli.request.find_trusted_code`)."""
     return find_trusted_code(run_folder(request), request.options, request.settings)
 
 

@@ -80,7 +80,6 @@ class Parser(argparse.ArgumentParser):
         self.rest: list[str] | None = None
 
     def add_folder(self, of: str, help: str = "", metavar: str = "DIR", *, several: bool = False) -> None:
-        """Add the folder, or the folders, that the command requires."""
         self.folder_of = of
         name, count = ("folders", "*") if several else ("folder", "?")
         self.add_argument(name, nargs=count, metavar=metavar, help=help or f"folder of {of}")
@@ -197,7 +196,6 @@ def check_filled(values: Mapping[str, str | None]) -> None:
 
 
 def key_values(words: Sequence[str], name: str) -> dict[str, str]:
-    """Return the pairs ``key=value`` of a repeatable flag, or raise UserError."""
     pairs: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -211,7 +209,6 @@ def key_values(words: Sequence[str], name: str) -> dict[str, str]:
 
 
 def _named_data(argv: Sequence[str], method: str | None) -> str:
-    """Return the data set whose defaults the help shows."""
     named = extensions.flag_values(argv, "--data")
     return next((name for value in named if (name := absolute(value)) in DATASETS), default_data(method or ""))
 
@@ -231,7 +228,6 @@ def _unknown(word: str, method: str | None, *parsers: Parser) -> UserError:
 
 
 def parse_run(argv: Sequence[str], *around: Parser) -> Request:
-    """Read the words of a run, in a command with a parser ``around`` them, or raise UserError."""
     named = next((word for word in argv if word in METHODS), None)
     data = _named_data(argv, named)
     parser = _parser(named, data)
@@ -293,5 +289,4 @@ def _check(request: Request) -> None:
 
 
 def as_word(value: object) -> str:
-    """Quote a value as one word of the shell."""
     return shlex.quote(as_typed(value))

@@ -10,7 +10,6 @@ from fedkern.settings.run_data import find_decided, kept_data, load_data
 
 
 def write_project(request: Request) -> int:
-    """Write the project that a command line describes, and print its files."""
     assert request.flower is not None
     choices = read_given(request)
     config = choices.config()
@@ -32,7 +31,6 @@ def write_project(request: Request) -> int:
 
 
 def _clients(choices: Given) -> list[str]:
-    """Return the clients: the given number, or those that the data name."""
     config = choices.config()
     if "clients" not in config.unset:
         return [str(k) for k in range(config.trained_clients)]

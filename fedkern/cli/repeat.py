@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 
 def _section(field: dataclasses.Field[object]) -> int:
-    """Return the place of a setting's section in a command."""
     order = (DataSettings, FederationSettings, TrainingSettings, ModelSettings)
     return next((i for i, section in enumerate(order) if field.name in section.__annotations__), len(order))
 
@@ -80,6 +79,5 @@ def repeat_command(folder: Path) -> str:
 
 
 def first_commands(result: Result) -> dict[str, str]:
-    """Return the command that repeats the first run of every group of a comparison, by group name."""
     firsts = {group.label: next(iter(group.runs.values())).folder for group in result.groups}
     return {label: text for label, run in firsts.items() if (text := repeat_command(run))}

@@ -81,14 +81,12 @@ class Given:
     names: frozenset[str]
 
     def config(self) -> RunConfig:
-        """Return the settings of the run: the choices and the defaults."""
         plugin_room.load_installed()
         loaded = plugin_room.load_given(self.plugins)
         return RunConfig.complete(self.method, self.settings, self.options, self.data_options, loaded)
 
 
 def effective_config(request: Request) -> RunConfig:
-    """Make the settings of a new run: defaults, then the ``--config`` file, then the flags."""
     choices = read_given(request)
     config = choices.config()
     check_networks(request.settings, config.data)  # flags alone: a file lists unused settings too
@@ -128,11 +126,7 @@ def read_given(request: Request) -> Given:
 
 
 def find_trusted_code(folder: Path, options: Sequence[str], settings: Mapping[str, object]) -> tuple[str, ...]:
-    """Return the code that a stored run may import: of options and --model that the command line repeats.
-
-    Raises:
-        UserError: the folder holds no run, or a run with other values of these options.
-    """
+    """Return the code that a stored run may import: of options and --model that the command line repeats."""
     model = settings.get("model")
     if not options and model is None:
         return ()

@@ -40,7 +40,6 @@ class Board(Listener):
         self.planned, self.done = planned, 0
 
     def focus(self, cell: Cell) -> None:
-        """Announce that the next events are those of this cell."""
         self.playing = f"{cell.variant.label}, seed {cell.seed}"
 
     def on_cell(self, cell: Cell) -> None:

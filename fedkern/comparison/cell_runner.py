@@ -51,7 +51,7 @@ class OtherGrounds(UserError):
 
 @dataclass
 class Runner:
-    """The runs of a comparison, in folders in ``out``. ``script`` is as in :func:`fedkern.engine.run.run`.
+    """The runs of a comparison, in folders in ``out``.
 
     Attributes:
         data: returns the in-memory data of a run, or None.
@@ -77,12 +77,7 @@ class Runner:
     _compared: set[Path] = field(default_factory=set)
 
     def plan(self, variants: Sequence[Variant], seeds: Sequence[int]) -> list[Cell]:
-        """Return the cells of some variants, whose existing run folders must have the same settings.
-
-        Raises:
-            UserError: a setting that a method does not take, a folder of other settings or without a run, or more jobs
-                than cores.
-        """
+        """Return the cells of some variants, whose existing run folders must have the same settings."""
         result = cells(variants, seeds, self.make)
         configs = []
         for cell in result:
@@ -107,8 +102,8 @@ class Runner:
     def play(self, planned: Sequence[Cell], check: Callable[[Cell, FoundRun], None] | None = None) -> None:
         """Run the cells that are not finished. A failed cell is noted, and the others still run.
 
-        ``check`` is called with every finished cell and its run, and its UserError ends the comparison. If all cells
-        fail for the same reason, that exception is raised. So is OSError for a full disk.
+        The UserError of ``check``, called with every finished cell and its run, ends the comparison. So does a full
+        disk, and an error that all cells share.
         """
         self.board.on_cells(planned)
         outcomes: list[Exception | None] = []
@@ -198,7 +193,6 @@ class Runner:
         return [*(part for _, part in cell.config.code()), *cell.config.plugins]
 
     def _stored_config(self, cell: Cell) -> RunConfig:
-        """Return the settings to continue a cell's run."""
         folder = self.folder(cell)
         check_regular(folder)
         stored = load_settings(folder, trusted=self._trusted_code(cell), device=cell.config.device)
@@ -259,15 +253,9 @@ def check_grounds(begun: list[tuple[Path, RunConfig]], folder: Path, config: Run
 
 
 def pick_best(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: int) -> tuple[list[Variant], list[str]]:
-    """Return the best variant of every method by the main validation figure of one seed's runs.
+    """Return every method's best variant by the main validation figure of one seed, and sentences on the choices.
 
     Test figures choose nothing. The first of equally good variants wins, and failed or NaN variants never do.
-
-    Returns:
-        A variant for every method with a finished run, and a sentence for every method that had a choice.
-
-    Raises:
-        UserError: a run has no validation figure.
     """
     candidates = [variant for choices in by_method.values() if len(choices) > 1 for variant in choices]
     winners, sentences = [], []

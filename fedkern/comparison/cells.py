@@ -81,7 +81,6 @@ def folder_name(words: Iterable[str]) -> str:
 
 
 def check_methods(names: Sequence[str]) -> None:
-    """Raise UserError for no method, an unknown method or a method given twice."""
     if not names:
         raise UserError("Nothing to compare: name methods, such as fedgid fedavg, or folders of runs.")
     for name in names:
@@ -112,13 +111,8 @@ def variants(
 ) -> dict[str, list[Variant]]:
     """Return the variants of every method: all combinations of the swept settings that the method has.
 
-    Args:
-        methods: names of methods.
-        sweep: values by name of a run's setting or of a method option. A name of both means the run's setting.
-        singles: names of settings and options that are given with one value.
-
-    Raises:
-        UserError: an unknown, unsweepable or repeated name, or a wrong or repeated value.
+    ``sweep`` has values by name of a run's setting or of a method option (a name of both means the run's setting),
+    ``singles`` the names that are given with one value.
     """
     declared = {setting.field: setting for setting in RunConfig.list_options()}
     swept: dict[str, Sequence[Any]] = {}
@@ -157,7 +151,6 @@ def variants(
 
 
 def _distinct(option: Option, values: Sequence[object], name: str) -> list[Value]:
-    """Convert the values to the setting's type, and raise UserError for a repeated value."""
     result = [option.convert(value) for value in values]
     for value in result:
         if result.count(value) > 1:
@@ -166,11 +159,7 @@ def _distinct(option: Option, values: Sequence[object], name: str) -> list[Value
 
 
 def cells(choices: Iterable[Variant], seeds: Sequence[int], make: Callable[[Variant, int], RunConfig]) -> list[Cell]:
-    """Return the runs of some variants, seed by seed: after the first pass every variant has a run.
-
-    Raises:
-        UserError: settings that a method does not take, or more than `MOST_CELLS` runs.
-    """
+    """Return the runs of some variants, seed by seed: after the first pass every variant has a run."""
     all_variants = list(choices)
     if len(all_variants) * len(seeds) > MOST_CELLS:
         raise UserError(f"These are {len(all_variants) * len(seeds)} runs: sweep fewer values, or take fewer seeds.")

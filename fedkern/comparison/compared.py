@@ -143,12 +143,7 @@ class Plan:
 
 
 def play_comparison(runner: Runner, plan: Plan) -> Comparison:
-    """Run the unfinished runs of a comparison and write its files.
-
-    Raises:
-        UserError: wrong settings, a run folder of other settings, every run failed, or no round has the target's
-            figure.
-    """
+    """Run the unfinished runs of a comparison and write its files."""
     all_variants, target = [*chain(*plan.variants.values())], plan.target
     texts = [*plan.notes]
     try:
@@ -198,11 +193,7 @@ def _target_check(target: Target, methods: Sequence[str], out: Path) -> Callable
 
 
 def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: str | None) -> Comparison:
-    """Compare existing runs, grouped by method and settings except the seed, into ``out`` or a new folder.
-
-    Raises:
-        UserError: a folder without a finished run, a run given twice, or no round has the target's figure.
-    """
+    """Compare existing runs, grouped by method and settings except the seed, into ``out`` or a new folder."""
     runs, unfinished = read_runs(folders)
     notes = [f"Left out, as not finished: {first_of(unfinished, SHOWN)}."] if unfinished else []
     result = Result(group_runs(runs), None if target is None else Target.read(target), notes)
@@ -214,7 +205,6 @@ def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: st
 
 
 def unread(methods: Sequence[str], settings: Collection[str], options: Iterable[str]) -> list[str]:
-    """Return sentences on settings and options that some of the methods ignore."""
     names = [name for name in OF_ROUNDS if name in settings]
     one_shot = [method_registry.short_name(method) for method in methods if method_registry.get(method).one_shot]
     flags = " and ".join(map(flag, names))
@@ -349,7 +339,6 @@ def compare(
 
 
 def _distinct_names(entries: Sequence[Given]) -> list[str]:
-    """Return the methods' names, each once, or raise UserError for a repeated method or name."""
     plain = [name for name, options in entries if not options]
     cells.check_methods(plain if len(plain) == len(entries) else list(dict.fromkeys(name for name, _ in entries)))
     for entry in entries:
@@ -386,7 +375,6 @@ def _of_objects(
 
 
 def check_select(select: str | None, sweep: Mapping[str, object] | None) -> None:
-    """Raise UserError for an unknown selection, or one without a sweep."""
     if select is None:
         return
     if select != "validation":

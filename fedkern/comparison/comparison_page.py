@@ -116,7 +116,6 @@ def page(folder: Path, result: Result, commands: Mapping[str, str]) -> Page:
 
 
 def headline(result: Result) -> list[str]:
-    """Return a sceptic's conclusions from a comparison, sentence by sentence."""
     if not result.figures:
         return ["The runs tell no main figure, so nothing is compared."]
     base_row, *other_rows = result.table

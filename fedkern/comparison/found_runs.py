@@ -80,7 +80,6 @@ class Group:
 
 
 def read_run(folder: str | Path, trusted: Collection[str] = ()) -> FoundRun:
-    """Read a finished run's folder, or raise UserError if it is unfinished, edited or damaged."""
     path = Path(folder)
     config = load_unedited(path, trusted=trusted, device="cpu")
     summary = read_summary(path)
@@ -90,11 +89,7 @@ def read_run(folder: str | Path, trusted: Collection[str] = ()) -> FoundRun:
 
 
 def read_runs(folders: Iterable[str | Path]) -> tuple[list[FoundRun], list[str]]:
-    """Read run folders, and all finished runs in folders of runs. Also return the unfinished ones.
-
-    Raises:
-        UserError: a folder holds no finished run, or a run is given twice.
-    """
+    """Read run folders, and all finished runs in folders of runs. Also return the unfinished ones."""
     runs: dict[Path, FoundRun] = {}
     unfinished: list[str] = []
     for given_folder in folders:
@@ -115,12 +110,8 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[FoundRun], list[str]]
 def group_runs(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None = None) -> list[Group]:
     """Group runs by method and by all settings but the seed, in the order of each group's first run.
 
-    Args:
-        label: name of a run's group (None: the method, and the settings in which its groups differ).
-
-    Raises:
-        UserError: two runs of a group have the same seed, runs under one data name differ in their data, or, with
-            ``label``, in code or files.
+    ``label`` names a run's group (None: by the method, and the settings in which its groups differ). Raises UserError
+    for a repeated seed, for different data under one name and, with ``label``, for different code or files.
     """
     runs = list(runs)
     check_grounds(runs, code=label is not None)
@@ -192,9 +183,9 @@ def differing_settings(groups: Sequence[Group]) -> str:
 
 
 def main_figures(groups: Sequence[Group]) -> list[str]:
-    """Return the names of each run's main figure on its test sets, without validation sets, which are no results.
+    """Return the names of each run's main figure on its test sets, not on validation sets, which are no results.
 
-    If clients of a run have their own networks, the mean and the worst client on its own test set follow.
+    If clients have their own networks, the mean and the worst client on its own test set follow.
     """
     runs, sets = [run for group in groups for run in group.runs.values()], own_sets(groups)
     main_names = {name: 0 for run in runs for name in run.metrics if name.endswith(run.config.main)}
@@ -206,5 +197,4 @@ def main_figures(groups: Sequence[Group]) -> list[str]:
 
 
 def own_sets(groups: Iterable[Group]) -> set[str]:
-    """Return the names of the test sets for which the runs have figures of classes."""
     return {name for group in groups for run in group.runs.values() for name in run.summary.get("per_class", ())}

@@ -40,7 +40,6 @@ PATIENCE = 10.0
 
 
 def check_jobs(jobs: object, configs: Sequence[RunConfig]) -> None:
-    """Raise UserError unless ``jobs`` runs of these settings can play at once."""
     if type(jobs) is not int or jobs < 1:
         raise UserError(f'--jobs must be a whole number from 1 on, not "{jobs}".')
     workers = {f"the runs have --workers {config.workers}" for config in configs if config.workers not in _ONE_PROCESS}
@@ -71,10 +70,7 @@ class _Forwarder(Listener):
 class RunProcess:
     """The process of a run. Raises UserError if the run cannot be sent to another process, or none can be started.
 
-    Args:
-        log: file of what the run prints.
-        script: as in :func:`fedkern.engine.run.run`.
-        play: that function with the settings and further arguments.
+    ``log`` takes what the run prints. ``play`` is :func:`fedkern.engine.run.run` with its arguments except ``script``.
     """
 
     def __init__(self, cell: Cell, log: Path, script: ScriptObjects, play: partial[dict[str, Any]]) -> None:

@@ -129,7 +129,6 @@ class PublishedCell:
         return Target.read(self.target) if self.target else None
 
     def check(self) -> None:
-        """Raise UserError if keys contradict each other."""
         for key, choices in _CHOICES.items():
             if (value := getattr(self, key)) not in choices:
                 raise UserError(f'{key} must be {" or ".join(choices)}, not "{value}".{suggest_name(value, choices)}')
@@ -156,7 +155,6 @@ class Paper:
     note: str = ""
 
     def text(self, command: str) -> str:
-        """Return a command with the texts of ``words`` in place of their names."""
         for name, phrase in self.phrases.items():
             command = command.replace(f"{{{name}}}", phrase)
         return command
@@ -164,9 +162,7 @@ class Paper:
     def words(self, command: str, before: Path | None = None) -> list[str]:
         """Return the words of a command, with the run folder ``before`` and the local paths of code and folders.
 
-        Raises:
-            NotHere: a code file or a package is missing.
-            UserError: an open quote, or an unknown name in braces.
+        Raises NotHere if a code file or a package is missing.
         """
         try:
             words = shlex.split(self.text(command))
@@ -222,7 +218,6 @@ def list_papers() -> list[str]:
 
 
 def read_paper(name: str) -> Paper:
-    """Return the paper of a name, or in the file ``NAME.toml``, or raise UserError."""
     path = expand(name) if name.endswith(".toml") else PAPERS / f"{name}.toml"
     if not name.endswith(".toml") and name not in list_papers():
         raise UserError(
@@ -298,7 +293,6 @@ def _check_keys(table: Mapping[str, object], known: Mapping[str, object]) -> Non
 
 
 def _value(key: str, value: Any, kind: object) -> Any:
-    """Convert a value of the file to the type that an attribute declares."""
     if key == "seeds":
         return read_seeds(value)
     if key == "sweep":

@@ -84,14 +84,8 @@ class Deadline(Listener):
 class Job:
     """The runs of a paper's command: all points of its sweep with the first seed, the best point with all seeds.
 
-    The folder is named by the command, so that cells of the same command share their runs.
-
-    Args:
-        entry: has the command.
-        seeds: at least one.
-        read: makes settings of the words of a command.
-        out: folder of the reproduction.
-        runner: other arguments of the `Runner`.
+    The folder is named by the command, so that cells of the same command share their runs. ``read`` makes settings of
+    the words of a command.
     """
 
     def __init__(
@@ -152,7 +146,6 @@ class Job:
 
         Raises:
             InUse: another process plays these runs, or those of ``before``.
-            UserError: a run cannot be played, or all failed.
             OutOfTime: the budget is used up.
         """
         with atomic.report_unwritable(self.folder):
@@ -171,7 +164,7 @@ class Job:
     def _play_points(self) -> None:
         """Run the points of the sweep with the first seed. A point that fails is noted and not run again.
 
-        If all fail for the same reason, such as a missing package, no point is to blame and none is noted.
+        If all fail for the same reason, such as a missing package, none is noted.
         """
         points = [point for point in self.points if not self.failure_file(point).exists()]
         firsts = self.runner.plan(points, self.seeds[:1])
@@ -206,7 +199,6 @@ class Job:
         return [(point, self.runs(point).get(self.seeds[0])) for point in self.points]
 
     def histories(self) -> Groups:
-        """Return the round records of every run, finished or not, by sweep point and seed."""
         histories = {}
         for point in self.points:
             for seed in self.seeds:
@@ -215,7 +207,6 @@ class Job:
         return histories
 
     def runs(self, point: Variant) -> dict[int, FoundRun]:
-        """Return the finished runs of a point, by seed."""
         seeds = [seed for seed in self.seeds if self.is_finished(seed, point)]
         return {cell.seed: self.runner.read(cell) for cell in self.runner.plan([point], seeds)}
 
@@ -231,7 +222,6 @@ class Reproduction:
         tell: receives lines for people.
         absent: why cells have no data here, by cell name.
         failures: messages by cell name.
-        tracebacks: of runs in which Python code failed.
     """
 
     paper: Paper
@@ -345,7 +335,6 @@ class Reproduction:
         return True
 
     def _outcome(self, cell: PublishedCell, job: Job) -> Outcome | None:
-        """Return the outcome of a cell's runs, None until all are finished."""
         if job.runs_left or (winner := job.best_point()) is None:
             return None
         runs = job.runs(winner)

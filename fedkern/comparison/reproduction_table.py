@@ -36,7 +36,6 @@ class Row:
     curves: Groups = field(default_factory=dict)
 
     def texts(self) -> list[str]:
-        """Return the row's texts, one for every title of `HEADER`."""
         cell, verdict, outcome = self.cell, self.verdict, self.outcome
         published = "" if cell.published is None else figure_text(cell, cell.published)
         ours = "" if verdict.ours is None else _interval(cell, verdict.ours)
@@ -49,7 +48,6 @@ class Row:
         return [cell.table, cell.name, published, ours, gap, seeds, effect, short]
 
     def values(self) -> dict[str, object]:
-        """Return the row as plain values by name."""
         cell, verdict, outcome = self.cell, self.verdict, self.outcome
         keys = ("table", "name", "figure", "target", "baseline", "published")
         row = {key: getattr(cell, key) for key in keys}
@@ -87,13 +85,11 @@ def page(paper: Paper, rows: Sequence[Row]) -> Page:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Return a sentence with the number of cells of every verdict."""
     counts = {kind: sum(row.verdict.kind == kind for row in rows) for kind in VERDICTS}
     return f"{join_words([f'{count} {kind}' for kind, count in counts.items() if count])}, of {len(rows)} cells."
 
 
 def sentences(paper: Paper, rows: Sequence[Row]) -> list[str]:
-    """Return the table's sources and methods, sentence by sentence."""
     texts = [f"Published figures: {paper.citation}." if paper.citation else "", paper.note]
     sources = by_reason((row.cell.source, row.cell.name) for row in rows)
     texts += [f"{source}: {'; '.join(names)}." for source, names in sources.items()]

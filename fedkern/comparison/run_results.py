@@ -74,10 +74,8 @@ class Result:
     def table(self) -> list[dict[str, Any]]:
         """A row for every group, with plain numbers, None where there is no value.
 
-        Keys: ``group``, ``method``, ``seeds`` (number of runs); for every main figure its mean under the figure's name
-        and ``FIGURE_std``, ``FIGURE_difference``, ``FIGURE_low`` and ``FIGURE_high`` (to the first group); ``bytes``
-        and ``seconds``, each with ``_std``; with a target ``reached`` (number of runs) and ``rounds_to_target``,
-        ``bytes_to_target`` and ``seconds_to_target``, each with ``_std``, if all runs reach it.
+        The keys are those of :attr:`fedkern.comparison.compared.Comparison.table`. ``bytes``, ``seconds`` and the costs
+        of a target have a ``_std`` too. A target has costs if all runs reach it.
         """
         base = self.groups[0]
         rows = []
@@ -105,7 +103,6 @@ class Result:
         return rows
 
     def run_rows(self) -> list[dict[str, object]]:
-        """Return a row for every run: group, method, seed, final figures, bytes, seconds, target and folder."""
         rows = []
         for group in self.groups:
             for seed, run in group.runs.items():
@@ -118,7 +115,6 @@ class Result:
         return rows
 
     def sentences(self) -> list[str]:
-        """Return the notes below the table, sentence by sentence."""
         texts = [_seeds(self.groups)]
         if self.shared_start:
             texts.append(
@@ -216,7 +212,6 @@ class Result:
 
 
 def spread_text(figure: str, mean: float | None, deviation: float | None) -> str:
-    """Return a mean ± standard deviation with the figure's unit."""
     if mean is None:
         return "not told"
     if deviation is None:
@@ -276,7 +271,6 @@ def _intervals(groups: Sequence[Group], figures: Sequence[str]) -> str:
 
 
 def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
-    """Return rows as CSV, with the union of their columns."""
     file = io.StringIO()
     writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()

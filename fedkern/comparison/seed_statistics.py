@@ -72,7 +72,6 @@ class Target:
 
     @classmethod
     def read(cls, text: str) -> Target:
-        """Return the target in ``FIGURE=VALUE``, ``FIGURE<=VALUE`` or ``FIGURE>=VALUE``, or raise UserError."""
         match = _TARGET.fullmatch(str(text))
         name, sign, number = match.groups() if match else ("", "", "nan")
         try:
@@ -92,7 +91,6 @@ class Target:
         return self if self.fixed else replace(self, falls=falls)
 
     def check_direction(self) -> None:
-        """Raise UserError if it is unknown whether low or high values are better."""
         if self.falls is None:
             ways = f"--target {self.figure}<={self.value:g} or --target {self.figure}>={self.value:g}"
             raise UserError(

@@ -25,7 +25,6 @@ class Outcome:
 
     Attributes:
         values: the figure by seed, at least one, None for a seed that misses the target.
-        rounds: rounds played, by seed.
         effect: the figure at every point of the sweep, for people.
         bytes: sent in both directions, mean of the runs, and ``up`` those that clients sent.
         build: fedkern's version in the runs.
@@ -53,8 +52,8 @@ class Verdict:
     Attributes:
         detail: a few words, such as by how much the figure differs.
         ours: mean of the figure over the seeds with its interval, None if a seed has no figure.
-        gap: mean difference to the baseline, paired by seed, with its interval.
-        published_gap: the paper's difference to its baseline, None if unpublished.
+        gap: mean difference to the baseline, paired by seed.
+        published_gap: the paper's difference to its baseline.
     """
 
     kind: str
@@ -68,7 +67,6 @@ class Verdict:
 
 
 def figure_of(cell: PublishedCell, run: FoundRun) -> float | None:
-    """Return the cell's figure of a finished run, None if the run misses the target."""
     if cell.goal is not None:
         check_told(cell.goal.figure, run)
         return cell.goal.crossing(run.records)
@@ -78,7 +76,6 @@ def figure_of(cell: PublishedCell, run: FoundRun) -> float | None:
 
 
 def best_value(figure: str, run: FoundRun) -> float:
-    """Return the best value of a figure over the evaluated rounds."""
     check_told(figure, run)
     values = [record[figure] for record in run.records if isinstance(record.get(figure), float)]
     finite = [value for value in values if math.isfinite(value)]
@@ -86,7 +83,6 @@ def best_value(figure: str, run: FoundRun) -> float:
 
 
 def check_told(figure: str, run: FoundRun) -> None:
-    """Raise UserError if no round of a run has the figure."""
     figures = {name for record in run.records for name, value in record.items() if isinstance(value, float)}
     if figure not in figures:
         raise _untold(figure, run, figures)
@@ -100,7 +96,6 @@ def _untold(figure: str, run: FoundRun, figures: Mapping[str, float] | set[str])
 
 
 def falls(figure: str, run: FoundRun) -> bool:
-    """Return whether a lower figure is better, or raise UserError if unknown."""
     if (better := run.direction(figure)) is None and figure != ROUNDS:
         raise UserError(f'The run in {run.folder} does not say whether a low "{figure}" is a good one: choose another.')
     return better != "max"

@@ -67,14 +67,14 @@ class Finished:
         """Read a run folder, and the run's own data or another data set.
 
         Args:
-            data: another data set for the downstream task, whose training samples form one pool. Without ``data_root``
-                and ``data_options`` the code of the run's own data means these.
+            data: another data set, whose training samples form one pool. Without ``data_root`` and ``data_options`` the
+                code of the run's own data means these.
             data_root: folder of the data's files, for the run's own data the current one.
             data_options: options of the other data set. The run's own data only take ``labels``, which moves no sample
                 to another client or split.
             cache: folder of decoded images (None: for the run's own data the run's folder).
             trusted: code that may be imported, see :func:`fedkern.load`.
-            best: read the network of the best round (``--patience``).
+            best: read the network of the best round.
         """
         config = load_unedited(out, trusted=trusted, device="cpu")
         module, about = read_model(out, trusted, best=best)
@@ -105,7 +105,6 @@ class Finished:
 
     @torch.no_grad()
     def text_embeddings(self, network: PairNetwork, texts: tuple[str, ...] | list[str]) -> Tensor:
-        """Return unit vectors fp32 ``[n, 128]``."""
         tokens = network.tokenize(texts)
         parts = []
         all_rows = torch.arange(len(texts))

@@ -46,7 +46,6 @@ def outputs(module: nn.Module, data: FederatedData, samples: object, size: int) 
 
 
 def _inputs(reader: ItemReader, data: FederatedData) -> Iterator[tuple[object, int]]:
-    """Yield the network's inputs of every batch, which may have no targets, and its number of samples."""
     takes = 0 if data.form.inputs is None else len(data.form.inputs["args"])
     for batch in reader.batches():
         inputs_only = isinstance(batch.data, (tuple, list)) and len(batch.data) == takes > 1

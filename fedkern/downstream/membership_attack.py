@@ -49,34 +49,25 @@ def attack(
     """Attack the model of a finished run: members are the clients' training samples, the others are test images.
 
     Samples that the run holds out (``--client-test``, ``--held-out-client``) are neither. So are samples that a method
-    keeps from the training (see ``Method.untrained``), such as FedIOD's hold-out, because other parts of the method may
-    have seen them.
+    keeps from the training (see ``Method.untrained``), because other parts of the method may have seen them.
 
     The test set is that of the training distribution (``id``, if there are several). If the clients' samples follow
-    another distribution, the area differs from 0.5 for that reason alone.
-
-    Images of one patient or case depend on each other. If the data name patients or cases, these are the groups of
-    :func:`fedkern.privacy.membership_attack`.
+    another distribution, the area differs from 0.5 for that reason alone. Images of one patient or case depend on each
+    other, and are the groups of :func:`fedkern.privacy.membership_attack` if the data name them.
 
     Args:
         data: the in-memory federated data of the run.
         data_root: current folder of the data files.
-        keep: write the result into the run folder (see :func:`write`).
+        keep: write the result into the run folder.
         trusted: code that may be imported (see :func:`fedkern.load`).
-        model: a module like the one that the run was given instead of a network's name.
+        model: a module like the one that the run was given.
         best: attack the network of the best round.
 
     Returns:
-        These entries:
-
-        * ``network``: ``"best"``, or ``"last"`` for that of the last round.
-        * ``auc``, ``low``, ``high``, ``tpr``, ``tpr_low``, ``tpr_high``, ``fpr``, ``members``, ``test_losses``,
-          ``member_groups``, ``other_groups``: see :class:`fedkern.privacy.Attack`.
-        * ``independent``: the unit that the intervals take as independent, "image", "patient" or "case".
-        * ``member_loss``, ``other_loss``: means in nats, null in the file if infinite.
-        * ``clients``: the area for each client's members alone.
-        * ``left_out``: number of images without a known pixel, if any.
-        * ``untrained``: number of samples that the method kept from the training, if any.
+        The entries of :class:`fedkern.privacy.Attack`, and ``network`` ("best" or "last"), ``independent`` (the unit
+            "image", "patient" or "case" of the intervals), ``member_loss`` and ``other_loss`` (means in nats, null in
+            the file if infinite), ``clients`` (the area for each client's members), ``left_out`` (images without a
+            known pixel, if any) and ``untrained`` (samples that the method kept from the training, if any).
     """
     out = Path(out)
     moved = {} if data_root is None else {"data_root": data_root}
@@ -147,7 +138,6 @@ def place(out: Path | str, network: str = "last") -> Path:
 
 
 def write(out: Path | str, result: Result) -> None:
-    """Write the result of :func:`attack` to attack.json, completely or not at all."""
     text, path = json.dumps(plain(result), indent=2, allow_nan=False), place(out, result["network"])
     if path.parent != Path(out):
         atomic.make_folder(path.parent)
@@ -168,7 +158,6 @@ def losses(model: nn.Module, split: Split, data: FederatedData) -> Tensor:
 
 
 def _check(members: Tensor, test_losses: Tensor, out: Path) -> None:
-    """Raise UserError for too few losses or a NaN."""
     for values, noun in ((members, "training samples"), (test_losses, "test images")):
         if len(values) < 2:
             raise UserError(

@@ -40,7 +40,6 @@ TOLERANCE = 1e-4
 
 
 def find_format(kind: str | None, out: Path | str | None) -> str:
-    """Return the format of a file, if ``kind`` is None by its suffix, or raise UserError."""
     if kind is not None and kind not in FORMATS:
         hint = suggest_name(str(kind), FORMATS)
         raise UserError(f'--format must be one of {", ".join(FORMATS)}, not "{kind}".{hint}')
@@ -81,14 +80,14 @@ class Exportable:
 
     Attributes:
         network: the module whose tensors a state dict holds.
-        program: the module in other files, in eval mode.
+        program: the module in other files.
         args, kwargs: inputs for two samples, as a batch of one would be taken for a constant.
         judged: part of an output to compare: for images the class probabilities.
         about: entries of the JSON file.
         raw: entry ``input`` of a state dict, whose network does not normalise.
         names: input names in an ``onnx`` file (empty: the exporter's).
-        unfit: why only a state dict can be written, else empty.
-        lengths: whether other axes than the first may also have any length that the network takes.
+        unfit: why only a state dict can be written.
+        lengths: whether other axes than the first may have any length that the network takes.
     """
 
     network: nn.Module
@@ -110,13 +109,11 @@ class Exportable:
 def exportable(
     out: Path | str, trusted: Collection[str] = (), model: nn.Module | None = None, *, best: bool = False
 ) -> Exportable:
-    """Return the network of a run folder (see :meth:`Predictor.open`)."""
     module, about = read_model(out, trusted, model, best=best)
     return of_items(module, about) if "items" in about else of_images(Predictor.of(out, module, about, trusted))
 
 
 def of_images(predictor: Predictor) -> Exportable:
-    """Return a network of images, whose program normalises them itself."""
     channels, height, width = predictor.image_shape
     form = predictor.form
     about = {
@@ -160,12 +157,9 @@ def of_items(module: nn.Module, about: Description) -> Exportable:
 def export(bundle: Exportable, out: Path, kind: str) -> list[Path]:
     """Write the network in one of the `FORMATS` and its description as JSON, and return both paths.
 
-    ``onnx`` and ``torch-export`` files take any number of samples, images as fp32 ``[B, C, H, W]`` in [0, 1], and
-    return logits. A ``state-dict`` file holds only the tensors, and its images are normalised by ``mean`` and ``std``
-    of the JSON file.
-
-    The file is read again before it takes its name, an ``onnx`` file with onnxruntime if installed. UserError leaves no
-    file.
+    ``onnx`` and ``torch-export`` files take any number of samples. A ``state-dict`` file holds only the tensors, and
+    its images are normalised by ``mean`` and ``std`` of the JSON file. The file is read again before it takes its name,
+    an ``onnx`` file with onnxruntime if installed. UserError leaves no file.
     """
     writers: dict[str, Callable[..., None]] = {"onnx": _onnx, "torch-export": _program}
     about = bundle.about | {"format": kind} | ({"input": bundle.raw} if kind == "state-dict" else {})

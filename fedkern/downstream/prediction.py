@@ -47,11 +47,10 @@ class Predictor:
 
     Attributes:
         module: the network, in eval mode.
-        classes: names of the classes, in the order of the logits.
-        image_shape: channels, height and width of the network's images.
+        classes: in the order of the logits.
+        image_shape: channels, height and width.
         mean, std: per channel, of images in [0, 1].
         grey_bits, window: as in `fedkern.data.forms.ImageForm`.
-        batch: batch size.
     """
 
     def __init__(self, module: nn.Module, about: Description, where: Path | str = "The run") -> None:
@@ -75,16 +74,11 @@ class Predictor:
     def open(
         cls, out: Path | str, trusted: Collection[str] = (), model: nn.Module | None = None, *, best: bool = False
     ) -> Self:
-        """Read the network of a run folder, as :meth:`fedkern.api.Run.model`.
-
-        Raises:
-            UserError: no finished run, a run of image-text pairs, or a network that saw parts of images.
-        """
+        """Read the network of a run folder, as :meth:`fedkern.api.Run.model`."""
         return cls.of(out, *read_model(out, trusted, model, best=best), trusted)
 
     @classmethod
     def of(cls, out: Path | str, module: nn.Module, about: Description, trusted: Collection[str] = ()) -> Self:
-        """Return the predictor of a network that is already read."""
         if "items" in about:
             raise UserError(
                 f"The network in {out} is for samples that are no images: give them in Python, "
@@ -148,13 +142,11 @@ class Predictor:
 
     @reproducible()
     def probabilities_of(self, paths: Sequence[Path]) -> Tensor:
-        """Return the probabilities of image files, decoding a batch at a time."""
         self.check_window(paths)
         slices = batch_slices(len(paths), self.batch) if paths else [slice(0, 0)]
         return torch.cat([self.probabilities(self.read(paths[rows])[0]) for rows in slices])
 
     def files(self, paths: Sequence[Path]) -> Iterator[Row]:
-        """Yield every file with its probabilities and its size, decoding a batch at a time."""
         self.check_window(paths)
         for rows in batch_slices(len(paths), self.batch):
             images, sizes = self.read(paths[rows])
@@ -162,11 +154,7 @@ class Predictor:
 
 
 def found_images(paths: Sequence[Path]) -> list[Path]:
-    """Return the given image files, and all image files in the given folders and their subfolders.
-
-    Raises:
-        UserError: a missing path, a folder without images, or two paths to one file.
-    """
+    """Return the given image files, and those in the given folders and their subfolders. Repeats are errors."""
     images: list[Path] = []
     for path in paths:
         check_text(str(path), "the path")
@@ -186,15 +174,14 @@ def found_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def find_repeat(values: Sequence[Value]) -> Value | None:
-    """Return the first repeated value, or None."""
     return next((value for value, count in Counter(values).items() if count > 1), None)
 
 
 def write_table(out: Path, predictor: Predictor, rows: Iterable[Row]) -> None:
     """Write a CSV file with the columns ``path``, ``predicted`` (several labels joined by ``|``) and probabilities.
 
-    Classes get a prefix ``p_`` if one is called ``path`` or ``predicted``. Rows are written as they come, into a file
-    beside ``out`` that replaces it at the end. An error leaves nothing behind.
+    Classes get a prefix ``p_`` if one is called ``path`` or ``predicted``. Rows go into a file beside ``out`` that
+    replaces it at the end. An error leaves nothing.
     """
 
     classes = predictor.classes
@@ -219,8 +206,8 @@ def write_table(out: Path, predictor: Predictor, rows: Iterable[Row]) -> None:
 def write_masks(folder: Path, paths: Sequence[Path], rows: Iterable[Row]) -> None:
     """Write the predicted class of every pixel as a grey PNG of the image's own size and name.
 
-    Masks are written as they come, into a folder beside ``folder``, which must not exist, that replaces it at the end.
-    An error leaves nothing behind. ``rows`` are in the order of ``paths``.
+    Masks go into a folder beside ``folder``, which must not exist, that replaces it at the end. An error leaves
+    nothing.
     """
     names = [f"{path.stem}.png" for path in paths]
     if twice := find_repeat(names):

@@ -72,6 +72,5 @@ def figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def average_figures(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return the mean of every figure that all of ``rows`` have."""
     shared = [name for name in rows[0] if all(name in row for row in rows)]
     return {name: sum(row[name] for row in rows) / len(rows) for name in shared}

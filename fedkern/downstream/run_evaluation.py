@@ -175,7 +175,6 @@ def _own_networks(out: Path | str, trusted: Collection[str]) -> bool:
 
 
 def list_sets(data: FederatedData) -> Iterator[str]:
-    """Yield a line on every test set: its images and patients, in all and by site."""
     for name, split in data.tests.items():
         all_rows, names = torch.arange(len(split)), data.client_names or data.form.sites
         sites = [] if split.homes is None else [(site, split.homes == k) for k, site in enumerate(names)]
@@ -221,7 +220,6 @@ def _sets(splits: Mapping[Key, Split], module: nn.Module, about: Description, co
 
 
 def _fit_classes(data: FederatedData, about: Description, out: Path) -> FederatedData:
-    """Map labels of all test sets to the network's classes, some of which the data may not have."""
     task, classes = data.task, list(about["classes"])
     if data.task.name != about["task"]:
         raise UserError(f'The run in {out} is for {about["task"]}, and the data set "{data.name}" is for {task.name}.')

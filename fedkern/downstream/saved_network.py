@@ -77,12 +77,12 @@ def read_model(
     """Read the network that a finished run evaluated last, in eval mode on the CPU.
 
     The run's own network is built from its name alone. Any other module (fused clients, an ensemble) is built by the
-    method from the checkpoint, and then loads the tensors of model.safetensors. A network evaluated without running
-    statistics (``--buffers drop`` or ``local``) uses each batch's statistics.
+    method from the checkpoint, and then loads the tensors. A network evaluated without running statistics uses each
+    batch's.
 
     Args:
         trusted: code that may be imported (see :func:`fedkern.load`).
-        model: a module like the one that the run was given instead of a network's name.
+        model: a module like the one that the run was given.
         best: read the network of the best round (``--patience``).
         client: read this client's own network.
 
@@ -92,8 +92,8 @@ def read_model(
             ``build_pair``.
 
     Raises:
-        UserError: no finished run, a missing, damaged or foreign file, untrusted code, no state for ``best``, or a
-            network that needs a ``client``, whose clients keep the rest.
+        UserError: no finished run, a missing, damaged or foreign file, untrusted code, or a missing ``client`` or
+            state.
     """
     if best and client is not None:
         raise UserError("best=True is the global network, without what clients keep to themselves: leave client out.")
@@ -184,7 +184,6 @@ def _plain(about: Description, out: Path, trusted: Collection[str]) -> nn.Module
 
 
 def _rebuilt(out: Path, about: Description, trusted: Collection[str]) -> nn.Module:
-    """Build the method's module from the server's state at the end of the run."""
     context = _context(out, about, trusted, about["samples"])
     state = Checkpoints(out).last_server_state()
     if state is None:
@@ -206,7 +205,6 @@ def _context(out: Path, about: Description, trusted: Collection[str], sizes: Seq
 
 
 def _of_client(network: nn.Module, about: Description, out: Path, trusted: Collection[str], client: int) -> nn.Module:
-    """Return a client's network at the end of a run with the global ``network``."""
     config = load_unedited(out, trusted=trusted, device="cpu")
     count = config.trained_clients
     if not config.own_networks or "samples" in about:

@@ -113,8 +113,6 @@ def streaming(method: F) -> F:
 
 
 class InformedStrategy(Protocol):
-    """A strategy that is told which arrays and nodes a round has: `averaging.FedAvg`."""
-
     arrayrecord_key: str
     aggregate_train: Callable[..., object]
     begin: Callable[[ArrayRecord | None, Sequence[int]], None]
@@ -251,12 +249,9 @@ _LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, Err
 
 @dataclass
 class NodeReply:
-    """A node's reply: ``packed``, unless there is an ``error`` or the content is ``malformed``.
+    """A node's reply to a message: ``packed``, unless there is an ``error`` or the content is ``malformed``.
 
-    Attributes:
-        reply_to: name of the answered message.
-        lost: whether node or message are gone, rather than that the node's app has failed.
-        malformed: the reason, as the end of a sentence.
+    ``lost`` says that node or message are gone, rather than that the node's app has failed.
     """
 
     reply_to: str
@@ -290,7 +285,6 @@ class NodeChannel:
         return named[0] if named and named[0] else None
 
     def collect_replies(self, names: Sequence[str]) -> list[NodeReply]:
-        """Return the replies that have arrived, each only once."""
         if not names:
             return []
         arrivals: list[NodeReply] = []
@@ -315,8 +309,7 @@ class NodeChannel:
 def for_one_message() -> bool:
     """Return whether Flower started this process for one message, with packages that outlive the process.
 
-    SuperNodes start such processes, simulations do not. Flower deletes dependencies installed at run time when the
-    process ends.
+    SuperNodes do, simulations do not. Flower deletes dependencies installed at run time when the process ends.
     """
     return Path(sys.argv[0]).stem == "flwr-clientapp" and "--allow-runtime-dependency-installation" not in sys.argv
 
@@ -332,7 +325,6 @@ def unpack_message(message: Message) -> tuple[str, bytes]:
 
 
 def make_reply(message: Message, packed: bytes) -> Message:
-    """Return the reply to a message."""
     return Message(RecordDict({_HEADER: ConfigRecord({"header": ""}), _MESSAGE: _in_record(packed)}), reply_to=message)
 
 

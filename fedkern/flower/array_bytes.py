@@ -159,7 +159,6 @@ def npy_bytes(vector: np.ndarray, shape: tuple[int, ...]) -> bytes:
 
 @functools.lru_cache(maxsize=4096)
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """Return the beginning of a ``.npy`` file, for a dtype as in ``numpy.dtype.str``."""
     stream = io.BytesIO()
     np.lib.format.write_array_header_1_0(stream, {"descr": dtype, "fortran_order": False, "shape": shape})
     return stream.getvalue()

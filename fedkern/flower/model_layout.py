@@ -61,9 +61,7 @@ class Layout:
         forms: key, shape and dtype name of every entry.
         flat: dtype name of a flat model's vector, None for a plain model.
 
-    Attributes:
-        size: P, number of floating elements.
-        dtype: the widest floating dtype, fp32 without any.
+    ``size`` is P, the number of floating elements, and ``dtype`` the widest floating dtype, fp32 without any.
     """
 
     def __init__(self, forms: Sequence[tuple[str, tuple[int, ...], str]], flat: str | None = None) -> None:
@@ -123,7 +121,6 @@ class Layout:
 
     @classmethod
     def of(cls, record: Mapping[str, FlowerArray]) -> Layout:
-        """Return the layout of a record, or raise Misfit."""
         if FLAT not in record:
             forms = {key: array_bytes.read_header(array, _name(key)) for key, array in record.items()}
             return cls([(key, form.shape, form.dtype) for key, form in forms.items()])
@@ -147,7 +144,7 @@ def _read_listing(record: Mapping[str, FlowerArray]) -> list[tuple[str, tuple[in
 
 
 class Model:
-    """A record that fits a layout: its numbers, in the record's own memory. Raises Misfit otherwise.
+    """A record that fits a layout (else Misfit is raised): its numbers, in the record's own memory.
 
     Any floating dtype fits a floating entry. Infinities of the model ``sent`` may stand in the same places here.
     """

@@ -109,7 +109,6 @@ class RunningMean:
             self._integers[key] = take_rank([self._integers.get(key, array), array])
 
     def norms(self) -> list[float]:
-        """Return the norms of the updates in the order of :attr:`nodes`."""
         return self._norms
 
     def result(self, model: NewModel) -> tuple[NewModel, Integers] | None:
@@ -160,7 +159,6 @@ class AllModels:
 
     @property
     def vectors(self) -> list[Tensor]:
-        """The models in order, each ``[P]``. A plain model is copied."""
         return [reply.model.vector() for reply in self._held]
 
     def rows(self, run: Sequence[Entry], chosen: Sequence[int] | None = None) -> list[Tensor]:

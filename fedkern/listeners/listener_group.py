@@ -16,12 +16,9 @@ from fedkern.usercode.code_execution import host_code
 class ListenerGroup(Listeners):
     """Passes the events of a run to its listeners, including each one of a :class:`Listeners`.
 
-    A listener that raises is left out from then on, and one of ``warnings`` has its name and the error. Three errors
-    pass:
-
-    * an exception that code does not raise by mistake, such as ``KeyboardInterrupt``,
-    * an error of an ``essential`` listener,
-    * a :class:`UserError` of ``restore`` or ``on_start``, when nothing of a run can be lost yet.
+    A listener that raises is left out with a warning. Three errors pass: an exception that code does not raise by
+    mistake, such as ``KeyboardInterrupt``, an error of an ``essential`` listener, and a :class:`UserError` of
+    ``restore`` or ``on_start``, when nothing of a run can be lost yet.
     """
 
     def __init__(self, listener: Listener) -> None:
@@ -113,7 +110,6 @@ def _parts(listener: Listener) -> Iterator[Listener]:
 
 
 def _number_name(name: str, names: Iterable[str]) -> str:
-    """Return ``name``, numbered if it is taken."""
     taken, candidate, number = set(names), name, 2
     while candidate in taken:
         candidate, number = f"{name}-{number}", number + 1

@@ -30,7 +30,6 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Return versions of Python, fedkern (with its commit) and its packages, "not installed" if absent."""
     packages = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -77,7 +76,6 @@ def processor() -> dict[str, object]:
 
 
 def cuda_core() -> str:
-    """Return the architectures and the driver of fedkern's CUDA core, or why there is none."""
     from fedkern.ops._core import devices, loading
 
     try:
@@ -90,7 +88,6 @@ def cuda_core() -> str:
 
 
 def threads() -> dict[str, object]:
-    """Return the number of PyTorch's threads, which the compiled core uses too, and the settings that limit them."""
     import torch
 
     return {
@@ -133,7 +130,6 @@ def gpus() -> tuple[list[dict[str, object]], str]:
 
 
 def collect_report() -> dict[str, Any]:
-    """Return everything that :func:`print_report` prints, as JSON-ready values."""
     import torch
 
     import fedkern.ops  # registers the operators

@@ -34,5 +34,4 @@ def literal_text(name: object, style: str = "", limit: int = CELL) -> Text:
 
 
 def print_line(console: Console, text: str) -> None:
-    """Print a line literally and in full length."""
     console.print(literal_text(text, limit=sys.maxsize), soft_wrap=True)

@@ -48,7 +48,6 @@ class Contents:
 
     @property
     def name(self) -> str:
-        """Method and data of the run, for titles."""
         return f"{self.config.method} on {self.config.data}"
 
     @property
@@ -65,7 +64,6 @@ class Contents:
 
     @property
     def main(self) -> list[str]:
-        """Names of the main figures on the test sets."""
         main = self.config.main  # with any prefix: ``ood_accuracy``, ``vote_accuracy``
         names = [name for name in self.metrics if name.endswith(main) and self.split(name)[0] != "validation"]
         return [name for name in names if self.split(name)[1] == main] or names[:1]

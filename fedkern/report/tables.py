@@ -217,7 +217,6 @@ def class_table(summary: Summary) -> Table | None:
 
 
 def partition_table(statistics: PartitionStatistics, limit: int = CLIENTS) -> Table:
-    """Return client × class counts of a partition, for at most ``limit`` clients."""
     row_words = "client and class" if statistics.classes else "client"
     header = statistics.header()
     # More than twelve classes do not fit a terminal.
@@ -230,7 +229,6 @@ def partition_table(statistics: PartitionStatistics, limit: int = CLIENTS) -> Ta
 
 
 def own_tests_table(summary: Summary, main: str) -> Table:
-    """Return the ``main`` figure and a few more of the first clients on their test sets."""
     clients = summary["client_metrics"]
     own_sets = summary.get("client_test_set") == "own"
     title = "own test sets of the clients" if own_sets else "the clients' parts of the test set"
@@ -246,7 +244,6 @@ def own_tests_table(summary: Summary, main: str) -> Table:
 
 
 def interval_texts(row: Row) -> list[str]:
-    """Return the ends of an interval in words, and the numbers of units and samples."""
     unit = row["unit"]
     counts = {unit: row["units"], "samples": row["samples"]}
     ends = f"none: {'too few' if row['units'] < LEAST else 'equal'} {unit}"
@@ -267,7 +264,6 @@ def intervals_tables(rows: Sequence[Row], limit: int = CLIENTS) -> list[Table]:
 
 
 def worst_client_line(summary: Summary) -> str:
-    """Return a sentence on the client with the worst figure on its own test set, or ""."""
     worst = summary.get("worst_client")
     if worst is None:
         return ""
@@ -277,7 +273,6 @@ def worst_client_line(summary: Summary) -> str:
 
 
 def attack_table(attack: Mapping[str, Any], name: str) -> Table:
-    """Return the table of a membership attack on the run ``name``."""
     unit, groups = attack["independent"], (attack["member_groups"], attack["other_groups"])
     interval = f"none: too few {unit}s" if attack["low"] is None else f"{attack['low']:.3f} to {attack['high']:.3f}"
     rows = {
@@ -299,7 +294,6 @@ def attack_table(attack: Mapping[str, Any], name: str) -> Table:
 
 
 def downstream_table(result: Mapping[str, Any]) -> Table:
-    """Return the figures of a downstream task, with a row for each test set."""
     network_count = result["networks"]
     mean = f", mean over {network_count} networks" if network_count > 1 else ""
     columns = list(dict.fromkeys(name for row in result["rows"] for name in row))

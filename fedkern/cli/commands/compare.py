@@ -68,7 +68,6 @@ def add_flags(parser: Parser) -> None:
 
 
 def check_request(request: Request, parser: Parser) -> Request:
-    """Return the request for the methods or folders, or raise UserError."""
     from fedkern.comparison.cells import check_methods, read_sweep
     from fedkern.comparison.compared import Plan
 
@@ -194,13 +193,11 @@ exec {command} --task "$SLURM_ARRAY_TASK_ID"
 
 
 def _again(words: Sequence[str], out: Path) -> str:
-    """Return the command that continues the comparison in ``out``."""
     named = any(word == "--out" or word.startswith("--out=") for word in words)
     return " ".join([PROGRAM, *map(as_word, words), *([] if named else ["--out", as_word(out)])])
 
 
 def config_of(request: Request, variant: Variant, seed: int) -> RunConfig:
-    """Return the settings of one run: common ones, the variant's, and the options that the method has."""
     from fedkern.comparison.cells import own_settings, word
 
     method, options = variant.method, request.arguments["options"]
@@ -234,7 +231,6 @@ def print_outcome(
     request: Request, folder: Path, as_json: Callable[[], object], table: Table, sentences: Iterable[str],
     tracebacks: Mapping[str, str], failures: Collection[str],
 ) -> int:  # fmt: skip
-    """Print the result of many runs and their failures, and return the exit code."""
     from fedkern.report.live.progress_bar import make_console
     from fedkern.report.names import print_line
 

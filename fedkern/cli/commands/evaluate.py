@@ -47,7 +47,6 @@ def _tasks_with(name: str) -> list[str]:
 
 
 def check_request(request: Request, parser: Parser) -> Request:
-    """Return the request with the task's ``settings``, or raise UserError."""
     arguments = request.arguments
     words, settings = {name: arguments.pop(name) for name in FLAGS}, {}
     for name, word in words.items():
@@ -87,7 +86,6 @@ def result_path(request: Request) -> Path:
 
 
 def play(request: Request) -> int:
-    """Evaluate the network, print its figures and write them into the run folder."""
     from rich.console import Group
 
     from fedkern.cli.backend_check import check_backend

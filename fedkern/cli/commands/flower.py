@@ -48,12 +48,6 @@ def add_flags(parser: Parser) -> None:
 
 
 def play(request: Request) -> int:
-    """Run the project.
-
-    Raises:
-        UserError: Flower refuses the project.
-        RunFailed: the run fails or is stopped.
-    """
     importlib.import_module("fedkern.flower.adapter")  # says which flwr is needed
     project, arguments = run_folder(request), request.arguments
     name, settings = arguments["superlink"], arguments["federation_config"]

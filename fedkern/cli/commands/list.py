@@ -14,7 +14,6 @@ def add_flags(parser: Parser) -> None:
 
 
 def catalogue() -> dict[str, dict[str, str]]:
-    """Return names and one-line descriptions of everything that can be named, including plugins."""
     from fedkern.data import DATASETS, PARTITIONERS
     from fedkern.methods import AGGREGATORS, METHODS, METRICS
     from fedkern.methods.aggregators import Rule

@@ -30,7 +30,6 @@ def check_request(request: Request, parser: Parser) -> Request:
 
 
 def play(request: Request) -> int:
-    """Write a table of classes, or for segmentation masks, and print a few rows."""
     from fedkern.downstream import prediction
     from fedkern.report.live.progress_bar import show_progress
 

@@ -60,7 +60,6 @@ def add_flags(parser: Parser) -> None:
 
 
 def check_request(request: Request, parser: Parser) -> Request:
-    """Return the request, or raise UserError without a paper or with a wrong budget."""
     from fedkern.comparison import published
 
     arguments = request.arguments
@@ -76,7 +75,6 @@ def check_request(request: Request, parser: Parser) -> Request:
 
 
 def read_budget(text: str) -> float:
-    """Return the seconds of a time such as ``2h``, ``90m`` or ``0``."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(h|min|m|s)?\s*", text)
     if match is None or (match[2] is None and float(match[1])):
         raise UserError(f'--budget must be a time such as 2h, 90m or 30s, not "{text}".')

@@ -122,7 +122,6 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
 def _illustrate(
     request: Request, config: RunConfig, out: Path, data: object, code: tuple[str, ...], view: Listener
 ) -> None:
-    """Draw the pictures of a finished run, and write its report if asked for."""
     from fedkern.report.figures.pictures import finished_pictures
     from fedkern.report.live.progress_bar import make_console
     from fedkern.report.names import print_line

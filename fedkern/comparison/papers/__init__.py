@@ -1,4 +1,1 @@
-"""Published tables as data, a TOML file for every paper.
-
-The format is that of `fedkern.comparison.published`.
-"""
+"""Published tables as data, a TOML file for every paper (see `fedkern.comparison.published`)."""

@@ -14,14 +14,11 @@ from fedkern.errors import UserError
 from fedkern.streams import stream
 
 SHARDS = 2
-"""Shards of a client where the data are sorted."""
+"""Shards of a client if the data are sorted."""
 
 
 class TwoNN(nn.Sequential):
-    """Two hidden layers of 200 units with ReLU.
-
-    199,210 parameters on MNIST.
-    """
+    """Two hidden layers of 200 units with ReLU: 199,210 parameters on MNIST."""
 
     def __init__(self, classes: int = 10, channels: int = 1, image_size: int = 28) -> None:
         super().__init__(
@@ -33,7 +30,7 @@ class TwoNN(nn.Sequential):
 class CNN(nn.Sequential):
     """Two 5x5 convolutions with 32 and 64 channels, each before a 2x2 max pooling, and 512 units with ReLU.
 
-    1,663,370 parameters on MNIST, which says that the convolutions keep the size of their input.
+    1,663,370 parameters on MNIST, which shows that the convolutions keep the size of their input.
     """
 
     def __init__(self, classes: int = 10, channels: int = 1, image_size: int = 28) -> None:
@@ -46,26 +43,16 @@ class CNN(nn.Sequential):
 
 
 def mnist(root: str | Path | None, clients: int, partition: str, seed: int) -> FederatedData:
-    """MNIST with all 60,000 training images at clients of equal size, pixels in [0, 1], and no validation set.
+    """Load MNIST with all 60,000 training images at clients of equal size, pixels in [0, 1], without validation set.
 
-    Args:
-        root: folder of the IDX files.
-        clients: number of clients, 100 in the paper.
-        partition: ``iid``, or ``classes:2`` for the paper's own split: sorted by digit and cut into two shards a
-            client, of 300 images with 100 clients.
-        seed: shuffles the images, or deals the shards.
-
-    Raises:
-        UserError: another partition, or files that are missing or damaged.
+    ``partition`` is ``iid``, or ``classes:2`` for the paper's own split: sorted by digit and cut into two shards a
+    client, of 300 images with 100 clients.
     """
     return pixel_mnist(root, lambda labels: shares(labels, clients, partition, seed))
 
 
 def shares(labels: Tensor, clients: int, partition: str, seed: int) -> list[Tensor]:
-    """Rows of every client, int64.
-
-    ``labels`` and the other arguments are those of :func:`mnist`.
-    """
+    """Return the rows of every client, int64."""
     draw = stream(seed, "partition").permutation
     if partition == "iid":
         return [torch.from_numpy(rows) for rows in np.array_split(draw(len(labels)), clients)]

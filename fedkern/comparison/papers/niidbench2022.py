@@ -18,7 +18,7 @@ from fedkern.streams import stream
 class CNN(nn.Sequential):
     """5x5 convolutions with 6 and 16 channels, each before a 2x2 max pooling, and 120 and 84 units with ReLU.
 
-    44,426 parameters on MNIST; the convolutions do not pad their input, as in the released code.
+    44,426 parameters on MNIST. The convolutions do not pad their input, as in the released code.
     """
 
     def __init__(self, classes: int = 10, channels: int = 1, image_size: int = 28) -> None:
@@ -33,28 +33,19 @@ class CNN(nn.Sequential):
 
 
 def mnist(root: str | Path | None, clients: int, partition: str, seed: int) -> FederatedData:
-    """MNIST with all 60,000 training images at the clients, pixels in [0, 1], and no validation set.
+    """Load MNIST with all 60,000 training images at the clients, pixels in [0, 1], without validation set.
 
-    Args:
-        root: folder of the IDX files.
-        clients: number of clients, 10 in the paper.
-        partition: ``classes:2`` for the released code's own split, or one of fedkern's, such as ``dirichlet:0.5``,
-            which has the released code's balancing and its at least 10 samples of every client.
-        seed: draws the split.
-
-    Raises:
-        UserError: a partition that is none or cannot be met, or files that are missing or damaged.
+    ``partition`` is ``classes:2`` for the released code's own split, or one of fedkern's, such as ``dirichlet:0.5``,
+    which balances as the released code and has at least 10 samples of every client.
     """
     return pixel_mnist(root, lambda labels: shares(labels, clients, partition, seed))
 
 
 def shares(labels: Tensor, clients: int, partition: str, seed: int) -> list[Tensor]:
-    """Rows of every client, int64.
+    """Return the rows of every client, int64.
 
-    ``labels``, int64 ``[n]``, and the other arguments are those of :func:`mnist`.
-
-    With ``classes:2`` client i holds digit i and one other digit drawn at random, and the holders of a digit share
-    its images equally: unlike in fedkern's own ``classes:2``, a digit may have many holders.
+    With ``classes:2`` client i holds digit i and one other random digit, and the holders of a digit share its images
+    equally. Unlike in fedkern's own ``classes:2``, a digit may have many holders.
     """
     if partition != "classes:2":
         return [torch.from_numpy(rows) for rows in splits.partition(partition, labels.numpy(), clients, seed)]

@@ -13,14 +13,9 @@ from fedkern.data.types import FederatedData
 
 
 def pixel_mnist(root: str | Path | None, shares: Callable[[Tensor], list[Tensor]]) -> FederatedData:
-    """MNIST with all training images at clients, pixels in [0, 1], and no validation set.
+    """Load MNIST with all training images at clients, pixels in [0, 1], without validation set.
 
-    Args:
-        root: folder of the IDX files.
-        shares: rows of every client, int64, from the labels, int64 ``[60000]``.
-
-    Raises:
-        UserError: files are missing or damaged.
+    ``shares`` maps the labels, int64 ``[60000]``, to the rows of every client, int64.
     """
     source = open_idx("mnist", root)
     pools = [pool.take(torch.arange(len(pool))) for pool in (source.train, source.validation)]

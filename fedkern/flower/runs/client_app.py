@@ -45,7 +45,6 @@ def introduce(message: Message, context: Context) -> Message:
 
 @app.train()
 def answer(message: Message, context: Context) -> Message:
-    """Answer a message of the run's server."""
     header, packed = unpack_message(message)
     reply: bytes | None = None
     stays = _stays(context.run_config.get("flower.resident", STAYS))

@@ -1,11 +1,11 @@
 """A process that stays on a node and answers a client's messages, where Flower starts one process for each.
 
-Flower's process would import torch, load the data and replay the round for every message. Instead it hands the message
-to a *client daemon*, started by the first process, without importing torch. The bits are the same.
+Flower's process would import torch, load the data and replay the round for every message. Instead it hands the message,
+without importing torch, to a *client daemon*, which the first process started. The bits are the same.
 
 A daemon works for one run and one SuperNode. It ends with its run, after a while without messages, and with the process
 that started its first message. Both ends talk over an abstract Unix socket (only on Linux), which leaves no file, and
-check that the other end belongs to the same user.
+check the other end's user.
 """
 
 from __future__ import annotations

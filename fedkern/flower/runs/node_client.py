@@ -62,9 +62,8 @@ class ClientRequest:
         run: name of the run, 32 hexadecimal digits.
         attempt: name of the server's process, new for a resumed run.
         asker: name of the object whose ``client_update`` is called.
-        begin: name of the state that the round begins with, None for a client without state.
+        begin: name of the state that the round begins with.
         oldest: oldest round of the plan whose states the server's checkpoints name.
-        last: whether this is the round's last message.
         threads, client_threads: CPU threads of the run, on which bits depend.
         plan: how far convolutions of a user's network wait (`fedkern.acceleration`), "" to run as written.
         data: fingerprint that the node's data must match, None if nodes have their own data.
@@ -89,7 +88,6 @@ class ClientRequest:
 
     @classmethod
     def read(cls, values: object) -> ClientRequest:
-        """Check plain values and make a request of them, or raise Malformed."""
         protocol = values.get("protocol") if isinstance(values, dict) else None
         if protocol != PROTOCOL:
             raise Malformed(f"has the form {protocol!r} where this version of fedkern reads {PROTOCOL}")
@@ -134,7 +132,6 @@ class NodeClients:
 
     Args:
         base: folder of the clients' states of all runs on this node.
-        notice: called with progress, may be replaced between messages.
         own_data: whether this node's folder holds only its client's data.
         half: whether replies travel as bf16.
     """
@@ -150,7 +147,6 @@ class NodeClients:
     _known: set[int] = field(default_factory=set)  # clients whose data fit the method
 
     def answer(self, request: ClientRequest, packed: bytes) -> bytes:
-        """Return a client's answer to a message of the server, packed for :func:`read_reply`."""
         message = _unpack_message(packed)
         if self._serial is None:
             try:
@@ -175,7 +171,6 @@ class NodeClients:
     # -- once in a process -----------------------------------------------------------------------------------------
 
     def _prepare_clients(self, request: ClientRequest) -> Serial:
-        """Make data and method, as `fedkern.engine.run.run` does before its first round."""
         keep_freed_memory()
         config = self.config.replace(
             threads=request.threads, client_threads=request.client_threads, plan=request.plan or None
@@ -288,11 +283,7 @@ def pack_reply(
     ledger: object = None,
     half: bool = False,
 ) -> bytes:
-    """Return the reply of a client to a request.
-
-    ``public`` is whether the reply may disclose more than the upload, ``changed`` whether the client's state has
-    changed.
-    """
+    """Return the reply of a client. ``public`` is whether it may disclose more than the upload."""
     problem: dict[str, Any] | None = None
     if isinstance(failure := answer.problem, Diverged):
         batch, cause = (failure.batch, failure.what) if public else (0, "")

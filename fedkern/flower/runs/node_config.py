@@ -13,7 +13,6 @@ STAYS = 600.0
 
 
 def own_client(node_config: UserConfig) -> int:
-    """Return the node's client, or raise UserError."""
     client, of = (node_config.get(name) for name in ("partition-id", "num-partitions"))
     if type(client) is not int or client < 0 or (of is not None and (type(of) is not int or client >= of)):
         raise UserError(

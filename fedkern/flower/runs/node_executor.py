@@ -1,10 +1,8 @@
 """Flower's executor: every client works on its own node, with the bits of the serial executor.
 
-All messages of an exchange are sent at once. A client's state stays on its node, and the server's checkpoint holds only
-the state's name, with which a resumed server tells every node where the round begins.
-
-A client whose node is not connected, or that misses the deadline, is left out of the round. Everything from a node is
-checked, and malformed replies and undeclared uploads are refused.
+A client's state stays on its node, and the server's checkpoint holds only the state's name, with which a resumed server
+tells every node where the round begins. A client whose node is not connected, or that misses the deadline, is left out
+of the round. Everything from a node is checked, and malformed replies and undeclared uploads are refused.
 """
 
 from __future__ import annotations

@@ -88,7 +88,6 @@ class NodeFolder:
             raise UserError(f"An earlier message of this round cannot be read ({error}).") from None
 
     def drop_messages(self, plan: int) -> None:
-        """Delete the stored messages of rounds before ``plan``."""
         for numbers in self._list_versions(_MESSAGE):
             if numbers[0] < plan:
                 self._message(Version(*numbers)).unlink(missing_ok=True)

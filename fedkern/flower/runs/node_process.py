@@ -44,7 +44,6 @@ def answer_message(header: str, packed: bytes, run_config: UserConfig, node: Use
 
 
 def describe_data(run_config: UserConfig, node: UserConfig, notice: Notice) -> dict[str, object]:
-    """Return number of samples and form of a node's own data."""
     data = data_of_one(
         run_settings.read_run_config(run_config, node_config.folder(node, "data-root")).config, notice, node=True
     )

@@ -27,7 +27,7 @@ class NodeRegistry:
 
     Attributes:
         count: number of clients, set before :meth:`meet`.
-        home: connected nodes by client, the latest one if a client has several.
+        home: connected nodes by client, the latest one of several.
         facts: nodes' descriptions of their own data, by client.
     """
 
@@ -45,7 +45,7 @@ class NodeRegistry:
     def meet(self, warn: Warn) -> None:
         """Wait for the nodes of all clients, and go on without some of them after ``wait`` seconds.
 
-        Raises UserError if no node is connected. From now on ``warn`` takes warnings, a name and a sentence.
+        Raises UserError without any node. ``warn`` takes this and later warnings, a name and a sentence.
         """
         self._warn = warn
         end, pause = time.monotonic() + self._wait, _FIRST_PAUSE

@@ -55,7 +55,6 @@ def pack_value(value: object, *, half: bool = False) -> bytes:
 
 
 def unpack_value(data: bytes) -> object:
-    """Return the packed value with new tensors on the CPU, or raise Malformed."""
     size = int.from_bytes(data[:8], "little")
     if size > LONGEST_TEXT:
         raise Malformed(f"has a text of {size:,} bytes where {LONGEST_TEXT:,} is the most")

@@ -54,7 +54,6 @@ class Project:
     clients: Sequence[str]
 
     def write(self, folder: Path) -> list[Path]:
-        """Write the project, and return its files."""
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists and is not an empty folder: name a new one with --flower.")
         code = self._code()
@@ -143,7 +142,6 @@ clientapp = "fedkern.flower.runs.client_app:app"
         return rows
 
     def _portable(self, field: str, value: object) -> object:
-        """Return a setting's value for the project, in which code has no folder."""
         if value is None:
             return ""
         named = named_code.parse(str(value)) if field in CODE else None

@@ -35,7 +35,6 @@ def main(grid: Grid, context: Context) -> None:
 
 @key_words()
 def play(grid: Grid, run_config: UserConfig) -> Summary:
-    """Run a flat run-config, and return the run's summary."""
     settings = run_settings.read_run_config(run_config)
     config, out, fresh = settings.config, settings.out, False
     run_settings.check_portable(config)

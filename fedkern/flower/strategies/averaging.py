@@ -447,7 +447,6 @@ class FedAvg(flower.FedAvg):
         gathered.add(model, weight, node)
 
     def _combine(self, gathered: Gathered, server_round: int) -> Combined | None:
-        """Combine the models, None if all their weights are 0."""
         assert self._layout is not None
         as_arrays = type(self)._step is FedAvg._step
         if isinstance(gathered, RunningMean):

@@ -106,7 +106,6 @@ def gradcam(run: Contents, data: FederatedData, model: nn.Module, trusted: Colle
 
 @torch.no_grad()
 def segmentation(run: Contents, data: FederatedData, model: nn.Module, trusted: Collection[str] = ()) -> Figure:
-    """Draw images of the first test set above their true and their predicted classes."""
     split = next(iter(data.tests.values()))
     highest = torch.cat([part.flatten(1).amax(1) for part in in_parts(split.labels)])  # the class of an image
     split = split.subset(choose(highest, EXAMPLES))
@@ -136,7 +135,6 @@ def over(
 
 
 def retrieval(run: Contents, data: FederatedData, model: nn.Module, trusted: Collection[str] = ()) -> Figure | None:
-    """Draw images of the first test set, with the captions that the encoders find nearest."""
     try:
         module, about = read_model(run.folder, trusted, model)
         finished = Finished(run.folder, run.config, module, about, data)

@@ -26,7 +26,6 @@ def draw_sheet(entries: Sequence[Artifact], *, title: str, classes: Sequence[str
 
 
 def images(entries: Sequence[Artifact], title: str) -> Figure:
-    """Draw a row of images for every kept round."""
     columns = max(len(entry.value) for entry in entries)
     sheet = Sheet(columns, [0.0] * len(entries), side=0.75, left=0.9, title=title)
     for row, entry in enumerate(entries):
@@ -85,7 +84,6 @@ def _number(value: float) -> str:
 
 
 def _names(axis: str, count: int, classes: Sequence[str]) -> list[str] | None:
-    """Return the position names of a table's axis, None if too many."""
     if count > 20:
         return None
     return [*map(label, classes)] if axis == "class" and len(classes) == count else [*map(str, range(count))]

@@ -84,7 +84,7 @@ class Panel:
         zero: begin the axis at 0, which would flatten a loss that stays far above.
         ends: write the last value at the end of every curve.
         levels: heights of dotted lines, with their colours.
-        summary: curves of a text and a table in place of many drawn ones.
+        summary: curves of the text and the table, if many are drawn.
     """
 
     axis: str
@@ -98,7 +98,6 @@ class Panel:
 
 
 def look(number: int) -> tuple[str, str, str]:
-    """Return colour, dashes and marker of the curve of a number."""
     colours, markers = len(COLOURS), len(MARKERS)
     return COLOURS[number % colours], DASHES[number // colours % len(DASHES)], MARKERS[number % markers]
 
@@ -118,7 +117,6 @@ def by_name(points: Iterable[tuple[str, int, object]], factor: float = 1) -> dic
 
 
 def set_curves(points: Mapping[str, Points]) -> dict[str, Curve]:
-    """Return a curve for every test set, known sets first."""
     user_sets = [name for name in points if name not in _SETS]
     looks = _SETS | {name: look(2 + number) for number, name in enumerate(user_sets)}
     return {name: Curve(set_title(name) or "test", *points[name], looks[name]) for name in looks if name in points}
@@ -202,8 +200,8 @@ def client_curves(records: Sequence[Record], key: str) -> list[Curve]:
 def weight_panels(records: Sequence[Record], *, by_samples: bool = False) -> list[Panel]:
     """Draw every client's weight, and its loss on held-out samples, over the rounds.
 
-    Dotted lines are the initial weights: the clients' shares of the samples if ``by_samples``, otherwise equal. Of more
-    than `CLIENTS` clients only the one with the largest final weight stands out.
+    Dotted lines are the initial weights: the shares of the samples if ``by_samples``, otherwise equal. Of more than
+    `CLIENTS` clients only the heaviest one stands out.
     """
     weights = _points(records, "weight")
     if not weights:

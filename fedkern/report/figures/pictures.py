@@ -49,20 +49,14 @@ def write_pictures(
 ) -> list[Path]:
     """Draw the pictures of a finished run into its folder, replacing older ones, and list them in pictures.json.
 
+    A run with private records has neither ``confusion.png`` nor ``partition.png``, which hold exact counts, and older
+    ones are deleted. If a picture cannot be drawn, ``warn`` is called and the others are still drawn.
+
     Args:
         data: the ``FederatedData`` of the run, without its holdout (None: load it for pictures of test samples).
         model: the global model (None: load ``model.safetensors``).
         data_root: current folder of the data files.
         trusted: code that may be imported, see :func:`fedkern.load`.
-        warn: called with a sentence for every picture that cannot be drawn. The others are still drawn.
-
-    Returns:
-        The files written. A run with private records has neither ``confusion.png`` nor ``partition.png``, which hold
-            exact counts, and older ones are deleted.
-
-    Raises:
-        UserError: the run is damaged or changed, its records are private and it is unfinished, or needed data cannot be
-            loaded.
     """
     run = read_run_folder(run_dir, trusted=trusted)
     config = run.config if data_root is None else run.config.replace(data_root=data_root)
@@ -125,7 +119,6 @@ def finished_pictures(
 def _draw(
     run: Contents, samples: Samples, model: nn.Module | None, trusted: Collection[str], failed: dict[str, str]
 ) -> list[Path]:
-    """Draw the pictures, and note the reasons of those that fail in ``failed``."""
     with without_docstrings():
         from fedkern.report.figures import answer_sheets, confusion_sheet, curves, plots
 
@@ -181,7 +174,6 @@ def _draw(
 
 
 def _save(path: Path, make: Callable[[], Figure | None], failed: dict[str, str]) -> list[Path]:
-    """Save the figure of ``make``, and return its path, empty if there is none."""
     from fedkern.report.figures import plots
 
     with warn_instead(partial(failed.setdefault, path.name)):

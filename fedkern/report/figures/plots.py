@@ -85,7 +85,6 @@ def _literal_texts(figure: Figure) -> Iterator[None]:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Write a PNG completely or not at all, or raise UserError."""
     canvas = FigureCanvasAgg(figure)
     texts = figure.findobj(Text)
     letters = {letter for text in texts for letter in text.get_text() if letter.isprintable() and not letter.isspace()}
@@ -175,7 +174,6 @@ def add_title(figure: Figure, text: str, below: str = "") -> None:
 
 
 def legend_below(figure: Figure) -> None:
-    """Name all curves of a figure under its axes, and make room for the names."""
     entries = [axes.get_legend_handles_labels() for axes in figure.axes]
     handles = {text: handle for axes_entries in entries for handle, text in zip(*axes_entries, strict=True)}
     if not handles:

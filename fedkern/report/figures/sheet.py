@@ -37,10 +37,9 @@ class Sheet:
 
     Args:
         columns: most pictures in a row.
-        rows: inches above the pictures of every row, for :meth:`above`.
+        rows: inches above the pictures of every row.
         side: inches of a picture's longer side.
-        left: inches before the first column, for :meth:`beside`.
-        right: inches after the last column, for :meth:`after`.
+        left, right: inches before the first and after the last column.
         legend: texts and their colours, under the last row.
         scale: meaning of maps from 0 to 1, under the last row (empty: none).
     """
@@ -78,7 +77,6 @@ class Sheet:
         self.figure.text(x, y, text, transform=self._inches, **how)
 
     def _box(self, row: int, column: int, shape: Sequence[int]) -> _Box:
-        """Return the box of a picture of ``shape`` in pixels, centred in its place."""
         high, wide = (self._side * n / max(shape[0], shape[1]) for n in shape[:2])
         x = self._lefts[column] + (self._side - wide) / 2
         y = self._tops[row] + (self._side - high) / 2
@@ -124,7 +122,6 @@ class Sheet:
         self._text(x, y, text, fontsize=10, ha="right", va="center", **how)
 
     def after(self, row: int, lines: Sequence[tuple[str, str]]) -> None:
-        """Write lines with their colours to the right of a row, from the top of its pictures."""
         x, y = self._lefts[-1] + self._side + 0.12, self._tops[row]
         for text, colour in lines:
             self._text(x, y, text, fontsize=9, color=colour, va="top")

@@ -24,7 +24,6 @@ PAUSE = 0.2
 
 
 def run_table(summary: Summary, out: Path, main: str) -> str:
-    """Return the final figures of a run and its warnings, from its ``summary.json``, as HTML."""
     warnings = [f"warning ({name}): {text}" for name, text in (summary.get("diagnostics") or {}).items()]
     worst = worst_client_line(summary)
     notes = [*([worst] if worst else []), *warnings, f"run folder {out}"]
@@ -56,8 +55,6 @@ def rounds_table(
 
 
 class Output:
-    """A place below a cell with replaceable content."""
-
     def __init__(self) -> None:
         self._handle: Any = None
 

@@ -84,7 +84,6 @@ def run_headline(run: RunInfo) -> list[str]:
 
 
 def _local_training(config: RunConfig) -> str:
-    """Return a line on a client's optimiser, learning rate, momentum, batch size and epochs."""
     step_words = {"lr": f"learning rate {config.lr:g}", "momentum": f"momentum {config.momentum:g}"}
     ignored = {*config.find_unused()}
     if config.training:
@@ -101,7 +100,6 @@ def _frozen(run: RunInfo) -> str:
 
 
 def _resize_lines(data: FederatedData | None) -> list[str]:
-    """Return a line on the original size of images and masks, and the size that the network sees."""
     splits = () if data is None or not data.form.offers else (data.validation, *data.tests.values())
     masks = [split.full for split in splits if split.full is not None and len(split)]
     sizes = sorted({size for full in masks for size in full.sizes()}, key=lambda size: (max(size), size))
@@ -182,8 +180,8 @@ def _in_parentheses(trains: str) -> str:
 class Clock:
     """Estimator of the time left from the rounds of this process, as a resumed run may have changed machines.
 
-    Set-up rounds do not count. A round is taken to last as long as earlier rounds that trained the same (``words``),
-    or, without any, as long as rounds like the last one.
+    A round is taken to last as long as earlier rounds that trained the same (``words``), or, without any, as rounds
+    like the last one. Set-up rounds do not count.
     """
 
     def __init__(self, words: Sequence[str]) -> None:

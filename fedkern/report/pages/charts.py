@@ -123,7 +123,6 @@ def chart(name: str, title: str, text: str, figure: Figure, tables: Sequence[Tab
 
 
 def _rows(names: Sequence[str], axis: str, unit: str, height: float) -> tuple[Figure, Axes]:
-    """Return a figure with axes of named rows, the first one at the top."""
     figure = plots.new_figure(PAGE, height)
     axes = figure.subplots()
     plots.add_frame(axes)

@@ -38,8 +38,6 @@ class Chart:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as a data URI, with a title and an alternative text."""
-
     title: str
     alt: str
     source: str
@@ -90,7 +88,6 @@ def make_section(name: str, title: str, blocks: Iterable[Block]) -> Section:
 
 
 def versions_table(builds: Iterable[Mapping[str, object]]) -> Table:
-    """Return the versions of all runs and of the report."""
     packages: dict[str, dict[str, None]] = {}
     for build in builds:
         for name, version in build.items():
@@ -100,7 +97,6 @@ def versions_table(builds: Iterable[Mapping[str, object]]) -> Table:
 
 
 def check_target(folder: Path) -> None:
-    """Raise UserError if the report cannot be written into ``folder``."""
     path = folder / REPORT
     if path.is_dir():
         raise UserError(f"{path} is a folder, where the report is to be written: move it away.")
@@ -132,7 +128,6 @@ def _text(value: object) -> object:
 
 
 def write_page(page: Page, folder: Path) -> Path:
-    """Write a page into ``folder``, completely or not at all, over an older report, and return its path."""
     check_target(folder)
     text = render(page)
     path = folder / REPORT

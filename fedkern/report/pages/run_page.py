@@ -96,12 +96,8 @@ def write_report(
 ) -> Path:
     """Write ``report.html`` of a run, finished or not, into its folder, and return its path.
 
-    Missing pictures of a finished run are drawn first, those of test samples only from ``data``.
-
-    Args:
-        data: the run's in-memory ``FederatedData`` (None: read no data).
-        model: the run's network, if it was a module of a script.
-        command: the command that repeats the run, may be empty.
+    Missing pictures of a finished run are drawn first, those of test samples only from in-memory ``data``. ``model`` is
+    the run's network, if it was a module of a script, and ``command`` the command that repeats the run, may be empty.
     """
     html_page.check_target(run_dir)
     run = read_run_folder(run_dir, trusted=trusted)
@@ -116,7 +112,6 @@ def write_report(
 
 
 def page(run: Contents, *, command: str = "", undrawn: Sequence[str] = ()) -> Page:
-    """Return the page of a run. ``undrawn`` are sentences on pictures that could not be drawn."""
     config, count, rounds = run.config, run.config.trained_clients, run.summary["rounds"]
     about = (
         f"seed {config.seed} · {count} client{'s' * (count != 1)} · {rounds} round{'s' * (rounds != 1)} · "
@@ -145,7 +140,6 @@ def page(run: Contents, *, command: str = "", undrawn: Sequence[str] = ()) -> Pa
 
 
 def headline(run: Contents) -> Iterator[str]:
-    """Yield a sceptic's conclusions from a run, sentence by sentence."""
     summary, rounds = run.summary, run.summary["rounds"]
     values = join_words(_values(run)) if run.main else ""
     if not run.finished:
@@ -302,7 +296,6 @@ def _training_loss(record: Record, main: str) -> float | None:
 
 
 def clients(run: Contents) -> Iterator[Block]:
-    """Yield size, label distribution, figures and losses of each client."""
     if run.private:
         yield _PRIVATE
         return
@@ -480,7 +473,6 @@ def _scale_values(values: Iterable[float | None], factor: float) -> list[float |
 
 
 def _picture(path: Path, title: str, alt: str) -> Iterator[Picture]:
-    """Yield a picture of the run folder, if it is a PNG."""
     try:
         with open_regular(path) as file:
             content = file.read(_LARGEST + 1)
