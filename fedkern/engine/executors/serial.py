@@ -162,7 +162,7 @@ class Serial:
             answer.problem = ClientFailed.of(answer.client, error, code)
 
     def _beside(self, message: Message, upload: object) -> Message:
-        """Return the message with parameters on the GPU, where training has sent them, if the upload's are there."""
+        """Return the message with parameters on the GPU, if the upload's are there."""
         sent, got = message.get("parameters"), upload.get("parameters") if isinstance(upload, Mapping) else None
         if not isinstance(sent, Tensor) or not isinstance(got, Tensor) or got.device == sent.device:
             return message

@@ -150,7 +150,6 @@ def outlying_drift(clients: Mapping[str, Mapping[str, float]], label: Callable[[
 
 
 def constants(sets: Mapping[str, EvaluatedSet], classes: Sequence[str]) -> dict[str, Constant]:
-    """Return the figures of predicting one class everywhere, by the prefix of the test set."""
     by_set = {prefix: data.task.constant(data, classes) for prefix, data in sets.items()}
     return {prefix: constant for prefix, constant in by_set.items() if constant is not None}
 

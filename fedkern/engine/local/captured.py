@@ -463,7 +463,7 @@ def _signature(batch: Batch, device: torch.device) -> Hashable:
 
 @contextmanager
 def _separate_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[Callable[[], None]]:
-    """Make a backward pass leave separate gradients, and yield a function that adds all to the old ones at once.
+    """Make a backward pass leave separate gradients, which the yielded function adds to the old ones at once.
 
     Otherwise each is added by its own kernel.
     """

@@ -99,7 +99,7 @@ class FirstSteps(Objective):
         return 0 if frozen is None or not len(frozen) else int(frozen.view(torch.int32).sum())
 
     def take(self, client: Client, network: Network, model: nn.Module) -> None:
-        """Copy the ``model`` of a user's loop into the client's network, and check the first ones."""
+        """Copy the ``model`` of a user's loop into the client's network, and check the first models."""
         received = [vector.clone() for vector in (network.parameters, network.personal)] if self._left else []
         network.take(model)
         if not received:

@@ -105,7 +105,7 @@ class ScriptObjects:
         return current if self.began is None else {name: self.began[name] for name in current}
 
     def train_model(self, model: nn.Module, client: Client) -> nn.Module:
-        """Train the model in place with ``train``, and return it."""
+        """Train the model in place, and return it."""
         assert self.train is not None
         result: Any = self.train(model, client)
         if result is not None and result is not model:

@@ -118,41 +118,65 @@ class Part:
 
     @classmethod
     def build(cls, run: RunObjects) -> Part | None:
-        """Return the part, made of the run's objects, or None if the run does without it."""
+        """Return the part, or None if the run does without it.
+
+        Args:
+            run: the run's objects, among them ``run.config`` (its settings), ``run.server``, ``run.context`` (data and
+                networks) and ``run.out`` (its folder).
+        """
         return cls()
 
     def begin(self, resumed: bool) -> None:
         """Handle the start of a run.
 
-        The state of a ``resumed`` run is already restored.
+        Args:
+            resumed: whether the run continues from a checkpoint. The part's state is then already restored.
         """
 
     def before_round(self, record: Record) -> Stop | None:
         """Handle the start of a round.
 
-        A :class:`Stop` ends the run without this round.
+        Args:
+            record: the round, with ``number`` (from 1; one-off rounds from -1 downwards), ``entry`` (the round in the
+                method's plan) and ``participants`` (client ids).
+
+        Returns:
+            A :class:`Stop` to end the run without this round, or None.
         """
         return None
 
     def round_end(self, record: Record) -> Stop | None:
         """Handle the end of a round, even of a one-off round.
 
-        A :class:`Stop` ends the run with this round.
+        Args:
+            record: the round, now with ``clients`` (every client's report), ``figures`` (if the network was evaluated)
+                and ``seconds``. ``record.put`` adds entries to the public record.
+
+        Returns:
+            A :class:`Stop` to end the run with this round, or None.
         """
         return None
 
     def finish(self, summary: Summary) -> None:
-        """Handle the end of all rounds."""
+        """Handle the end of all rounds.
+
+        Args:
+            summary: the final network, all figures by name in ``metrics``, and the further ``entries`` of summary.json.
+        """
 
     def state(self) -> State:
-        """Return the part's state for a checkpoint, in plain values.
+        """Return the part's state for a checkpoint: numbers, texts, lists and dicts of these.
 
         Files that it names must be on the disk.
         """
         return {}
 
     def restore(self, state: State) -> None:
-        """Continue from the :meth:`state` of a checkpoint, before :meth:`begin`."""
+        """Continue from a checkpoint, before :meth:`begin`.
+
+        Args:
+            state: the result of :meth:`state` at the checkpoint. An empty state is not restored.
+        """
 
     def close(self) -> None:
         """Close what is open after a run, finished or not."""

@@ -72,7 +72,7 @@ class Exchange:
             self._log.none_left()
 
     def _take_answer(self, answer: Answer) -> Upload | None:
-        """Return an answer's upload (an empty one has the message None), or None if its client is left out."""
+        """Return an answer's upload, or None if its client is left out."""
         k = answer.client
         self._leave(k, self._asked.sent[k])
         self._log.pass_warnings(answer)

@@ -98,28 +98,52 @@ class Filter:
 
     @classmethod
     def build(cls, run: Any) -> Filter | None:
-        """Return the filter, made of the run's objects, or None if the run does without it."""
+        """Return the filter, or None if the run does without it.
+
+        Args:
+            run: the run's objects, among them ``run.config`` (its settings) and ``run.server``.
+        """
         return cls()
 
     def state(self) -> State:
-        """Return the server half's state for a checkpoint, in plain values."""
+        """Return the server half's state for a checkpoint: numbers, texts, lists and dicts of these."""
         return {}
 
     def restore(self, state: State) -> None:
-        """Continue from the :meth:`state` of a checkpoint, before the first round."""
+        """Continue from a checkpoint, before the first round.
+
+        Args:
+            state: the result of :meth:`state` at the checkpoint. An empty state is not restored.
+        """
 
     def on_sent(self, asked: ExchangeRequest, client: ClientId, message: Message) -> None:
         """Note that a message has left for a client, which may never answer."""
 
     def encoders(self, asked: ExchangeRequest) -> Mapping[ClientId, Encoder]:
-        """Return the client's half for each client whose upload it changes."""
+        """Return the client's half for each client whose upload it changes.
+
+        Args:
+            asked: the exchange, with ``phase`` and ``sent`` (messages by client id).
+
+        Returns:
+            Objects with ``encode``, by client id. They travel to where the clients work.
+        """
         return {}
 
     def on_missing(self, arrival: Arrival, failed: bool) -> None:
-        """Note that no upload came: the client ``failed`` or diverged, or was not heard or not understood."""
+        """Note that no upload came from a client.
+
+        Args:
+            arrival: the exchange and the client, without a message.
+            failed: whether the client failed or diverged. Otherwise it was not heard or not understood.
+        """
 
     def decode(self, arrival: Arrival) -> str:
         """Check an upload at the server, or change it.
+
+        Args:
+            arrival: the upload ``message`` with the ``sent`` message, the ``declared`` form of the upload and ``info``,
+                the client's entry in the round's record. The filter may replace ``arrival.message``.
 
         Returns:
             Why the upload is refused, as the end of a sentence about the upload, or an empty text.
@@ -132,8 +156,9 @@ class Filter:
         """Yield all uploads of an exchange in client order, lazily, or others in their place.
 
         Args:
+            asked: the exchange.
             uploads: results of the filters before this one.
-            note: adds figures to a client's entry in the round's record.
+            note: adds figures to a client's entry in the round's record, ``note(client, {"name": value})``.
         """
         return uploads
 
