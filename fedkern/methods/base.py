@@ -24,7 +24,7 @@ from fedkern.privacy import Guarantee
 from fedkern.typed_option import option
 
 VECTORS = ("parameters", "buffers", "integers")
-"""Flat vectors of a network in a message or state: fp32 [P], fp32 [Q], int64 [R]; the last two where they travel."""
+"""Flat vectors of a network in a message or state: fp32 [P], fp32 [Q], int64 [R], the last two if they travel."""
 
 
 def vectors_of(message: Mapping[str, object]) -> Message:
@@ -42,7 +42,7 @@ VOUCHED: Mapping[str, tuple[tuple[str, ...], Any]] = {
     ),
     "replayable": (("loss",), None),
 }  # fmt: skip
-"""Hooks that a flag of a class vouches for, and the value of the flag where nobody vouches for them."""
+"""Hooks that a flag of a class vouches for, and the flag's value if unknown."""
 
 
 class Method:
@@ -67,7 +67,7 @@ class Method:
     requires: ClassVar[frozenset[str]] = frozenset({"loss", "criterion", "classes", "images"})
     """Requirements of the method on a task, among the words of `fedkern.tasks.Task.offers` (see :meth:`serves`).
 
-    They are not inherited: a subclass of another method that declares nothing has the requirements of this class."""
+    Not inherited: a subclass of another method that declares nothing has the requirements of this class."""
 
     may_skip_clients: ClassVar[bool] = False
     """Whether ``send`` may return a dict without some clients, or None for all."""
@@ -83,22 +83,22 @@ class Method:
     schedule_note: ClassVar[str] = ""
     """Notice for ``extend``: the parts of the method that follow a schedule over all rounds.  Empty: no part does."""
     averages: bool | None = False
-    """Whether the server averages uploaded ``parameters``, so that ``--max-update-norm`` can bound updates.  None:
-    nobody says so of the class's own ``server_update`` or ``average``."""
+    """Whether the server averages uploaded ``parameters``, so that ``--max-update-norm`` can bound updates. None:
+    unknown for the class's own ``server_update`` or ``average``."""
     reduce: tuple[str, ...] = ()
-    """Names of the vectors of an upload that ``server_update`` only hands to accumulators of the server.
+    """Names of the vectors of an upload that ``server_update`` only passes to accumulators of the server.
 
-    Where clients work on a GPU, one after another, the vectors stay there, unless ``client_update`` is your own.
-    With client-level differential privacy the vectors are clipped, and the server gets their noisy mean."""
+    If clients work on a GPU, one after another, the vectors stay there, unless ``client_update`` is your own. With
+    client-level differential privacy the vectors are clipped, and the server gets their noisy mean."""
     asynchronous: bool | None = False
-    """Whether the server may step by uploads that are stale, of clients that began in different rounds
-    (``--asynchronous``).  None: nobody says so of the class's own hooks, which may count on whole rounds."""
+    """Whether the server may step by stale uploads, of clients that began in different rounds (``--asynchronous``).
+    None: unknown for the class's own hooks, which may count on whole rounds."""
     keeps_head: ClassVar[bool] = False
-    """Whether every client keeps the network's last linear layer to itself, where ``--personal`` names nothing else."""
+    """Whether every client keeps the network's last linear layer to itself, unless ``--personal`` names other parts."""
     ignored_settings: ClassVar[frozenset[str]] = frozenset()
-    """Settings that have no effect because clients train once.  A run refuses them, and `fedkern.compare` names them.
+    """Settings that have no effect because clients train once. A run refuses them, and `fedkern.compare` names them.
 
-    A run finds other settings without effect itself."""
+    A run detects other settings without effect itself."""
     takes_teachers: ClassVar[bool] = False
     """Whether clients may load trained networks (``--teachers``) instead of training locally."""
 

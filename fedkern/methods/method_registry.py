@@ -21,10 +21,10 @@ METHODS: Registry[type[Method]] = Registry("method")
 """Method classes by name; ``METHODS[name].description`` is the line that ``list`` shows."""
 
 CLASS = "class:"
-"""Beginning of the name of a method that a script gives as a class: ``class:MODULE:NAME``."""
+"""Prefix of the name of an unregistered class from a script: ``class:MODULE:NAME``."""
 
 GIVEN: dict[str, type[Method]] = {}
-"""Classes that a script gave to a run of this process, by that name (`fedkern.methods.script_methods`)."""
+"""Classes that scripts gave to this process, by such a name (`fedkern.methods.script_methods`)."""
 
 M = TypeVar("M", bound="type[Method]")
 

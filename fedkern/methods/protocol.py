@@ -67,7 +67,7 @@ class Phase:
 OUTSIDE = Phase(-1, "", "")
 """Phase of work outside every round: a batch that is not trained on, or a draw made once in a run."""
 BEFORE = Phase(-1, "", "update")
-"""Phase of what is drawn before the rounds of a run: initial weights, a client's choice of teachers."""
+"""Phase of draws before the rounds of a run: initial weights, a client's choice of teachers."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ class Received(Protocol):
     epochs: int
     """Local epochs of this exchange."""
     extras: Mapping[str, Any]
-    """What the client prepared for its own training (``client.train(..., extras=)``); it never travels."""
+    """Values that the client prepared for its own training (``client.train(..., extras=)``), which never travel."""
     round_cache: dict[str, Any]
     """Cache that is dropped at the end of the client's exchange."""
 

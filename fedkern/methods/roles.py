@@ -18,7 +18,7 @@ from fedkern.tasks import Task
 from fedkern.tasks.protocols import JudgedSet
 
 Drawn = dict[str, Any]
-"""What a method draws or prepares for a batch, by name: tensors, numbers, a bank of backgrounds."""
+"""Draws and inputs that a method prepares for a batch, by name: tensors, numbers, a bank of backgrounds."""
 
 
 class Architecture(TypedDict, total=False):
@@ -65,13 +65,13 @@ class Objective:
     """Interface that the engine's training loop calls: the loss, its random draws and changes to the gradient."""
 
     replayable: bool | None = None
-    """Whether a recording of ``loss`` and its gradients serves other batches (`engine/local/captured.py`).
+    """Whether a recording of ``loss`` and its gradients is valid for other batches (`engine/local/captured.py`).
 
     The loss then may depend on the network, on the batch's ``inputs``, ``targets`` and the tensors and numbers in
-    ``drawn``, on the method's options and on what of ``received`` stays the same in the exchange.  It reads no value
-    of a tensor on the host, and neither ``batch.indices`` nor ``epoch`` nor ``phase`` (``received.phase`` is the same);
-    it draws nothing but from torch's global generator, and changes no state of Python.  The flag holds for the ``loss``
-    of the class that declares the flag.  None: nobody says so, and recorded steps are compared with eager ones."""
+    ``drawn``, on the method's options and on the parts of ``received`` that stay the same in the exchange. It reads no
+    value of a tensor on the host, and neither ``batch.indices`` nor ``epoch`` nor ``phase`` (``received.phase`` is the
+    same); it draws nothing but from torch's global generator, and changes no state of Python. The flag is about the
+    ``loss`` of the class that declares the flag. None: unknown, and recorded steps are compared with eager ones."""
 
     @property
     def masked(self) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 Declaration = Mapping[Any, Any]
 Cache = dict[Any, Any]
-"""What a client or the server keeps for a round, by name."""
+"""Cache of a client or the server for a round, by name."""
 T = TypeVar("T")
 LONGEST = 80
 """Most characters shown of a name in an upload, because clients choose these names."""
@@ -58,7 +58,7 @@ class Maybe:
 
 
 Due = Tensor | Values | Number | Maybe | Declaration
-"""What is expected of one entry of an upload."""
+"""Declaration of one entry of an upload."""
 
 
 def like(value: Tensor | Mapping[str, object]) -> Any:

@@ -26,11 +26,11 @@ from fedkern.process.extras import import_extra
 
 GAUSSIAN, DP_SGD = "gaussian", "dp-sgd"
 SPLITS = (0.01, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99)
-"""Shares of delta that are tried where two accountants have to divide it."""
+"""Shares of delta to try if two accountants have to divide it."""
 TYPICAL = 1e-5
 """The delta of a rough epsilon of the releases: by RDP, one record added or removed."""
 LARGEST = 100.0
-"""The largest rough epsilon for which PLD is tried: a larger epsilon promises nothing either way."""
+"""Largest rough epsilon for which PLD is tried: a larger epsilon promises nothing either way."""
 _MOST_SHARDS = 1 << 20  # two shares of so many shards differ by more than a float64 is rounded
 FINENESS = 2e-4
 """Bin width of PLD's privacy losses over the rough epsilon, so that time and memory hardly depend on epsilon."""

@@ -24,7 +24,7 @@ from fedkern.privacy.unit import CLIENT, Unit
 
 CHANNEL = "updates"
 LEAST_VARIANCE = 0.1
-"""Share of its old value that a running variance keeps at least in a round; noise could make it negative."""
+"""Least share of its old value that a running variance keeps in a round: noise could make it negative."""
 
 
 @dataclass(frozen=True)

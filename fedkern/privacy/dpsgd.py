@@ -20,7 +20,7 @@ from fedkern.process.extras import import_extra
 
 WAY_OUT = "such as cnn-gn, resnet8-gn or resnet18-gn (unet-small-gn for segmentation)"
 OF_OPACUS = (nn.MultiheadAttention, nn.RNN, nn.LSTM, nn.GRU)
-"""Layers of which opacus takes no gradients per sample: it has its own, opacus.layers.DPLSTM and so on."""
+"""Layers without per-sample gradients in opacus, which has its own: opacus.layers.DPLSTM and so on."""
 
 
 @dataclass(frozen=True)

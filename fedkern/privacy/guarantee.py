@@ -14,10 +14,10 @@ LEDGER = "privacy"
 """Key in a client's state of the ledger of its releases (an ``Accountant``'s ``state``), which the engine reads."""
 
 PUBLIC = "what the server receives and the run folder without checkpoints/"
-"""What may leave the clients, which an epsilon is about; checkpoints/ holds all the rest of a run."""
+"""Everything that an epsilon is about; checkpoints/ holds the rest of a run."""
 
 EPSILON, PART = "epsilon", "epsilon_covered"
-"""Names of the figure: where it covers everything that the clients release, and where it covers a part."""
+"""Names of the figure if it covers everything that the clients release, and if it covers a part."""
 
 RECORDS = "records"
 """Name of the release that the engine adds with ``--records all``."""
@@ -51,9 +51,9 @@ class Guarantee:
     derived_figures: tuple[str, ...] = ()
 
     public: ClassVar[str] = PUBLIC
-    """The files that a complete figure is about."""
+    """Files that a complete figure is about."""
     part: ClassVar[str] = "a part of what the clients release"
-    """The same of a figure that leaves releases uncovered."""
+    """Releases that a partial figure is about."""
 
     @property
     def complete(self) -> bool:

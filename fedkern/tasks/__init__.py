@@ -17,7 +17,7 @@ from fedkern.tasks.user_classes import OwnClassification as OwnClassification
 from fedkern.tasks.user_tasks import OwnTask as OwnTask
 
 TASKS: dict[str, Task] = {task.name: task for task in list(globals().values()) if isinstance(task, Task)}
-"""Tasks by name: the objects imported above, one a file."""
+"""Tasks by name."""
 
 
 def task_named(name: str) -> Task:

@@ -18,7 +18,7 @@ from fedkern.tasks.registered_metrics import Answers
 from fedkern.tasks.task import Constant, Figures, Rows, Task, check_shape, iterate_outputs, mean, to_dict
 
 MATRIX = 1000
-"""Most classes of a confusion matrix that is kept: a larger one cannot be drawn."""
+"""Most classes of a kept confusion matrix; larger ones cannot be drawn."""
 
 
 class Classification(Task):

@@ -13,9 +13,9 @@ _TEST_SETS = {
     "unseen": "unseen client", "held_out": "held-out client",
 }  # fmt: skip
 TEST_SETS = ("", *_TEST_SETS)
-"""Test sets that data of fedkern may have, in the order of tables; a single test set is ``""``."""
+"""Test sets of built-in data, in the order of tables; a single test set is ``""``."""
 OVER_CLIENTS = ("mean_client_", "worst_client_")
-"""Beginnings of names of figures over the clients' own test sets."""
+"""Prefixes of figures over the clients' own test sets."""
 RECALLS = {
     f"{way}_r{k}": f"{text}, recall at {k}"
     for way, text in (("i2t", "image to text"), ("t2i", "text to image"))
@@ -25,9 +25,9 @@ FRACTIONS = {
     "accuracy", "balanced_accuracy", "macro_f1", "auroc", "macro_auroc", "mean_average_precision", "exact_match",
     "dice", "iou", "confidence", "ece", *RECALLS,
 }  # fmt: skip
-"""Figures of fedkern's own that lie between 0 and 1; no metric of a user's has such a name."""
+"""Built-in figures between 0 and 1, names that no user-defined metric may have."""
 FIGURE_NAMES = frozenset({"loss", "gallery", "hd95", "object_area", "gradcam_in_object", *FRACTIONS})
-"""Figures of fedkern's own that no metric, part or method may name another figure by."""
+"""Built-in figures, names that no metric, part or method may use."""
 RECORD_NAMES = frozenset({
     "round", "rounds", "name", "evaluated", "seconds", "round_seconds", "clients", "client_metrics", "phases", "device",
     "dropped", "clock", "staleness", "bytes", "bytes_up", "bytes_down", "round_bytes_up", "round_bytes_down", "epsilon",
@@ -35,14 +35,14 @@ RECORD_NAMES = frozenset({
 })  # fmt: skip
 """Entries of records and summaries beside figures."""
 PREFIXES = (*(f"{name}_" for name in TEST_SETS if name), *OVER_CLIENTS)
-"""Beginnings of figures' names that tell the test set or the clients."""
+"""Prefixes of figures' names for the test set or the clients."""
 _FALLING = frozenset({"loss", "ece", "hd95", "mae"})
 _RISING = frozenset({
     *(FRACTIONS - _FALLING), "kappa", "best_teacher", "mean_teacher", "ensemble_uniform", "ensemble_weighted",
     "holdout", "vote_accuracy", "probability_accuracy", "teacher_accuracy", "tuned_teacher_accuracy",
     "uncalibrated_accuracy", "public_proxy_accuracy",
 })  # fmt: skip
-"""Figures of fedkern's own of which a larger value is the better one."""
+"""Built-in figures for which larger is better."""
 _FIGURES = {
     "macro_auroc": "AUROC, mean of the labels",
     "mean_average_precision": "average precision, mean of the labels",

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from fedkern.tasks import CLASSIFICATION, Task
 
 SKEW = "skew: share of a client's samples that would need another class to give it the class shares of all clients"
-"""Explanation of `PartitionStatistics.skew`, for the places that show the figure."""
+"""Explanation of `PartitionStatistics.skew` for displays."""
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import numpy as np
 from torch import Tensor, nn
 
 Words = dict[str, list[str] | list[int]]
-"""Words of texts, and how often a client has each."""
+"""Words of texts, and a client's counts."""
 Label = Tensor | np.ndarray
 """A label of one sample."""
 Description = Mapping[str, Any]
-"""What `Task.build` needs, as the JSON in model.safetensors has it."""
+"""Facts for `Task.build`, in the form of the JSON in model.safetensors."""
 
 
 class TaskBatch(Protocol):

@@ -27,11 +27,11 @@ from fedkern.tasks.task import Task
 from fedkern.usercode.code_execution import explain_errors
 
 _GRAPH = threading.Lock()
-"""Held while parameters take part in a graph: sets may be evaluated side by side, in threads."""
+"""Held while parameters take part in a graph, as threads may evaluate sets side by side."""
 _LARGE = threading.Lock()
 """Held while a set gathers more than an eighth of `MOST`."""
 MOST = 1 << 30
-"""Bytes of outputs and targets of a set that are put together at most, for the loss and for metrics."""
+"""Most bytes of a set's outputs and targets that are concatenated, for the loss and for metrics."""
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -399,7 +399,8 @@ _FIRST = {
     "loss_fn": ("(outputs, targets)", "model network", "batch_loss"),
     "batch_loss": ("(model, batch)", "outputs output logits input", "loss_fn"),
 }
-"""What a loss takes, names of a first parameter that belong to the other kind of loss, and the argument for that."""
+"""Arguments of a loss, names of a first parameter that belong to the other kind of loss, and the other argument's
+name."""
 
 
 def _check_loss(name: str, loss: object) -> None:

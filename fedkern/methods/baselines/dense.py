@@ -16,7 +16,7 @@ from fedkern.models.networks.network_ensemble import Ensemble
 from fedkern.typed_option import option
 
 MOMENTUM = 0.9
-"""Of the student's SGD, as in the released code."""
+"""Momentum of the student's SGD, as in the released code."""
 
 
 @register("dense")

@@ -17,7 +17,7 @@ from fedkern.models.networks.network_ensemble import Ensemble
 from fedkern.typed_option import option
 
 IMAGES = 2048
-"""That the generator makes."""
+"""Number of images that the generator makes."""
 
 
 @register("feddf")

@@ -17,7 +17,7 @@ from fedkern.models.users.user_models import channels_last
 from fedkern.ops import FlatParameters
 
 Architectures = tuple[tuple[str, int | None] | None, ...]
-"""Architectures of the clients in turn: (name, width), or None for the run's own network; networks that users bring may
+"""Architectures of the clients in turn: (name, width), or None for the run's own network. A user-defined network may
 have no width."""
 
 

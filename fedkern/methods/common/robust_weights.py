@@ -20,7 +20,7 @@ FLOOR = 1e-3
 """Least weight from which the exponentiated step starts, relative to the mean weight.  The projection may set a weight
 to exactly zero, which a multiplicative step could never raise again."""
 SHARPNESS = 1e-12
-"""Relative tolerance of the bisection around a centre that is not uniform."""
+"""Relative tolerance of the bisection around a centre other than uniform."""
 
 
 def exponentiated_step(weights: Weights, losses: Weights, eta: float) -> Weights:

@@ -38,11 +38,11 @@ from fedkern.privacy.dpsgd import check_network, stream_name
 from fedkern.privacy.keys import SECRET_BYTES, NoiseKey, noise_key
 
 TERMS = "privacy_terms"
-"""Key in a client's state of the noise that was agreed on before the first step."""
+"""Key in a client's state of the server's noise terms."""
 SECRET = "privacy_secret"
-"""Key in a client's state of the secret bits that its noise follows from, in hexadecimal digits."""
+"""Key in a client's state of its secret, in hexadecimal digits."""
 RELEASES = "privacy_releases"
-"""Key in a client's state of its number of releases by channel, which is the number of the next release."""
+"""Key in a client's state of its number of releases by channel."""
 DISCRIMINATOR, TEACHER, HISTOGRAM = "discriminator", "teacher", "histogram"
 TEACHER_CLIP = 1.0
 """Clipping norm of a sample's gradient in DP-SGD, or of the sum of a patient's gradients."""

@@ -35,7 +35,7 @@ N = TypeVar("N", bound=nn.Module)
 NOISE = 100
 """Dimensions of the generator's noise, as in the released CIFAR-10 script."""
 STUDENT_MOMENTUM, STUDENT_DECAY, STUDENT_LR_END = 0.9, 3e-5, 1e-5
-"""Of the student's optimiser and of its cosine schedule, as in the released CIFAR-10 script."""
+"""Settings of the student's optimiser and of its cosine schedule, as in the released CIFAR-10 script."""
 
 
 def stack_class_counts(server: Server, ids: Sequence[ClientId]) -> Tensor:

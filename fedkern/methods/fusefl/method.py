@@ -38,7 +38,7 @@ from fedkern.typed_option import option
 
 CALIBRATE = "calibrate"
 Levels = Mapping[int, Mapping[ClientId, Message]]
-"""By level (from 1) and client, the client's pair ``{"block": state dict, "adaptor": state dict}``."""
+"""Pairs ``{"block": state dict, "adaptor": state dict}`` by level (from 1) and client."""
 
 
 @register("fusefl")
