@@ -114,7 +114,7 @@ class Rule:
             mixed = self.entry.function(list(vectors), torch.tensor(weights, dtype=torch.float64), **self.options)
         except (UserError, MemoryError):
             raise
-        except RAISED as error:  # of a user's own rule too
+        except RAISED as error:  # a user-defined rule may raise anything
             why = describe_error(error).removeprefix("ValueError: ")
             place = error_origin(error, self.entry.function) if self.entry.own else ""
             raise UserError(

@@ -112,7 +112,7 @@ class Method:
             raise TypeError(f"{cls.__name__}.reduce: expected a tuple of names, given {cls.reduce!r}")
         depth = {name: number for number, kind in reversed([*enumerate(cls.__mro__)]) for name in vars(kind)}
         for name, (hooks, unknown) in VOUCHED.items():
-            # What the inherited loss calls may compute on the host, too.
+            # Functions that the inherited loss calls may compute on the host, too.
             called = getattr(getattr(cls, "loss", None), "__code__", None) if name == "replayable" else None
             parts = (*hooks, *(called.co_names if called else ()))
             if getattr(cls, name, None) and min(depth.get(part, depth[name]) for part in parts) < depth[name]:
@@ -296,7 +296,7 @@ class Method:
         Returns:
             The figures of the task (``data.task.figures``), the main one first.
         """
-        judged: Any = data  # a task reads more of the sets that the engine makes
+        judged: Any = data  # a task reads more of a set than this protocol has
         return data.task.figures(model, judged)
 
     def own_vectors(self, client: Client, message: Message) -> Message:
@@ -404,7 +404,7 @@ class LocalTraining(Objective, Method):
         """
         means: dict[str, Summing] = {}
         server.marks.update(("average", "server_step"))
-        rule = getattr(server, "aggregator", None)  # a server of somebody's own may know only the mean
+        rule = getattr(server, "aggregator", None)  # a user-defined server may know only the mean
         gathered = None if rule is None else Gathered(rule)
         integers: Tensor | None = None
         for upload in uploads:

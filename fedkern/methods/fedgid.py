@@ -113,6 +113,7 @@ class FedGID(LocalTraining):
 
     def loss(self, model: StagedNetwork, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         o, drawn = self.options, batch.drawn
+        # The maps stay at hand for the mixture, which continues from the same stage.
         if self.masked:
             features = model.features(batch.inputs)
         else:
@@ -126,6 +127,7 @@ class FedGID(LocalTraining):
         mixed, mixed_logits, gi = features, logits, em  # an alpha of 1 mixes nothing in
         mixes = "maps" in drawn or "composed" in drawn
         if mixes:
+            # Running statistics describe the client's images, not their mixtures with backgrounds.
             with batch_statistics_only(model):
                 if self.masked:
                     mixed = model.features(drawn["composed"])
@@ -142,6 +144,7 @@ class FedGID(LocalTraining):
             total = total + gi
             figures["loss_gi"] = gi.detach()
 
+        # The distillation pulls both views of a sample to the frozen global model's.
         if "anchor" in drawn:
             anchor = drawn["anchor"]
             u, v = (features, mixed) if o.distill_on == "features" else (logits, mixed_logits)
@@ -198,7 +201,7 @@ class FedGID(LocalTraining):
                 received.round_cache["bank"] = maps if maps is not None else ()
             if isinstance(maps, Tensor):
                 rows = send(torch.from_numpy(index), maps.device)
-                # A recorded pass serves batches of one shape, and no two banks are alike.
+                # A recorded pass is valid for one shape only, and no two banks are alike.
                 return {"maps": maps.index_select(0, rows)} if maps.is_cuda else {"maps": maps, "rows": rows}
         return {"maps": received.model.stages(bank.take(index), upto=stage)}
 

@@ -37,7 +37,7 @@ def task_of(labels: Tensor | np.ndarray, texts: object = None, pixels: object = 
     usual = {2: MULTILABEL, 3: SEGMENTATION}.get(labels.ndim, CLASSIFICATION)
     usual = RETRIEVAL if texts is not None else usual if pixels is None else SEGMENTATION
     able = {"auto": usual, **{name: task for name, task in TASKS.items() if task.target == usual.target}}
-    if said not in [*able]:  # a list: what the user says may have no hash
+    if said not in [*able]:  # a list: a user's value may not be hashable
         words = ", ".join(f'"{name}"' for name in able if name != "auto")
         raise ValueError(f"task must be {words}, or left out, for labels {[*labels.shape]}, not {said!r}")
     return able[said]

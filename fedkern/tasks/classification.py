@@ -72,7 +72,7 @@ class Classification(Task):
             logits = outputs.double()
             try:
                 log_probability = F.log_softmax(logits, 1).gather(1, labels[:, None])
-            except RuntimeError:  # of the CPU
+            except RuntimeError:  # on the CPU
                 check_classes(logits, labels)
                 raise
             correct += int((logits.argmax(1) == labels).sum())

@@ -27,7 +27,7 @@ def cross_entropy(
     if targets.shape == logits.shape or not added_in_any_order(logits):
         try:
             return loss()
-        except IndexError:  # of the CPU
+        except IndexError:  # on the CPU
             check_classes(logits, targets[targets != ignore_index])
             raise
     counted = targets != ignore_index

@@ -66,7 +66,7 @@ _FIGURES = {
 _SHORT = {
     "dice": "Dice", "i2t_r1": "recall at 1, image to text", "auroc": "AUROC", "macro_auroc": "macro AUROC",
 }  # fmt: skip
-# What the names of shares, which are shown in per cent, end in.
+# Suffixes of the names of shares, which are shown in per cent.
 _SHARES = (
     "accuracy", "auroc", "auc", "mean_average_precision", "macro_f1", "exact_match", "recall", "ece", "confidence",
     "gradcam_in_object", "object_area", "dice", "iou", "best_teacher", "mean_teacher", "ensemble_uniform",

@@ -29,7 +29,7 @@ class CumulativeLink(nn.Module):
     def __init__(self, network: nn.Module, classes: int) -> None:
         super().__init__()
         self.network = network
-        # The first threshold, and what softplus makes the distances to the next ones: means of clients stay in order.
+        # The first threshold, then distances before softplus, so that thresholds averaged over clients stay in order.
         self.steps = nn.Parameter(torch.tensor([1 - classes / 2, *[UNIT] * (classes - 2)]))
 
     @property

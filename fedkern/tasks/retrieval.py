@@ -82,7 +82,7 @@ class Retrieval(Task):
         texts = (text for split in data.clients for text in split.texts or ())
         kind = config.text_encoder
         mean, std = data.form.mean, data.form.std
-        if config.image_encoder not in models.IMAGE_ENCODERS:  # whose images have a scale of its own
+        if config.image_encoder not in models.IMAGE_ENCODERS:  # such an encoder has its own scale of images
             mean, std = data.form.scale(f"The image encoder {config.image_encoder}")
         words = models.learn_vocabulary(texts, kind).tokens if kind in models.TEXT_ENCODERS else None
         return {

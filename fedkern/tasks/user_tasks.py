@@ -135,7 +135,7 @@ class OwnTask(Task):
         self, pair: tuple[object, object], play_last: Callable[[], tuple[object, object]], largest: int
     ) -> int:
         forms = {sample_form(pair), sample_form(play_last())}
-        # Outputs that are leaves with a gradient are for a loss that takes it.
+        # Outputs that are leaves with a gradient: the loss takes that gradient itself.
         if len(forms) > 1 or () in forms or any(leaf.is_leaf and leaf.requires_grad for leaf in tensors(pair)):
             return 0
         size = sum(leaf.nbytes // len(leaf) for leaf in tensors(pair))

@@ -43,7 +43,7 @@ class Ditto(FedAvg):
 
     @property
     def takes_buffers(self) -> bool:
-        return False  # the personal networks have running statistics of their own
+        return False  # the personal networks have their own running statistics
 
     @property
     def takes_personal(self) -> bool:

@@ -59,7 +59,7 @@ def frozen_copy(model: N, vectors: Mapping[str, Tensor]) -> N:
     modes = [(layer, layer.training) for layer in network.modules()]
     network.train()
     if not any(tensor.requires_grad for tensor in model.parameters()):
-        network.requires_grad_(False)  # a user's train() may thaw parts, whose places would be others
+        network.requires_grad_(False)  # a user's train() may thaw parts, which would change the offsets
     personal_parts.flatten(network).load_vectors(vectors)
     network.eval()  # a user's module may derive tensors from its weights there
     for layer, training in modes:

@@ -238,7 +238,7 @@ def train_teacher(method: OwnNetworks, client: Client, phase: Phase, module: nn.
             accountant.dp_sgd(TEACHER, sigma, rate=rate, steps=steps)
             return accountant
 
-        return least_noise(account, epsilon, options.delta)  # all that other releases leave
+        return least_noise(account, epsilon, options.delta)  # the budget that other releases leave
 
     patients, images = client.patients, client.unit.images
     spending = DPSGD(TEACHER_CLIP, noise, TEACHER, secret(client, options), patients, images)
