@@ -127,7 +127,7 @@ class FedGID(LocalTraining):
         mixed, mixed_logits, gi = features, logits, em  # an alpha of 1 mixes nothing in
         mixes = "maps" in drawn or "composed" in drawn
         if mixes:
-            # Running statistics describe the client's images, not their mixtures with backgrounds.
+            # Running statistics are for test images, which are not mixtures.
             with batch_statistics_only(model):
                 if self.masked:
                     mixed = model.features(drawn["composed"])

@@ -1,8 +1,7 @@
 """Unregistered method classes from scripts.
 
-A run stores such a class as ``class:MODULE:NAME``, with the SHA-256 of the source of the class and of its bases outside
-fedkern, and a resuming script gives the class again. The module may differ then: ``__main__`` becomes a module when
-another script imports it.
+A run stores such a class as ``class:MODULE:NAME`` with a hash of its source, and a resuming script gives the class
+again. The module may differ then: ``__main__`` becomes a module when another script imports it.
 """
 
 from __future__ import annotations

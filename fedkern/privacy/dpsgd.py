@@ -147,7 +147,7 @@ def generator_of(stream: np.random.Generator, device: torch.device, *, full_stat
 
     ``full_state``: take as many bits as the device's generator can hold, on the CPU all its 624 words, so that an
     attacker must guess the 128 bits of the key. Of a seed torch only takes 32 bits there, few enough to try all. On a
-    GPU the generator's key has 64 bits. Neither generator is cryptographic.
+    GPU the generator's key has 64 bits.
     """
     if full_state and device.type != "cpu":
         return torch.Generator(device).manual_seed(int(stream.integers(1 << 64, dtype=np.uint64)))

@@ -146,9 +146,8 @@ def pixelwise_loss(logits: Tensor, labels: Tensor, *, per_sample: bool = False) 
 def segmentation(model: nn.Module, data: JudgedSet) -> dict[str, float]:
     """Return the figures of a network, in eval mode, with logits [B, C, H, W].
 
-    ``data.cases`` int64 [n] gives the case of every image, ``data.record`` receives the predicted classes [n, H, W] in
-    order, and ``data.keep`` the Dice of every case and class, fp64 [cases, C], the background's first (NaN if the case
-    does not count for the class).
+    ``data.record`` receives the predicted classes [n, H, W] in order, ``data.keep`` the Dice of every case and class,
+    fp64 [cases, C], the background's first (NaN if the case does not count for the class).
 
     Returns:
         ``dice``, ``iou`` (fractions), ``hd95`` (pixels), ``loss`` (nats per pixel) and, with more than one foreground

@@ -27,12 +27,9 @@ AHEAD = 16
 
 @dataclass(frozen=True)
 class Figures:
-    """Figures of the final network on one set, beside the figures of every round.
+    """Figures of the final network on one set, by name, and by name and class (None if undefined).
 
-    Attributes:
-        metrics: figures by name.
-        per_class: figures by name and class; None if undefined, as for a class without samples.
-        confusion: counts int64 [C, C] by true class and predicted class, or None.
+    ``confusion`` is int64 [C, C] by true and predicted class, or None.
     """
 
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -168,7 +165,7 @@ class Task:
     def parts(self, output: Tensor, labels: Tensor, cases: Tensor | None) -> Tensor:
         """Return the samples' parts in the figure ``sampled``, fp64 ``[n, k]``, NaN if a sample has none.
 
-        The figure is the mean over samples, and then of the k means. ``output`` is an answer that :meth:`figures` kept.
+        The figure is the mean over samples, then of the k means. ``output`` was kept by :meth:`figures`.
         """
         raise NotImplementedError
 

@@ -244,8 +244,8 @@ class OwnTask(Task):
 class SetEvaluation:
     """Pass of a network over a set, for a user-defined loss and metrics.
 
-    The loss is of all samples at once if their outputs (``data.output_bytes``) fit, else a mean over batches by their
-    shares. Hold ``turn`` during the pass, as threads evaluate sets side by side.
+    The loss is of all samples at once if their outputs (``data.output_bytes``) fit, else a mean over batches. Hold
+    ``turn`` during the pass, as threads evaluate sets side by side.
     """
 
     def __init__(self, task: OwnTask, model: nn.Module, data: JudgedSet) -> None:

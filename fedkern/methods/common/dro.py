@@ -241,7 +241,7 @@ class Robust(LocalTraining):
     def running(self, client: Client, loss: float, samples: int) -> float:
         """Return the mean of the latest rounds' losses that cover `loss_samples` samples.
 
-        The rounds use the same few samples: the mean smooths the effect of the models' last steps.
+        The rounds use the same few samples, so the mean smooths the models' last steps.
         """
         wanted = self.options.loss_samples
         if samples >= wanted:

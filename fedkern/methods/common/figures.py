@@ -49,7 +49,7 @@ class _BatchAtHand:
 def with_accuracies(
     names: Sequence[str], answer: Callable[[Tensor], tuple[Tensor, Tensor]], data: TestSet
 ) -> dict[str, float]:
-    """Return the task's figures of a network, and the accuracies of further predictions of the same passes.
+    """Return the task's figures of a network, and the accuracies of further predictions.
 
     ``answer`` returns the logits ``[B, C]`` of a batch's inputs, and further predictions ``[len(names), B]``.
     """

@@ -74,8 +74,8 @@ class Answers:
     def gradients(self, phase: Phase, messages: Messages) -> dict[ClientId, Message]:
         """Return the images' gradients, through the discriminator and through the teacher, times B.
 
-        In a cohort without privacy the first message holds the sum of all clients' gradients, since the server only
-        uses the sum. A client that has lost its state of the images answers with an empty message.
+        In a cohort without privacy the first message holds the sum over clients, all that the server uses. A client
+        that has lost its state of the images answers with an empty message.
         """
         pending, self._pending = self._pending, None
         if pending is None:

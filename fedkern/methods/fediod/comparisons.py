@@ -64,7 +64,7 @@ def compare_teachers(
     """Return ``best_teacher``, ``mean_teacher``, ``ensemble_uniform`` and ``ensemble_weighted`` on a test set.
 
     Nobody in the federation could choose ``best_teacher``. ``ensemble_weighted`` has the student's weights, without
-    confidences on a single image whose last discriminator map has one position.
+    confidences if :meth:`Discriminators.judge` has none.
     """
     o, device, ids = method.options, server.device, list(members)
     panel = Panel(lambda images: teacher_log_probs(bank.logits(images)), data)

@@ -98,8 +98,8 @@ class Discriminators:
     def real(self, slot: int, phase: Phase, iteration: int) -> Tensor | None:
         """Return a client's real images of an iteration, ``[batch, C, H, W]``, or None when its samples are used up.
 
-        A round goes once through the samples in random order, filled up from the start. With shards, every batch is
-        drawn anew from the loaded discriminator's shard.
+        A round goes once through the samples in random order, with shards it draws every batch anew from the loaded
+        one.
         """
         client, size = self._clients[slot], self._options.batch
         batches = self._options.count_batches(client.declared)

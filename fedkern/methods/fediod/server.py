@@ -71,10 +71,7 @@ def make_generator(server: Server, options: IODOptions, draw: torch.Generator) -
 
 
 class Learner(Generic[N]):
-    """Network of the server with an optimiser over all its parameters as one tensor: one kernel a step.
-
-    ``key`` and ``moments`` are the keys in ``state`` of the network's vectors and of the optimiser's state.
-    """
+    """Network of the server with an optimiser over all its parameters as one tensor: one kernel a step."""
 
     def __init__(
         self,
@@ -258,8 +255,8 @@ class Workshop:
     def keep(self) -> None:
         """Write the server's state and the round's means.
 
-        A warning of images that hardly differ comes only in the second half of the run, since new weights give such
-        images too. UserError if a parameter is not finite.
+        Images that hardly differ are a warning only in the second half of the run, since new weights give such images
+        too.
         """
         self.server.state["iteration"] = self.iteration
         for name, learner in (("student", self.student), ("generator", self.generator)):

@@ -17,8 +17,7 @@ from fedkern.models.state.freezing import constant_buffers
 class LocalPart(nn.Module):
     """Module that a client trains at a level: adaptor, blocks from this level on and classifier.
 
-    The fused levels before (``frozen``, None at level 1) are not in the module, so nothing trains them or puts them in
-    train mode.
+    The fused levels before (``frozen``) are not in the module, so nothing trains them or puts them in train mode.
     """
 
     def __init__(
@@ -83,8 +82,7 @@ def sent_state(network: nn.Module, level: int) -> dict[str, Tensor]:
 def plain_head(states: Sequence[Mapping[str, Tensor]], final: str) -> dict[str, Tensor]:
     """Return the clients' classifiers merged into one, before calibration, for features fused by ``final``.
 
-    The uniform average; with ``concat`` a classifier whose logits on all branches' features are the mean of the
-    clients'.
+    The uniform average; with ``concat`` the logits on all branches' features are the mean of the clients'.
     """
     names = ("weight", "bias")
     head = {name: torch.stack([state[name].double() for state in states]).mean(0).float() for name in names}
