@@ -89,12 +89,12 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     numbers, fork = [], ForkServer.fork
 
-    def noted(self: ForkServer) -> object:
+    def note_fork(self: ForkServer) -> object:
         process, channel = fork(self)
         numbers.append(process)
         return process, channel
 
-    monkeypatch.setattr(ForkServer, "fork", noted)
+    monkeypatch.setattr(ForkServer, "fork", note_fork)
     return numbers
 
 

@@ -252,7 +252,7 @@ WAYS = {
 # -- what they compute ------------------------------------------------------------------------------------------------
 
 
-def played(network, images, seed=5):
+def play(network, images, seed=5):
     """Return the outputs in both modes, and gradients and buffers after a step in train mode."""
     network.train()
     network.zero_grad()
@@ -270,7 +270,7 @@ def played(network, images, seed=5):
 
 
 def equal(got, wanted, exact=True):
-    """Return whether two results of :func:`played` have the same bits.
+    """Return whether two results of :func:`play` have the same bits.
 
     Unless ``exact``, gradients of several sums may differ by rounding.
     """

@@ -17,17 +17,17 @@ def two_brightnesses(root, count):
     return root
 
 
-def watched(monkeypatch, kind=ImageFiles):
+def watch_decoded(monkeypatch, kind=ImageFiles):
     """Return the list of files of a kind that are decoded from now on, in order."""
     found = []
     read = kind.read
 
-    def counted(self, rows=None):
+    def count_and_read(self, rows=None):
         if type(self) is kind and self.stored is None:
             found.extend(self.paths if rows is None else [self.paths[row] for row in rows.tolist()])
         return read(self, rows)
 
-    monkeypatch.setattr(kind, "read", counted)
+    monkeypatch.setattr(kind, "read", count_and_read)
     return found
 
 
@@ -36,9 +36,9 @@ def count_gathered(monkeypatch):
     counts = []
     gather = ImageStore.gather
 
-    def counted(self, rows):
+    def count_and_gather(self, rows):
         counts.append(len(rows))
         return gather(self, rows)
 
-    monkeypatch.setattr(ImageStore, "gather", counted)
+    monkeypatch.setattr(ImageStore, "gather", count_and_gather)
     return counts

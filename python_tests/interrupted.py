@@ -64,14 +64,14 @@ def forge_state(out, name, change):
     forge(out, lambda entry: entry["files"].update({name: checksum(path)} if name in entry["files"] else {}))
 
 
-def unfinished(out):
+def undo_rounds(out):
     """Take a run back to the time before its first round: nothing committed, nothing learnt."""
     for path in out.iterdir():
         if path.name != "config.toml":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def unvouched(out):
+def forget_results(out):
     """Remove from a run's manifest the results that it vouches for."""
 
     def forget(entry):
@@ -90,12 +90,12 @@ def lose(number):
     """Send a signal to this process whose handler runs in a weak reference's callback."""
     thing = Thing()
 
-    def gone(_):
+    def send_signal(_):
         os.kill(os.getpid(), number)
         for _ in range(100):  # lines on which the handler can run
             time.sleep(0)
 
-    reference = weakref.ref(thing, gone)
+    reference = weakref.ref(thing, send_signal)
     del thing
     gc.collect()
     return reference
@@ -126,7 +126,7 @@ def killed_at_rename(count, when):
             yield
 
 
-def killed(config, *, at, **how):
+def play_killed(config, *, at, **how):
     """Play a run that dies at a hook."""
     with pytest.raises(Kill):
         run(config, listener=at, **how)
@@ -134,7 +134,7 @@ def killed(config, *, at, **how):
 
 def kill_and_resume(config, *, out, at, **how):
     """Play a run that dies at a hook, resume it, and return its outcome."""
-    killed(config, out=out, at=at, **how)
+    play_killed(config, out=out, at=at, **how)
     run(load_settings(out), out=out, resume=True, **how)
     return outcome(out)
 

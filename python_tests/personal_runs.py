@@ -13,7 +13,7 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def played(out, method, **settings):
+def play(out, method, **settings):
     return fedkern.simulate(method, out=out, pictures=False, **{**SETTINGS, **settings})
 
 

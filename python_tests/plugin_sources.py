@@ -85,7 +85,7 @@ def unload_all() -> None:
 
 
 @pytest.fixture
-def plugged(tmp_path_factory, monkeypatch) -> Iterator[None]:
+def no_plugins(tmp_path_factory, monkeypatch) -> Iterator[None]:
     """Yield with no plugin loaded, and leave no plugin behind in this process."""
     monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
     yield

@@ -112,7 +112,7 @@ def pretend(monkeypatch) -> Waits:
         waits.steps += waits.inside
         own_check()
 
-    def gathered(records, finite=None):
+    def gather(records, finite=None):
         waits.inside = False
         return [(outcome.names, 1) for outcome in records], torch.empty(0)
 
@@ -125,7 +125,7 @@ def pretend(monkeypatch) -> Waits:
     monkeypatch.setattr(client, "train_async", train)
     monkeypatch.setattr(evaluation, "ClientsFigures", lambda *_: None)  # a network that has values is judged
     monkeypatch.setattr(training, "check", check)
-    monkeypatch.setattr(training, "_gather_records", gathered)
+    monkeypatch.setattr(training, "_gather_records", gather)
     monkeypatch.setattr(training, "_digest", digest)
     for kind in (network.Network, network.Part, network.Trainable):
         monkeypatch.setattr(kind, "finite", lambda self: True)

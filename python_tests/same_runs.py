@@ -144,7 +144,7 @@ class Checkout:
         self.folder, self.runs = folder.resolve(), runs.resolve()
         runs.mkdir(parents=True)
 
-    def served(self) -> set[tuple[str, str]]:
+    def list_served(self) -> set[tuple[str, str]]:
         """Return pairs of a method and a task that it serves."""
         listed = subprocess.run(
             [sys.executable, "-P", "-c", SERVED, *TASKS], env={**os.environ, "PYTHONPATH": str(self.folder)},
@@ -306,7 +306,7 @@ def main() -> int:
         folder = given.keep or Path(scratch) / "runs"
         sides = [Checkout(given.old, folder / "old"), Checkout(given.new, folder / "new")]
         write_labels(folder / "labels.csv")
-        before, after = (side.served() for side in sides)
+        before, after = (side.list_served() for side in sides)
         different, refused, peaks = 0, 0, []
         begin = time.monotonic()
         for method, task in sorted(before ^ after):

@@ -145,6 +145,6 @@ def about(record, kind):
     return {name for name, (found, _) in record.entries.items() if found is kind}
 
 
-def stored(state):
+def round_trip(state):
     """Return the state of a part as a checkpoint gives it back."""
     return json.loads(json.dumps(state, allow_nan=False))

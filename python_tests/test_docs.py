@@ -52,13 +52,13 @@ def test_snippets_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     simulate, compare = fedkern.simulate, fedkern.compare
 
-    def interrupted(method: str, **settings: Any) -> Any:
+    def simulate_half(method: str, **settings: Any) -> Any:
         with suppress(KeyboardInterrupt):
             listener = CtrlC() if settings["out"] == "runs/half" else None
             return simulate(method, **{**settings, "rounds": 4, "pictures": False, "listener": listener})
 
     small = {"seeds": 1, "rounds": 1, "local_epochs": 1, "train_samples": 60, "width": 4, "grad_cam": 0}
-    monkeypatch.setattr(fedkern, "simulate", interrupted)
+    monkeypatch.setattr(fedkern, "simulate", simulate_half)
     monkeypatch.setattr(fedkern, "compare", lambda methods, **how: compare(methods, **{**how, **small}))
     net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
     names = {"net": net, "student": torch.randn(8, 3), "teacher": torch.randn(8, 3), "maps": torch.randn(64, 3, 4, 4)}

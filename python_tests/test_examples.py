@@ -48,7 +48,7 @@ def test_an_example_runs(path: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def _shown(notebook: Any) -> list[set[str]]:
+def _kinds(notebook: Any) -> list[set[str]]:
     """Return the kinds of content that every cell of code shows."""
     code = [cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
     return [{kind for output in outputs for kind in output.get("data", {"error": ""})} for outputs in code]
@@ -57,7 +57,7 @@ def _shown(notebook: Any) -> list[set[str]]:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_stored_with_its_tables_and_pictures(path: Path) -> None:
     assert path.stat().st_size < 150_000
-    kinds = set().union(*(shown := _shown(json.loads(path.read_text()))))
+    kinds = set().union(*(shown := _kinds(json.loads(path.read_text()))))
     assert all(shown)
     assert {"text/html", "image/png"} <= kinds
     assert "error" not in kinds
@@ -72,4 +72,4 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     for name in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
-    assert _shown(play(path, tmp_path)) == _shown(json.loads(path.read_text()))
+    assert _kinds(play(path, tmp_path)) == _kinds(json.loads(path.read_text()))

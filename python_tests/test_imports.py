@@ -41,10 +41,10 @@ def import_statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
 def imports(package: str) -> dict[str, set[str]]:
     """Return the modules of a package that each of its files imports, also inside functions and under TYPE_CHECKING."""
     known = modules(package)
-    return {name: imported(name, path, known) for name, path in known.items()}
+    return {name: read_imports(name, path, known) for name, path in known.items()}
 
 
-def imported(name: str, path: Path, known: dict[str, Path]) -> set[str]:
+def read_imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
     found = set()
     for node in import_statements(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

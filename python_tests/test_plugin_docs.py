@@ -10,7 +10,7 @@ import pytest
 from fedkern import __all__ as exported
 from fedkern.methods import AGGREGATORS
 from fedkern.run import main
-from python_tests.plugin_sources import EXAMPLES, plugged  # noqa: F401
+from python_tests.plugin_sources import EXAMPLES, no_plugins  # noqa: F401
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = "".join((DOCS / name).read_text() for name in ("own-method.md", "plugins.md"))
@@ -26,7 +26,7 @@ def _case(block: str) -> Any:
     return pytest.param(block, marks=[pytest.mark.exhaustive] if played else [])
 
 
-@pytest.mark.usefixtures("plugged", "undrawn")
+@pytest.mark.usefixtures("no_plugins", "undrawn")
 @pytest.mark.parametrize("block", [_case(block) for block in BLOCKS])
 def test_a_block_runs(block, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

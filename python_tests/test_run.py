@@ -79,7 +79,7 @@ def environment(**variables: str) -> dict[str, str]:
     return {**{name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}, **variables}
 
 
-def ended(*words: str, text: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+def execute(*words: str, text: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
     """Return a Python process that has ended."""
     return subprocess.run(
         [sys.executable, *words], input=text, env=environment(**variables), capture_output=True, text=True, timeout=120,
@@ -88,7 +88,7 @@ def ended(*words: str, text: str = "", **variables: str) -> subprocess.Completed
 
 
 def due(code: int, end: str, cuda: bool = False) -> subprocess.CompletedProcess[str]:
-    return ended("-c", DUE.replace("CODE", str(code)).replace("CUDA", str(cuda)) + end)
+    return execute("-c", DUE.replace("CODE", str(code)).replace("CUDA", str(cuda)) + end)
 
 
 @pytest.mark.sampled(2)
@@ -136,7 +136,7 @@ def test_a_reader_that_leaves_at_the_end_changes_no_exit_code(closed):
 
 
 @pytest.fixture
-def seen(tmp_path) -> str:
+def site(tmp_path) -> str:
     """Return a folder for PYTHONPATH with :data:`SEEN`."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SEEN)
@@ -149,14 +149,14 @@ def seen(tmp_path) -> str:
     (("-m", "fedkern.run", "list"), run.OK), (("-m", "fedkern.run", "no-such-command"), run.USAGE),
     ((str(Path(run.__file__)), "list"), run.OK),
 ])  # fmt: skip
-def test_a_command_with_torch_ends_its_process(words, code, seen):
-    done = ended(*words, PYTHONPATH=seen)
+def test_a_command_with_torch_ends_its_process(words, code, site):
+    done = execute(*words, PYTHONPATH=site)
     assert done.returncode == code
     assert done.stdout.endswith("at exit\n")
     assert "taken apart" not in done.stderr
 
 
-def test_the_console_script_says_that_torch_is_loading_and_ends_its_process(seen, tmp_path):
+def test_the_console_script_says_that_torch_is_loading_and_ends_its_process(site, tmp_path):
     """A terminal shows a line at once.
 
     The line is gone before the command's own output.
@@ -168,7 +168,7 @@ def test_the_console_script_says_that_torch_is_loading_and_ends_its_process(seen
                       f"    sys.exit({function}())\n")  # fmt: skip
     terminal, side = os.openpty()
     done = subprocess.run(
-        [sys.executable, str(script), "list"], env=environment(PYTHONPATH=seen), stdout=subprocess.PIPE, stderr=side,
+        [sys.executable, str(script), "list"], env=environment(PYTHONPATH=site), stdout=subprocess.PIPE, stderr=side,
         text=True, timeout=120, check=True,
     )  # fmt: skip
     os.close(side)
@@ -178,29 +178,29 @@ def test_the_console_script_says_that_torch_is_loading_and_ends_its_process(seen
     assert re.fullmatch(r"loading torch \.\.\.\r +\r", told)
 
 
-def test_a_command_without_torch_ends_as_any_other_process(seen):
-    done = ended("-m", "fedkern.run", "--version", PYTHONPATH=seen)
+def test_a_command_without_torch_ends_as_any_other_process(site):
+    done = execute("-m", "fedkern.run", "--version", PYTHONPATH=site)
     assert (done.returncode, done.stderr) == (run.OK, "taken apart\n")
 
 
 @pytest.mark.exhaustive
-def test_a_profiler_writes_its_profile(seen, tmp_path):
-    done = ended("-m", "cProfile", "-o", str(tmp_path / "profile"), "-m", "fedkern.run", "list", PYTHONPATH=seen)
+def test_a_profiler_writes_its_profile(site, tmp_path):
+    done = execute("-m", "cProfile", "-o", str(tmp_path / "profile"), "-m", "fedkern.run", "list", PYTHONPATH=site)
     assert done.stderr.endswith("taken apart\n")
     assert (tmp_path / "profile").stat().st_size
 
 
 @pytest.mark.exhaustive
-def test_an_interactive_interpreter_goes_on(seen):
+def test_an_interactive_interpreter_goes_on(site):
     text = "print('going on', file=sys.stderr)\n"
-    done = ended("-i", "-m", "fedkern.run", "list", text=text, PYTHONPATH=seen)
+    done = execute("-i", "-m", "fedkern.run", "list", text=text, PYTHONPATH=site)
     assert "going on" in done.stderr
     assert done.stderr.endswith("taken apart\n")
 
 
 @pytest.mark.exhaustive
-def test_with_a_plugin_the_interpreter_ends_the_process(seen, tmp_path):
+def test_with_a_plugin_the_interpreter_ends_the_process(site, tmp_path):
     plugin = tmp_path / "own.py"
     plugin.write_text(PLUGIN)
-    done = ended("-m", "fedkern.run", "list", "--plugin", str(plugin), PYTHONPATH=seen)
+    done = execute("-m", "fedkern.run", "list", "--plugin", str(plugin), PYTHONPATH=site)
     assert (done.returncode, done.stderr) == (run.OK, "taken apart\n")

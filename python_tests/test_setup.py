@@ -30,7 +30,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "setup.py"))
 
 
-def refused(call: Any) -> str:
+def read_refusal(call: Any) -> str:
     with pytest.raises(SystemExit) as caught:
         call()
     return str(caught.value.code)
@@ -65,13 +65,13 @@ def test_other_processors_than_x86_have_no_core(script: Any, monkeypatch: Any, c
 @pytest.mark.parametrize("name", ["FEDKERN_CPU", "FEDKERN_CUDA"])
 def test_unknown_values_are_named(script: Any, monkeypatch: Any, name: str) -> None:
     monkeypatch.setenv(name, "yes")
-    assert refused(script["core_wanted"]) == f"fedkern: {name} is 'yes'; it takes auto, 0 or 1"
+    assert read_refusal(script["core_wanted"]) == f"fedkern: {name} is 'yes'; it takes auto, 0 or 1"
 
 
 def test_the_cuda_core_alone_cannot_be_had(script: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("FEDKERN_CPU", "0")
     monkeypatch.setenv("FEDKERN_CUDA", "1")
-    assert "set FEDKERN_CPU=1 too" in refused(script["core_wanted"])
+    assert "set FEDKERN_CPU=1 too" in read_refusal(script["core_wanted"])
 
 
 def test_missing_tools_are_named(script: Any, monkeypatch: Any, tmp_path: Path) -> None:
@@ -117,10 +117,10 @@ def test_a_failing_build_names_the_ways_out(script: Any, monkeypatch: Any, tmp_p
     monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, 1))
     pytest.importorskip("pybind11")
     command = script["CMakeBuild"].__new__(script["CMakeBuild"])
-    told = refused(lambda: command.cmake(tmp_path / "fedkern"))
+    told = read_refusal(lambda: command.cmake(tmp_path / "fedkern"))
     assert "FEDKERN_CUDA=0 leaves out the CUDA core, FEDKERN_CPU=0 installs fedkern without" in told
     monkeypatch.setenv("FEDKERN_CUDA", "0")
-    told = refused(lambda: command.cmake(tmp_path / "fedkern"))
+    told = read_refusal(lambda: command.cmake(tmp_path / "fedkern"))
     assert "FEDKERN_CUDA=0 leaves" not in told
 
 

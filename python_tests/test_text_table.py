@@ -16,7 +16,7 @@ ODD = "a|b *c* _d_ <e> `f` \\g ± 50 % – {h}"
 TABLE = Table(["", ODD], [[ODD, "1"], ["last", Text("2", "red")]], "Title", notes=["A note.", ODD], breaks=[1])
 
 
-def printed(table: Table, *, color: bool = False) -> str:
+def render(table: Table, *, color: bool = False) -> str:
     console = Console(file=io.StringIO(), width=100, force_terminal=color)
     console.print(table)
     return console.file.getvalue()
@@ -38,7 +38,7 @@ def test_markdown_is_read_back():
 def test_no_form_holds_control_characters():
     name = "a\x1b[2J\n\u202eb"
     table = Table(["", name], [[name, name]], name, notes=[name])
-    for text in (table.markdown(), table.latex(), table.html(), printed(table)):
+    for text in (table.markdown(), table.latex(), table.html(), render(table)):
         assert text.replace("\n", "").isprintable()
         assert text.count("x1b") >= 4
 
@@ -53,13 +53,13 @@ def test_latex_has_every_cell_and_says_the_notes_in_comments():
 def test_a_terminal_shows_the_title_in_one_line_and_a_line_between_parts():
     title = "a title that is longer than its table"
     lines = [
-        line.strip() for line in printed(Table(["x", "y"], [["a", "1"], ["b", "2"]], title, breaks=[1])).splitlines()
+        line.strip() for line in render(Table(["x", "y"], [["a", "1"], ["b", "2"]], title, breaks=[1])).splitlines()
     ]
     assert lines[0] == title
     assert lines[lines.index("a   1") + 1] == ""
-    bare = printed(Table(["x", "y"], [["a", "1"]], bare=True))
+    bare = render(Table(["x", "y"], [["a", "1"]], bare=True))
     assert "x" not in bare
-    assert "\x1b[1m" in printed(Table(["x", "y"], [["a", "1"]], bold=True, bare=True), color=True)
+    assert "\x1b[1m" in render(Table(["x", "y"], [["a", "1"]], bold=True, bare=True), color=True)
 
 
 def test_a_notebook_shows_all_parts():

@@ -6,7 +6,7 @@ from fedkern.acceleration import calls
 
 
 @pytest.fixture
-def served(monkeypatch):
+def served_chains(monkeypatch):
     """Return the chains that operators have served."""
     found = []
 

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm
 import fedkern
 from fedkern.acceleration import calls, pending
 from fedkern.ops._core import backend
-from python_tests.guest_networks import WAYS, Doubling, Head, block, close, equal, played, sequential
+from python_tests.guest_networks import WAYS, Doubling, Head, block, close, equal, play, sequential
 
 SERVED = {
     "sequential": 6, "functional": 6, "residual": 12, "bottleneck": 2, "dropping": 0, "plain": 4, "pre-activation": 4,
@@ -34,7 +34,7 @@ def fast(network):
     return fedkern.accelerate(network, check=False)
 
 
-def made(name, seed=0):
+def make_network(name, seed=0):
     torch.manual_seed(seed)
     return WAYS[name]()
 
@@ -46,41 +46,41 @@ def made(name, seed=0):
 def test_what_waits_has_the_bits_of_what_is_written(name, images, monkeypatch):
     """The results equal those of the plain network, because torch's own layers compute every step."""
     monkeypatch.setattr(calls, "_serve", lambda chain, dense: None)
-    network = made(name)
-    assert equal(played(fedkern.accelerate(copy.deepcopy(network)), images), played(network, images))
+    network = make_network(name)
+    assert equal(play(fedkern.accelerate(copy.deepcopy(network)), images), play(network, images))
 
 
 @core
 @pytest.mark.parametrize("name", WAYS)
-def test_operators_serve_what_they_can(name, images, served):
-    network = made(name)
-    found = played(fast(copy.deepcopy(network)), images)
-    assert len(served) >= SERVED[name]
-    close(found, played(network, images))
+def test_operators_serve_what_they_can(name, images, served_chains):
+    network = make_network(name)
+    found = play(fast(copy.deepcopy(network)), images)
+    assert len(served_chains) >= SERVED[name]
+    close(found, play(network, images))
 
 
 @core
 @pytest.mark.parametrize(("taps", "expected"), [(3, 1), (1, 0)])
-def test_what_copies_would_cost_more_than_they_save_runs_as_written(taps, expected, images, served):
+def test_what_copies_would_cost_more_than_they_save_runs_as_written(taps, expected, images, served_chains):
     """A 1 × 1 convolution amid the network's own code saves less than copying its maps costs."""
     torch.manual_seed(0)
     conv = nn.Conv2d(32, 32, taps, padding=taps // 2, bias=False)
     network = nn.Sequential(nn.Conv2d(3, 32, 7, padding=3), nn.GELU(), conv, nn.BatchNorm2d(32), nn.GELU())
     fast(network)(images)
-    assert len(served) == expected
+    assert len(served_chains) == expected
 
 
 @core
-def test_the_operators_results_between_convolutions_are_not_moved(images, served):
-    network = fast(made("residual"))
+def test_the_operators_results_between_convolutions_are_not_moved(images, served_chains):
+    network = fast(make_network("residual"))
     network(images)
-    assert [chain.site.x.is_contiguous(memory_format=torch.channels_last) for chain in served[1:]] == [True] * 5
+    assert [chain.site.x.is_contiguous(memory_format=torch.channels_last) for chain in served_chains[1:]] == [True] * 5
 
 
 @pytest.mark.parametrize("batch", [0, 1])
 @pytest.mark.parametrize("name", ["sequential", "residual"])
 def test_a_batch_of_one_and_none(name, batch, images):
-    network = made(name).eval()
+    network = make_network(name).eval()
     found = fedkern.accelerate(copy.deepcopy(network))
     torch.testing.assert_close(found(images[:batch]), network(images[:batch]), rtol=1e-4, atol=1e-4)
 
@@ -95,12 +95,12 @@ def functional_call(network, images):
     return torch.func.functional_call(network, given, images)
 
 
-def vmapped(network, images):
+def map_images(network, images):
     network.eval()
     return torch.vmap(lambda image: network(image[None])[0])(images)
 
 
-def graded(network, images):
+def take_gradient(network, images):
     network.eval()
     return torch.func.grad(lambda given: network(given).square().sum())(images)
 
@@ -110,9 +110,9 @@ def autocast_around(network, images):
         return network(images).float()
 
 
-@pytest.mark.parametrize("way", [inference, functional_call, vmapped, graded, autocast_around])
+@pytest.mark.parametrize("way", [inference, functional_call, map_images, take_gradient, autocast_around])
 def test_other_ways_to_call(way, images):
-    network = made("residual")
+    network = make_network("residual")
     expected = way(copy.deepcopy(network), images)
     torch.testing.assert_close(way(fedkern.accelerate(network), images), expected, rtol=2e-3, atol=2e-3)
 
@@ -174,10 +174,10 @@ WRITTEN = autocast_inside, in_place_handle, two_norms, lists, numpy, other_argum
 @pytest.mark.parametrize("write", WRITTEN, ids=lambda write: write.__name__)
 def test_other_ways_to_write(write, images, monkeypatch):
     network = made_of(write)
-    expected = played(copy.deepcopy(network), images)
-    close(played(fedkern.accelerate(copy.deepcopy(network)), images), expected)
+    expected = play(copy.deepcopy(network), images)
+    close(play(fedkern.accelerate(copy.deepcopy(network)), images), expected)
     monkeypatch.setattr(calls, "_serve", lambda chain, dense: None)
-    assert equal(played(fedkern.accelerate(network), images), expected)
+    assert equal(play(fedkern.accelerate(network), images), expected)
 
 
 def tied(network):
@@ -190,20 +190,20 @@ def spectral(network):
     spectral_norm(network[4])
 
 
-def normed(network):
+def add_weight_norm(network):
     parametrizations.weight_norm(network[4])
 
 
-def pruned(network):
+def prune_weight(network):
     prune.l1_unstructured(network[4], "weight", amount=0.3)
 
 
-def strided(network):
+def set_stride(network):
     network[4].stride = (2, 2)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("change", [tied, spectral, normed, pruned, strided])
+@pytest.mark.parametrize("change", [tied, spectral, add_weight_norm, prune_weight, set_stride])
 def test_other_layers(change, late, images):
     torch.manual_seed(0)
     network = sequential()
@@ -212,11 +212,11 @@ def test_other_layers(change, late, images):
         torch.manual_seed(1)
         change(model)
     fast_copy = fast_copy if late else fedkern.accelerate(fast_copy)
-    close(played(fast_copy, images), played(network, images))
+    close(play(fast_copy, images), play(network, images))
 
 
 def test_second_derivatives(images):
-    network = made("sequential")
+    network = make_network("sequential")
     for model in (network, fast_copy := fedkern.accelerate(copy.deepcopy(network))):
         x = images.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
@@ -226,7 +226,7 @@ def test_second_derivatives(images):
 
 
 def test_two_threads_at_once(images):
-    network = made("residual").eval()
+    network = make_network("residual").eval()
     fast_copy = fedkern.accelerate(copy.deepcopy(network))
     found, expected = {}, network(images)
 
@@ -246,7 +246,7 @@ def test_two_threads_at_once(images):
 # -- a bias before the norm -------------------------------------------------------------------------------------------
 
 
-def biased(frozen=False):
+def make_biased(frozen=False):
     torch.manual_seed(0)
     network = sequential()
     for at in (0, 4, 8):
@@ -258,12 +258,12 @@ def biased(frozen=False):
 
 
 @core
-def test_a_bias_that_the_norm_takes_out_again(images, served):
+def test_a_bias_that_the_norm_takes_out_again(images, served_chains):
     """The running mean moves by the bias, evaluation takes the bias off, and its gradient is zero."""
-    plain, accelerated = biased(), fast(biased())
+    plain, accelerated = make_biased(), fast(make_biased())
     for _ in range(3):
-        expected, found = played(plain, images), played(accelerated, images)
-    assert len(served) == 18
+        expected, found = play(plain, images), play(accelerated, images)
+    assert len(served_chains) == 18
     assert all(torch.count_nonzero(found[2][f"{at}.bias"]) == 0 for at in (0, 4, 8))
     assert all(float(expected[2][f"{at}.bias"].abs().max()) < 1e-3 for at in (0, 4, 8))
     close(found, expected)
@@ -271,19 +271,19 @@ def test_a_bias_that_the_norm_takes_out_again(images, served):
 
 def test_a_step_on_nan_ends_as_in_torch(images):
     results = []
-    for network in (biased(), fedkern.accelerate(biased())):
+    for network in (make_biased(), fedkern.accelerate(make_biased())):
         network(images * float("nan")).square().sum().backward()
         results.append((network[1].running_mean, network[0].bias.grad))
     assert all(torch.isnan(part).all() for result in results for part in result)
 
 
 @core
-def test_a_bias_before_a_frozen_norm_has_its_gradient(images, served):
+def test_a_bias_before_a_frozen_norm_has_its_gradient(images, served_chains):
     grads = []
-    for network in (biased(frozen=True), fast(biased(frozen=True))):
+    for network in (make_biased(frozen=True), fast(make_biased(frozen=True))):
         network(images).square().sum().backward()
         grads.append([network[at].bias.grad for at in (0, 4, 8)])
-    assert len(served) == 3
+    assert len(served_chains) == 3
     for left, two in zip(*grads, strict=True):
         torch.testing.assert_close(two, left, rtol=1e-3, atol=1e-3 * float(left.abs().max()))
 
@@ -293,7 +293,7 @@ def test_a_bias_before_a_frozen_norm_has_its_gradient(images, served):
 
 @pytest.mark.parametrize("name", ["sequential", "residual"])
 def test_a_network_looks_as_before(name):
-    network = made(name)
+    network = make_network(name)
     copied = copy.deepcopy(network)
     before = repr(network), [type(layer) for layer in network.modules()]
     assert fedkern.accelerate(copied) is copied
@@ -319,12 +319,12 @@ def test_a_pickle_loads_without_fedkern(tmp_path, monkeypatch):
 def test_others_see_what_they_saw(images):
     plain = sequential().eval()
     network = fedkern.accelerate(copy.deepcopy(plain))
-    for made, kind in ((torch.fx.symbolic_trace(network), torch.fx.GraphModule), (_prepared(network), nn.Sequential)):
+    for made, kind in ((torch.fx.symbolic_trace(network), torch.fx.GraphModule), (_quantise(network), nn.Sequential)):
         assert isinstance(made, kind)
         torch.testing.assert_close(made(images), plain(images), rtol=1e-4, atol=1e-4)
 
 
-def _prepared(network):
+def _quantise(network):
     """Return the network with modules of its convolutions' classes swapped, as quantisation does."""
     made = copy.deepcopy(network)
     for name, layer in made.named_children():
@@ -341,20 +341,20 @@ def test_opacus_validator_sees_the_layers():
 
 
 @core
-def test_a_deep_copy_is_accelerated_for_itself(images, served):
-    network = fast(made("sequential"))
+def test_a_deep_copy_is_accelerated_for_itself(images, served_chains):
+    network = fast(make_network("sequential"))
     copied = copy.deepcopy(network)
     with torch.no_grad():
         network[0].weight.zero_()
     expected = fedkern.plain(copy.deepcopy(copied)).eval()(images)
-    served.clear()
+    served_chains.clear()
     torch.testing.assert_close(copied.eval()(images), expected, rtol=1e-4, atol=1e-4)
-    assert len(served) == 3
-    assert served[0].site.weight is copied[0].weight
+    assert len(served_chains) == 3
+    assert served_chains[0].site.weight is copied[0].weight
 
 
 def test_a_part_that_is_called_alone_runs_as_written(images):
-    network = fedkern.accelerate(made("functional"))
+    network = fedkern.accelerate(make_network("functional"))
     assert type(network.c1(images)) is torch.Tensor
     assert torch.equal(network.maps(images), fedkern.plain(copy.deepcopy(network)).maps(images))
 
@@ -452,45 +452,45 @@ def on_root_gradients(network, seen):
 
 @pytest.mark.parametrize("put", [on_layer, before_layer, on_everything, on_gradients, on_root_gradients])
 def test_with_somebody_s_hooks_a_network_runs_as_written(put, images):
-    network, seen = made("sequential"), []
+    network, seen = make_network("sequential"), []
     copied = fedkern.accelerate(copy.deepcopy(network))
     handles = put(copied, seen)
-    found = played(copied, images)
+    found = play(copied, images)
     for handle in handles:
         handle.remove()
     assert seen
     assert set(seen) == {torch.Tensor}
-    assert equal(found, played(network, images))
+    assert equal(found, play(network, images))
 
 
 @core
-def test_a_hook_on_the_network_itself_sees_its_result(images, served):
-    network, seen = fast(made("sequential")), []
+def test_a_hook_on_the_network_itself_sees_its_result(images, served_chains):
+    network, seen = fast(make_network("sequential")), []
     network.register_forward_hook(lambda layer, given, out: seen.append((type(out), type(given[0]))))
     network(images)
     assert seen == [(torch.Tensor, torch.Tensor)]
-    assert len(served) == 3
+    assert len(served_chains) == 3
 
 
 @core
-def test_fedkern_s_own_hooks_are_given_what_is_computed(images, served):
+def test_fedkern_s_own_hooks_are_given_what_is_computed(images, served_chains):
     from fedkern.data.forms import ImageForm
     from fedkern.models.users.hooked import find_taps
     from fedkern.models.users.user_models import OwnNetwork
 
-    network = made("functional").eval()
+    network = make_network("functional").eval()
     own = [OwnNetwork(copy.deepcopy(network), "fc"), OwnNetwork(fast(copy.deepcopy(network)), "fc")]
     torch.testing.assert_close(own[1].features(images), own[0].features(images), rtol=1e-4, atol=1e-4)
-    assert len(served) == 3
+    assert len(served_chains) == 3
     kind, *taps = find_taps(own[0], ["b2"], None, ImageForm((3, 16, 16), (0.5,) * 3, (0.2,) * 3), "net")
     plain, quick = (kind(net.module, *taps) for net in own)
-    served.clear()
+    served_chains.clear()
     maps = [net.stages(images, upto="b2") for net in (plain, quick)]
     assert type(maps[1]) is torch.Tensor
     torch.testing.assert_close(maps[1], maps[0], rtol=1e-4, atol=1e-4)
     logits = [net.head(net.tail(given * 2, after="b2")) for net, given in zip((plain, quick), maps, strict=True)]
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
-    assert served
+    assert served_chains
 
 
 class Table(dict):
@@ -516,7 +516,7 @@ def test_results_that_are_attributes_and_entries_are_computed(images):
 
 
 @torch.jit.script
-def scripted(x: torch.Tensor) -> torch.Tensor:
+def double_relu(x: torch.Tensor) -> torch.Tensor:
     return torch.relu(x) * 2
 
 
@@ -525,7 +525,7 @@ def doubling(net, x):
 
 
 def scripting(net, x):
-    return scripted(net.b1(net.c1(x)))
+    return double_relu(net.b1(net.c1(x)))
 
 
 def changing(net, x):
@@ -573,48 +573,48 @@ def alone(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-def sharded(network):
+def shard(network):
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     return torch.distributed.fsdp.fully_shard(network, mesh=mesh)
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("around", [nn.parallel.DistributedDataParallel, sharded], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("around", [nn.parallel.DistributedDataParallel, shard], ids=["ddp", "fsdp"])
 @pytest.mark.parametrize("inside", [True, False])
-def test_distributed(inside, around, images, served):
-    network = made("residual")
+def test_distributed(inside, around, images, served_chains):
+    network = make_network("residual")
     network(images).square().sum().backward()
     expected = [p.grad for p in network.parameters()]
     network.zero_grad()
     wrapped = around(fast(network)) if inside else fast(around(network))
     wrapped(images).square().sum().backward()
     for p, grad in zip(wrapped.parameters(), expected, strict=True):
-        found = p.grad.full_tensor() if around is sharded else p.grad
+        found = p.grad.full_tensor() if around is shard else p.grad
         torch.testing.assert_close(found, grad, rtol=1e-2, atol=1e-2 * float(grad.abs().max()))
-    assert len(served) == (0 if around is sharded else 6) or not backend.active_isa().startswith("avx")
+    assert len(served_chains) == (0 if around is shard else 6) or not backend.active_isa().startswith("avx")
 
 
 @pytest.mark.exhaustive
 def test_compiled(images):
-    network = made("sequential").eval()
+    network = make_network("sequential").eval()
     compiled = torch.compile(fedkern.accelerate(copy.deepcopy(network)), backend="eager")
     torch.testing.assert_close(compiled(images), network(images), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported(strict, images):
-    network, axes = made("sequential").eval(), {"input": {0: torch.export.Dim("batch", min=1)}}
+    network, axes = make_network("sequential").eval(), {"input": {0: torch.export.Dim("batch", min=1)}}
     served = fedkern.accelerate(copy.deepcopy(network))
     program = torch.export.export(served, (images,), dynamic_shapes=axes, strict=strict)
     assert torch.equal(program.module()(images[:1]), network(images[:1]))
 
 
 @core
-def test_another_network_around_it_is_no_call_of_its_own(images, served):
-    inner = fast(made("sequential"))
+def test_another_network_around_it_is_no_call_of_its_own(images, served_chains):
+    inner = fast(make_network("sequential"))
     outer = fast(nn.Sequential(nn.Conv2d(3, 3, 1), inner))
     outer(images)
-    assert len(served) == 3
+    assert len(served_chains) == 3
 
 
 def test_a_tensor_tells_what_is_known_without_being_computed(images):

@@ -319,7 +319,7 @@ def bound_error(truth, *values):
     return ERRORS * error + ROUNDINGS * EPS * float(truth.abs().max())
 
 
-def judge(text, served):
+def judge(text, served_chains):
     """Return the faults of an accelerated network.
 
     None where rounding decides, torch refuses the program, or no operator serves it.
@@ -335,11 +335,11 @@ def judge(text, served):
         zeros = (truth == 0) & (values[0] == 0) & (values[1] == 0)
         if not bool((zeros | (truth.abs() > bound_error(truth, *values))).all()):
             return None
-    served.clear()
+    served_chains.clear()
     found, _, error = play(text, accelerate=fedkern.accelerate)
     if error is not None and not any(sentence in str(error) and way in text for sentence, way in SENTENCES.items()):
         return [repr(error)]
-    if not served:
+    if not served_chains:
         return None
     faults = [] if error or len(found) == len(exact[0]) else ["another number of tensors"]
     for (about, value), *runs in zip(found, plain[0], exact[0], noisy[0], strict=False):
@@ -360,7 +360,7 @@ def judge(text, served):
 )
 @pytest.mark.filterwarnings("error:fedkern", "ignore:None of the inputs")
 @pytest.mark.skipif(not backend.active_isa().startswith("avx"), reason="the kernel serves AVX2 and AVX-512")
-def test_random_networks_compute_what_they_compute_as_written(seed, served):
+def test_random_networks_compute_what_they_compute_as_written(seed, served_chains):
     texts = (Author(f"{seed} {attempt}").write_program() for attempt in range(100))
-    text, faults = next((text, faults) for text in texts if (faults := judge(text, served)) is not None)
+    text, faults = next((text, faults) for text in texts if (faults := judge(text, served_chains)) is not None)
     assert not faults, text

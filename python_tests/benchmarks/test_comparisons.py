@@ -115,12 +115,12 @@ def test_pages_leave_out_rows_whose_kernels_have_changed(tmp_path: Path, monkeyp
     write_results(rows, AMD, tmp_path)
     command = ["--results", str(tmp_path)]
 
-    def told() -> tuple[str, list[str]]:
+    def read_pages() -> tuple[str, list[str]]:
         lines = page_figures.operators("amd-epyc", folder=tmp_path)
         return (tmp_path / "README.md").read_text(), list(lines)
 
     assert report.main(command) == 0
-    text, table = told()
+    text, table = read_pages()
     assert "| small | 1 thread | 100 µs | 2.00× |" in text
     assert "| fuse_mean other |" in text
     assert "left out" not in text
@@ -131,7 +131,7 @@ def test_pages_leave_out_rows_whose_kernels_have_changed(tmp_path: Path, monkeyp
     assert report.main([*command, "--check"]) == 1, "a commit that changes kernels records rows anew or loses them"
     assert report.main(command) == 0
     assert report.main([*command, "--check"]) == 0
-    text, table = told()
+    text, table = read_pages()
     assert "| small |" not in text
     assert "| fuse_mean other |" in text
     assert "1 row left out, not recorded with the present kernels" in text
@@ -164,23 +164,23 @@ def test_what_an_operator_is_built_from(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("".join(f'#include "{header}"\n' for header in included.get(name, ())))
 
-    def changed(name: str) -> set[str]:
+    def find_changed(name: str) -> set[str]:
         before = sources.hashes(tmp_path)
         (tmp_path / name).write_text((tmp_path / name).read_text() + "// changed\n")
         after = sources.hashes(tmp_path)
         return {key for key in before if before[key] != after[key]}
 
     cores = {core: {sources.key(core, name) for name in ("", *sources.GROUPS)} for core in ("_cpu", "_cuda")}
-    assert changed("cpu/blend.cpp") == {"_cpu", "_cpu blend"}
+    assert find_changed("cpu/blend.cpp") == {"_cpu", "_cpu blend"}
     for name in ("bindings/cpu_fuse.cpp", "cpu/fuse_rows.h"):
-        assert changed(name) == {"_cpu", "_cpu fuse"}
-    assert changed("include/fedkern/simd_math.h") == {"_cpu", "_cpu fuse", "_cuda"}
+        assert find_changed(name) == {"_cpu", "_cpu fuse"}
+    assert find_changed("include/fedkern/simd_math.h") == {"_cpu", "_cpu fuse", "_cuda"}
     for name in ("bindings/fuse_call.h", "include/fedkern/fuse.h"):
-        assert changed(name) == {"_cpu", "_cpu fuse", "_cuda", "_cuda fuse"}
-    assert changed("bindings/cpu.cpp") == {"_cpu"}
-    assert changed("include/fedkern/simd.h") == cores["_cpu"] | {"_cuda"}
-    assert changed("cuda/fuse.cu") == {"_cuda", "_cuda fuse"}
-    assert changed("cpu/stream.h") == changed("cpu/isa.cpp") == cores["_cpu"]
+        assert find_changed(name) == {"_cpu", "_cpu fuse", "_cuda", "_cuda fuse"}
+    assert find_changed("bindings/cpu.cpp") == {"_cpu"}
+    assert find_changed("include/fedkern/simd.h") == cores["_cpu"] | {"_cuda"}
+    assert find_changed("cuda/fuse.cu") == {"_cuda", "_cuda fuse"}
+    assert find_changed("cpu/stream.h") == find_changed("cpu/isa.cpp") == cores["_cpu"]
     assert set(sources.hashes(tmp_path / "none").values()) == {""}
     assert sources.behind("cpu", "of another checkout", "blend") == ""
     present = sources.hashes(sources.CSRC)

@@ -18,7 +18,7 @@ from benchmarks.gpu.stages import ROOT, Stage
 from fedkern.cli.flags import parse_run
 from fedkern.cli.request import effective_config
 from fedkern.engine.local import lanes, training
-from python_tests.ops.emulated_core import emulated
+from python_tests.ops.emulated_core import emulate
 from python_tests.ops.every_operator import OPERATORS
 
 H200 = {"gpu": "NVIDIA H200", "capability": "9.0"}
@@ -60,7 +60,7 @@ def test_another_card_is_compared_with_itself_alone() -> None:
 
 
 @pytest.fixture
-def pretended(tmp_path, monkeypatch):
+def fake_gpu(tmp_path, monkeypatch):
     """Pretend a GPU that nvidia-smi lists, a folder beside the checkout, and three lines and a check."""
     monkeypatch.setattr(fifteen, "gpu", lambda: H200)
     monkeypatch.setattr(fifteen, "code", lambda: "code")
@@ -85,20 +85,20 @@ def outcomes(archive: Path) -> dict[str, str]:
         return {name: stage["outcome"] for name, stage in json.load(found)["stages"].items()}
 
 
-def test_an_archive_after_every_line_a_table_last_and_what_failed_again(pretended, tmp_path, capsys) -> None:
+def test_an_archive_after_every_line_a_table_last_and_what_failed_again(fake_gpu, tmp_path, capsys) -> None:
     assert fifteen.main(["--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().out
     assert said.rstrip().splitlines()[-1].startswith("| kernels | failed |")
-    assert outcomes(pretended) == {"build": PASSED, "tests": PASSED, "kernels": FAILED}
-    with tarfile.open(pretended) as packed:
+    assert outcomes(fake_gpu) == {"build": PASSED, "tests": PASSED, "kernels": FAILED}
+    with tarfile.open(fake_gpu) as packed:
         assert "figures.json" in packed.getnames()
         assert "profile.json.gz" not in packed.getnames()
-    pretended.unlink()  # the folder of a second command is empty
+    fake_gpu.unlink()  # the folder of a second command is empty
     (tmp_path / "broken").unlink()
     assert fifteen.main(["again", "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert re.findall(r"^(\w+) \.\.\.", said, re.MULTILINE) == ["kernels", "memcheck"]
-    assert outcomes(pretended) == dict.fromkeys(("build", "tests", "kernels", "memcheck"), PASSED)
+    assert outcomes(fake_gpu) == dict.fromkeys(("build", "tests", "kernels", "memcheck"), PASSED)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_an_archive_after_every_line_a_table_last_and_what_failed_again(pretende
         (["again", "--out", "x"], H200, "nothing was played here: leave 'again' out"),
     ],
 )
-def test_what_it_cannot_take_is_one_sentence(words, found, told, pretended, monkeypatch, capsys) -> None:
+def test_what_it_cannot_take_is_one_sentence(words, found, told, fake_gpu, monkeypatch, capsys) -> None:
     monkeypatch.setattr(fifteen, "gpu", lambda: found)
     with pytest.raises(SystemExit) as ended:
         fifteen.main(words)
@@ -145,7 +145,7 @@ def small(monkeypatch):
 
 @pytest.mark.parametrize("known", [pytest.param(H200, marks=pytest.mark.slow), H100], ids=["H200", "H100"])
 def test_kernels_and_the_reference(small, known, tmp_path) -> None:
-    with emulated():
+    with emulate():
         for name in ("kernels", "reference"):
             words = words_of(name)
             words[words.index("--results") + 1] = str(tmp_path / "results")

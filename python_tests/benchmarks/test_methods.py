@@ -43,7 +43,7 @@ def batch(**drawn):
     return Batch(inputs=images, targets=labels, indices=labels.numpy(), phase=PHASE, drawn=drawn)
 
 
-def received(model):
+def make_received(model):
     return SimpleNamespace(model=model, phase=PHASE, round_cache={}, samples=6, epochs=1, message={})
 
 
@@ -67,8 +67,8 @@ def test_fedgid_has_the_loss_of_fedkern():
     method = FedGID(FedGID.Options.parse(options, method="fedgid"))
     backgrounds = torch.randn(6, 3, 32, 32)
     data = batch(images=backgrounds, index=torch.arange(6).numpy(), alpha=0.7)
-    data.drawn |= method.prepare(model, data, received(globally))
-    ours, _ = method.loss(model, data, received(globally))
+    data.drawn |= method.prepare(model, data, make_received(globally))
+    ours, _ = method.loss(model, data, make_received(globally))
     args = argparse.Namespace(**options)
     theirs = fedgid.loss_of(model, data.inputs, data.targets, globally=globally, backgrounds=backgrounds, args=args)
     same_loss_and_gradients(theirs, ours, model)
@@ -78,7 +78,7 @@ def test_fedlpfm_has_the_loss_of_fedkern():
     model, teacher = network().train(), 3 * torch.randn(6, 10)
     options = {"lambda": 0.9, "temperature": 4.0}
     method, data = FedLPFM(FedLPFM.Options.parse(options, method="fedlpfm")), batch(teacher=teacher)
-    ours, _ = method.loss(model, data, received(None))
+    ours, _ = method.loss(model, data, make_received(None))
     theirs = fedlpfm.loss_of(model, data.inputs, data.targets, teacher, argparse.Namespace(**options))
     same_loss_and_gradients(theirs, ours, model)
 
@@ -89,7 +89,7 @@ def test_fedprox_has_the_gradient_of_fedkern():
     theirs = fedprox.loss_of(model, data.inputs, data.targets, globally=globally, mu=0.3)
     parameters = list(model.parameters())
     own = torch.cat([g.flatten() for g in torch.autograd.grad(theirs, parameters)])
-    gradients = torch.autograd.grad(method.loss(model, data, received(globally)), parameters)
+    gradients = torch.autograd.grad(method.loss(model, data, make_received(globally)), parameters)
     ours = torch.cat([g.flatten() for g in gradients])
     flat, sent = (torch.cat([p.detach().flatten() for p in net.parameters()]) for net in (model, globally))
     method.adjust_gradient(flat, ours, SimpleNamespace(parameters=sent))
@@ -104,7 +104,7 @@ def test_feddra_has_the_loss_of_fedkern():
     data = replace(batch(), targets=model.tokenize(texts), task=RETRIEVAL)
     globally, kind = common.frozen(globally), method_registry.get("feddra")
     method = kind(kind.Options.parse({"mu": 3.0}, method="feddra"))
-    ours, _ = method.loss(model.train(), data, received(globally))
+    ours, _ = method.loss(model.train(), data, make_received(globally))
     args = argparse.Namespace(mu=3.0, lambda1=1.0)
     padded = Tokens(*(torch.nn.functional.pad(part, (0, 2)) for part in data.targets))
     theirs = feddra.loss_of(model, data.inputs, feddra.trimmed(*padded), globally=globally, args=args)
@@ -376,11 +376,11 @@ def test_variants_run_in_turn_with_the_seeds_of_the_repeats(tmp_path, monkeypatc
 def test_a_command_ends_with_whoever_measures_it(tmp_path, monkeypatch):
     started = []
 
-    def interrupted(pid, options):
+    def interrupt(pid, options):
         started.append(pid)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(processes.os, "wait4", interrupted)
+    monkeypatch.setattr(processes.os, "wait4", interrupt)
     with pytest.raises(KeyboardInterrupt):
         processes.run([sys.executable, "-c", "import time; time.sleep(60)"], {}, tmp_path)
     assert processes.session(started[0]) == []

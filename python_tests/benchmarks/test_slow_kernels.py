@@ -48,7 +48,7 @@ def steadiest_of_each_family() -> list[str]:
     return sorted({node.partition("::")[0]: node for node in rows if FLOORS.rows[node].held}.values())
 
 
-def gated(node: str, slowed: bool, path: Path) -> subprocess.CompletedProcess[str]:
+def run_gate(node: str, slowed: bool, path: Path) -> subprocess.CompletedProcess[str]:
     """Run the gate over one row in a process of its own.
 
     The processes that it starts load the plugin too.
@@ -65,10 +65,10 @@ def test_a_kernel_that_takes_30_per_cent_longer_fails_in_three_of_three_tries(no
     if difference := machine_difference(FLOORS.machine, machines.machine("cpu")):
         pytest.skip(f"floors.toml was {difference}")
     (tmp_path / "slowed_kernels.py").write_text(PLUGIN)
-    sound = gated(node, slowed=False, path=tmp_path)
+    sound = run_gate(node, slowed=False, path=tmp_path)
     assert (sound.returncode, "1 passed" in sound.stdout) == (0, True), sound.stdout
     for _ in range(TRIES):
-        slowed = gated(node, slowed=True, path=tmp_path)
+        slowed = run_gate(node, slowed=True, path=tmp_path)
         if "1 skipped" in slowed.stdout:
             pytest.skip("the gate cannot tell: the machine is not quiet, or not as fast as where its floors were seen")
         assert slowed.returncode == 1, slowed.stdout

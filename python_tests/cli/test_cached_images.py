@@ -16,7 +16,7 @@ from fedkern.data.images.used_cache import recall_cache
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.settings.config import RunConfig
-from python_tests.image_files import count_gathered, two_brightnesses, watched
+from python_tests.image_files import count_gathered, two_brightnesses, watch_decoded
 
 IMAGES, SIDE = 60, 8
 SMALL = {"partition": "iid", "clients": 2, "rounds": 1, "local_steps": 1, "threads": 1, "workers": "1", "model": "mlp",
@@ -32,7 +32,7 @@ def root(tmp_path, monkeypatch):
 
 @pytest.fixture
 def reads(monkeypatch):
-    return watched(monkeypatch)
+    return watch_decoded(monkeypatch)
 
 
 def play(cache=None, **data):

@@ -21,7 +21,7 @@ from fedkern.errors import UserError
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
-from python_tests.plugin_sources import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
+from python_tests.plugin_sources import EXAMPLES, Marked, no_plugins, unload_all  # noqa: F401
 
 TINY = ["--train-samples", "200", "--clients", "2", "--rounds", "2", "--threads", "1", "--grad-cam", "0", "--quiet"]
 
@@ -352,7 +352,7 @@ def test_an_onnx_file_that_cannot_be_read_leaves_nothing(where, digits, exporter
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("plugged", "undrawn")
+@pytest.mark.usefixtures("no_plugins", "undrawn")
 def test_a_plugin_given_again_may_be_executed(result, fails, tmp_path):
     plugin = Marked(tmp_path / "plugin")
     flag = ["--plugin", str(plugin.path)]

@@ -21,7 +21,7 @@ from fedkern.methods import METHODS
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import unfinished, unvouched
+from python_tests.interrupted import forget_results, undo_rounds
 
 TINY = ["--train-samples", "40", "--clients", "2", "--local-epochs", "1", "--threads", "1", "--width", "4",
         "--grad-cam", "0", "--data-option", "test_samples=20", "--data", "digits", "--partition", "iid"]  # fmt: skip
@@ -77,7 +77,7 @@ def lpfm(run_with_teacher, tmp_path):
 
 @pytest.mark.usefixtures("undrawn")
 def test_resume_runs_no_code_that_the_folder_names(lpfm, marker, fails, capsys):
-    unfinished(lpfm)
+    undo_rounds(lpfm)
     said = fails("--resume", str(lpfm))
     assert f"{lpfm}/config.toml names code to run, {TEACHER}" in said
     assert f"--method-option teacher={TEACHER}" in said
@@ -107,7 +107,7 @@ def test_a_finished_run_is_looked_at_without_its_code(lpfm, marker, capsys):
 
 def rebuilt_by_its_method(out: Path) -> None:
     """Declare in model.safetensors that the method builds the module, as a sender could."""
-    unvouched(out)
+    forget_results(out)
     path = out / "model.safetensors"
     tensors = load_file(path)
     with safe_open(path, framework="pt") as file:

@@ -11,7 +11,7 @@ import pytest
 from fedkern.cli import flags, request
 from fedkern.settings.stored import load_settings
 from python_tests import own_networks
-from python_tests.interrupted import unfinished
+from python_tests.interrupted import undo_rounds
 
 TINY = ["--data", "digits", "--train-samples", "40", "--clients", "2", "--local-epochs", "1", "--threads", "1",
         "--grad-cam", "0", "--data-option", "test_samples=20", "--partition", "iid", "--rounds", "1"]  # fmt: skip
@@ -44,7 +44,7 @@ def test_a_run_is_resumed_where_its_code_is_named_again(file, tmp_path, fails, r
     assert f'model = "{name}"' in Path("run/config.toml").read_text()
     assert (stored.model_sha256 or "").startswith("sha256:")
     model = Path("run/model.safetensors").read_bytes()
-    unfinished(Path("run"))
+    undo_rounds(Path("run"))
     said = fails("--resume", "run")
     assert f"run/config.toml names code to run, {name}" in said
     assert f"give the option again, --model {name}" in said
@@ -79,7 +79,7 @@ def test_a_changed_file_is_said(file, changed, result):
     beside.write_text("from torch.nn import ReLU")
     file.write_text("import beside\n" + NETWORK.replace("nn.ReLU", "beside.ReLU"))
     result("fedavg", *TINY, "--model", "net.py:Net", "--out", "run")
-    unfinished(Path("run"))
+    undo_rounds(Path("run"))
     file.with_name(changed).write_text(file.with_name(changed).read_text() + "\nCHANGED = True\n")
     sys.modules.pop("beside")
     _, err = result("--resume", "run", "--model", "net.py:Net")

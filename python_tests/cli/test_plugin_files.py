@@ -14,9 +14,9 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.usercode import plugin_files, plugins
 from fedkern.usercode.code_identity import content_hash
-from python_tests.plugin_sources import Executed, begin, check_refused, plugged, unload_all  # noqa: F401
+from python_tests.plugin_sources import Executed, begin, check_refused, no_plugins, unload_all  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("plugged")
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 OWN = '''\
 from fedkern.methods import FedAvg, register

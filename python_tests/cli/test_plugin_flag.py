@@ -17,9 +17,9 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 from fedkern.usercode import plugins
 from python_tests.interrupted import outcome
-from python_tests.plugin_sources import EXAMPLES, SETTINGS, Marked, begin, check_refused, plugged, unload_all  # noqa: F401
+from python_tests.plugin_sources import EXAMPLES, SETTINGS, Marked, begin, check_refused, no_plugins, unload_all  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("plugged")
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 TINY = ["--train-samples", "40", "--clients", "2", "--local-epochs", "1", "--threads", "1", "--width", "4",
         "--grad-cam", "0", "--data-option", "test_samples=20", "--data", "digits", "--partition", "iid"]  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 
 from fedkern.cli import front_page
 from fedkern.methods import METHODS
-from python_tests.plugin_sources import Marked, plugged  # noqa: F401
+from python_tests.plugin_sources import Marked, no_plugins  # noqa: F401
 
 COLLECTED = """
 import atexit, gc, sys
@@ -78,7 +78,7 @@ def test_help_is_the_same_once_torch_is_loaded(result, help_page):
     assert result("--help")[0] == result("-h", "--json")[0] == help_page[0]
 
 
-def test_help_names_the_methods_of_a_plugin(result, help_page, plugged, tmp_path):  # noqa: F811
+def test_help_names_the_methods_of_a_plugin(result, help_page, no_plugins, tmp_path):  # noqa: F811
     text, _ = result("--help", "--plugin", str(Marked(tmp_path).path))
     assert f"  {'mine':<16}A method of a test." in text.splitlines()
     assert "mine" not in help_page[0]

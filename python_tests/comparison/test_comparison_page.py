@@ -13,13 +13,13 @@ TINY = {"data": "digits", "train_samples": 120, "clients": 3, "model": "mlp", "t
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory):
+def comparison(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compared") / "x"
     return fedkern.compare(["fedavg", "fedprox"], seeds=2, target="accuracy=0.05", out=folder, **TINY)
 
 
-def test_the_page_of_a_comparison(compared):
-    folder = compared.folder
+def test_the_page_of_a_comparison(comparison):
+    folder = comparison.folder
     assert comparison_page.holds_runs(folder)
     result = comparison_page.read_comparison(folder)
     assert [group.label for group in result.groups] == ["fedavg", "fedprox"]
@@ -27,10 +27,10 @@ def test_the_page_of_a_comparison(compared):
     page = Reader(path.read_text())
     assert page.unclosed == []
     assert page.text("h1") == ["fedavg, fedprox on digits"]
-    rows = compared.result.text_table().rows
+    rows = comparison.result.text_table().rows
     assert all(cell in [*page.text("td"), *page.text("th")] for row in rows for cell in row if cell)
     assert "rounds to target" in page.text("th")
-    assert all(text in page.text("p") for text in compared.notes)
+    assert all(text in page.text("p") for text in comparison.notes)
     sections = comparison_page.page(folder, result, {}).sections
     (chart,) = next(section for section in sections if section.name == "curves").blocks
     values = [[record["accuracy"] for record in run.records] for run in result.groups[0].runs.values()]

@@ -22,12 +22,12 @@ tolerance = 0.01
 
 @pytest.fixture
 def write(tmp_path):
-    def written(text: str) -> str:
+    def write_text(text: str) -> str:
         path = tmp_path / "mine.toml"
         path.write_text(text)
         return str(path)
 
-    return written
+    return write_text
 
 
 def test_defaults_hold_where_a_cell_says_nothing_else(write):

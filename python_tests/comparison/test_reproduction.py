@@ -54,7 +54,7 @@ minutes = 1
 
 
 @pytest.fixture
-def played(monkeypatch):
+def starts(monkeypatch):
     """Return the list of started runs: method, learning rate and seed."""
     begun, real = [], cell_runner.run
 
@@ -81,7 +81,7 @@ def end_at_look(number, monkeypatch):
 
 @pytest.fixture
 def paper(tmp_path):
-    def made(text: str = PAPER, *flags: str, budget: float | None = None) -> Reproduction:
+    def make_reproduction(text: str = PAPER, *flags: str, budget: float | None = None) -> Reproduction:
         path = tmp_path / "tiny.toml"
         path.write_text(text)
         request = parse_words(["reproduce", str(path), "--workers", "1", *flags])
@@ -92,21 +92,21 @@ def paper(tmp_path):
             budget=budget,
         )
 
-    return made
+    return make_reproduction
 
 
 def verdicts(made: Reproduction) -> dict[str, str]:
     return {row.cell.name: row.verdict.kind for row in made.rows()}
 
 
-def test_cells_are_played_once_and_the_best_point_with_every_seed(paper, played):
+def test_cells_are_played_once_and_the_best_point_with_every_seed(paper, starts):
     made = paper()
     cells, lines = made.plan(made.select())
     assert [cell.name for cell in cells] == ["loss", "proximal", "average"]  # the dearest last
     assert lines[0] == "next: loss (0 of 3 runs finished, about 1 min 00 s left)"
     made.play(cells)
     assert not made.failures
-    assert played == [
+    assert starts == [
         *(("fedprox", 0.1, seed) for seed in (0, 1, 2)),  # those of "proximal" are among these
         ("fedavg", 0.0001, 0), ("fedavg", 0.1, 0), ("fedavg", 0.1, 1),
     ]  # fmt: skip
@@ -134,18 +134,18 @@ def test_cells_are_played_once_and_the_best_point_with_every_seed(paper, played)
     assert proximal["date"] == "2026-01-03"  # of its last run
 
 
-def test_a_budget_leaves_the_dearest_out(paper, played):
+def test_a_budget_leaves_the_dearest_out(paper, starts):
     made, told = paper(budget=130), []
     made.tell = told.append
     cells, lines = made.plan(made.select())
     assert lines[2] == "next: average (0 of 3 runs finished, about 3 min 00 s left)"
     made.play(cells)
-    assert [method for method, _, _ in played] == ["fedprox"] * 3  # what cells share costs nothing the second time
+    assert [method for method, _, _ in starts] == ["fedprox"] * 3  # what cells share costs nothing the second time
     assert told[-1] == "beyond the budget: average (about 3 min 00 s)"
     assert verdicts(made) == {"average": "not played", "proximal": "undecided", "loss": "nothing published"}
     unpaid = paper(budget=0)
     unpaid.play(unpaid.plan(unpaid.select(["average"]))[0])
-    assert len(played) == 3
+    assert len(starts) == 3
 
 
 def test_damaged_records_are_a_failure_of_their_cell_alone(paper):
@@ -172,12 +172,12 @@ def test_cells_are_chosen_by_name_pattern_and_table(paper):
             made.select(names, table)
 
 
-def test_a_run_stops_between_rounds_has_its_curve_on_the_page_and_goes_on(paper, played, monkeypatch):
+def test_a_run_stops_between_rounds_has_its_curve_on_the_page_and_goes_on(paper, starts, monkeypatch):
     text = PAPER.replace('figure = "loss"', 'figure = "rounds"\ntarget = "accuracy=0.99"')
     made, check = paper(text, budget=1000), Deadline.check
     end_at_look(3, monkeypatch)  # before the cell, and before the second round of its first run
     made.play(made.select(["loss"]))
-    assert played == [("fedprox", 0.1, 0)]
+    assert starts == [("fedprox", 0.1, 0)]
     assert not made.failures
     (row,) = [row for row in made.rows() if row.cell.name == "loss"]
     assert row.verdict.kind == "not played"
@@ -189,11 +189,11 @@ def test_a_run_stops_between_rounds_has_its_curve_on_the_page_and_goes_on(paper,
     monkeypatch.setattr(Deadline, "check", check)
     again = paper(text, budget=1000)
     again.play(again.select(["loss"]))
-    assert played[1:] == [("fedprox", 0.1, seed) for seed in (0, 1, 2)]
+    assert starts[1:] == [("fedprox", 0.1, seed) for seed in (0, 1, 2)]
     assert verdicts(again)["loss"] == "nothing published"
 
 
-def test_a_cell_that_another_process_plays_is_left_to_it(paper, played):
+def test_a_cell_that_another_process_plays_is_left_to_it(paper, starts):
     made = paper()
     job = made.jobs["average"]
     job.folder.mkdir(parents=True)
@@ -201,15 +201,15 @@ def test_a_cell_that_another_process_plays_is_left_to_it(paper, played):
     made.tell = lines.append
     with FolderLock(job.folder):
         made.play(made.select(["average", "loss"]))
-    assert {method for method, _, _ in played} == {"fedprox"}
+    assert {method for method, _, _ in starts} == {"fedprox"}
     assert "  another process plays it" in lines
     assert verdicts(made)["average"] == "not played"
 
 
-def test_a_point_that_fails_is_not_played_again(paper, played):
+def test_a_point_that_fails_is_not_played_again(paper, starts):
     made = paper(PAPER.replace("lr=0.0001,0.1", "lr=1e30,0.1"))
     made.play(made.select(["average"]))
-    assert played == [("fedavg", 1e30, 0), ("fedavg", 0.1, 0), ("fedavg", 0.1, 1)]
+    assert starts == [("fedavg", 1e30, 0), ("fedavg", 0.1, 0), ("fedavg", 0.1, 1)]
     assert not made.failures
     (row, *_) = made.rows()
     assert row.outcome.effect.startswith("lr 1e+30: failed; lr 0.1: ")
@@ -229,7 +229,7 @@ def test_points_that_all_fail_alike_are_played_again(paper, monkeypatch):
     assert verdicts(again)["average"] == "smaller scale: baseline"
 
 
-def test_a_better_point_is_played_with_every_seed(paper, played):
+def test_a_better_point_is_played_with_every_seed(paper, starts):
     made = paper()
     made.play(made.select(["average"]))
     swept = PAPER.replace("lr=0.0001,0.1", "lr=0.0001,0.1,0.3")
@@ -239,7 +239,7 @@ def test_a_better_point_is_played_with_every_seed(paper, played):
     best = later.jobs["average"].best_point()
     assert not later.jobs["average"].runs_left
     assert [seed for seed, run in later.jobs["average"].runs(best).items() if run] == [0, 1]
-    assert played[3][1] == 0.3
+    assert starts[3][1] == 0.3
 
 
 def test_a_cell_that_fails_leaves_the_others(paper):
@@ -269,12 +269,12 @@ minutes = 1
 """
 
 
-def test_what_is_run_before_is_played_for_every_seed(paper, played):
+def test_what_is_run_before_is_played_for_every_seed(paper, starts):
     made = paper(BEFORE)
     assert made.plan(made.select())[1] == ["next: students (0 of 2 runs finished, about 3 min 00 s left)"]
     made.play(made.select())
     assert not made.failures
-    assert [seed for _, _, seed in played] == [0, 1, 0, 1]
+    assert [seed for _, _, seed in starts] == [0, 1, 0, 1]
     job = made.jobs["students"]
     for seed in (0, 1):
         config = job.runner.make(job.points[0], seed)

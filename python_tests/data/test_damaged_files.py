@@ -172,10 +172,10 @@ def check_data(name: str, root: Path, count: int, seed: int) -> None:
     options |= {"modalities": "t1"} if name == BRATS else {}
     files = MAKERS[name](root)
 
-    def opened() -> None:
+    def open_data() -> None:
         load(name, root=root, clients=2, partition="iid", options=options)
 
-    assert harmless(opened)
+    assert harmless(open_data)
     rng = np.random.default_rng(seed)
     refused = 0
     for path in files:
@@ -183,7 +183,7 @@ def check_data(name: str, root: Path, count: int, seed: int) -> None:
         for variant in [*variants(content, rng, count), *(text.encode() for text in TEXT if path.suffix == ".csv")]:
             path.write_bytes(variant)
             try:
-                refused += not harmless(opened)
+                refused += not harmless(open_data)
             except Exception as error:
                 raise AssertionError(f"{path.name}: {type(error).__name__}: {error}; {variant[:400]!r}") from error
         path.write_bytes(content)

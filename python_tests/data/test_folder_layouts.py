@@ -22,7 +22,7 @@ def open_set(name, root, said=None, **settings):
     return load(name, root=root, options=options, notice=None if said is None else said.append, **settings)
 
 
-def nested(root, outer=("cat", "dog"), inner=("patient0", "patient1", "patient2", "patient3", "patient4"), count=3):
+def make_tree(root, outer=("cat", "dog"), inner=("patient0", "patient1", "patient2", "patient3", "patient4"), count=3):
     for k, folder in enumerate(outer):
         for j, two in enumerate(inner):
             for i in range(count):
@@ -35,7 +35,7 @@ def nested(root, outer=("cat", "dog"), inner=("patient0", "patient1", "patient2"
     "inner", [("patient0", "patient1"), ("P12", "P13"), ("case_1", "Case 2"), ("0001", "0002"), ("img001", "img002")]
 )
 def test_folders_of_patients_are_refused(tmp_path, name, inner):
-    nested(tmp_path, inner=inner)
+    make_tree(tmp_path, inner=inner)
     with pytest.raises(UserError, match=r"looks like the folder of a patient, and cat, dog would be sites; .*layout="):
         open_set(name, tmp_path)
     data = open_set(name, tmp_path, options={"layout": "sites"})
@@ -49,7 +49,7 @@ def test_patients_in_class_folders(tmp_path, name, splits):
     for split in splits:
         for k, patient in enumerate(people):
             if split != "test" or k > 7:
-                nested(tmp_path / split, inner=(patient,)) if split != "train" or k < 8 else None
+                make_tree(tmp_path / split, inner=(patient,)) if split != "train" or k < 8 else None
     picture(tmp_path / splits[0] / "cat" / "alone.png", 200)
     picture(tmp_path / splits[0] / "cat" / "patient1" / "study1" / "deep.png", 201)
     said = []
@@ -66,8 +66,8 @@ def test_patients_in_class_folders(tmp_path, name, splits):
 
 @pytest.mark.parametrize("name", ["folder", "pairs"])
 def test_a_patient_in_two_spellings(tmp_path, name):
-    nested(tmp_path, outer=("cat",), inner=[f"{k:03}" for k in range(10)])
-    nested(tmp_path, outer=("dog",), inner=[f"{k}" for k in range(10)])
+    make_tree(tmp_path, outer=("cat",), inner=[f"{k:03}" for k in range(10)])
+    make_tree(tmp_path, outer=("dog",), inner=[f"{k}" for k in range(10)])
     said = []
     data = open_set(name, tmp_path, said, options={"layout": "patients"}, partition="iid", clients=2)
     assert [text.partition(" writes one value in several ways")[0] for text in said] == [f"The layout of {tmp_path}"]
@@ -79,7 +79,7 @@ def test_a_patient_in_two_spellings(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["folder", "pairs"])
 def test_images_in_linked_folders(tmp_path, name):
-    root = nested(tmp_path / "root")
+    root = make_tree(tmp_path / "root")
     picture(tmp_path / "elsewhere" / "deep" / "linked.png", 200)
     (tmp_path / "elsewhere" / "deep" / "volume.dcm").write_text("")
     (root / "cat" / "patient0" / "study").symlink_to(tmp_path / "elsewhere")
@@ -94,7 +94,7 @@ def test_images_in_linked_folders(tmp_path, name):
 
 def test_numbers_are_sorted_as_numbers(tmp_path):
     numbers = tuple(str(k) for k in range(12))
-    nested(tmp_path, outer=("9", "10"), inner=numbers, count=4)
+    make_tree(tmp_path, outer=("9", "10"), inner=numbers, count=4)
     data = open_set("folder", tmp_path, options={"layout": "sites"})
     assert data.classes == numbers
     assert data.client_names == ("9", "10")
@@ -118,7 +118,7 @@ def test_patients_with_images_and_masks(tmp_path):
 
 
 def test_other_names_are_sites_as_ever_and_the_heading_names_them(tmp_path):
-    data = open_set("folder", nested(tmp_path, ("Berlin", "Bonn"), ("0", "1", "n01440764")))
+    data = open_set("folder", make_tree(tmp_path, ("Berlin", "Bonn"), ("0", "1", "n01440764")))
     assert (data.client_names, data.classes) == (("Berlin", "Bonn"), ("0", "1", "n01440764"))
     info = SimpleNamespace(
         config=RunConfig.make("fedavg", data="folder", clients=2), samples=[1, 1], test_sets={"": 1}, private=False,

@@ -135,8 +135,8 @@ def test_the_limit_is_a_flag(tmp_path, capsys):
 # -- gzip --------------------------------------------------------------------------------------------------------------
 
 
-def unzipped(content, due=None, header=0):
-    path = unzipped.folder / "x.gz"
+def unzip(content, due=None, header=0):
+    path = unzip.folder / "x.gz"
     path.write_bytes(content)
     with open_regular(path) as file:
         return gunzip(file, due or (lambda head: 1 << 30), header)
@@ -144,20 +144,20 @@ def unzipped(content, due=None, header=0):
 
 @pytest.fixture(autouse=True)
 def _folder(tmp_path):
-    unzipped.folder = tmp_path
+    unzip.folder = tmp_path
 
 
 def test_gzip_of_one_member_or_several():
     rng = np.random.default_rng(0)
     noise, zeros = rng.bytes(1_500_000), bytes(3_000_000)
     for content in (b"", b"a", noise, zeros, noise + zeros + noise):
-        assert unzipped(gzip.compress(content)) == content
-        assert unzipped(gzip.compress(content), lambda head, content=content: len(content)) == content
-        assert unzipped(gzip.compress(content[:7]) + gzip.compress(b"") + gzip.compress(content[7:])) == content
+        assert unzip(gzip.compress(content)) == content
+        assert unzip(gzip.compress(content), lambda head, content=content: len(content)) == content
+        assert unzip(gzip.compress(content[:7]) + gzip.compress(b"") + gzip.compress(content[7:])) == content
     heads = []
-    assert unzipped(gzip.compress(noise), lambda head: heads.append(head) or len(noise), 16) == noise
+    assert unzip(gzip.compress(noise), lambda head: heads.append(head) or len(noise), 16) == noise
     assert heads == [noise[:16]]
-    assert unzipped(gzip.compress(b"short"), lambda head: 1 / 0, 16) == b"short"
+    assert unzip(gzip.compress(b"short"), lambda head: 1 / 0, 16) == b"short"
 
 
 @pytest.mark.parametrize("harm", [
@@ -170,7 +170,7 @@ def test_gzip_of_one_member_or_several():
 def test_gzip_that_is_damaged_or_goes_on(harm):
     made = gzip.compress(np.random.default_rng(0).bytes(5000))
     with pytest.raises(ValueError, match=r"."):
-        unzipped(harm(made))
+        unzip(harm(made))
 
 
 def test_no_more_is_decompressed_than_is_due():
@@ -178,10 +178,10 @@ def test_no_more_is_decompressed_than_is_due():
     seen = []
     for header, due in ((0, 1000), (8, 1000), (16, 3)):
         with pytest.raises(ValueError, match=f"more than the {due:,} bytes that are due"):
-            unzipped(bomb, lambda head, due=due: seen.append(len(head)) or due, header)
+            unzip(bomb, lambda head, due=due: seen.append(len(head)) or due, header)
     assert seen == [0, 8, 16]
     with pytest.raises(ValueError, match="more than the 5 bytes"):
-        unzipped(gzip.compress(b"abc") * 2, lambda head: 5)
+        unzip(gzip.compress(b"abc") * 2, lambda head: 5)
 
 
 # -- IDX, SVHN ---------------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def test_svhn_of_more_images_than_there_can_be(tmp_path):
 # -- pipes and devices -------------------------------------------------------------------------------------------------
 
 
-def captioned(root, count=8):
+def write_captions(root, count=8):
     for j in range(count):
         picture(root / f"{j}.png", j)
         (root / f"{j}.txt").write_text(f"caption {j}")
@@ -248,7 +248,7 @@ def captioned(root, count=8):
 
 
 def test_a_caption_is_a_regular_file_or_a_link_to_one(tmp_path):
-    root = captioned(tmp_path / "pairs")
+    root = write_captions(tmp_path / "pairs")
     (root / "0.txt").rename(tmp_path / "elsewhere")
     (root / "0.txt").symlink_to(tmp_path / "elsewhere")
     assert len(open_set("pairs", root).image_ids) == 8
@@ -300,11 +300,11 @@ def twice(root, name, link):
         class_folders(root / "test", images=2)
         link(root / "train" / "a" / "0.png", root / "test" / "a" / "7.png")
     elif name == "pairs":
-        captioned(root)
+        write_captions(root)
         link(root / "0.png", root / "9.png")
         (root / "9.txt").write_text("another caption")
     elif name == "pairs that loop":
-        captioned(root)
+        write_captions(root)
         (root / "again").symlink_to(".")
     elif name == "segmentation":
         for j in range(8):

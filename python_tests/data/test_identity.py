@@ -48,7 +48,7 @@ def arrays(change=None):
     return images, labels, classes
 
 
-def made(change=None, order=slice(None), parts=3, test=None):
+def make_data(change=None, order=slice(None), parts=3, test=None):
     images, labels, classes = arrays(change)
     images, labels = images[order], labels[order]
     clients = [(images[k::parts], labels[k::parts]) for k in range(parts)]
@@ -57,7 +57,7 @@ def made(change=None, order=slice(None), parts=3, test=None):
 
 
 def test_samples_in_memory_may_lie_with_any_client():
-    assert identify_memory(made()) == identify_memory(made(order=slice(None, None, -1), parts=2))
+    assert identify_memory(make_data()) == identify_memory(make_data(order=slice(None, None, -1), parts=2))
 
 
 @pytest.mark.parametrize(
@@ -66,18 +66,18 @@ def test_samples_in_memory_may_lie_with_any_client():
      ("fewer", {"sizes", "labels", "images"})],
 )  # fmt: skip
 def test_what_changed_is_told(change, parts):
-    before, two = identify_memory(made()), identify_memory(made(change))
+    before, two = identify_memory(make_data()), identify_memory(make_data(change))
     assert {name for name in before if before[name] != two[name]} == parts
 
 
 @pytest.mark.parametrize("change", ["image", "label"])
 def test_test_sets_count(change):
-    before, two = identify_memory(made()), identify_memory(made(test=change))
+    before, two = identify_memory(make_data()), identify_memory(make_data(test=change))
     assert before["images"] != two["images"]
 
 
 def test_names_texts_and_patients_count():
-    data = made()
+    data = make_data()
     split = data.clients[0]
     n = len(split)
     for field, value in {

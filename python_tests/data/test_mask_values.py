@@ -15,7 +15,7 @@ SHOWN = (np.indices((8, 8)).sum(0) % 3 == 0).astype(np.uint8)
 VOC = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 0, 128, 128, 0, 128, 0, 128, 128, 128, 128, 128]
 
 
-def written(path, indices, palette, **options):
+def write_palette(path, indices, palette, **options):
     """Write an image of the mode P with a ``palette`` of any length."""
     image = Image.frombytes("P", indices.shape[::-1], np.ascontiguousarray(indices, dtype=np.uint8).tobytes())
     image.putpalette(palette)
@@ -45,7 +45,7 @@ def values(path):
 )
 def test_greys_of_a_palette_count_as_shown_and_colours_by_position(tmp_path, suffix, indices, palette, expected):
     path = tmp_path / f"mask.{suffix}"
-    written(path, indices, palette, **({"optimize": False} if suffix == "gif" else {}))
+    write_palette(path, indices, palette, **({"optimize": False} if suffix == "gif" else {}))
     assert np.array_equal(values(path), expected)
 
 
@@ -57,7 +57,7 @@ def test_greys_of_a_palette_count_as_shown_and_colours_by_position(tmp_path, suf
 ])  # fmt: skip
 def test_a_palette_that_can_be_read_in_two_ways_is_refused(tmp_path, indices, palette, options, words):
     path = tmp_path / "mask.png"
-    written(path, indices, palette, **options)
+    write_palette(path, indices, palette, **options)
     with pytest.raises(UserError, match=f"{words}, in the mask .*mask.png; save it as a grey image") as caught:
         values(path)
     assert "\n" not in str(caught.value)
@@ -139,7 +139,7 @@ def test_white_first_masks_have_the_objects_that_they_show(tmp_path, cached, suf
         (tmp_path / part).mkdir()
     for i in range(12):
         Image.fromarray(SHOWN * 200).save(tmp_path / "images" / f"{i}.png")
-        written(tmp_path / "masks" / f"{i}.{suffix}", 1 - SHOWN, [255, 255, 255, 0, 0, 0])
+        write_palette(tmp_path / "masks" / f"{i}.{suffix}", 1 - SHOWN, [255, 255, 255, 0, 0, 0])
     data = load(
         "segmentation", root=tmp_path, clients=2, options={"size": 8}, cache=tmp_path / "cache" if cached else None
     )

@@ -10,7 +10,7 @@ from fedkern.data.images import image_cache
 from fedkern.data.images.image_files import MaskFiles
 from fedkern.errors import UserError
 from fedkern.files.image_rows import PixelClasses
-from python_tests.image_files import watched
+from python_tests.image_files import watch_decoded
 
 IMAGES, SIDE = 24, 8
 
@@ -20,7 +20,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "home"))
 
 
-def written(root, values, sites=("",)):
+def write_masks(root, values, sites=("",)):
     """Write images of random sizes with masks of random pixels out of ``values``."""
     rng = np.random.default_rng(0)
     for number in range(IMAGES):
@@ -50,9 +50,9 @@ def splits(data):
 
 
 @pytest.fixture
-def decoded(monkeypatch):
+def decodes(monkeypatch):
     """Return the list of decoded masks."""
-    return watched(monkeypatch, MaskFiles)
+    return watch_decoded(monkeypatch, MaskFiles)
 
 
 CASES = {
@@ -69,19 +69,19 @@ CASES = {
 @pytest.mark.sampled
 @pytest.mark.parametrize(("values", "settings"), CASES.values(), ids=CASES)
 @pytest.mark.parametrize("folder", [True, False], ids=["cache", "temporary"])
-def test_the_classes_of_a_set_in_memory(tmp_path, monkeypatch, decoded, values, settings, folder):
-    root = written(tmp_path / "root", values)
+def test_the_classes_of_a_set_in_memory(tmp_path, monkeypatch, decodes, values, settings, folder):
+    root = write_masks(tmp_path / "root", values)
     expected = open_set(root, **{**settings, "options": dict(settings.get("options", {}))})
     assert not any(isinstance(split.labels, PixelClasses) for split in splits(expected))
     monkeypatch.setattr(image_cache, "CHUNK_BYTES", 5 * SIDE**2)
     if not folder:
         monkeypatch.setattr(image_cache, "MEMORY_BYTES", 0)
-    decoded.clear()
+    decodes.clear()
     for count in (IMAGES, 0 if folder else IMAGES):
         options = dict(settings.get("options", {}))
         found = open_set(root, tmp_path / "cache" if folder else None, **{**settings, "options": options})
-        assert len(decoded) == count
-        decoded.clear()
+        assert len(decodes) == count
+        decodes.clear()
         assert found.classes == expected.classes
         assert np.array_equal(found.statistics.counts, expected.statistics.counts)
         for got, wanted in zip(splits(found), splits(expected), strict=True):
@@ -93,7 +93,7 @@ def test_the_classes_of_a_set_in_memory(tmp_path, monkeypatch, decoded, values, 
 
 
 def test_masks_have_files_beside_the_images(tmp_path):
-    root = written(tmp_path / "root", (0, 1, 2))
+    root = write_masks(tmp_path / "root", (0, 1, 2))
     said = []
     open_set(root, tmp_path / "cache", notice=said.append)
     files = sorted(path.name for path in (tmp_path / "cache").iterdir())
@@ -105,21 +105,21 @@ def test_masks_have_files_beside_the_images(tmp_path):
     assert said[3].startswith("24 decoded images are read from")
 
 
-def test_a_changed_image_or_mask_is_looked_at_again(tmp_path, decoded):
-    root = written(tmp_path / "root", (0, 1))
+def test_a_changed_image_or_mask_is_looked_at_again(tmp_path, decodes):
+    root = write_masks(tmp_path / "root", (0, 1))
     open_set(root, tmp_path / "cache")
     Image.new("L", (9, 9), 3).save(root / "images" / "4.png")
     with pytest.raises(UserError, match=r"masks/4\.png has .* pixels, its image .*4\.png 9x9"):
         open_set(root, tmp_path / "cache")
     Image.new("L", (9, 9), 2).save(root / "masks" / "4.png")
-    decoded.clear()
+    decodes.clear()
     data = open_set(root, tmp_path / "cache")
-    assert len(decoded) == IMAGES
+    assert len(decodes) == IMAGES
     assert data.classes == ("0", "1", "2")
 
 
 def test_small_masks_stay_in_memory(tmp_path, monkeypatch):
-    root = written(tmp_path / "root", (0, 1))
+    root = write_masks(tmp_path / "root", (0, 1))
     monkeypatch.setattr(image_cache, "MEMORY_BYTES", 8 * IMAGES * SIDE**2)
     assert not isinstance(open_set(root).clients[0].labels, PixelClasses)
     monkeypatch.setattr(image_cache, "MEMORY_BYTES", 8 * IMAGES * SIDE**2 - 1)
@@ -128,7 +128,7 @@ def test_small_masks_stay_in_memory(tmp_path, monkeypatch):
 
 def test_sites_and_own_tests(tmp_path):
     for split in ("train", "test"):
-        written(tmp_path / "root", (0, 1, 2), (f"north/{split}", f"south/{split}"))
+        write_masks(tmp_path / "root", (0, 1, 2), (f"north/{split}", f"south/{split}"))
     expected, found = (
         open_set(tmp_path / "root", partition=None),
         open_set(tmp_path / "root", tmp_path / "c", partition=None),
@@ -152,6 +152,6 @@ def test_sites_and_own_tests(tmp_path):
     ((4,), {"ignore": "4"}, "holds nothing but 4, which is ignored"),
 ])  # fmt: skip
 def test_wrong_classes_are_one_sentence(tmp_path, folder, values, options, said):
-    root = written(tmp_path / "root", values)
+    root = write_masks(tmp_path / "root", values)
     with pytest.raises(UserError, match=said):
         open_set(root, tmp_path / "cache" if folder else None, options=options)

@@ -64,7 +64,7 @@ def test_a_class_that_no_client_trains_on_is_told(kind, where):
     assert list_caveats(unshown) == []
 
 
-def listed(root, rows, masked=()):
+def write(root, rows, masked=()):
     """Write images and masks, and return their table."""
     root.mkdir(exist_ok=True)
     for i, picture in enumerate(pictures(len(rows))):
@@ -79,11 +79,11 @@ def listed(root, rows, masked=()):
 def test_the_classes_of_test_rows_of_a_table_and_of_masks(tmp_path):
     rows = [(f"{i}.png", "ab"[i % 2], "train" if i < 20 else "test") for i in range(30)]
     rows[25] = ("25.png", "c", "test")
-    data = load("csv", root=listed(tmp_path, rows), clients=2, partition="iid", options={"size": SIDE})
+    data = load("csv", root=write(tmp_path, rows), clients=2, partition="iid", options={"size": SIDE})
     assert list_caveats(data) == ["No client trains on an image of c, which a test set or the validation set shows."]
     root = tmp_path / "masks"
     shown = [1 + i % 2 for i in range(20)]
-    listed(root, [(f"{i}.png", f"m{i}.png") for i in range(20)], shown)
+    write(root, [(f"{i}.png", f"m{i}.png") for i in range(20)], shown)
     text = (root / "list.csv").read_text().splitlines()
     split = [f"{line},{'test' if value == 2 else 'train'}" for line, value in zip(text[1:], shown, strict=True)]
     (root / "list.csv").write_text("\n".join(["image,mask,split", *split]))
@@ -105,7 +105,7 @@ def test_nothing_is_told_where_classes_are_not_trained_for_or_the_clients_are_el
 
 @pytest.mark.parametrize("kind", ["csv", "folder", "labels"])
 def test_a_single_class_is_read_and_not_trained_for(tmp_path, kind):
-    listed(tmp_path, [(f"{i}.png", "well") for i in range(20)])
+    write(tmp_path, [(f"{i}.png", "well") for i in range(20)])
     options = {"size": SIDE}
     if kind == "folder":
         (tmp_path / "all" / "well").mkdir(parents=True)
@@ -177,7 +177,7 @@ def test_masks_that_lack_the_last_classes():
 def test_masks_of_files_that_lack_classes(tmp_path, values):
     """The network's classes go by name: it does not matter which numbers a site's masks skip."""
     shown = [values[i % len(values)] for i in range(20)]
-    root = listed(tmp_path, [(f"{i}.png", f"m{i}.png") for i in range(20)], shown)
+    root = write(tmp_path, [(f"{i}.png", f"m{i}.png") for i in range(20)], shown)
     config = RunConfig.make("fedavg", data="segmentation", clients=2)
     for names in (("0", "1", "2", "3"), ("ground", "a", "b", "c")):
         known = about(names, "segmentation")
@@ -189,7 +189,7 @@ def test_masks_of_files_that_lack_classes(tmp_path, values):
 
 @pytest.mark.parametrize("names", ["", "a|b", "a|b|c"])
 def test_255_is_no_class_where_there_are_more_than_two(tmp_path, names):
-    root = listed(tmp_path, [(f"{i}.png", f"m{i}.png") for i in range(20)], [255] * 20)
+    root = write(tmp_path, [(f"{i}.png", f"m{i}.png") for i in range(20)], [255] * 20)
     opened = lambda: load("segmentation", root=root, clients=2, options={"size": SIDE, "names": names})  # noqa: E731
     if names != "a|b|c":
         assert set(opened().clients[0].labels.unique().tolist()) == {0, 1}
@@ -204,13 +204,13 @@ def test_a_site_without_a_class_gets_its_figures(tmp_path, kind):
     settings = {"rounds": 1, "workers": 1, "threads": 1, "grad_cam": 0, "progress": False, "pictures": False}
     options = {"size": SIDE, "colour": "grey"}
     if kind == "masks":
-        root = listed(tmp_path / "all", [(f"{i}.png", f"m{i}.png") for i in range(30)], [1 + i % 3 for i in range(30)])
-        site = listed(tmp_path / "one", [(f"{i}.png", f"m{i}.png") for i in range(20)], [3] * 20)
+        root = write(tmp_path / "all", [(f"{i}.png", f"m{i}.png") for i in range(30)], [1 + i % 3 for i in range(30)])
+        site = write(tmp_path / "one", [(f"{i}.png", f"m{i}.png") for i in range(20)], [3] * 20)
         name, model = "segmentation", {"model": "unet-small", "width": 2}
     else:
         cells = [("a", "b", "a|b", "")[i % 4] if kind == "several labels" else "abc"[i % 3] for i in range(40)]
-        root = listed(tmp_path / "all", [(f"{i}.png", cell) for i, cell in enumerate(cells)])
-        site = listed(tmp_path / "one", [(f"{i}.png", "b") for i in range(20)])
+        root = write(tmp_path / "all", [(f"{i}.png", cell) for i, cell in enumerate(cells)])
+        site = write(tmp_path / "one", [(f"{i}.png", "b") for i in range(20)])
         name, model = "csv", {"model": "mlp"}
     if kind == "several labels":
         for folder in (root, site):

@@ -41,15 +41,15 @@ def table(folder, kinds, count=6, splits=("",)):
     return path
 
 
-def seen(path, **options):
+def read_seen(path, **options):
     return load("csv", root=path, options={"size": 16, **options}).form.seen
 
 
 def test_one_line_where_all_sets_are_alike(tmp_path):
     path = table(tmp_path, {"Ulm": GREY, "Trier": GREY})
-    assert seen(path) == (f"images: {GREY} -> {RGB}",)
-    assert seen(path, size=96, colour="grey") == (f"images: {GREY}",)
-    assert seen(path, size=96) == (f"images: {GREY} -> 96 x 96 RGB",)
+    assert read_seen(path) == (f"images: {GREY} -> {RGB}",)
+    assert read_seen(path, size=96, colour="grey") == (f"images: {GREY}",)
+    assert read_seen(path, size=96) == (f"images: {GREY} -> 96 x 96 RGB",)
 
 
 def test_a_network_that_sees_parts_of_images(tmp_path):
@@ -62,7 +62,7 @@ def test_a_network_that_sees_parts_of_images(tmp_path):
 
 def test_a_line_per_site_where_they_differ(tmp_path):
     path = table(tmp_path, {"Bonn": GREY, "Jena": DEEP, "Trier": GREY, "Ulm": "8-bit RGB, 16 x 16"})
-    summary, *lines = seen(path, window="40,400")
+    summary, *lines = read_seen(path, window="40,400")
     assert summary == f"images: 16-bit grey, 8-bit RGB and 8-bit grey, 16 x 16 to 96 x 96, {WINDOW} -> {RGB}"
     assert lines == [
         f"images of Bonn, Trier: {GREY} -> {RGB}",
@@ -73,11 +73,11 @@ def test_a_line_per_site_where_they_differ(tmp_path):
 
 def test_many_sites_are_folded(tmp_path):
     path = table(tmp_path, {f"s{k:02}": f"8-bit grey, {20 + k} x {20 + k}" for k in range(12)}, count=4)
-    _, *lines = seen(path)
+    _, *lines = read_seen(path)
     assert len(lines) == greys.LINES
     assert lines[0] == f"images of s00: 8-bit grey, 20 x 20 -> {RGB}"
     assert lines[-1] == f"images of s03, s04, s05 and 6 more: 8-bit grey, 23 x 23 to 31 x 31 -> {RGB}"
-    _, usual, deep = seen(table(tmp_path, {f"s{k:02}": DEEP if k == 4 else GREY for k in range(12)}, count=4))
+    _, usual, deep = read_seen(table(tmp_path, {f"s{k:02}": DEEP if k == 4 else GREY for k in range(12)}, count=4))
     assert usual == f"images of s00, s01, s02 and 8 more: {GREY} -> {RGB}"
     assert deep.startswith(f"images of s04: {DEEP}, 0 to 65,535 become 0 to 255 ({greys.ADVICE}) -> ")
 
@@ -85,11 +85,11 @@ def test_many_sites_are_folded(tmp_path):
 def test_the_training_and_the_test_set_differ(tmp_path):
     kinds = {("test", "A"): "8-bit RGB, 64 x 64", ("test", "B"): "8-bit RGB, 64 x 64", "A": GREY, "B": GREY}
     path = table(tmp_path, kinds, splits=("train", "test"))
-    assert seen(path)[1:] == (f"training images: {GREY} -> {RGB}", f"test images: 8-bit RGB, 64 x 64 -> {RGB}")
+    assert read_seen(path)[1:] == (f"training images: {GREY} -> {RGB}", f"test images: 8-bit RGB, 64 x 64 -> {RGB}")
     del kinds["test", "B"]
     (tmp_path / "other").mkdir()
     path = table(tmp_path / "other", kinds, splits=("train", "test"))
-    assert seen(path)[1:] == (
+    assert read_seen(path)[1:] == (
         f"training images; test images of B: {GREY} -> {RGB}", f"test images of A: 8-bit RGB, 64 x 64 -> {RGB}"
     )  # fmt: skip
 

@@ -49,7 +49,7 @@ def options(**changes):
     return {"size": SIDE, "colour": "grey", "test_share": 0.3, **changes}
 
 
-def opened(folder, **changes):
+def open_set(folder, **changes):
     return load("folder", root=folder, clients=2, partition="iid", options=options(**changes))
 
 
@@ -145,7 +145,7 @@ def test_percentiles_are_of_the_training_files(scans):
             Image.fromarray(np.full((SIDE, SIDE), 60000, np.uint16)).save(moved)
     for name in ("ill", "well"):
         (scans / name).rmdir()
-    form = opened(scans, window="0%,90%").form
+    form = open_set(scans, window="0%,90%").form
     assert form.window == pytest.approx((40 + AIR, 40 + AIR), abs=150)
 
 
@@ -173,7 +173,7 @@ def test_percentiles_of_few_training_files_among_many(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_a_window_that_most_pixels_lie_outside_of_is_told(window, said, scans, tmp_path):
     said = said and f"{said}; stored values 976 to 59,981"
-    assert opened(scans, window=window).form.outside.partition(": give ")[0] == said
+    assert open_set(scans, window=window).form.outside.partition(": give ")[0] == said
     given = {**HOW, "rounds": 1, "model": "mlp", "data_options": options(window=window), "out": tmp_path / "run"}
     equal = pytest.raises(UserError, match=rf"All 151 images of the training set are equal .*: {said}")
     with equal if window == "40,400" else nullcontext():
@@ -227,4 +227,4 @@ def test_percentiles_are_of_the_pixels(scans):
 )  # fmt: skip
 def test_a_wrong_window_is_one_sentence(text, said, scans):
     with pytest.raises(UserError, match=said):
-        opened(scans, window=text)
+        open_set(scans, window=text)

@@ -46,20 +46,20 @@ def oracle(wrong: bool = False) -> Oracle:
     return known
 
 
-def shown(labels: list[int]) -> Split:
+def make_split(labels: list[int]) -> Split:
     images = torch.tensor(labels, dtype=torch.uint8)[:, None, None, None].mul(100).expand(-1, 3, 16, 16).contiguous()
     texts = tuple(f"this is {CLASSES[label]} {i}" for i, label in enumerate(labels))
     return Split(images, torch.tensor(labels), texts=texts, ids=tuple(f"{i}" for i in range(len(labels))))
 
 
-def finished(module: torch.nn.Module, **changes: Any) -> Finished:
+def make_finished(module: torch.nn.Module, **changes: Any) -> Finished:
     about = {"model": "x", "channels": 3, "image_size": (16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3}
     data = load("captions", train_samples=5, options=SMALL)
-    train = shown([0, 1, 2] * 6)
+    train = make_split([0, 1, 2] * 6)
     data = dataclasses.replace(
         data, name="pairs", form=dataclasses.replace(data.form, shape=(3, 16, 16)), classes=CLASSES,
         clients=(train, train), validation=train,
-        tests={"": shown([0, 1, 2, 2]), "unseen": shown([1, 0])}, **{"client_tests": (), **changes},
+        tests={"": make_split([0, 1, 2, 2]), "unseen": make_split([1, 0])}, **{"client_tests": (), **changes},
     )  # fmt: skip
     return Finished(Path("there"), RunConfig.make("fedavg", data="captions"), module, about, data)
 
@@ -69,17 +69,17 @@ def right_and_wrong() -> Personal:
 
 
 def test_zero_shot_is_right_where_the_network_is() -> None:
-    assert zero_shot(finished(oracle()), "a {class}") == [
+    assert zero_shot(make_finished(oracle()), "a {class}") == [
         {"set": "seen", "accuracy": 1.0, "auc": 1.0},
         {"set": "unseen", "accuracy": 1.0, "auc": 1.0},
     ]
-    assert [row["accuracy"] for row in zero_shot(finished(oracle(wrong=True)), "{class}")] == [0.0, 0.0]
-    rows = zero_shot(finished(right_and_wrong()), "{class}")
+    assert [row["accuracy"] for row in zero_shot(make_finished(oracle(wrong=True)), "{class}")] == [0.0, 0.0]
+    rows = zero_shot(make_finished(right_and_wrong()), "{class}")
     assert [row["accuracy"] for row in rows] == [0.5, 0.5]
 
 
 def test_retrieval_finds_what_belongs_together() -> None:
-    rows = retrieve(finished(oracle()), ks=(1, 2))
+    rows = retrieve(make_finished(oracle()), ks=(1, 2))
     assert [row["set"] for row in rows] == ["seen", "unseen"]
     # Two of the four images are cows, and their texts are level.
     assert rows[0]["i2t_r1"] == rows[0]["t2i_r1"] == pytest.approx(0.75)
@@ -88,19 +88,19 @@ def test_retrieval_finds_what_belongs_together() -> None:
 
 
 def test_retrieval_of_the_clients_own_sets() -> None:
-    own = {"client_tests": (shown([0, 1]), shown([2, 2]))}
-    rows = {row["set"]: row for row in retrieve(finished(oracle(), **own), ks=(1,))}
+    own = {"client_tests": (make_split([0, 1]), make_split([2, 2]))}
+    rows = {row["set"]: row for row in retrieve(make_finished(oracle(), **own), ks=(1,))}
     assert rows["clients, mean"]["i2t_r1"] == pytest.approx(0.75)
     assert rows["clients, worst"]["i2t_r1"] == pytest.approx(0.5)
     # Where every client has a network of its own it is tried on that client's set.
-    rows = {row["set"]: row for row in retrieve(finished(right_and_wrong(), **own), ks=(1,))}
+    rows = {row["set"]: row for row in retrieve(make_finished(right_and_wrong(), **own), ks=(1,))}
     assert rows["clients, mean"]["i2t_r1"] == pytest.approx((1 + 0.5) / 2)
 
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("features", ["token", "mean", "embedding"])
 def test_probes_learn_what_features_tell(features: str) -> None:
-    rows = probe(finished(build_small()), (2, 0), features=features, draws=2)
+    rows = probe(make_finished(build_small()), (2, 0), features=features, draws=2)
     assert [(row["set"], row["shots"]) for row in rows] == [
         ("seen", 2), ("unseen", 2), ("seen", "all"), ("unseen", "all"),
     ]  # fmt: skip
@@ -115,8 +115,8 @@ def test_probes_learn_what_features_tell(features: str) -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_single_class_of_an_image_is_refused(task: Any, labels: torch.Tensor) -> None:
-    split = dataclasses.replace(shown([0, 1, 2] * 6), labels=labels, task=task, texts=None)
-    made = finished(build_small())
+    split = dataclasses.replace(make_split([0, 1, 2] * 6), labels=labels, task=task, texts=None)
+    made = make_finished(build_small())
     made.data = dataclasses.replace(made.data, clients=(split, split), validation=split, tests={"": split})
     for command in (zero_shot, probe):
         with pytest.raises(UserError, match=f"is for {task.name}: these tasks tell the single class"):
@@ -148,7 +148,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def told(folder: Path, task: str, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+def evaluate(folder: Path, task: str, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     assert main(["evaluate", str(folder), "--task", task, "--json", *words]) == 0
     found = json.loads(capsys.readouterr().out)
     data_name = [words[words.index("--data") + 1]] if "--data" in words else []
@@ -158,7 +158,7 @@ def told(folder: Path, task: str, capsys: pytest.CaptureFixture[str], *words: st
 
 
 def test_retrieval_repeats_what_the_run_found(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = {row["set"]: row for row in told(folder, "retrieval", capsys)["rows"]}
+    rows = {row["set"]: row for row in evaluate(folder, "retrieval", capsys)["rows"]}
     metrics = json.loads((folder / "summary.json").read_text())["metrics"]
     for name in ("i2t_r1", "i2t_r10", "t2i_r5", "gallery"):
         assert rows["seen"][name] == pytest.approx(metrics[name])
@@ -176,7 +176,7 @@ def test_retrieval_repeats_what_the_run_found(folder: Path, capsys: pytest.Captu
     ],
 )
 def test_every_command(folder: Path, words: list[str], names: set[str], capsys: pytest.CaptureFixture[str]) -> None:
-    found = told(folder, words[0], capsys, *words[1:])
+    found = evaluate(folder, words[0], capsys, *words[1:])
     assert (found["method"], found["data"], found["networks"]) == ("fedavg", "captions", 1)
     assert {row["set"] for row in found["rows"]} == {"seen", "unseen"}
     assert all(set(row) == {"set"} | names for row in found["rows"])
@@ -196,25 +196,25 @@ def test_another_data_set(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (20, 20), (value, value, i)).save(path)
     words = ["--data", "folder", "--data-root", str(tmp_path / "set")]
-    found = told(folder, "probe", capsys, *words, "--shots", "3")  # in the size and colours of the training
+    found = evaluate(folder, "probe", capsys, *words, "--shots", "3")  # in the size and colours of the training
     assert found["data"] == "folder"
     assert [row["accuracy"] for row in found["rows"]] == [1.0]
-    grey = refused(capsys, "probe", str(folder), *words, "--data-option", "colour=grey", "--data-option", "size=16")
+    grey = get_refusal(capsys, "probe", str(folder), *words, "--data-option", "colour=grey", "--data-option", "size=16")
     assert grey.endswith("match them with --data-option size=32 --data-option colour=rgb.\n")
-    assert 'data set "folder" has no texts' in refused(capsys, "retrieval", str(folder), *words)
-    assert 'data set "folder" has no masks' in refused(capsys, "decode", str(folder), *words)
+    assert 'data set "folder" has no texts' in get_refusal(capsys, "retrieval", str(folder), *words)
+    assert 'data set "folder" has no masks' in get_refusal(capsys, "decode", str(folder), *words)
 
 
 def test_other_labels_of_the_same_canvases(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    digits = told(folder, "probe", capsys, "--shots", "all")
-    colours = told(folder, "probe", capsys, "--shots", "all", "--data-option", "labels=colour")
+    digits = evaluate(folder, "probe", capsys, "--shots", "all")
+    colours = evaluate(folder, "probe", capsys, "--shots", "all", "--data-option", "labels=colour")
     assert colours["data_options"] == {"labels": "colour"}
     # Colours are easier to see than digits: networks that have hardly been trained show them.
     assert all(c["accuracy"] > d["accuracy"] for c, d in zip(colours["rows"], digits["rows"], strict=True))
     assert json.loads((folder / "evaluate-probe.json").read_text()) == digits
 
 
-def refused(capsys: pytest.CaptureFixture[str], task: str, *words: str) -> str:
+def get_refusal(capsys: pytest.CaptureFixture[str], task: str, *words: str) -> str:
     assert main(["evaluate", "--task", task, *words]) == 2
     return capsys.readouterr().err
 
@@ -254,7 +254,7 @@ def test_mistakes(folder: Path, tmp_path: Path, words: list[str], sentence: str,
         (tmp_path / "begun").mkdir()
         shutil.copy(folder / "config.toml", tmp_path / "begun")
     where = {"RUN": str(folder), "PLAIN": str(tmp_path / "plain"), "UNFINISHED": str(tmp_path / "begun")}
-    assert sentence in refused(capsys, *(where.get(word, word) for word in words))
+    assert sentence in get_refusal(capsys, *(where.get(word, word) for word in words))
 
 
 def test_a_run_whose_network_is_damaged(folder: Path, tmp_path: Path) -> None:

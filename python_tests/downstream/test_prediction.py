@@ -79,11 +79,11 @@ def test_masks_are_written_as_they_come(paths, tmp_path, monkeypatch):
     counts = []
     read = ImageFiles.read
 
-    def seen(files):
+    def count_and_read(files):
         counts.append(len(list((tmp_path / "masks.part").iterdir())))
         return read(files)
 
-    monkeypatch.setattr(ImageFiles, "read", seen)
+    monkeypatch.setattr(ImageFiles, "read", count_and_read)
     own = predictor("segmentation")
     own.batch = 4
     write_masks(tmp_path / "masks", paths, own.files(paths))

@@ -71,14 +71,14 @@ def test_the_decoder_learns_from_frozen_tokens() -> None:
     labels = masks.long()
     labels[:, 15] = IGNORE
 
-    def trained(epochs: int) -> dict[str, float]:
+    def train_and_judge(epochs: int) -> dict[str, float]:
         decoder = train_decoder(pair, images[:32].split(10), labels[:32], 2, epochs=epochs, seed=0)
         batch = SimpleNamespace(inputs=images[32:], targets=labels[32:])
         return segmentation(decoder, SimpleNamespace(batches=lambda: [batch]))
 
-    found = trained(25)
+    found = train_and_judge(25)
     assert found["dice"] > 0.7
-    assert found["dice"] > trained(1)["dice"] + 0.1
-    assert trained(1) == trained(1)
+    assert found["dice"] > train_and_judge(1)["dice"] + 0.1
+    assert train_and_judge(1) == train_and_judge(1)
     assert all(torch.equal(value, before[name]) for name, value in pair.state_dict().items())
     assert all(p.grad is None for p in pair.parameters())

@@ -22,7 +22,7 @@ from fedkern.settings.config import RunConfig
 from python_tests.engine.test_resume import WithSetUp
 from python_tests.extras import needs_accounting
 from python_tests.hearing import Hearing
-from python_tests.interrupted import KillAt, kill_and_resume, killed, outcome
+from python_tests.interrupted import KillAt, kill_and_resume, outcome, play_killed
 
 SIZES = (20, 13, 9, 15)
 SECRET = bytes(range(16))
@@ -379,7 +379,7 @@ def test_another_release_in_the_place_of_the_first_ends_the_run(make_data, make_
     """Round 2 was released after the last checkpoint, and another secret would give other noise."""
     config = make_config("fedavg", rounds=4, checkpoint_every=3, **{**NOISED, "dp_draws": "secret"})
     out = tmp_path / "run"
-    killed(config, out=out, data=make_data(), at=KillAt("round", 1))
+    play_killed(config, out=out, data=make_data(), at=KillAt("round", 1))
     (out / "checkpoints" / server_secret.NAME).write_text("00" * 16 + "\n")
     with pytest.raises(UserError, match="interrupted after the server had released the mean of a round"):
         run(config, out=out, data=make_data(), resume=True)

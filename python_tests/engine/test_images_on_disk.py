@@ -18,7 +18,7 @@ from fedkern.settings.run_data import load_data
 from fedkern.settings.run_format import NAME
 from fedkern.settings.stored import load_settings
 from python_tests.image_files import count_gathered, two_brightnesses
-from python_tests.interrupted import KillAt, killed, outcome
+from python_tests.interrupted import KillAt, outcome, play_killed
 
 FORM = ImageForm((3, 8, 8), (0.4,) * 3, (0.2,) * 3)
 
@@ -134,7 +134,7 @@ def test_resumed_with_and_without_a_cache(root, on_disk, tmp_path, caches):
     run(config, out=tmp_path / "whole")
     cached = config.replace(cache=str(tmp_path / "cache"))
     on_disk()
-    killed(cached if caches else config, out=tmp_path / "run", at=KillAt("round", 1))
+    play_killed(cached if caches else config, out=tmp_path / "run", at=KillAt("round", 1))
     run(config if caches else cached, out=tmp_path / "run", resume=True)
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 

@@ -34,9 +34,9 @@ from python_tests.interrupted import (
     KillAt,
     check_interruption,
     kill_and_resume,
-    killed,
     killed_at_rename,
     outcome,
+    play_killed,
     without,
 )
 
@@ -217,7 +217,7 @@ def cut(played_once, make_many, small, tmp_path):
     """Return a run of 300 clients and six rounds, killed in its last round."""
 
     def play(out):
-        killed(small(300, rounds=6), out=out, data=make_many(300), at=KillAt("round-start", 5))
+        play_killed(small(300, rounds=6), out=out, data=make_many(300), at=KillAt("round-start", 5))
 
     return shutil.copytree(played_once("cut", play), tmp_path / "cut")
 

@@ -24,7 +24,7 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Round
 from fedkern.methods.base import Federation
 from fedkern.settings.config import RunConfig
-from python_tests.interrupted import KillAt, check_interruption, kill_and_resume, killed, outcome
+from python_tests.interrupted import KillAt, check_interruption, kill_and_resume, outcome, play_killed
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 
@@ -300,7 +300,7 @@ def test_a_plan_draws_from_the_run(make_data, make_config, tmp_path, monkeypatch
     assert walks[0] == walks[1] != walks[2]
     assert [list(record["clients"]) for record in read_metrics(tmp_path / "whole")] == [[str(k)] for k in walks[0]]
     config = make_config("fedavg", workers="2", **{**settings, "rounds": 4})
-    killed(config, out=tmp_path / "parts", data=make_data(SIZES), at=KillAt("round", 1))
+    play_killed(config, out=tmp_path / "parts", data=make_data(SIZES), at=KillAt("round", 1))
     run(config, out=tmp_path / "parts", data=make_data(SIZES), resume=True)
     run(config, out=tmp_path / "parts", data=make_data(SIZES), resume=True, rounds=6)
     assert outcome(tmp_path / "parts")[0] == outcome(tmp_path / "whole")[0]

@@ -7,9 +7,9 @@ from fedkern.methods import METHODS
 from fedkern.settings.config import RunConfig
 from fedkern.usercode import plugins
 from python_tests.interrupted import outcome
-from python_tests.plugin_sources import EXAMPLES, Marked, plugged, unload_all  # noqa: F401
+from python_tests.plugin_sources import EXAMPLES, Marked, no_plugins, unload_all  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("plugged")
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 
 @pytest.mark.exhaustive

@@ -26,7 +26,7 @@ from fedkern.models.precision import DTYPES, compute_in, reduced_dtype
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 from python_tests.hearing import Hearing
-from python_tests.interrupted import KillAt, killed, outcome
+from python_tests.interrupted import KillAt, outcome, play_killed
 from python_tests.smallest import SETTINGS
 
 BF16 = {"precision": "bf16"}
@@ -103,7 +103,7 @@ def test_image_text_pairs_and_segmentation(make_pairs, make_config, tmp_path):
 def test_it_is_stored_and_a_run_goes_on_in_its_own(make_data, make_config, tmp_path):
     config = make_config("fedgid", **BF16, rounds=3)
     run(config, out=tmp_path / "whole", data=make_data())
-    killed(config, out=tmp_path / "cut", data=make_data(), at=KillAt("round", 0))
+    play_killed(config, out=tmp_path / "cut", data=make_data(), at=KillAt("round", 0))
     assert 'precision = "bf16"' in (tmp_path / "cut" / "config.toml").read_text()
     with pytest.raises(UserError, match="precision: bf16 -> fp32"):
         run(config.replace(precision="fp32"), out=tmp_path / "cut", resume=True, data=make_data())

@@ -12,7 +12,7 @@ from fedkern.engine.store.artifacts import read as read_shown
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.methods.fediod import private_messages
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import KillAt, killed
+from python_tests.interrupted import KillAt, play_killed
 
 pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
 
@@ -64,7 +64,7 @@ def test_a_killed_run_releases_the_same(teachers, options, noise, bits, make_dat
     assert bits == ([16] * 3 if noise == "secret" else [])  # once a client
     bits.clear()
     kills = KillAt("client", 3 + 1 if noise == "secret" else 1) if teachers else KillAt("round-start", round=3)
-    killed(config, out=tmp_path / "cut", data=data, at=kills)
+    play_killed(config, out=tmp_path / "cut", data=data, at=kills)
     bits[:] = [0] * 100  # drawn again, they would be others
     again = run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", resume=True, data=data)
     covered = "teacher_dp" in options  # what is made of uncovered answers is not shown

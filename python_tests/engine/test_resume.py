@@ -21,10 +21,10 @@ from python_tests.interrupted import (
     KillAt,
     kill_and_resume,
     kill_often,
-    killed,
     killed_at_rename,
     lose,
     outcome,
+    play_killed,
     without,
 )
 
@@ -130,7 +130,7 @@ def test_sparse_checkpoints_and_evaluation(make_data, make_config, tmp_path):
     data = make_data()
     config = make_config(rounds=7, checkpoint_every=3, eval_every=2, buffers="local")
     run(config, out=tmp_path / "whole", data=data)
-    killed(config, out=tmp_path / "cut", data=data, at=KillAt("client", 16))
+    play_killed(config, out=tmp_path / "cut", data=data, at=KillAt("client", 16))
     assert Checkpoints(tmp_path / "cut").peek()["round"] == 3
     run(config, out=tmp_path / "cut", resume=True, data=data)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
@@ -139,7 +139,7 @@ def test_sparse_checkpoints_and_evaluation(make_data, make_config, tmp_path):
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(make_data, make_config, tmp_path):
     data, config = make_data(), make_config(rounds=4)
     run(config, out=tmp_path / "whole", data=data)
-    killed(config, out=tmp_path / "cut", data=data, at=KillAt("round-start", 3))
+    play_killed(config, out=tmp_path / "cut", data=data, at=KillAt("round-start", 3))
     entry = Checkpoints(tmp_path / "cut").peek()
     assert entry["round"] == 3
     file = tmp_path / "cut" / "checkpoints" / entry["server"]
@@ -182,7 +182,7 @@ def test_a_lost_summary_is_made_again(make_data, make_config, tmp_path):
 
 def test_other_settings_are_refused_and_named(make_data, make_config, tmp_path):
     config = make_config("fedgid")
-    killed(config, out=tmp_path, data=make_data(), at=KillAt("round", 0))
+    play_killed(config, out=tmp_path, data=make_data(), at=KillAt("round", 0))
     for change, words in (
         ({"lr": 0.5}, r"lr: 0\.05 -> 0\.5"),
         ({"options": {**config.options, "alpha": 0.9}}, r"options\.alpha: 0\.6 -> 0\.9"),
@@ -198,7 +198,7 @@ def test_not_a_run_folder(make_config, tmp_path):
 
 
 def test_other_data_and_a_damaged_manifest_are_one_sentence(make_data, make_config, tmp_path):
-    killed(make_config(), out=tmp_path, data=make_data(), at=KillAt("client", 4))
+    play_killed(make_config(), out=tmp_path, data=make_data(), at=KillAt("client", 4))
     with pytest.raises(UserError, match="data are not those"):
         run(make_config(), out=tmp_path, resume=True, data=make_data(seed=1))
     (tmp_path / "checkpoints" / "manifest.json").write_text("{")
@@ -251,7 +251,7 @@ def test_a_signal_that_was_lost_ends_the_run_at_that_batch(number, kind, make_da
 @pytest.mark.parametrize("named", ["clients", "classes"])
 def test_names_that_have_changed_since_are_a_sentence(named, make_data, make_config, tmp_path):
     data = dataclasses.replace(make_data(), client_names=("north", "south", "west"))
-    killed(make_config(rounds=3), out=tmp_path, data=data, at=KillAt("round", 1))
+    play_killed(make_config(rounds=3), out=tmp_path, data=data, at=KillAt("round", 1))
     field = {"clients": "client_names", "classes": "classes"}[named]
     renamed = dataclasses.replace(data, **{field: (*getattr(data, field)[:-1], "other")})
     before = (tmp_path / "metrics.jsonl").read_bytes()

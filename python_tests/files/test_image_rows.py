@@ -19,7 +19,7 @@ from python_tests.image_files import count_gathered
 COUNT, CHANNELS, HEIGHT, WIDTH = 12, 3, 6, 8
 
 
-def stored(path, channels=CHANNELS):
+def make_store(path, channels=CHANNELS):
     """Return a store of random images, and the tensor that a reader would make."""
     images = np.random.default_rng(0).integers(0, 256, (COUNT, HEIGHT, WIDTH, channels), dtype=np.uint8)
     path.write_bytes(images.tobytes())
@@ -32,7 +32,7 @@ def stored(path, channels=CHANNELS):
 @pytest.fixture
 def pair(tmp_path):
     """Return images in a file, and the same images in memory."""
-    store, plain = stored(tmp_path / "images")
+    store, plain = make_store(tmp_path / "images")
     return ImageRows.of(store, torch.arange(COUNT)), plain
 
 
@@ -78,7 +78,7 @@ def test_selecting_rows_reads_nothing(pair, read):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_values_and_strides_are_those_of_a_tensor_in_memory(tmp_path, channels):
-    store, plain = stored(tmp_path / "images", channels)
+    store, plain = make_store(tmp_path / "images", channels)
     rows = ImageRows.of(store, torch.arange(COUNT))
     scale = [0.5] * channels, [0.2] * channels
     for found, expected in (
@@ -124,7 +124,7 @@ def test_one_image_at_a_time(pair, read):
 
 
 def test_images_of_two_files_are_joined_in_memory(tmp_path):
-    store_a, two = (stored(tmp_path / name)[0] for name in ("a", "b"))
+    store_a, two = (make_store(tmp_path / name)[0] for name in ("a", "b"))
     joined = torch.cat([ImageRows.of(store, torch.tensor([1])) for store in (store_a, two)])
     assert type(joined) is torch.Tensor
     assert torch.equal(joined[0], joined[1])
@@ -149,7 +149,7 @@ def test_nobody_changes_them(pair, change):
 
 
 def test_pickled_while_the_file_has_no_name(tmp_path, read):
-    store, plain = stored(tmp_path / "images")
+    store, plain = make_store(tmp_path / "images")
     (tmp_path / "images").unlink()
     rows = ImageRows.of(store, torch.tensor([4, 1]), (1, 2, 3, 4))
     loaded = pickle.loads(pickle.dumps((rows, rows[:1])))

@@ -55,7 +55,7 @@ class Warned(Listener):
         self.texts[name] = text
 
 
-def told(group, rounds):
+def send_events(group, rounds):
     """Send listeners the events of a run of so many rounds."""
     group.on_start(None)
     for number in rounds:
@@ -70,7 +70,7 @@ def told(group, rounds):
 def test_states_of_a_checkpoint_go_on_and_those_of_absent_listeners_stay():
     outer, second = Keeping(), Keeping()
     group = ListenerGroup(Listeners(outer, Listeners(second)))
-    told(group, (1, 2))
+    send_events(group, (1, 2))
     assert (outer.closed, second.closed) == (1, 1)
     states = group.states()
     assert states == {"Keeping": {"rounds": [1, 2]}, "Keeping-2": {"rounds": [1, 2]}}
@@ -81,7 +81,7 @@ def test_states_of_a_checkpoint_go_on_and_those_of_absent_listeners_stay():
     group = ListenerGroup(Listeners(third, fourth))
     group.restore_all(without.states())
     assert third.given == fourth.given == {"rounds": [1, 2]}
-    told(group, (3,))
+    send_events(group, (3,))
     assert group.states()["Keeping-2"] == {"rounds": [1, 2, 3]}
 
 
@@ -89,7 +89,7 @@ def test_states_of_a_checkpoint_go_on_and_those_of_absent_listeners_stay():
 def test_a_listener_that_raises_is_left_out(hook):
     warned, last = Warned(), Keeping()
     group = ListenerGroup(Listeners(warned, Broken(hook), last))
-    told(group, (1, 2))
+    send_events(group, (1, 2))
     line = next(
         number for number, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "raise error" in text
     )
@@ -122,7 +122,7 @@ def test_what_is_no_state(state):
 )
 def test_errors_that_end_the_run(listener, error):
     with pytest.raises(error):
-        told(ListenerGroup(listener), (1,))
+        send_events(ListenerGroup(listener), (1,))
 
 
 class Changing(Listener):

@@ -25,7 +25,7 @@ from fedkern.models.teachers.teacher import teacher_of
 from fedkern.models.teachers.teacher_training import tune
 from fedkern.settings.stored import load_settings
 from python_tests.hearing import Hearing
-from python_tests.interrupted import KillAt, killed, outcome
+from python_tests.interrupted import KillAt, outcome, play_killed
 from python_tests.methods.proxies import PHASE, scene
 from python_tests.saved_network import same_network
 
@@ -249,7 +249,7 @@ def test_resumed_it_ends_alike_even_when_the_cache_is_gone(tuning, data, make_co
     config = small(make_config, options=options, rounds=3)
     run(config, out=tmp_path / "whole", data=data)
     shutil.rmtree(tmp_path / "cache")
-    killed(config, out=tmp_path / "cut", data=data, at=KillAt("client", 4))
+    play_killed(config, out=tmp_path / "cut", data=data, at=KillAt("client", 4))
     shutil.rmtree(tmp_path / "cache")
     run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")

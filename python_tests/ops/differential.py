@@ -81,11 +81,11 @@ def make(case: Case) -> Tensor:
         # One row for all: along the first axis that has several.
         axis = next((i for i, n in enumerate(shape) if n > 1), 0)
         x = x.narrow(axis, 0, min(1, shape[axis])).expand(shape)
-    x = x.to(dtype) if case["layout"] != "expanded" else _expanded(x, dtype)
+    x = x.to(dtype) if case["layout"] != "expanded" else _expand(x, dtype)
     return _laid_out(x, case["layout"], generator).requires_grad_(case["grad"])
 
 
-def _expanded(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _expand(x: Tensor, dtype: torch.dtype) -> Tensor:
     if not x.numel():
         return x.to(dtype)
     base = x[tuple(slice(0, 1) if s == 0 and n > 1 else slice(None) for s, n in zip(x.stride(), x.shape, strict=True))]
@@ -135,7 +135,7 @@ Arguments = dict[str, Any]
 Limits = dict[str, Any]
 
 
-def unchanged(case: Case, given: Arguments) -> Arguments:
+def keep_given(case: Case, given: Arguments) -> Arguments:
     return given
 
 
@@ -156,8 +156,8 @@ class Checked:
 
     cases: st.SearchStrategy[Case]
     tolerance: Callable[[Case, Arguments], Limits | None]
-    prepare: Callable[[Case, Arguments], Arguments] = unchanged
-    view: Callable[[Case, Arguments], Arguments] = unchanged
+    prepare: Callable[[Case, Arguments], Arguments] = keep_given
+    view: Callable[[Case, Arguments], Arguments] = keep_given
     dtype: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
     call: Callable[..., Any] | None = None
@@ -172,21 +172,19 @@ class Checked:
 def check(operator: str, case: Case) -> None:
     """Compare a case with the reference in float64."""
     checked = OPERATORS[operator]
-    given = checked.prepare(case, {name: made(value) for name, value in case.items() if not name.startswith("_")})
+    given = checked.prepare(case, {name: make_value(value) for name, value in case.items() if not name.startswith("_")})
     wide, tolerance = {name: checked.copy(value) for name, value in given.items()}, checked.tolerance(case, given)
     if tolerance is None:
         return
     got = checked.results(operator, case, given)
     with ops.use_backend("reference"):
         expected = checked.results(operator, case, wide)
-    assert not checked.dtype or got[0].dtype == promoted(
-        *(x for name in checked.dtype for x in tensors_in(given[name]))
-    )
+    assert not checked.dtype or got[0].dtype == promote(*(x for name in checked.dtype for x in tensors_in(given[name])))
     wide_leaves = dict(leaves(wide))
     compare(got, expected, {name: (leaf, wide_leaves[name]) for name, leaf in leaves(given)}, **tolerance)
 
 
-def made(value: Any) -> Any:
+def make_value(value: Any) -> Any:
     """Return the tensors of an argument's case."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return [make(item) for item in value]
@@ -219,7 +217,7 @@ def compare(
             assert torch.equal(ours, theirs), f"result {number}"
             continue
         assert_close(
-            f"result {number}", rounded(ours, coarse), theirs.double(), relative=relative, absolute=bounds[number]
+            f"result {number}", coarsen(ours, coarse), theirs.double(), relative=relative, absolute=bounds[number]
         )
     if not inputs:
         assert not any(x.requires_grad for x in got), "a result requires a gradient, and no input does"
@@ -247,14 +245,14 @@ def compare(
         bound = gradient * (by_weights if name == "weights" else 1.0) * max(1.0, size_)
         if name == "weights" and unseen:
             their_grad = their_grad.masked_fill(leaf.detach() == 0, 0.0)
-        assert_close(f"gradient of {name}", rounded(our_grad, coarse), their_grad, relative=relative, absolute=bound)
+        assert_close(f"gradient of {name}", coarsen(our_grad, coarse), their_grad, relative=relative, absolute=bound)
 
 
-def rounded(x: Tensor, coarse: bool) -> Tensor:
+def coarsen(x: Tensor, coarse: bool) -> Tensor:
     return x.float() if coarse and x.dtype == torch.float64 else x
 
 
-def promoted(*tensors: Tensor) -> torch.dtype:
+def promote(*tensors: Tensor) -> torch.dtype:
     """Return the dtype of a result of tensors that may have several."""
     return functools.reduce(torch.promote_types, (x.dtype for x in tensors))
 
@@ -296,7 +294,7 @@ def rows(draw: st.DrawFn) -> list[int]:
     return [draw(FEW), draw(MANY.filter(bool)), *draw(positions)]
 
 
-def turned(case: Case, given: Arguments) -> Arguments:
+def turn_axis(case: Case, given: Arguments) -> Arguments:
     """Return logits as views whose classes lie on axis ``dim``, and so weights with as many axes as the teachers."""
     dim, found = case["dim"], dict(given)
     stacked = next((given[name] for name in STACKS if name in given and case["_stacked"]), None)
@@ -307,7 +305,7 @@ def turned(case: Case, given: Arguments) -> Arguments:
     return found
 
 
-def masked(x: Tensor, share: float, axis: int) -> Tensor:
+def mask_classes(x: Tensor, share: float, axis: int) -> Tensor:
     """Return ``x`` with some classes at -inf, the first one never.
 
     A leaf where x is one.
@@ -345,7 +343,7 @@ def prepare_divergence(case: Case, given: Arguments) -> Arguments:
     source, second = ("a", "b") if "b" in given else ("student", "teacher")
     if case["_same"]:
         given[second] = given[source].detach().clone().requires_grad_(given[second].requires_grad)
-    return {**given, "teacher": masked(given["teacher"], case["_mask"], 1)} if case["_mask"] else given
+    return {**given, "teacher": mask_classes(given["teacher"], case["_mask"], 1)} if case["_mask"] else given
 
 
 def close_divergence(case: Case, given: Arguments) -> Limits:
@@ -446,7 +444,7 @@ def stack_case(draw: st.DrawFn) -> Case:
 
 
 def prepare_stack(case: Case, given: Arguments) -> Arguments:
-    return {**given, "logits": masked(given["logits"], case["_mask"], 2)} if case["_mask"] else given
+    return {**given, "logits": mask_classes(given["logits"], case["_mask"], 2)} if case["_mask"] else given
 
 
 def close_stack(case: Case, given: Arguments) -> Limits:
@@ -633,7 +631,7 @@ def close_mean(case: Case, given: Arguments) -> Limits | None:
     return close_robust(case, given)
 
 
-def accumulated(vectors: Any, weights: Any) -> list[Tensor]:
+def accumulate(vectors: Any, weights: Any) -> list[Tensor]:
     """Return the means of both accumulators, the exact one's in another order."""
     totals = [ops.Accumulator(len(vectors[0]), exact=kept) for kept in (False, True)]
     for total, order in zip(totals, (range(len(vectors)), reversed(range(len(vectors)))), strict=True):
@@ -908,19 +906,19 @@ OPERATORS = {
         for name in ("erase_boxes", "keep_boxes")
     },
     "kl_div": Checked(
-        divergence_case(False), close_divergence, prepare_divergence, turned, dtype=("student", "teacher")
+        divergence_case(False), close_divergence, prepare_divergence, turn_axis, dtype=("student", "teacher")
     ),
     "dual_kl": Checked(
-        divergence_case(True), close_divergence, prepare_divergence, turned, ("a", "b", "teacher")
+        divergence_case(True), close_divergence, prepare_divergence, turn_axis, ("a", "b", "teacher")
     ),
-    "ensemble_kl": Checked(ensemble_case(), close_ensemble, prepare_ensemble, turned, dtype=("student", "teachers")),
-    "js_div": Checked(stack_case(), close_stack, prepare_stack, turned, ("logits",)),
-    "consensus": Checked(stack_case(), close_stack, prepare_stack, turned, ("logits",)),
-    "entropy": Checked(entropy_case(), close_entropy, view=turned, dtype=("logits",)),
+    "ensemble_kl": Checked(ensemble_case(), close_ensemble, prepare_ensemble, turn_axis, dtype=("student", "teachers")),
+    "js_div": Checked(stack_case(), close_stack, prepare_stack, turn_axis, ("logits",)),
+    "consensus": Checked(stack_case(), close_stack, prepare_stack, turn_axis, ("logits",)),
+    "entropy": Checked(entropy_case(), close_entropy, view=turn_axis, dtype=("logits",)),
     "contrastive": Checked(contrastive_case(), close_contrastive, prepare_contrastive, dtype=("x", "y")),
     "weighted_mean": Checked(mean_case(), close_mean, prepare_vectors, view_mean, call=take_mean),
     "Accumulator": Checked(
-        vectors_case(weighted=True), close_robust, prepare_vectors, dtype=("vectors",), call=accumulated
+        vectors_case(weighted=True), close_robust, prepare_vectors, dtype=("vectors",), call=accumulate
     ),
     "server_step": Checked(
         server_case(), close_server, prepare_server, changed=("first", "second"), call=server_step

@@ -93,9 +93,9 @@ def cases() -> Iterator[Case]:
                 count = SEVERAL if number % 4 == 3 and empty < 7 else 7
                 dtype, layout = DTYPES[number % 5], number % 3
 
-                def resized(value: Any, name: str, gone=gone, count=count, dtype=dtype, layout=layout) -> Any:
+                def resize(value: Any, name: str, gone=gone, count=count, dtype=dtype, layout=layout) -> Any:
                     if isinstance(value, list):
-                        parts = [resized(x, "") for x in value]
+                        parts = [resize(x, "") for x in value]
                         if name in ("vectors", "weights") and layout == 2:
                             parts *= MANY
                         return torch.stack(parts) if name == "vectors" and layout == 1 else parts
@@ -107,7 +107,7 @@ def cases() -> Iterator[Case]:
                         return _draw(shape, dtype, layout, draw)
                     return torch.ones(shape, dtype=value.dtype) if value.dtype is torch.bool else value.new_zeros(shape)
 
-                yield Case(operator, {name: resized(given[name], name) for name in names})
+                yield Case(operator, {name: resize(given[name], name) for name in names})
 
 
 Outcome = tuple[str, list[Tensor | None]]
@@ -192,9 +192,9 @@ def run(backend: Callable[[], contextlib.AbstractContextManager[Any]], stride: i
 
 def main(backend: str, stride: int) -> int:
     if backend == "emulated":
-        from python_tests.ops.emulated_core import emulated
+        from python_tests.ops.emulated_core import emulate
 
-        entered = emulated()
+        entered = emulate()
         entered.__enter__()  # once: it loads the core anew
         failures = list(run(lambda: ops.use_backend("cuda"), stride))
     else:

@@ -63,7 +63,7 @@ def build() -> ModuleType:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # Bindings are run once per call and slow to optimise.
         compiling = [pool.submit(compile_one, "bindings", _bindings(), ["-O0"])]
-        compiling += [pool.submit(compile_one, path.stem, _located(path), []) for path in KERNELS]
+        compiling += [pool.submit(compile_one, path.stem, _add_line(path), []) for path in KERNELS]
         objects = [done.result() for done in compiling]
         module = folder / f"_cuda-{_digest(' '.join(path.name for path in objects))}.so"
         if not module.exists():
@@ -79,7 +79,7 @@ def build() -> ModuleType:
     return core
 
 
-def _located(path: Path) -> str:
+def _add_line(path: Path) -> str:
     return f'#line 1 "{path}"\n{path.read_text()}'
 
 
@@ -90,7 +90,7 @@ def _bindings() -> str:
     """
     includes, files = [], []
     for path in BINDINGS:
-        text = _located(path)
+        text = _add_line(path)
         includes += re.findall(r"^#include .*", text, re.MULTILINE)
         text = re.sub(r"^#include .*", "", text, flags=re.MULTILINE)
         name = path.stem
@@ -138,7 +138,7 @@ class Blind:
 
 
 @contextlib.contextmanager
-def emulated() -> Iterator[None]:
+def emulate() -> Iterator[None]:
     """Force the CUDA backend, served by the emulated core on CPU tensors."""
     try:
         core = build()

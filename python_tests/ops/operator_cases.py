@@ -57,7 +57,7 @@ def few(cases: Sequence[Any], values: Callable[[Any], dict[str, Any]] = dict, co
     return random.Random(len(small)).sample(list(small), count)
 
 
-def thinned(cases: Sequence[Any]) -> list[Any]:
+def thin_out(cases: Sequence[Any]) -> list[Any]:
     """Return ``cases``, or :func:`few` of them where they are for Triton's interpreter."""
     if not THIN:
         return list(cases)
@@ -78,7 +78,7 @@ def using(name: str) -> Iterator[None]:
         yield
 
 
-def moved(x: Tensor, device: torch.device) -> Tensor:
+def move_to(x: Tensor, device: torch.device) -> Tensor:
     """Return ``x`` on ``device`` with its strides and alignment, which ``to`` would not keep."""
     if device.type == "cpu" or 0 in x.shape or any(s == 0 and n > 1 for s, n in zip(x.stride(), x.shape, strict=True)):
         return x.to(device)
@@ -103,7 +103,7 @@ def lay_out_map(x: Tensor, layout: str) -> Tensor:
 def pairwise(axes: dict[str, Sequence[Any]], seed: int = 0) -> list[dict[str, Any]]:
     """Return cases in which every value of every two axes meets at least once, in fixed order.
 
-    :func:`thinned` for Triton.
+    :func:`thin_out` for Triton.
     """
     draw = random.Random(seed)
     names = list(axes)
@@ -126,7 +126,7 @@ def pairwise(axes: dict[str, Sequence[Any]], seed: int = 0) -> list[dict[str, An
                 best, gain = case, found
         open_pairs -= {(a, best[a], b, best[b]) for a, b in itertools.combinations(range(len(names)), 2)}
         cases.append({name: axes[name][index] for name, index in zip(names, best, strict=True)})
-    return thinned(cases)
+    return thin_out(cases)
 
 
 def describe(case: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ def _choose_for_convolutions(backend: str, operator: Operator) -> Iterator[None]
         yield
 
 
-def weighed(results: Sequence[Tensor]) -> Tensor:
+def weigh(results: Sequence[Tensor]) -> Tensor:
     """Return a sum in which neighbours count differently."""
     return torch.stack([(r.flatten() * (torch.arange(r.numel()) % 5 + 1)).sum() for r in results]).sum()
 
@@ -44,14 +44,14 @@ def test_gradients_of_every_subset_of_operands(backend: str, operator: Operator,
     """Operands without ``requires_grad`` get no gradient, and the others have the bits of a pass for all."""
     inputs = operator.inputs(dtype)
     leaves = [x.clone().requires_grad_() for x in inputs]
-    expected = torch.autograd.grad(weighed(operator.results(*leaves)), leaves)
+    expected = torch.autograd.grad(weigh(operator.results(*leaves)), leaves)
     for flags in itertools.product((False, True), repeat=len(inputs)):
         for recorded in (False, True):
             leaves = [x.clone().requires_grad_(flag) for x, flag in zip(inputs, flags, strict=True)]
             results = operator.results(*leaves)
             assert {x.requires_grad for x in results} == {any(flags)}
             if any(flags):
-                weighed(results).backward(create_graph=recorded)
+                weigh(results).backward(create_graph=recorded)
             for x, flag, gradient in zip(leaves, flags, expected, strict=True):
                 if not flag:
                     assert x.grad is None
@@ -93,7 +93,7 @@ def check_beside_reference(operator: Operator, inputs: Sequence[Tensor]) -> None
         assert not (doubtful.isfinite() & ((doubtful.abs() > bound) | (place < results))).any()
 
 
-def resized(operator: Operator) -> Iterator[tuple[tuple[int, ...], ...]]:
+def resize(operator: Operator) -> Iterator[tuple[tuple[int, ...], ...]]:
     """Yield the operator's shapes with each size 0 or 1 at all its places, and on each axis alone."""
     for new in (0, 1):
         for size in {size for shape in operator.shapes for size in shape}:
@@ -107,7 +107,7 @@ def resized(operator: Operator) -> Iterator[tuple[tuple[int, ...], ...]]:
 @pytest.mark.sampled(12)
 @each_operator
 def test_sizes_of_nothing_and_of_one_on_every_axis(backend: str, operator: Operator) -> None:
-    for shapes in dict.fromkeys(resized(operator)):
+    for shapes in dict.fromkeys(resize(operator)):
         small = dataclasses.replace(operator, shapes=shapes)
         if operator.name.startswith("fuse"):  # as many channels as both maps have
             channels = (shapes[0][1] + shapes[1][1],)

@@ -23,11 +23,11 @@ def sparse(like: Tensor) -> Tensor:
     return like.to_sparse()
 
 
-def nested(like: Tensor) -> Tensor:
+def nest(like: Tensor) -> Tensor:
     return torch.nested.nested_tensor([like, like] if like.dim() < 2 else list(like))
 
 
-def jagged(like: Tensor) -> Tensor:
+def make_jagged(like: Tensor) -> Tensor:
     rows = [torch.ones(2, dtype=like.dtype)] * 2 if like.dim() < 2 else list(like)
     return torch.nested.nested_tensor(rows, layout=torch.jagged)
 
@@ -38,8 +38,8 @@ NO_TENSOR: dict[str, Callable[[Any], Any]] = {
     "set": lambda right: {1.0},
     "number of numbers": lambda right: [1.0, 2.0],
     "sparse": sparse,
-    "nested": nested,
-    "jagged": jagged,
+    "nested": nest,
+    "jagged": make_jagged,
     "csr": lambda right: (right if right.dim() == 2 else torch.ones(2, 2, dtype=right.dtype)).to_sparse_csr(),
     "complex": lambda right: right.to(torch.complex64),
     "dtype": lambda right: right.to(torch.int32),
@@ -59,8 +59,8 @@ NO_NUMBER: dict[str, Callable[[Any], Any]] = {
     "array": lambda right: np.array([0.5, 0.5]),
     "tensor of two": lambda right: torch.ones(2),
     "sparse": lambda right: torch.ones(2).to_sparse(),
-    "nested": lambda right: nested(torch.ones(2)),
-    "jagged": lambda right: jagged(torch.ones(2)),
+    "nested": lambda right: nest(torch.ones(2)),
+    "jagged": lambda right: make_jagged(torch.ones(2)),
 }
 NO_COUNT: dict[str, Callable[[Any], Any]] = {
     "text": lambda right: "1", "none": lambda right: None, "fraction": lambda right: 1.5, "bool": lambda right: True,
@@ -79,12 +79,12 @@ NO_LIST_OF_TENSORS: dict[str, Callable[[Any], Any]] = {
     "none within": lambda right: [right[0], None],
     "text within": lambda right: [right[0], "a"],
     "sparse within": lambda right: [right[0], sparse(right[1])],
-    "nested within": lambda right: [right[0], nested(right[1])],
-    "nested first": lambda right: [nested(right[0]), right[1]],
-    "nested both": lambda right: [nested(right[0]), nested(right[1])],
-    "jagged both": lambda right: [jagged(right[0]), jagged(right[1])],
-    "nested stack": lambda right: nested(torch.stack(list(right))),
-    "jagged stack": lambda right: jagged(torch.stack(list(right))),
+    "nested within": lambda right: [right[0], nest(right[1])],
+    "nested first": lambda right: [nest(right[0]), right[1]],
+    "nested both": lambda right: [nest(right[0]), nest(right[1])],
+    "jagged both": lambda right: [make_jagged(right[0]), make_jagged(right[1])],
+    "nested stack": lambda right: nest(torch.stack(list(right))),
+    "jagged stack": lambda right: make_jagged(torch.stack(list(right))),
     "sparse first": lambda right: [sparse(right[0]), right[1]],
     "complex within": lambda right: [right[0], right[1].to(torch.complex64)],
 }
@@ -112,8 +112,8 @@ NO_WEIGHTS: dict[str, Callable[[Any], Any]] = {
     "too few": lambda right: right[:-1],
     "with a gradient": lambda right: [torch.tensor(x, requires_grad=True) for x in right],
     "sparse tensor": lambda right: torch.tensor(right).to_sparse(),
-    "nested tensor": lambda right: nested(torch.tensor(right)),
-    "jagged tensor": lambda right: jagged(torch.tensor(right)),
+    "nested tensor": lambda right: nest(torch.tensor(right)),
+    "jagged tensor": lambda right: make_jagged(torch.tensor(right)),
     "complex tensor": lambda right: torch.tensor(right).to(torch.complex64),
     "wrong tensor": lambda right: torch.ones(len(right) + 1),
 }
@@ -492,7 +492,7 @@ def test_fused_blocks_take_no_sparse_maps() -> None:
     blocks = ops.FusedBlocks([nn.Conv2d(2, 3, 3)])
     with pytest.raises(TypeError, match="x must be a dense tensor, not a sparse_coo one"):
         blocks(torch.ones(1, 2, 5, 5).to_sparse())
-    for make in (nested, jagged):
+    for make in (nest, make_jagged):
         with pytest.raises(TypeError, match="x must be a dense tensor, not a nested one"):
             blocks(make(torch.ones(1, 2, 5, 5)))
 

@@ -54,7 +54,7 @@ def contrastive(x: Tensor, y: Tensor, temperature: float) -> tuple[Tensor, ...]:
     return (ops.contrastive(x, y, temperature),)
 
 
-def clipped(x: Tensor, norm: float, noise: float, seed: int) -> tuple[Tensor, ...]:
+def clip(x: Tensor, norm: float, noise: float, seed: int) -> tuple[Tensor, ...]:
     return ops.clip_by_norm(x, norm), ops.clip_and_noise(x, norm, noise, seed, 3 * seed)
 
 
@@ -84,7 +84,7 @@ SCHEDULES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], Callable[[
     "divergences": (divergence, [(8, 5), (8, 5)], lambda t: (1.0 + t / 4,)),
     "ensemble": (ensemble, [(8, 5), (2, 8, 5)], lambda t: (1.0 + t / 4,)),
     "contrastive": (contrastive, [(8, 5), (8, 5)], lambda t: (0.05 * t,)),
-    "clipping": (clipped, [(8, 10)], lambda t: (1.0 / t, 0.5 * t, t)),
+    "clipping": (clip, [(8, 10)], lambda t: (1.0 / t, 0.5 * t, t)),
     "server_step": (server, [(10,), (8, 10), (10,)], lambda t: (1.0 / t, 0.9 - t / 20)),
     "weights of a round": (mean, [(8, 10)], lambda t: tuple(weights(t))),
 }

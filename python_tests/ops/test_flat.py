@@ -676,19 +676,19 @@ def test_frozen_parameters_of_another_dtype() -> None:
 
 
 SAVED = {
-    "torch.save of the module": lambda m: _saved(m),
-    "torch.save of the state": lambda m: _saved(m.state_dict()),
-    "torch.save of a part": lambda m: _saved({"weight": m.state_dict()["conv.weight"]}),
-    "torch.save of a layer's state": lambda m: _saved(m.conv.state_dict()),
-    "torch.save of a copy": lambda m: _saved(copy.deepcopy(m)),
-    "torch.save of a copied layer": lambda m: _saved(copy.deepcopy(m.norm)),
+    "torch.save of the module": lambda m: _save(m),
+    "torch.save of the state": lambda m: _save(m.state_dict()),
+    "torch.save of a part": lambda m: _save({"weight": m.state_dict()["conv.weight"]}),
+    "torch.save of a layer's state": lambda m: _save(m.conv.state_dict()),
+    "torch.save of a copy": lambda m: _save(copy.deepcopy(m)),
+    "torch.save of a copied layer": lambda m: _save(copy.deepcopy(m.norm)),
     "pickle of the state": lambda m: pickle.dumps(m.state_dict()),
     "pickle of a copy": lambda m: pickle.dumps(copy.deepcopy(m)),
     "safetensors": lambda m: safetensors.torch.save(m.contiguous_state()),
 }
 
 
-def _saved(value: object) -> bytes:
+def _save(value: object) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()

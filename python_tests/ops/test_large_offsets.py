@@ -65,7 +65,7 @@ def test_inputs_far_apart(operator: Operator, axis: int, memory: Tensor) -> None
     torch.testing.assert_close(results[1], results[0], rtol=1e-2, atol=1e-2)
 
 
-def expanded(*shape: int, axis: int = 0) -> Tensor:
+def expand(*shape: int, axis: int = 0) -> Tensor:
     """Return a bf16 tensor of a shape in which one axis repeats a single slice."""
     stored = list(shape)
     stored[axis] = 1
@@ -73,17 +73,17 @@ def expanded(*shape: int, axis: int = 0) -> Tensor:
 
 
 def _blend() -> tuple[Tensor, Tensor]:
-    x, y = expanded(40, 2**26), expanded(40, 2**26)
+    x, y = expand(40, 2**26), expand(40, 2**26)
     return ops.blend(x, y, 0.25)[-1], ops.blend(x[:1], y[:1], 0.25)[0]
 
 
 def _boxes() -> tuple[Tensor, Tensor]:
-    images, boxes = expanded(700, 3, 1024, 1024), torch.tensor([[[5.0, 6.0, 700.0, 900.0]]])
+    images, boxes = expand(700, 3, 1024, 1024), torch.tensor([[[5.0, 6.0, 700.0, 900.0]]])
     return ops.erase_boxes(images, boxes.expand(700, 1, 4))[-1], ops.erase_boxes(images[:1], boxes)[0]
 
 
 def _kl() -> tuple[Tensor, Tensor]:
-    student, teacher = expanded(2**28 + 5, 8), expanded(2**28 + 5, 8).flip(1)
+    student, teacher = expand(2**28 + 5, 8), expand(2**28 + 5, 8).flip(1)
     short = ops.kl_div(student[:3], teacher[:3], reduction="none")
     return ops.kl_div(student, teacher, reduction="none")[-3:], short
 
@@ -91,8 +91,8 @@ def _kl() -> tuple[Tensor, Tensor]:
 def _kl_gradient() -> tuple[Tensor, Tensor]:
     gradients = []
     for rows in (2**28 + 5, 3):
-        student = expanded(2**28 + 5, 8)[:rows].contiguous().requires_grad_()
-        ops.kl_div(student, expanded(2**28 + 5, 8).flip(1)[:rows], reduction="sum").backward()
+        student = expand(2**28 + 5, 8)[:rows].contiguous().requires_grad_()
+        ops.kl_div(student, expand(2**28 + 5, 8).flip(1)[:rows], reduction="sum").backward()
         gradients.append(student.grad[-3:].clone())
     return gradients[0], gradients[1]
 
@@ -104,24 +104,24 @@ def ends(compute: Callable[[int], Sequence[Tensor]], count: int) -> tuple[Tensor
 
 
 def _dual_kl_gradients(rows: int) -> Sequence[Tensor]:
-    teacher = expanded(rows, 8)
+    teacher = expand(rows, 8)
     students = [factor * teacher[:1] for factor in (-1, 2)]
     students = [x.expand(rows, 8).requires_grad_() for x in students]
     return torch.autograd.grad(ops.dual_kl(*students, teacher, reduction="sum"), students)
 
 
 def _entropy_gradient(rows: int) -> Sequence[Tensor]:
-    logits = expanded(rows, 8).requires_grad_()
+    logits = expand(rows, 8).requires_grad_()
     return torch.autograd.grad(ops.entropy(logits, reduction="sum"), logits)
 
 
 def stack(rows: int) -> Tensor:
     """Return two teachers of ``rows`` equal rows."""
-    return torch.stack((expanded(1, 8), expanded(1, 8).flip(1))).expand(2, rows, 8).requires_grad_()
+    return torch.stack((expand(1, 8), expand(1, 8).flip(1))).expand(2, rows, 8).requires_grad_()
 
 
 def _ensemble_gradients(rows: int, **settings: Any) -> Sequence[Tensor]:
-    student, teachers = (2 * expanded(1, 8)).expand(rows, 8).requires_grad_(), stack(rows)
+    student, teachers = (2 * expand(1, 8)).expand(rows, 8).requires_grad_(), stack(rows)
     loss = ops.ensemble_kl(student, teachers, reduction="sum", **settings)
     to_student, to_teachers = torch.autograd.grad(loss, (student, teachers))
     return [to_student, *to_teachers]
@@ -174,13 +174,13 @@ def _clip() -> tuple[Tensor, Tensor]:
 
 
 def _fuse_mean() -> tuple[Tensor, Tensor]:
-    map_ = expanded(40, 3, 2**12, 2**12)
+    map_ = expand(40, 3, 2**12, 2**12)
     maps = [map_, map_[:1].flip(1).expand(map_.shape)]
     return ops.fuse_mean(maps, activation="relu")[-1], ops.fuse_mean([x[:1] for x in maps], activation="relu")[0]
 
 
 def _fuse() -> tuple[Tensor, Tensor]:
-    maps = [expanded(40, 3, 2**12, 2**12, axis=0), expanded(40, 1, 2**12, 2**12, axis=0)]
+    maps = [expand(40, 3, 2**12, 2**12, axis=0), expand(40, 1, 2**12, 2**12, axis=0)]
     return ops.fuse_concat(maps, activation="relu")[-1], ops.fuse_concat([x[:1] for x in maps], activation="relu")[0]
 
 

@@ -52,7 +52,7 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...]], tuple[tup
 }
 
 
-def _differentiated(operator: str, tensors: list[Tensor]) -> list[Tensor]:
+def _differentiate(operator: str, tensors: list[Tensor]) -> list[Tensor]:
     """Return results and gradients of a loss that weighs every element differently."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     given = OPERATORS[operator][0](*leaves)
@@ -73,9 +73,9 @@ def test_maps_of_any_strides(backend: str) -> None:
             chosen = maps if number % 2 == 0 else maps[number // 2 % len(maps) :][:1]
             laid = [lay_out(x) if i in chosen else x for i, x in enumerate(tensors)]
             with using("reference"):
-                expected = _differentiated(operator, [x.double() for x in laid])
+                expected = _differentiate(operator, [x.double() for x in laid])
             with using(backend):
-                got = _differentiated(operator, laid)
+                got = _differentiate(operator, laid)
             if name == "channels_last" and backend != "reference":  # whose torch.cat hands slices back
                 of_maps = [x for x in got if x.dim() == 4 and len(x) == MAP[0]]
                 assert all(x.is_contiguous(memory_format=torch.channels_last) for x in of_maps), operator

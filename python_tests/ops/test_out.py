@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedkern import ops
 from python_tests.ops._aggregate.aggregate_cases import accumulate
-from python_tests.ops.emulated_core import emulated
+from python_tests.ops.emulated_core import emulate
 from python_tests.ops.operator_cases import BACKENDS, DTYPES, using
 from python_tests.ops.operator_runs import Calls, Named
 
@@ -18,11 +18,11 @@ SIZE = 37
 WEIGHTS = [1.0, 2.0, 0.5]
 
 
-def accumulated(vectors: Tensor, out: Tensor, exact: bool) -> Tensor:
+def write_total(vectors: Tensor, out: Tensor, exact: bool) -> Tensor:
     return accumulate(vectors, WEIGHTS, exact).mean(out=out)
 
 
-def stepped(vectors: Tensor, out: Tensor) -> Tensor:
+def write_step(vectors: Tensor, out: Tensor) -> Tensor:
     states = {name: torch.full((SIZE,), 0.25, dtype=torch.float64) for name in ("first", "second")}
     return ops.server_step(vectors[0], vectors, WEIGHTS, "adam", out=out, **states).model
 
@@ -32,9 +32,9 @@ WRITERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "weighted_mean list": lambda vectors, out: ops.weighted_mean(list(vectors), WEIGHTS, out),
     "weighted_mean tensor": lambda vectors, out: ops.weighted_mean(vectors, torch.tensor(WEIGHTS), out=out),
     "server_step": lambda vectors, out: ops.server_step(vectors[0], vectors, WEIGHTS, out=out).model,
-    "server_step adam": stepped,
-    "Accumulator.mean": lambda vectors, out: accumulated(vectors, out, False),
-    "Accumulator.mean exact": lambda vectors, out: accumulated(vectors, out, True),
+    "server_step adam": write_step,
+    "Accumulator.mean": lambda vectors, out: write_total(vectors, out, False),
+    "Accumulator.mean exact": lambda vectors, out: write_total(vectors, out, True),
 }
 
 LAYOUTS: dict[str, Callable[[torch.dtype], Tensor]] = {
@@ -57,7 +57,7 @@ def test_every_operator_that_takes_out_is_covered() -> None:
 @pytest.mark.parametrize("writer", WRITERS)
 def test_strides_of_out_do_not_matter(name: str, writer: str) -> None:
     write = WRITERS[writer]
-    with emulated() if name == "cuda" else using(name):
+    with emulate() if name == "cuda" else using(name):
         for dtype in DTYPES:
             vectors = torch.randn(3, SIZE, dtype=torch.float64).to(dtype)
             for wanted in DTYPES:
@@ -81,7 +81,7 @@ def test_out_within_the_vectors_memory(writer: str) -> None:
         assert torch.equal(WRITERS[writer](vectors, out), expected)
 
 
-def compiled(write: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+def compile_writer(write: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     torch._dynamo.reset()
     return torch.compile(write, backend="aot_eager")
 
@@ -90,7 +90,7 @@ def as_subclasses(write: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor
     return lambda vectors, out: write(vectors.as_subclass(Named), out).as_subclass(Tensor)
 
 
-OBSERVERS = {"compile": compiled, "mode": lambda write: write, "subclass": as_subclasses}
+OBSERVERS = {"compile": compile_writer, "mode": lambda write: write, "subclass": as_subclasses}
 
 
 @pytest.mark.exhaustive

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedkern import ops
-from python_tests.ops.emulated_core import emulated
+from python_tests.ops.emulated_core import emulate
 from python_tests.ops.operator_cases import BACKENDS, using
 
 SIZE = 8
@@ -92,7 +92,7 @@ def test_refused(name: str, case: str) -> None:
         given = arguments()
         put(given)
         before = {key: x.clone() for key, x in given.items()}
-        with emulated() if name == "cuda" else using(name), pytest.raises(ValueError, match=message):
+        with emulate() if name == "cuda" else using(name), pytest.raises(ValueError, match=message):
             step(given, listed)
         for key, x in given.items():
             assert torch.equal(x.nan_to_num(), before[key].nan_to_num()), key

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from fedkern import ops
 from fedkern.ops._core import backend
 from python_tests.ops import every_operator
-from python_tests.ops.emulated_core import emulated
+from python_tests.ops.emulated_core import emulate
 from python_tests.ops.every_operator import (
     NO_OPERATORS,
     OPERATORS,
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 EVERY = {operator.name: operator for operator in OPERATORS}
 
 
-def compiled() -> bool:
+def has_core() -> bool:
     try:
         backend.cpu_core()
     except backend.Unavailable:
@@ -74,7 +74,7 @@ def test_forward_mode_is_followed_or_refused(operator: Operator) -> None:
         results = operator.results(*duals)
         tangents = tuple(forward_ad.unpack_dual(result).tangent for result in results)
         close(results, expected)
-        if compiled():
+        if has_core():
             with ops.use_backend("cpu"), pytest.raises(RuntimeError, match="through the reference under forward-mode"):
                 operator.call(*duals)
     leaves = [x.clone().requires_grad_() for x in inputs]
@@ -296,7 +296,7 @@ def test_grad_outputs_of_any_layout_many_at_once_and_a_second_backward(operator:
 # --- hooks on saved tensors
 
 
-def _turned(x: Tensor, axis: int) -> Tensor:
+def _turn(x: Tensor, axis: int) -> Tensor:
     """Return the same values with that axis last in memory."""
     return x.movedim(axis, -1).contiguous().movedim(-1, axis) if x.dim() > 1 else x
 
@@ -309,9 +309,9 @@ SAVED: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
         lambda x: -x if x.is_floating_point() else x,
         lambda x: torch._neg_view(x) if x.is_floating_point() else x,
     ),
-    "first axis last": (torch.clone, lambda x: _turned(x, 0)),
-    "channels last": (torch.clone, lambda x: _turned(x, 1)),
-    "rows and columns swapped": (torch.clone, lambda x: _turned(x, -2)),
+    "first axis last": (torch.clone, lambda x: _turn(x, 0)),
+    "channels last": (torch.clone, lambda x: _turn(x, 1)),
+    "rows and columns swapped": (torch.clone, lambda x: _turn(x, -2)),
     "every other number": (lambda x: torch.stack([x, x], -1), lambda x: x[..., 0]),
     "negative view with strides": (
         lambda x: torch.stack([-x, x], -1) if x.is_floating_point() else x,
@@ -435,7 +435,7 @@ def served_by(name: str) -> Iterator[None]:
     """Yield the unforced choice, Triton's interpreter or the emulated CUDA core."""
     if name == "triton" and name not in BACKENDS:
         pytest.skip("Triton's interpreter is not there")
-    with {"chosen": contextlib.nullcontext, "triton": lambda: using("triton"), "cuda": emulated}[name]():
+    with {"chosen": contextlib.nullcontext, "triton": lambda: using("triton"), "cuda": emulate}[name]():
         yield
 
 

@@ -43,7 +43,7 @@ def mean_squared(vectors: Tensor, weights: Tensor) -> Tensor:
     return ops.weighted_mean(vectors, weights).square().sum()
 
 
-def listed(vectors: Tensor, weights: Tensor) -> Tensor:
+def mean_of_list(vectors: Tensor, weights: Tensor) -> Tensor:
     return ops.weighted_mean(list(vectors.unbind()), weights).square().sum()
 
 
@@ -56,7 +56,7 @@ WEIGHTS = torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("loss", [mean_squared, listed])
+@pytest.mark.parametrize("loss", [mean_squared, mean_of_list])
 @pytest.mark.parametrize("content", [None, math.nan, math.inf])
 def test_hessian_of_weighted_mean_at_a_weight_of_zero(name: str, loss: Loss, content: float | None) -> None:
     """A vector of weight 0 that is not finite spoils no other derivative than its own."""

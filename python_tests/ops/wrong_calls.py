@@ -29,20 +29,20 @@ def right_calls() -> dict[str, list[tuple[Any, ...]]]:
             if not operator.only_cpu:
                 run(operator, operator.inputs(), operator.gradient)
         for name, public in PUBLIC.items():
-            case = Case(name, _copied(public.arguments))
+            case = Case(name, _copy(public.arguments))
             outcome(case, case.leaves())
     found: dict[str, dict[str, tuple[Any, ...]]] = defaultdict(dict)
     for function, arguments in calls.seen:
-        arguments = _copied(arguments)
-        found[function._schema.name.partition("::")[2]].setdefault(_shown(arguments), arguments)
-    return {name: _spread(sorted(forms.values(), key=_given)) for name, forms in sorted(found.items())}
+        arguments = _copy(arguments)
+        found[function._schema.name.partition("::")[2]].setdefault(_show(arguments), arguments)
+    return {name: _spread(sorted(forms.values(), key=_count_given)) for name, forms in sorted(found.items())}
 
 
 def _spread(calls: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     return [calls[place * (len(calls) - 1) // (MOST - 1)] for place in range(MOST)] if len(calls) > MOST else calls
 
 
-def _given(arguments: tuple[Any, ...]) -> int:
+def _count_given(arguments: tuple[Any, ...]) -> int:
     return sum(value is not None for value in arguments)
 
 
@@ -74,18 +74,18 @@ def _others(value: Any) -> Iterator[Any]:
                     yield [*value[:place], wrong, *value[place + 1 :]]
 
 
-def _copied(arguments: Any) -> Any:
+def _copy(arguments: Any) -> Any:
     """Return the same arguments, tensors in memory of their own and without a graph."""
     if isinstance(arguments, Tensor):
         return arguments.detach().clone() if arguments.numel() else arguments.detach()
     if isinstance(arguments, dict):
-        return {name: _copied(value) for name, value in arguments.items()}
-    return type(arguments)(map(_copied, arguments)) if isinstance(arguments, (list, tuple)) else arguments
+        return {name: _copy(value) for name, value in arguments.items()}
+    return type(arguments)(map(_copy, arguments)) if isinstance(arguments, (list, tuple)) else arguments
 
 
 def _outcome(call: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor] | Exception:
     """Return the results and the changed tensors, or a refusal's exception."""
-    arguments = _copied(arguments)
+    arguments = _copy(arguments)
     try:
         result = call(*arguments)
     except Exception as error:
@@ -101,10 +101,10 @@ def _line(error: Exception) -> str:
     return repr(error)[:100].replace("\n", " ")
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return f"[{', '.join(map(_shown, value))}]" if isinstance(value, (list, tuple)) else repr(value)
+    return f"[{', '.join(map(_show, value))}]" if isinstance(value, (list, tuple)) else repr(value)
 
 
 def _agree(name: str, ours: list[Tensor], theirs: list[Tensor]) -> bool:
@@ -126,7 +126,7 @@ def main() -> None:
                 for place, value in enumerate(right)
             )
             for given in itertools.chain([right], wrong):
-                print(f"{name} {number} {_shown(given)}", end=": ", flush=True)
+                print(f"{name} {number} {_show(given)}", end=": ", flush=True)
                 with use_backend("cpu"):
                     ours = _outcome(operator, given)
                 if isinstance(ours, Exception):

@@ -277,7 +277,7 @@ def test_without_nibabel(tmp_path, monkeypatch):
         open_set(tmp_path)
 
 
-def moved(shift=(0.0, 0.0, 0.0), scale=(1.0, 1.0, 1.0)):
+def make_affine(shift=(0.0, 0.0, 0.0), scale=(1.0, 1.0, 1.0)):
     affine = np.diag([*scale, 1.0])
     affine[:3, 3] = shift
     return affine
@@ -289,11 +289,11 @@ def moved(shift=(0.0, 0.0, 0.0), scale=(1.0, 1.0, 1.0)):
 @pytest.mark.parametrize(
     "affine",
     [
-        moved(scale=(-1, -1, 1)),
-        moved((0, 0, 5)),
-        moved((0.5, 0, 0)),
-        moved(scale=(1, 1, 2)),
-        moved(scale=(1.05, 1, 1)),
+        make_affine(scale=(-1, -1, 1)),
+        make_affine((0, 0, 5)),
+        make_affine((0.5, 0, 0)),
+        make_affine(scale=(1, 1, 2)),
+        make_affine(scale=(1.05, 1, 1)),
         np.array([[0.995, -0.0998, 0, 0], [0.0998, 0.995, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),  # turned by 5.7 degrees
     ],
     ids=["mirrored", "origin", "half a voxel", "thicker slices", "wider voxels", "turned"],
@@ -312,7 +312,7 @@ def test_a_file_at_another_place_than_its_mask_is_refused(tmp_path, name, slices
 
 def test_rounded_affines_and_other_axes_are_one_place(tmp_path):
     """One mask is stored along other axes, as its affine says, and one has a rounded affine."""
-    place = moved((-88.123456, 40.2, 17.7), (0.9765625, 0.9765625, 3.0))
+    place = make_affine((-88.123456, 40.2, 17.7), (0.9765625, 0.9765625, 3.0))
     write_cases(tmp_path, affine=place)
     expected = open_set(tmp_path)
     path = tmp_path / "case3" / "case3_seg.nii.gz"

@@ -20,7 +20,7 @@ def contexts_of(split: Split) -> set[tuple[str, str]]:
     return {(name.split("/")[0], name.split("/")[1]) for name in split.ids}
 
 
-def expected(position: int) -> set[tuple[str, str]]:
+def contexts_at(position: int) -> set[tuple[str, str]]:
     """Return every class's context at one position in sorted order."""
     return {(f"class{c}", f"context{position:02d} of {c}") for c in range(CLASSES)}
 
@@ -33,12 +33,12 @@ def test_who_holds_which_context(tmp_path: Path, write_nico, layout: str, protoc
     data = load(NICO, root=tmp_path, seed=1, options={"protocol": protocol, "size": 16})
     assert len(data.clients) == 7
     for i, split in enumerate(data.clients):
-        assert contexts_of(split) == expected(offset + i)
+        assert contexts_of(split) == contexts_at(offset + i)
         assert set(split.labels.tolist()) == set(range(CLASSES))
-    training = set.union(*(expected(offset + i) for i in range(7)))
+    training = set.union(*(contexts_at(offset + i) for i in range(7)))
     assert contexts_of(data.tests["id"]) == training
     assert contexts_of(data.validation) == training
-    assert contexts_of(data.tests["ood"]) == set.union(*(expected(position) for position in ood))
+    assert contexts_of(data.tests["ood"]) == set.union(*(contexts_at(position) for position in ood))
     assert len(data.tests["ood"]) == CLASSES * 3 * IMAGES
 
 
@@ -122,7 +122,7 @@ def test_other_partitions_mix_the_training_contexts(tmp_path: Path, write_nico) 
     data = load(NICO, root=tmp_path, clients=2, partition="iid", options={"size": 8})
     assert len(data.clients) == 2
     assert all(len(contexts_of(split)) > CLASSES for split in data.clients)
-    assert contexts_of(data.tests["ood"]) == set.union(*(expected(position) for position in (7, 8, 9)))
+    assert contexts_of(data.tests["ood"]) == set.union(*(contexts_at(position) for position in (7, 8, 9)))
 
 
 def spoil(path: Path) -> None:

@@ -45,7 +45,7 @@ def texture(split: Split) -> torch.Tensor:
     return torch.stack([ground.diff(dim=axis).abs().nanmean((1, 2)).log() for axis in (1, 2)], 1)
 
 
-def explained(splits: list[Split]) -> float:
+def explain(splits: list[Split]) -> float:
     """Return the share of the textures' variance that lies between the classes of the clients."""
     groups = [texture(split)[split.labels == label] for split in splits for label in range(10)]
     inside = sum(((group - group.mean(0)) ** 2).sum() for group in groups)
@@ -58,11 +58,11 @@ def test_textures_are_tied_to_class_and_client_and_not_in_the_test(root: Path) -
         load(SLIDES, root=root, options={"samples": 1000, "correlation": share}) for share in (1.0, 0.0, 0.5)
     )
     assert tied.client_sizes == (200,) * 5
-    assert explained(list(tied.clients)) > 0.8
-    assert explained([tied.clients[0].plus(tied.clients[1:])]) < 0.4  # clients have ties of their own
-    assert explained(list(free.clients)) < 0.2
-    assert 0.2 < explained(list(half.clients)) < explained(list(tied.clients)) - 0.2
-    assert explained([tied.tests["ood"]]) < 0.2
+    assert explain(list(tied.clients)) > 0.8
+    assert explain([tied.clients[0].plus(tied.clients[1:])]) < 0.4  # clients have ties of their own
+    assert explain(list(free.clients)) < 0.2
+    assert 0.2 < explain(list(half.clients)) < explain(list(tied.clients)) - 0.2
+    assert explain([tied.tests["ood"]]) < 0.2
     assert len(tied.tests["id"]) == len(tied.tests["ood"]) == 400
 
 

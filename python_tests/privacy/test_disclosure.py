@@ -30,7 +30,7 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data
 from fedkern.settings.stored import load_settings, read_settings
 from python_tests.extras import needs_accounting
-from python_tests.interrupted import KillAt, killed
+from python_tests.interrupted import KillAt, play_killed
 
 SMALL = {"iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "student_steps": 1, "noise": "seed"}
 PARTLY = {**SMALL, "epsilon": 8.0, "histogram_noise": 5.0}
@@ -291,7 +291,7 @@ def test_hashes_and_sizes_of_a_private_runs_data_stay_in_its_checkpoints(cut, ma
     run(make_config("fedavg", rounds=1, records="all"), out=tmp_path / "all", data=data)
     assert found["labels"] in (tmp_path / "all" / "config.toml").read_text()
     config = make_config("fedavg", rounds=2, records="private")
-    killed(config, out=out, data=data, at=KillAt("round-start", round=cut))
+    play_killed(config, out=out, data=data, at=KillAt("round-start", round=cut))
     run(load_settings(out), out=out, data=data, resume=True)
     write_report(out, data=data)
     assert load_settings(out).identity.keys() == {"version"}
@@ -306,7 +306,7 @@ def test_a_private_run_that_goes_on_stays_private(make_data, make_config, tmp_pa
     data = make_data(two_tests=False)
     config = make_config("fediod", model="cnn-gn", width=4, rounds=3, options=PARTLY, grad_cam=0)
     uncut = run(config, out=tmp_path / "whole", data=data)
-    killed(config, out=tmp_path / "cut", data=data, at=KillAt("round-start", round=3))
+    play_killed(config, out=tmp_path / "cut", data=data, at=KillAt("round-start", round=3))
     again = run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
     assert again["metrics"] == uncut["metrics"]
     assert again["diagnostics"] == uncut["diagnostics"]

@@ -28,7 +28,7 @@ print(json.dumps([before, kept, faults()]))
 """
 
 
-def counted(**environment: str) -> tuple[int, bool, int]:
+def count_faults(**environment: str) -> tuple[int, bool, int]:
     found = subprocess.run(
         [sys.executable, "-c", FAULTS], env={**os.environ, **environment}, check=True, capture_output=True, text=True
     )
@@ -43,7 +43,7 @@ def counted(**environment: str) -> tuple[int, bool, int]:
 def test_freed_memory_stays():
     # A small block that happens to lie above the freed ones keeps them in the process without our help.
     for _ in range(20):
-        before, kept, after = counted()
+        before, kept, after = count_faults()
         if before > 8 * 256:
             break
     assert kept
@@ -56,5 +56,5 @@ def test_freed_memory_stays():
     ("name", "value"), [("MALLOC_TRIM_THRESHOLD_", "131072"), ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072")]
 )
 def test_the_user_has_the_last_word(name, value):
-    _, kept, _ = counted(**{name: value})
+    _, kept, _ = count_faults(**{name: value})
     assert not kept

@@ -133,7 +133,7 @@ RUNNING = ["--data", "loud", "--plugin", "loud.py", "--model", "talker", "--clie
            "--local-epochs", "1", "--grad-cam", "0", "--threads", "1"]  # fmt: skip
 
 
-def said(words, folder):
+def run_json(words, folder):
     """Return what a command prints as JSON, and on standard error."""
     done = subprocess.run([sys.executable, "-m", "fedkern.run", *words, "--json"], cwd=folder, capture_output=True,
                           text=True, timeout=300, check=False)  # fmt: skip
@@ -158,7 +158,7 @@ def test_a_plugin_that_prints_leaves_standard_output_alone(words, tmp_path, monk
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_every_command_with_json_prints_json_alone(workers, tmp_path):
     (tmp_path / "loud.py").write_text(LOUD)
-    found, err = said(["fedavg", *RUNNING, "--workers", workers, "--out", "run"], tmp_path)
+    found, err = run_json(["fedavg", *RUNNING, "--workers", workers, "--out", "run"], tmp_path)
     assert found["method"] == "fedavg"
     for line in ("import", "import by descriptor", "data", "a child", "metric", "forward"):
         assert line in err.splitlines()
@@ -167,9 +167,9 @@ def test_every_command_with_json_prints_json_alone(workers, tmp_path):
     again = ["--plugin", "loud.py"]
     for words in (["evaluate", "run"], ["predict", "run", str(image)], ["attack", "run"], ["report", "run"],
                   ["export", "run", "--format", "state-dict"], ["extend", "run", "--rounds", "2"]):  # fmt: skip
-        _, err = said([*words, *again], tmp_path)
+        _, err = run_json([*words, *again], tmp_path)
         assert "import" in err.splitlines()
-    found, err = said(
+    found, err = run_json(
         ["compare", "fedavg", "fedprox", *RUNNING, "--workers", workers, "--seeds", "1", "--out", "both"], tmp_path
     )
     assert len(found["table"]) == 2

@@ -112,7 +112,7 @@ def test_the_bits_of_a_plain_run(mode, method, model, workers, plain, tmp_path):
     assert run.summary["bytes"] == plain(method, model).summary["bytes"]
 
 
-def exported(run, folder, kind):
+def export_run(run, folder, kind):
     export(exportable(run.out), folder / "network", kind)
     if kind == "state-dict":
         return torch.load(folder / "network")
@@ -140,8 +140,8 @@ USES = {
     "read_model": lambda run, _: read_model(run.out)[0].state_dict(),
     "evaluate_run": lambda run, _: evaluate_run(run.out)[0],
     "Predictor": lambda run, _: Predictor.open(run.out).probabilities(PICTURES.clone()),
-    "state-dict": lambda run, folder: exported(run, folder, "state-dict"),
-    "torch-export": lambda run, folder: exported(run, folder, "torch-export"),
+    "state-dict": lambda run, folder: export_run(run, folder, "state-dict"),
+    "torch-export": lambda run, folder: export_run(run, folder, "torch-export"),
     "zero_shot": lambda pair, _: zero_shot(Finished.open(pair.out)),
     "retrieve": lambda pair, _: retrieve(Finished.open(pair.out)),
     "probe": lambda pair, _: probe(Finished.open(pair.out), [1], draws=1),
@@ -335,7 +335,7 @@ def test_what_a_caller_has_set_stays_where_users_code_sets_nothing():
         assert state() == before
 
 
-def attended():
+def attend():
     """Return attention and its gradients on the CPU, and the name of the kernel that computes them."""
     generator = torch.Generator().manual_seed(0)
     given = [torch.randn(2, 3, 65, 16, generator=generator, requires_grad=True) for _ in range(3)]
@@ -358,13 +358,13 @@ def test_a_gpu_computes_attention_by_matrix_products():
 
 @pytest.mark.parametrize("enabled", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION])
 def test_attention_on_the_cpu_has_the_bits_of_its_own_kernel(enabled):
-    plain, name = attended()
+    plain, name = attend()
     with sdpa_kernel(SDPBackend.MATH):
-        products, math_name = attended()
+        products, math_name = attend()
     assert (name != math_name, any(map(torch.equal, plain, products))) == (True, False)
     with sdpa_kernel(enabled):  # a caller's, for work of its own
         with torch_modes.reproducible():
-            found, name_after = attended()
+            found, name_after = attend()
             assert attention()[0] == SDPBackend.MATH
         assert attention() == [enabled]
     assert name_after == name

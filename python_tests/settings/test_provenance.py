@@ -122,7 +122,7 @@ def test_equal_data_elsewhere_are_the_same(kind):
     assert sum(row["seeds"] for row in fedkern.compare(["a0", "a1"], out="c").table) == 2
 
 
-def changed(part, step, name="halved"):
+def change(part, step, name="halved"):
     """Return the settings of a comparison whose data, code or file change from step to step under the same names."""
     if part == "one image":
         given = a_folder("folder", 0)
@@ -156,10 +156,10 @@ def changed(part, step, name="halved"):
 @pytest.mark.parametrize("part", ["one image", "images", "labels", "arrays", "plugin", "network", "init", "boxes"])
 def test_a_comparison_does_not_go_on_with_what_has_changed(part):
     method = "halved" if part == "plugin" else "fedavg"
-    fedkern.compare(method, out="x", seeds=1, **{**TINY, **changed(part, 0)})
+    fedkern.compare(method, out="x", seeds=1, **{**TINY, **change(part, 0)})
     named = {"plugin": "plugin", "network": "model", "init": "init", "boxes": "boxes"}.get(part, "different data")
     with pytest.raises(UserError, match=f"{method}_seed=0 was made with .*{named}"):
-        fedkern.compare(method, out="x", seeds=2, **{**TINY, **changed(part, 1)})
+        fedkern.compare(method, out="x", seeds=2, **{**TINY, **change(part, 1)})
     assert not Path(f"x/{method}_seed=1").exists()
 
 
@@ -186,7 +186,7 @@ def test_folders_of_runs_of_different_code_are_groups_of_their_own(part, monkeyp
     for seed in (0, 1):
         if part == "version":
             monkeypatch.setattr(fedkern, "__version__", f"9.{seed}")
-        given = changed("plugin", seed, method) if part == "plugin" else DIGITS
+        given = change("plugin", seed, method) if part == "plugin" else DIGITS
         fedkern.simulate(method, out=f"a{seed}", seed=seed, pictures=False, **given)
     found = fedkern.compare(["a0", "a1"], out="c")
     assert [row["seeds"] for row in found.table] == [1, 1]

@@ -19,7 +19,7 @@ PRIVATE = {
 HEADERS = {"csv": "path,label", "pairs": "image,text,label", "segmentation": "image,mask"}
 
 
-def listed(name, root, splits=("",)):
+def write_list(name, root, splits=("",)):
     lines = [f"{HEADERS[name]},client,split"]
     for i in range(40):
         picture = Image.new("L", (8, 8), i)
@@ -46,7 +46,7 @@ def folders(root):
     return load("folder", root=root, options={"size": 8, "colour": "grey"})
 
 
-def kept(kind, data):
+def keep(kind, data):
     method, settings = PRIVATE[kind]
     return kept_data(RunConfig.make(method, data="csv", clients=2, **settings), data)
 
@@ -55,9 +55,9 @@ def kept(kind, data):
 @pytest.mark.parametrize("kind", PRIVATE)
 @pytest.mark.parametrize("name", [*HEADERS, "folder"])
 def test_a_drawn_validation_set_is_withheld(tmp_path, kind, name):
-    data = folders(tmp_path) if name == "folder" else listed(name, tmp_path)
+    data = folders(tmp_path) if name == "folder" else write_list(name, tmp_path)
     assert len(data.validation)
-    found = kept(kind, data)
+    found = keep(kind, data)
     assert len(found.validation) == 0
     assert (found.task, found.form.shape) == (data.task, data.form.shape)
     assert [split.ids for split in found.clients] == [split.ids for split in data.clients]
@@ -67,17 +67,17 @@ def test_a_drawn_validation_set_is_withheld(tmp_path, kind, name):
 @pytest.mark.parametrize("kind", PRIVATE)
 def test_a_validation_set_of_its_own_stays(tmp_path, kind):
     """A set that a column names, the caller gives or a published data set has counts as public, like test sets."""
-    named = listed("csv", tmp_path, ("train", "train", "train", "train", "val", "val", "test", "test"))
+    named = write_list("csv", tmp_path, ("train", "train", "train", "train", "val", "val", "test", "test"))
     train = named.clients[0]
     pair = train.images, train.labels
     given = FederatedData.from_arrays([pair, pair], pair, validation=pair)
     for data in (named, given, load("digits", clients=2)):
-        assert len(kept(kind, data).validation) == len(data.validation) > 0
+        assert len(keep(kind, data).validation) == len(data.validation) > 0
 
 
 @pytest.mark.parametrize("noted", ["private", "all"])
 def test_no_file_of_a_private_run_tells_of_it(tmp_path, noted):
-    data = listed("csv", tmp_path)
+    data = write_list("csv", tmp_path)
     config = RunConfig.make(
         "fedavg", data="csv", data_root=str(tmp_path), data_options={"size": 8, "colour": "grey"}, rounds=2, threads=1,
         model="cnn", width=2, local_epochs=1, batch_size=4, workers=1, dp_clip=0.5, dp_noise=0.0, records=noted,

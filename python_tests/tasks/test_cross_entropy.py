@@ -17,7 +17,7 @@ WEIGHT = torch.tensor([0.1, 2.0, 1.0, 0.0, 7.0])
 
 
 @pytest.fixture
-def pretended(monkeypatch):
+def fake_gpu(monkeypatch):
     """Pretend that every tensor of pixels is on a GPU."""
     for where in ("cross_entropy", "segmentation"):
         monkeypatch.setattr(f"fedkern.tasks.{where}.added_in_any_order", lambda logits: logits.dim() > 2)
@@ -48,7 +48,7 @@ def pixels(*shape, ignored=IGNORE, seed=0):
 @pytest.mark.parametrize("weight", [None, WEIGHT])
 @pytest.mark.parametrize("ignored", [IGNORE, 255, 1])
 @pytest.mark.parametrize("shape", [(2, 7, 9), (3, 11), (2, 2, 3, 5)])
-def test_the_mean_is_pytorchs(shape, ignored, weight, smoothing, pretended):
+def test_the_mean_is_pytorchs(shape, ignored, weight, smoothing, fake_gpu):
     logits, labels = pixels(*shape, ignored=ignored)
     how = {"ignore_index": ignored, "label_smoothing": smoothing}
     module = nn.CrossEntropyLoss(weight if weight is None else weight.double(), **how)
@@ -62,7 +62,7 @@ def test_the_mean_is_pytorchs(shape, ignored, weight, smoothing, pretended):
     assert torch.allclose(torch.autograd.grad(found, logits)[0], gradient, rtol=1e-12, atol=1e-16)
 
 
-def test_nothing_counted_is_pytorchs_nan_and_segmentations_zero(pretended):
+def test_nothing_counted_is_pytorchs_nan_and_segmentations_zero(fake_gpu):
     logits, labels = pixels(2, 4, 4)
     labels.fill_(IGNORE)
     assert F.cross_entropy(logits, labels).isnan()
@@ -70,7 +70,7 @@ def test_nothing_counted_is_pytorchs_nan_and_segmentations_zero(pretended):
     assert SEGMENTATION.criterion(logits, Batch(logits, labels, None)) == 0
 
 
-def test_segmentations_loss_is_the_mean(pretended):
+def test_segmentations_loss_is_the_mean(fake_gpu):
     logits, labels = pixels(2, 7, 9, ignored=-1)
     with Reductions() as kernels:
         found = SEGMENTATION.criterion(logits, Batch(logits, labels, None))
@@ -89,7 +89,7 @@ def test_only_pixels_on_a_gpu_are_apart(loss, device, shape):
     assert kernels.found == [0 if device == "cuda" and len(shape) > 1 else 1]
 
 
-def test_other_losses_and_probabilities_are_pytorchs(pretended):
+def test_other_losses_and_probabilities_are_pytorchs(fake_gpu):
     logits, labels = pixels(2, 7, 9)
     summed = nn.CrossEntropyLoss(reduction="sum")
     assert torch.equal(OwnTask(summed).criterion(logits, Batch(logits, labels, None)), summed(logits, labels))

@@ -18,7 +18,7 @@ from fedkern.tasks.classification_figures import areas
 NONE = np.zeros(0, dtype=np.int64)
 
 
-def drawn(n=40, count=5, steps=6, seed=0):
+def draw(n=40, count=5, steps=6, seed=0):
     """Return scores with ties, and labels.
 
     No image has the last label, and all have the one before it.
@@ -49,7 +49,7 @@ def stepwise_precision(scores, own):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_areas_are_shares_of_pairs_in_order(seed):
-    scores, labels = drawn(seed=seed)
+    scores, labels = draw(seed=seed)
     found = areas(scores, labels)
     assert found[-1:].isnan().all()
     assert found[-2:].isnan().all()
@@ -59,7 +59,7 @@ def test_areas_are_shares_of_pairs_in_order(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_average_precision_is_a_sum_over_thresholds(seed):
-    scores, labels = drawn(seed=seed)
+    scores, labels = draw(seed=seed)
     found = of_labels.average_precisions(scores, labels)
     assert math.isnan(found[-1])
     assert float(found[-2]) == pytest.approx(1.0)
@@ -71,7 +71,7 @@ def test_average_precision_is_a_sum_over_thresholds(seed):
 @pytest.mark.exhaustive  # importing sklearn.metrics takes seconds
 def test_figures_are_those_of_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics")
-    scores, labels = (part[:, :3].numpy() for part in drawn(100))
+    scores, labels = (part[:, :3].numpy() for part in draw(100))
     found = of_labels.label_figures(torch.as_tensor(scores), torch.as_tensor(labels))
     assert found["macro_auroc"] == pytest.approx(metrics.roc_auc_score(labels, scores, average="macro"))
     assert found["mean_average_precision"] == pytest.approx(metrics.average_precision_score(labels, scores))
@@ -104,7 +104,7 @@ def test_no_figure_follows_from_logits_that_are_nan(order):
 
 
 def test_a_network_is_asked_batch_by_batch():
-    scores, labels = drawn()
+    scores, labels = draw()
     kept = []
     parts = zip(scores.split(7), labels.split(7), strict=True)
     data = SimpleNamespace(batches=lambda: (Batch(*part, NONE) for part in parts), keep=kept.append)
@@ -123,7 +123,7 @@ def test_unvaried_predictions():
 
 
 def test_the_loss_is_the_mean_binary_cross_entropy():
-    scores, labels = drawn()
+    scores, labels = draw()
     batch = Batch(scores, labels, NONE)
     p = scores.double().sigmoid()
     expected = -(labels * p.log() + (1 - labels.double()) * (1 - p).log()).mean()

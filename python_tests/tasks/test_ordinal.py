@@ -93,7 +93,7 @@ def test_the_best_constant_is_the_median():
     assert ORDINAL.constant(data, "abcd").figures["mae"] == pytest.approx(min(errors))
 
 
-def graded(folder, names, count=60):
+def draw_grades(folder, names, count=60):
     """Return grey squares whose brightness is the grade."""
     rows, draw = ["path,label"], np.random.default_rng(0)
     for row in range(count):
@@ -107,7 +107,7 @@ def graded(folder, names, count=60):
 
 
 def test_a_run_learns_the_grades(tmp_path):
-    settings = graded(tmp_path, GRADES)
+    settings = draw_grades(tmp_path, GRADES)
     options = {"size": 12, "task": "ordinal", "order": "|".join(GRADES)}
     run = fedkern.simulate("fedavg", out=tmp_path / "run", rounds=6, data_options=options, **settings)
     assert run.config.main == "mae"
@@ -126,7 +126,7 @@ def test_a_run_learns_the_grades(tmp_path):
 
 @pytest.mark.exhaustive
 def test_with_workers_it_is_the_same_run(tmp_path):
-    settings = graded(tmp_path, ("1", "2", "10"), 40)
+    settings = draw_grades(tmp_path, ("1", "2", "10"), 40)
     options = {"size": 12, "task": "ordinal"}
     made = [
         fedkern.simulate("scaffold", out=tmp_path / f"{n}", rounds=2, workers=n, data_options=options, **settings)
@@ -138,7 +138,7 @@ def test_with_workers_it_is_the_same_run(tmp_path):
 
 
 def test_who_refuses(refuses, tmp_path):
-    settings = graded(tmp_path, GRADES)
+    settings = draw_grades(tmp_path, GRADES)
     options = {"size": 12, "task": "ordinal"}
     with pytest.raises(UserError, match="ordinal classes need an order, and mild, none, severe are no numbers"):
         fedkern.simulate("fedavg", out=tmp_path / "run", rounds=1, data_options=options, **settings)

@@ -16,7 +16,7 @@ def unit(*shape: int) -> torch.Tensor:
     return functional.normalize(torch.randn(*shape), dim=1)
 
 
-def counted(queries: torch.Tensor, gallery: torch.Tensor, k: int, right: list[set[int]]) -> float:
+def count(queries: torch.Tensor, gallery: torch.Tensor, k: int, right: list[set[int]]) -> float:
     """Count the recall of one query after another, by sorting."""
     scores = queries.double() @ gallery.double().T
     hits = [bool(set(row.argsort(descending=True)[:k].tolist()) & own) for row, own in zip(scores, right, strict=True)]
@@ -31,8 +31,8 @@ def test_it_is_what_sorting_gives(monkeypatch: pytest.MonkeyPatch, chunk: int) -
     made = recalls(images, texts, (1, 5, 10))
     own = [{row} for row in range(40)]
     for k in (1, 5, 10):
-        assert made[f"i2t_r{k}"] == pytest.approx(counted(images, texts, k, own))
-        assert made[f"t2i_r{k}"] == pytest.approx(counted(texts, images, k, own))
+        assert made[f"i2t_r{k}"] == pytest.approx(count(images, texts, k, own))
+        assert made[f"t2i_r{k}"] == pytest.approx(count(texts, images, k, own))
     assert 0 < made["i2t_r1"] < made["i2t_r10"] <= 1
     assert recalls(images, images)["i2t_r1"] == 1
     assert recalls(images, texts, (40, 99)) == pytest.approx(
@@ -44,8 +44,8 @@ def test_several_captions_belong_to_an_image() -> None:
     images, texts = unit(7, 4), unit(21, 4)
     pairs = torch.stack([torch.arange(21) % 7, torch.arange(21)], 1)[torch.randperm(21)]
     made = recalls(images, texts, (2,), pairs=pairs)
-    assert made["i2t_r2"] == pytest.approx(counted(images, texts, 2, [{i, i + 7, i + 14} for i in range(7)]))
-    assert made["t2i_r2"] == pytest.approx(counted(texts, images, 2, [{i % 7} for i in range(21)]))
+    assert made["i2t_r2"] == pytest.approx(count(images, texts, 2, [{i, i + 7, i + 14} for i in range(7)]))
+    assert made["t2i_r2"] == pytest.approx(count(texts, images, 2, [{i % 7} for i in range(21)]))
 
 
 def test_a_query_without_a_partner_does_not_count() -> None:

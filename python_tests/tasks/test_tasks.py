@@ -71,7 +71,7 @@ def test_a_batch_tells_what_its_parts_are_called(old, new):
 LABELS, TEXTS, KNOWN = ("labels", "targets"), ("texts", "tokens"), ("name", "main", "better", "noun", "code")
 
 
-def called(node):
+def last_word(node):
     """Return the last word of a name."""
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
@@ -79,18 +79,18 @@ def called(node):
 def is_task(node):
     if isinstance(node, ast.Attribute) and node.attr == "name":
         return is_task(node.value)
-    if isinstance(node, ast.Call) and called(node.func) == "getattr" and len(node.args) > 1:
+    if isinstance(node, ast.Call) and last_word(node.func) == "getattr" and len(node.args) > 1:
         return isinstance(node.args[1], ast.Constant) and node.args[1].value == "task"
-    return called(node) in ("task", "_task")
+    return last_word(node) in ("task", "_task")
 
 
 def is_axes(node):
     """Return whether one side is the number of axes of labels or targets."""
-    if isinstance(node, ast.Call) and called(node.func) == "len" and node.args:
+    if isinstance(node, ast.Call) and last_word(node.func) == "len" and node.args:
         shape = node.args[0]
-        return isinstance(shape, ast.Attribute) and shape.attr == "shape" and called(shape.value) in LABELS
+        return isinstance(shape, ast.Attribute) and shape.attr == "shape" and last_word(shape.value) in LABELS
     node = node.func if isinstance(node, ast.Call) else node
-    return isinstance(node, ast.Attribute) and node.attr in ("ndim", "dim") and called(node.value) in LABELS
+    return isinstance(node, ast.Attribute) and node.attr in ("ndim", "dim") and last_word(node.value) in LABELS
 
 
 def is_question(node):
@@ -98,12 +98,12 @@ def is_question(node):
     if isinstance(node, ast.Compare):
         sides = [node.left, *node.comparators]
         absent = any(isinstance(side, ast.Constant) and side.value is None for side in sides)
-        return any(is_task(side) or is_axes(side) or (absent and called(side) in TEXTS) for side in sides)
+        return any(is_task(side) or is_axes(side) or (absent and last_word(side) in TEXTS) for side in sides)
     if isinstance(node, (ast.If, ast.While, ast.Assert, ast.IfExp)):
         read = [attr for attr in ast.walk(node.test) if isinstance(attr, ast.Attribute) and is_task(attr.value)]
         return any(attr.attr not in KNOWN for attr in read)
     if isinstance(node, ast.Call):
-        return called(node.func) == "isinstance" and bool(node.args) and is_task(node.args[0])
+        return last_word(node.func) == "isinstance" and bool(node.args) and is_task(node.args[0])
     return isinstance(node, ast.Match) and is_task(node.subject)
 
 

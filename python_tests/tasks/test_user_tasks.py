@@ -195,7 +195,7 @@ def slope(outputs, targets):
     return (torch.autograd.grad(outputs[0].sum(), outputs[1], create_graph=True)[0][:, 0] - targets).square().mean()
 
 
-def padded(items):
+def pad(items):
     rows, targets = zip(*items, strict=True)
     return pad_sequence(rows, batch_first=True), pad_sequence(targets, batch_first=True, padding_value=-100)
 
@@ -212,7 +212,7 @@ TEXTS = ConcatDataset([TensorDataset(word % 5, word % 3) for word in WORDS])
     ("test", "given"),
     [
         (site(150, 2), {"loss_fn": slope, "model": Energy(4, 1)}),
-        (TEXTS, {"loss_fn": per_token, "model": nn.Embedding(5, 3), "collate_fn": padded}),
+        (TEXTS, {"loss_fn": per_token, "model": nn.Embedding(5, 3), "collate_fn": pad}),
     ],
     ids=["gradients", "lengths"],
 )

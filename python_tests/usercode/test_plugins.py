@@ -11,9 +11,9 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.models import MODELS
 from fedkern.usercode import named_code, plugins
-from python_tests.plugin_sources import Marked, plugged, unload_all  # noqa: F401
+from python_tests.plugin_sources import Marked, no_plugins, unload_all  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("plugged")
+pytestmark = pytest.mark.usefixtures("no_plugins")
 
 
 def write(folder, text, name="own.py"):
@@ -22,7 +22,7 @@ def write(folder, text, name="own.py"):
     return str(path)
 
 
-def registered():
+def read_tables():
     return dict(METHODS), dict(DATASETS), dict(MODELS)
 
 
@@ -92,22 +92,22 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("text", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_one_sentence_and_leaves_nothing(tmp_path, text, message):
-    before, modules = registered(), set(sys.modules)
+    before, modules = read_tables(), set(sys.modules)
     path = write(tmp_path, text if "register" not in text else f"from fedkern.methods import FedAvg, register\n{text}")
     with pytest.raises(UserError, match=message) as told:
         plugins.load(path)
     assert path in str(told.value)
-    assert registered() == before
+    assert read_tables() == before
     assert plugins.loaded_plugins() == ()
     assert not [name for name in set(sys.modules) - modules if name.startswith("fedkern_file")]
 
 
 def test_an_exception_takes_back_what_was_registered_before(tmp_path):
-    before = registered()
+    before = read_tables()
     text = "from fedkern.methods import FedAvg, register\n@register('first')\nclass A(FedAvg):\n    'One.'\n1 / 0\n"
     with pytest.raises(UserError, match=r"line 5"):
         plugins.load(write(tmp_path, text))
-    assert registered() == before
+    assert read_tables() == before
 
 
 @pytest.mark.parametrize(

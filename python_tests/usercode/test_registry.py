@@ -20,7 +20,7 @@ def things(monkeypatch):
 def load(monkeypatch):
     """Run code as a module, of a file or of a notebook."""
 
-    def loaded(name, file=None):
+    def load_module(name, file=None):
         module = ModuleType(name)
         if file is not None:
             module.__file__ = file
@@ -28,7 +28,7 @@ def load(monkeypatch):
         exec(compile(CODE, file or "<cell>", "exec"), module.__dict__)
         return module
 
-    return loaded
+    return load_module
 
 
 def test_the_first_line_of_the_docstring_describes_an_entry(things, load):

@@ -22,7 +22,7 @@ from fedkern.tasks.segmentation import constant_dice, dice, overlaps, segmentati
 SIDES = (40, 40), (64, 48), (16, 16), (24, 72), (8, 12)
 
 
-def written(root, sides=SIDES, count=20):
+def write_images(root, sides=SIDES, count=20):
     """Write images that show their masks: a random object, and one thin line that a small mask may miss."""
     rng = np.random.default_rng(0)
     for part in ("images", "masks"):
@@ -83,7 +83,7 @@ def slow(split, said, root, size):
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("pickled", [False, True])
 def test_dice_counts_the_pixels_of_the_files(tmp_path, cached, pickled):
-    root = written(tmp_path / "root")
+    root = write_images(tmp_path / "root")
     for _ in range(2 if cached else 1):
         data = open_set(root, tmp_path / "cache" if cached else None)
     split = data.tests[""].subset(torch.arange(len(data.tests[""])).flip(0))
@@ -102,14 +102,14 @@ def test_dice_counts_the_pixels_of_the_files(tmp_path, cached, pickled):
 
 
 def test_masks_of_the_networks_size_are_counted_as_they_are(tmp_path):
-    split = open_set(written(tmp_path, ((16, 16),))).tests[""]
+    split = open_set(write_images(tmp_path, ((16, 16),))).tests[""]
     answer = Answer(split)
     assert answer.full is None
     assert torch.equal(split.full.overlaps(answer.said, 0, 3), overlaps(answer.said, split.labels, 3))
 
 
 def test_a_line_that_the_small_masks_miss_counts(tmp_path):
-    split = open_set(written(tmp_path, ((40, 40),)), size=8).tests[""]
+    split = open_set(write_images(tmp_path, ((40, 40),)), size=8).tests[""]
     assert not bool((split.labels == 2).any())
     counts = split.full.overlaps(torch.zeros_like(split.labels), 0, 3)
     assert counts[:, 2, 2].tolist() == [40] * len(split)
@@ -128,7 +128,7 @@ def test_padded_slices(tmp_path):
 
 
 def test_a_value_that_only_the_full_mask_holds_is_named_before_the_run(tmp_path):
-    root = written(tmp_path / "root", ((40, 40),))
+    root = write_images(tmp_path / "root", ((40, 40),))
     for i in range(20):
         mask = np.asarray(Image.open(root / "masks" / f"{i}.png")).copy()
         mask[39, 39] = 7
@@ -140,7 +140,7 @@ def test_a_value_that_only_the_full_mask_holds_is_named_before_the_run(tmp_path)
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_run_its_evaluation_and_its_predicted_masks_agree(tmp_path, workers, capsys):
-    root = written(tmp_path / "root", ((64, 64), (48, 48)))
+    root = write_images(tmp_path / "root", ((64, 64), (48, 48)))
     options = {"size": 16, "colour": "grey", "names": "ground|cell|line", "ignore": 255}
     run = fedkern.simulate(
         "fedavg", data="segmentation", data_root=root, data_options=options, clients=2, rounds=2, local_epochs=3,

@@ -18,7 +18,7 @@ from fedkern.errors import UserError
 RAMP = np.linspace(0, 1, 16 * 16).reshape(16, 16)
 
 
-def written(path, top, kind=np.uint16):
+def write_grey(path, top, kind=np.uint16):
     values = RAMP * top if kind == np.float32 else np.rint(RAMP * top)
     Image.fromarray(values.astype(kind)).save(path)
 
@@ -30,7 +30,7 @@ def open_set(root, name="pairs", **options):
 def write_all(root, suffix, top, kind):
     lines = ["image,path,text,report,label"]
     for i in range(12):
-        written(root / f"{i}.{suffix}", top, kind)
+        write_grey(root / f"{i}.{suffix}", top, kind)
         lines.append(f"{i}.{suffix},{i}.{suffix},number {i} is here,number {i} is here,{'ab'[i % 2]}")
         (root / f"{i}.txt").write_text("words")
     return lines
@@ -67,7 +67,7 @@ def test_no_grey_value_is_cut_off_in_class_folders(tmp_path):
     for label in "ab":
         (tmp_path / label).mkdir()
         for i in range(10):
-            written(tmp_path / label / f"{i}.png", 65535)
+            write_grey(tmp_path / label / f"{i}.png", 65535)
     assert_ramps(open_set(tmp_path, "folder"))
 
 
@@ -226,7 +226,7 @@ def test_a_run_scales_all_later_images_as_in_its_training(tmp_path, monkeypatch)
 def test_sites_with_fewer_bits_are_named(tmp_path, tops, said):
     lines = ["path,label,site"]
     for i, (site, top) in enumerate([*tops.items()] * 8):
-        written(tmp_path / f"{i}.png", top)
+        write_grey(tmp_path / f"{i}.png", top)
         lines.append(f"{i}.png,{'ab'[i // len(tops) % 2]},{site}")
     (tmp_path / "list.csv").write_text("\n".join(lines))
     for options in ({}, {"bits": 16}):

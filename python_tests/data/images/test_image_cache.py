@@ -17,7 +17,7 @@ from fedkern.data.images import image_cache
 from fedkern.data.images.image_files import ImageFiles
 from fedkern.errors import UserError
 from fedkern.files.image_rows import ImageRows
-from python_tests.image_files import watched
+from python_tests.image_files import watch_decoded
 
 IMAGES, SIDE = 24, 16
 
@@ -35,8 +35,8 @@ def root(tmp_path):
 
 
 @pytest.fixture
-def decoded(monkeypatch):
-    return watched(monkeypatch)
+def decodes(monkeypatch):
+    return watch_decoded(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -72,19 +72,19 @@ def test_small_data_without_a_cache_stay_in_memory(root, tmp_path):
 
 
 @pytest.mark.parametrize("colour", ["rgb", "grey"])
-def test_a_cache_gives_the_same_data_and_decodes_once(root, tmp_path, decoded, colour):
+def test_a_cache_gives_the_same_data_and_decodes_once(root, tmp_path, decodes, colour):
     options = {"colour": colour}
     expected = open_set(root, options=options)
-    decoded.clear()
+    decodes.clear()
     said = []
     assert_same(open_set(root, tmp_path / "cache", options=options, notice=said.append), expected)
-    assert sorted(decoded) == sorted(root.rglob("*.png"))
+    assert sorted(decodes) == sorted(root.rglob("*.png"))
     assert said == [f"decoding 24 images (0.0 MB) into {tmp_path / 'cache'}"]
     assert names(tmp_path / "cache") == [".images", ".lock", ".sizes"]
     for seed in (0, 1):
-        decoded.clear()
+        decodes.clear()
         again = open_set(root, tmp_path / "cache", options=options, seed=seed, notice=said.append)
-        assert decoded == []
+        assert decodes == []
         assert_same(again, open_set(root, options=options, seed=seed))
     assert "24 decoded images are read from" in said[-1]
 
@@ -101,47 +101,47 @@ def test_large_data_are_in_a_file_that_vanishes(root, tmp_path, monkeypatch):
     assert said[0].endswith("with --cache DIR later runs need not decode them again")
 
 
-def test_only_the_wanted_images_are_decoded(root, tmp_path, decoded):
+def test_only_the_wanted_images_are_decoded(root, tmp_path, decodes):
     expected = open_set(root, train_samples=4, public_samples=3, options={"test_samples": 2})
-    wanted = sorted(decoded)
+    wanted = sorted(decodes)
     assert len(wanted) < IMAGES
-    decoded.clear()
+    decodes.clear()
     data = open_set(root, tmp_path / "cache", train_samples=4, public_samples=3, options={"test_samples": 2})
     assert_same(data, expected)
-    assert sorted(decoded) == wanted
-    decoded.clear()
+    assert sorted(decodes) == wanted
+    decodes.clear()
     full = open_set(root, tmp_path / "cache")
-    assert sorted([*decoded, *wanted]) == sorted(root.rglob("*.png"))
+    assert sorted([*decodes, *wanted]) == sorted(root.rglob("*.png"))
     assert_same(full, open_set(root))
 
 
-def test_a_changed_image_is_decoded_again(root, tmp_path, decoded):
+def test_a_changed_image_is_decoded_again(root, tmp_path, decodes):
     open_set(root, tmp_path / "cache")
     before = (root / "a" / "0.png").stat()
     Image.new("RGB", (7, 7), (1, 2, 3)).save(root / "a" / "0.png")
     os.utime(root / "a" / "0.png", ns=(before.st_atime_ns, before.st_mtime_ns))
-    decoded.clear()
+    decodes.clear()
     data = open_set(root, tmp_path / "cache")
-    assert root / "a" / "0.png" in decoded
+    assert root / "a" / "0.png" in decodes
     assert_same(data, open_set(root))
 
 
-def test_an_interrupted_decoding_goes_on(root, tmp_path, monkeypatch, decoded):
+def test_an_interrupted_decoding_goes_on(root, tmp_path, monkeypatch, decodes):
     monkeypatch.setattr(image_cache, "CHUNK_BYTES", 5 * 3 * SIDE**2)
     read, times = ImageFiles.read, []
 
-    def stopped(files, rows):
+    def stop(files, rows):
         times.append(1)
         if len(times) == 3:
             raise KeyboardInterrupt
         return read(files, rows)
 
-    monkeypatch.setattr(ImageFiles, "read", stopped)
+    monkeypatch.setattr(ImageFiles, "read", stop)
     with pytest.raises(KeyboardInterrupt):
         open_set(root, tmp_path / "cache")
-    assert len(decoded) == 10
+    assert len(decodes) == 10
     data = open_set(root, tmp_path / "cache")
-    assert sorted(decoded) == sorted(root.rglob("*.png"))
+    assert sorted(decodes) == sorted(root.rglob("*.png"))
     monkeypatch.setattr(ImageFiles, "read", read)
     assert_same(data, open_set(root))
 
@@ -200,20 +200,20 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", [*LOST, *DAMAGED])
-def test_a_damaged_cache_is_mended(root, tmp_path, decoded, name):
+def test_a_damaged_cache_is_mended(root, tmp_path, decodes, name):
     damage, count = DAMAGED[name] if name in DAMAGED else (LOST[name], IMAGES)
     open_set(root, tmp_path / "cache")
     (path,) = (tmp_path / "cache").glob("*.images")
     damage(path)
-    decoded.clear()
+    decodes.clear()
     told = []
     data = open_set(root, tmp_path / "cache", notice=told.append)
-    assert len(decoded) == count
+    assert len(decodes) == count
     assert (f"{count} images in {path} are damaged and are decoded again" in told) == (name in DAMAGED)
     assert_same(data, open_set(root))
-    decoded.clear()
+    decodes.clear()
     open_set(root, tmp_path / "cache")
-    assert not decoded
+    assert not decodes
 
 
 def test_a_cache_that_is_made_anew_leaves_readers_their_images(root, tmp_path):
@@ -225,7 +225,7 @@ def test_a_cache_that_is_made_anew_leaves_readers_their_images(root, tmp_path):
     assert_same(data, open_set(root))
 
 
-def test_two_runs_at_once_decode_once(root, tmp_path, monkeypatch, decoded):
+def test_two_runs_at_once_decode_once(root, tmp_path, monkeypatch, decodes):
     entered, go = threading.Event(), threading.Event()
     read = ImageFiles.read
 
@@ -251,7 +251,7 @@ def test_two_runs_at_once_decode_once(root, tmp_path, monkeypatch, decoded):
     workers[1].start()
     for worker in workers:
         worker.join(30)
-    assert len(decoded) == IMAGES
+    assert len(decodes) == IMAGES
     assert sum("waits for it" in text for text in said) == 1
     monkeypatch.setattr(ImageFiles, "read", read)
     assert len(found) == 2
@@ -267,7 +267,7 @@ def test_progress(root, tmp_path, monkeypatch):
     assert said[1:] == [f"decoding images: {done} of 24, about 1 min left" for done in (10, 20, 24)]
 
 
-def test_an_image_with_several_texts_is_decoded_once(tmp_path, decoded):
+def test_an_image_with_several_texts_is_decoded_once(tmp_path, decodes):
     rows = ["image,text"]
     for number in range(12):
         Image.new("RGB", (30, 20), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
@@ -275,9 +275,9 @@ def test_an_image_with_several_texts_is_decoded_once(tmp_path, decoded):
     (tmp_path / "table.csv").write_text("\n".join(rows))
     options = {"crop": 8}
     expected = open_set(tmp_path / "table.csv", name="pairs", options=options)
-    decoded.clear()
+    decodes.clear()
     data = open_set(tmp_path / "table.csv", tmp_path / "cache", name="pairs", options=options)
-    assert len(decoded) == len(set(decoded)) == 12
+    assert len(decodes) == len(set(decodes)) == 12
     assert data.form.shape == (3, 8, 8)
     assert data.clients[0].images.shape[2:] == (16, 16)
     assert_same(data, expected)

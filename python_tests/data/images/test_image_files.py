@@ -21,7 +21,7 @@ def scene(width=24, height=16):
     return Image.fromarray(values)
 
 
-def tagged(orientation):
+def make_exif(orientation):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     return exif
@@ -29,7 +29,7 @@ def tagged(orientation):
 
 def save(image, path, orientation=None, **options):
     if orientation is not None:
-        options["exif"] = tagged(orientation)
+        options["exif"] = make_exif(orientation)
     image.save(path, **options)
     return path
 

@@ -29,7 +29,7 @@ def read(name, root, lines, said=None, **settings):
     return load(name, root=root, options=options, notice=(said if said is None else said.append), **settings)
 
 
-def labelled(name, root, labels, said=None):
+def read_labels(name, root, labels, said=None):
     header, line = TABLES[name]
     return read(
         name, root, [header, *(line.format(i=i, label=label) for i, label in enumerate(labels))], said, partition="iid"
@@ -52,7 +52,7 @@ def labelled(name, root, labels, said=None):
 ])  # fmt: skip
 def test_one_label_in_several_spellings(tmp_path, name, spellings, classes, told):
     said = []
-    data = labelled(name, tmp_path, spellings * 8, said)
+    data = read_labels(name, tmp_path, spellings * 8, said)
     assert data.classes == classes
     rows = [int(image.removesuffix(".png")) for split in data.clients for image in split.ids]
     labels = [int(label) for split in data.clients for label in split.labels]
@@ -134,7 +134,7 @@ def test_a_required_cell_that_counts_as_empty(tmp_path, name):
 
 def test_a_class_that_is_missing_is_no_class(tmp_path):
     said = []
-    data = labelled("pairs", tmp_path, ["cat", "NA", "N/A"] * 8, said)
+    data = read_labels("pairs", tmp_path, ["cat", "NA", "N/A"] * 8, said)
     assert data.classes == ("any", "cat")
     assert said == ["Cells of list.csv that count as empty: NA (8), N/A (8)."]
 
@@ -142,7 +142,7 @@ def test_a_class_that_is_missing_is_no_class(tmp_path):
 GRADES = [("mild", "none", "severe")[i % 3] for i in range(30)]
 
 
-def graded(root, labels=GRADES, column="label", **options):
+def read_grades(root, labels=GRADES, column="label", **options):
     lines = [f"path,{column}", *(f"{i}.png,{label}" for i, label in enumerate(labels))]
     return read("csv", root, lines, [], clients=2, partition="iid", **options)
 
@@ -156,7 +156,7 @@ def graded(root, labels=GRADES, column="label", **options):
 ])  # fmt: skip
 def test_the_order_of_classes(tmp_path, labels, order, classes):
     column = "labels" if "" in labels else "label"
-    data = graded(tmp_path, labels, column, options={"order": order})
+    data = read_grades(tmp_path, labels, column, options={"order": order})
     assert data.classes == classes
     for split in (*data.clients, data.validation, data.tests[""]):
         for name, label in zip(split.ids, split.labels, strict=True):
@@ -180,7 +180,7 @@ def test_the_order_of_classes(tmp_path, labels, order, classes):
 def test_an_order_that_is_none_is_refused(tmp_path, column, order, wrong):
     labels = [*GRADES[:-1], "none|mild"] if column == "labels" else GRADES
     with pytest.raises(UserError) as told:
-        graded(tmp_path, labels, column, options={"order": order})
+        read_grades(tmp_path, labels, column, options={"order": order})
     assert str(told.value).startswith("order must name every class once, and of those of the column ")
     assert str(told.value).endswith(f"list.csv, {wrong}." if column == "labels" else f", {wrong}.")
 
@@ -206,11 +206,11 @@ def test_a_task_that_the_user_names(tmp_path, monkeypatch, grades):
     assert not {"segmentation", "retrieval"} & set(option.choices)
     monkeypatch.setitem(option.__dict__, "choices", (*option.choices, "grades"))
     with pytest.raises(UserError, match="mild, none, severe have"):
-        graded(tmp_path, options={"task": "grades"})
-    data = graded(tmp_path, options={"task": "grades", "order": "none|mild|severe"})
+        read_grades(tmp_path, options={"task": "grades"})
+    data = read_grades(tmp_path, options={"task": "grades", "order": "none|mild|severe"})
     assert {split.task for split in (*data.clients, data.validation, data.tests[""])} == {grades}
-    assert graded(tmp_path, ["10", "9"] * 10, options={"task": "grades"}).classes == ("9", "10")
-    assert graded(tmp_path).task is CLASSIFICATION
+    assert read_grades(tmp_path, ["10", "9"] * 10, options={"task": "grades"}).classes == ("9", "10")
+    assert read_grades(tmp_path).task is CLASSIFICATION
 
 
 @pytest.mark.parametrize(("options", "given"), [
@@ -220,4 +220,4 @@ def test_a_task_that_the_user_names(tmp_path, monkeypatch, grades):
 ])  # fmt: skip
 def test_columns_that_contradict_are_refused(tmp_path, options, given):
     with pytest.raises(UserError, match=f"leave out one of the options {given}: label is for one class an image"):
-        graded(tmp_path, options=options)
+        read_grades(tmp_path, options=options)

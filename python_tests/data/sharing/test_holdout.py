@@ -44,7 +44,7 @@ def folders(name, root, splits):
                         path.with_suffix(".txt").write_text(f"text {i}")
 
 
-def listed(write, name):
+def make_opener(write, name):
     def make(root, splits, **settings):
         write(name, root, splits)
         return load(name, root=root, options={"size": 8, "colour": "grey"}, **settings)
@@ -96,8 +96,8 @@ def pools_of_the_plugin():
 
 
 SOURCES = {
-    **{name: listed(table, name) for name in ("csv", "pairs", "segmentation")},
-    **{f"{name} folders": listed(folders, name) for name in ("folder", "pairs", "segmentation")},
+    **{name: make_opener(table, name) for name in ("csv", "pairs", "segmentation")},
+    **{f"{name} folders": make_opener(folders, name) for name in ("folder", "pairs", "segmentation")},
     "arrays": in_memory,
     "plugin": plugin,
 }

@@ -88,17 +88,17 @@ def test_another_patient_in_the_file_changes_no_draw(tmp_path):
     header, *rows = path.read_text().splitlines()
     settings = {"clients": 1, "options": {"validation_share": 0}}
 
-    def kept():
+    def list_kept():
         data = limit_patients(open_set("csv", path, **settings), 2, seed=0)
         return [name for name in data.clients[0].ids if name != "new.png"]
 
-    before = kept()
+    before = list_kept()
     assert len(before) == 2 * 21
     Image.new("L", (8, 8), 255).save(tmp_path / "new.png")
     new = rows[0].replace(rows[0].split(",")[0], "new.png").split(",")
     new[5] = "somebody else"
     path.write_text("\n".join([header, ",".join(new), *rows]))
-    assert kept() == before
+    assert list_kept() == before
 
 
 @pytest.mark.parametrize("column", ["subject", "other"])

@@ -145,7 +145,7 @@ def test_methods_for_single_classes_say_so(refuses, tmp_path, method):
         fedkern.simulate(method, data=sites(), out=tmp_path / "run", **{**SMALL, "model": "cnn"})
 
 
-def classified(n):
+def make_classes(n):
     return np.full((n, 1, 4, 4), 7, np.uint8), np.arange(n) % 2
 
 
@@ -153,7 +153,7 @@ def classified(n):
 @pytest.mark.parametrize("where", ["client b", "the test set", "validation", "registered", "by hand"])
 def test_an_image_without_a_class_is_refused_everywhere(label, where):
     """The loss left such an image out, and the evaluation ended in a traceback."""
-    good, bad = classified(4), classified(4)
+    good, bad = make_classes(4), make_classes(4)
     bad[1][2] = label
     named = "" if where in ("by hand", "registered") else f"{where}: "
     tensors = [torch.from_numpy(part) for part in bad]
@@ -181,7 +181,7 @@ def test_floats_that_lose_digits_are_told_once(dtype, where):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         FederatedData.from_arrays([exact, exact], exact, validation=exact)
-        FederatedData.from_arrays([classified(4)], classified(4))
+        FederatedData.from_arrays([make_classes(4)], make_classes(4))
     with pytest.warns(UserWarning, match="kept in 8 bits") as told:
         data = FederatedData.from_arrays(
             [lossy if where == "clients" else exact] * 2, lossy if where == "test" else exact,

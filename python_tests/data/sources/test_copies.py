@@ -20,7 +20,7 @@ def image(number, plain=False):
     return Image.fromarray(np.full_like(pixels, 7 * number) if plain else pixels)
 
 
-def made(source, root, *, label="", client="", split="", plain=False, content=0):
+def write_copy(source, root, *, label="", client="", split="", plain=False, content=0):
     """Write images of the classes a and b at the sites A and B, and a copy with another label, client or split.
 
     Returns the names of the first image and of its copy.
@@ -44,7 +44,7 @@ def made(source, root, *, label="", client="", split="", plain=False, content=0)
     return rows[0]["name"], rows[-1]["name"]
 
 
-def told(source, root, options=None, **settings):
+def get_notices(source, root, options=None, **settings):
     said, options = [], {"size": 8, "colour": "grey", **(options or {})}
     load(source, root=root, options=options, identify=True, notice=said.append, **settings)
     return [text for text in said if text.startswith("Equal images")]
@@ -52,17 +52,17 @@ def told(source, root, options=None, **settings):
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_an_image_with_two_labels(source, tmp_path):
-    image, copy = made(source, tmp_path, label="b")
+    image, copy = write_copy(source, tmp_path, label="b")
     kind = "masks" if source == "segmentation" else "labels, a and b"
     with pytest.raises(UserError, match=f"{image} and {copy} are the same image with two {kind}; leave one of the two"):
-        told(source, tmp_path)
+        get_notices(source, tmp_path)
 
 
 @pytest.mark.parametrize("settings", [{}, {"partition": "iid", "clients": 2}, {"train_samples": 10}], ids=str)
 @pytest.mark.parametrize("source", SOURCES)
 def test_an_image_at_two_clients(source, settings, tmp_path):
-    original, copy = made(source, tmp_path, client="B")
-    (text,) = told(source, tmp_path, **settings)
+    original, copy = write_copy(source, tmp_path, client="B")
+    (text,) = get_notices(source, tmp_path, **settings)
     where = "" if settings.get("partition") else " (at the clients A and B)"
     expected = f"Equal images under several names count as often: {original} and {copy}{where}."
     # Images that the run uses come before others of the file.
@@ -71,58 +71,58 @@ def test_an_image_at_two_clients(source, settings, tmp_path):
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_an_image_in_two_sets(source, tmp_path):
-    original, copy = made(source, tmp_path, split="test")
-    assert told(source, tmp_path) == [
+    original, copy = write_copy(source, tmp_path, split="test")
+    assert get_notices(source, tmp_path) == [
         f"Equal images under several names count as often: {original} and {copy} (in the sets train and test)."
     ]
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_copy_at_the_same_place(source, tmp_path):
-    original, copy = made(source, tmp_path)
-    assert told(source, tmp_path) == [f"Equal images under several names count as often: {original} and {copy}."]
+    original, copy = write_copy(source, tmp_path)
+    assert get_notices(source, tmp_path) == [f"Equal images under several names count as often: {original} and {copy}."]
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_plain_pictures_are_alike_without_being_copies(source, tmp_path):
-    original, copy = made(source, tmp_path, label="b", plain=True)
-    (text,) = told(source, tmp_path)
+    original, copy = write_copy(source, tmp_path, label="b", plain=True)
+    (text,) = get_notices(source, tmp_path)
     assert f"{original} and {copy} (with two {'masks' if source == 'segmentation' else 'labels, a and b'})" in text
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_other_images_are_none(source, tmp_path):
-    made(source, tmp_path, content=COUNT)
-    assert told(source, tmp_path) == []
+    write_copy(source, tmp_path, content=COUNT)
+    assert get_notices(source, tmp_path) == []
 
 
 @pytest.mark.parametrize("settings", [{"train_samples": 15}, {"public_samples": 4}], ids=str)
 def test_every_image_of_the_run_is_compared(settings, tmp_path, monkeypatch):
     """All images are compared, also where the data's identity rests on a few training images."""
-    made("csv", tmp_path, content=COUNT)
+    write_copy("csv", tmp_path, content=COUNT)
     with (tmp_path / "list.csv").open("a") as table:
         for copy in "wxyz":
             shutil.copy(tmp_path / "1.png", tmp_path / f"1{copy}.png")
             table.write(f"1{copy}.png,a,B,train\n")
     monkeypatch.setattr(identity, "SAMPLED_IMAGES", 1)
-    (text,) = told("csv", tmp_path, **settings)
+    (text,) = get_notices("csv", tmp_path, **settings)
     assert re.search(r": 1[wxyz]?.png and 1[wxyz].png\.$", text)
 
 
 def test_many_copies_are_counted(tmp_path):
-    made("csv", tmp_path)
+    write_copy("csv", tmp_path)
     with (tmp_path / "list.csv").open("a") as table:
         for i in range(1, 12):
             shutil.copy(tmp_path / f"{i}.png", tmp_path / f"again{i}.png")
             table.write(f"again{i}.png,{'ab'[i // 2 % 2]},{'AB'[i % 2]},{('train', 'train', 'test')[i // 4]}\n")
-    (text,) = told("csv", tmp_path)
+    (text,) = get_notices("csv", tmp_path)
     assert text.endswith(" more.")
     assert len(text) < 400
 
 
 def test_images_on_disk_are_looked_at_as_well(tmp_path):
     root = tmp_path / "data"
-    original, copy = made("csv", root, client="B")
+    original, copy = write_copy("csv", root, client="B")
     for _ in range(2):
-        (text,) = told("csv", root, cache=tmp_path / "cache")
+        (text,) = get_notices("csv", root, cache=tmp_path / "cache")
         assert f"{original} and {copy} (at the clients A and B)" in text

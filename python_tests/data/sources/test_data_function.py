@@ -57,7 +57,7 @@ def split(count, seed=0):
     return Split(torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=generator), labels)
 
 
-def federated(clients=3, **changed):
+def make_clients(clients=3, **changed):
     splits = tuple(split(10 + k, k) for k in range(clients))
     made = FederatedData(
         name="any", classes=("a", "b"), clients=splits, validation=split(8, 90), tests={"": split(12, 91)},
@@ -68,7 +68,7 @@ def federated(clients=3, **changed):
 
 
 @pytest.fixture
-def registered(registries):
+def register(registries):
     """Register functions during a test."""
     return register_data
 
@@ -79,7 +79,7 @@ def register_own(function, **settings):
     register_data("own", **settings)(function)
 
 
-def test_a_source_is_shared_out_like_fedkerns_own(registered):
+def test_a_source_is_shared_out_like_fedkerns_own(register):
     seen = {}
 
     def own(root=None, *, noise=0.5, name="x", size=SIDE):
@@ -87,7 +87,7 @@ def test_a_source_is_shared_out_like_fedkerns_own(registered):
         return source()
 
     own.__doc__ = "A source of a test."
-    registered("own", clients=4, partition="iid")(own)
+    register("own", clients=4, partition="iid")(own)
     data = load("own", root="somewhere", options={"noise": "0.25", "size": "16"})
     assert seen == {"root": "somewhere", "noise": 0.25, "name": "x", "size": 16}
     assert data.name == "own"
@@ -105,14 +105,14 @@ def test_a_source_is_shared_out_like_fedkerns_own(registered):
     ({"noise": "much"}, 'option noise of data set "own" must be a number'),
     ({"size": 100}, r"must be in \[4, 64\]"),
 ])  # fmt: skip
-def test_options_are_checked(registered, options, message):
+def test_options_are_checked(register, options, message):
     register_own(lambda noise=0.5, size=SIDE: source())
     with pytest.raises(UserError, match=message):
         load("own", options=options)
 
 
-def test_federated_data_keep_their_clients(registered):
-    register_own(lambda: federated())
+def test_federated_data_keep_their_clients(register):
+    register_own(lambda: make_clients())
     data = load("own", options={"test_samples": 6, "validation_samples": 4, "backdoor_clients": 1})
     assert (data.name, data.client_sizes, len(data.validation)) == ("own", (10, 11, 12), 4)
     assert set(data.tests) == {"", "backdoor"}
@@ -128,18 +128,18 @@ def test_federated_data_keep_their_clients(registered):
             load("own", **given)
 
 
-def test_a_function_may_take_clients_partition_and_seed(registered):
-    @registered("own", clients=2, partition="iid")
+def test_a_function_may_take_clients_partition_and_seed(register):
+    @register("own", clients=2, partition="iid")
     def own(clients, partition, seed):
         """Return as many clients as asked for."""
         assert (partition, seed) == ("classes:1", 5)
-        return federated(clients)
+        return make_clients(clients)
 
     assert len(load("own", clients=5, partition="classes:1", seed=5).clients) == 5
 
 
-def test_a_function_that_makes_another_number_of_clients_is_told(registered):
-    register_own(lambda clients: federated(3), clients=2, partition="iid")
+def test_a_function_that_makes_another_number_of_clients_is_told(register):
+    register_own(lambda clients: make_clients(3), clients=2, partition="iid")
     with pytest.raises(UserError, match="has 3 clients, not 2"):
         load("own")
 
@@ -148,31 +148,31 @@ WRONG = {
     "nothing": (lambda: None, "returns NoneType, expected fedkern.data.Source, FederatedData, or a pair of"),
     "exception": (lambda: 1 // 0, r"fails \(ZeroDivisionError"),
     "user error": (lambda: (_ for _ in ()).throw(UserError("the file is not there")), "^the file is not there$"),
-    "task": (lambda: federated(validation=Split(torch.zeros(2, 1, 8, 8).byte(), torch.zeros(2, 8, 8).long())),
+    "task": (lambda: make_clients(validation=Split(torch.zeros(2, 1, 8, 8).byte(), torch.zeros(2, 8, 8).long())),
              "returns data for segmentation, but is registered for classification"),
     "label": (lambda: source(classes=("a",)), "returns the label 1 in train, where the classes are 0 to 0"),
     "negative label": (lambda: source(**pools(shift=-1)), "returns the label -1 in train"),
-    "label of a client": (lambda: federated(classes=("a",)), "returns the label 1 in client 0"),
+    "label of a client": (lambda: make_clients(classes=("a",)), "returns the label 1 in client 0"),
     "images": (lambda: source(**pools(dtype=torch.float32)), "cannot be read .*images: expected uint8"),
     "channels": (lambda: source(**pools(channels=3)), "images of 3 channels with 1 means"),
-    "channels of clients": (lambda: federated(form=dataclasses.replace(FORM, mean=(0.5, 0.5))),
+    "channels of clients": (lambda: make_clients(form=dataclasses.replace(FORM, mean=(0.5, 0.5))),
                             "images of 1 channels with 2 means and 1 standard"),
     "no test": (lambda: source(tests={}), "returns no test set"),
-    "no client": (lambda: dataclasses.replace(federated(), clients=()), "no client"),
+    "no client": (lambda: dataclasses.replace(make_clients(), clients=()), "no client"),
     "no sample": (lambda: source(train=memory_pool(torch.zeros(0, 1, 8, 8).byte(), torch.zeros(0).long(), "x")),
                   "returns no training sample"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("make", "message"), WRONG.values(), ids=WRONG)
-def test_what_a_function_gets_wrong_is_one_sentence(registered, make, message, **settings):
+def test_what_a_function_gets_wrong_is_one_sentence(register, make, message, **settings):
     register_own(lambda: make(), **settings)
     with pytest.raises(UserError, match=message) as told:
         load("own")
     assert "\n" not in str(told.value)
 
 
-def test_a_registered_task_is_that_of_labels_which_can_have_it(registered, monkeypatch):
+def test_a_registered_task_is_that_of_labels_which_can_have_it(register, monkeypatch):
     task = type("Other", (type(CLASSIFICATION),), {"name": "other"})()
     monkeypatch.setitem(TASKS, "other", task)
 
@@ -193,7 +193,7 @@ def several(count=N, classes=2, **changed):
     return source(**{**all_parts, **changed})
 
 
-def test_several_labels_an_image(registered):
+def test_several_labels_an_image(register):
     register_own(lambda: several(), clients=4, task="multilabel")
     data = load("own")
     assert (data.task.name, data.statistics.partition, data.client_sizes) == ("multilabel", "iid", (10, 10, 10, 10))
@@ -201,7 +201,7 @@ def test_several_labels_an_image(registered):
     with pytest.raises(UserError, match="has several labels an image and no single class"):
         load("own", partition="dirichlet:0.5")
 
-    @registered("mine", task="multilabel")
+    @register("mine", task="multilabel")
     def mine():
         """Return arrays."""
         own = torch.zeros(6, 8, 8, dtype=torch.uint8), label_sets(6)
@@ -226,50 +226,50 @@ WRONG_SETS = {
 
 
 @pytest.mark.parametrize(("make", "message"), WRONG_SETS.values(), ids=WRONG_SETS)
-def test_wrong_sets_of_labels_are_one_sentence(registered, make, message):
-    test_what_a_function_gets_wrong_is_one_sentence(registered, make, message, task="multilabel")
+def test_wrong_sets_of_labels_are_one_sentence(register, make, message):
+    test_what_a_function_gets_wrong_is_one_sentence(register, make, message, task="multilabel")
 
 
-def test_registering_wrongly(registered):
+def test_registering_wrongly(register):
     def plain():
         """Return a source."""
 
     with pytest.raises(ValueError, match='data set "digits" is already registered'):
-        registered("digits")(plain)
+        register("digits")(plain)
     with pytest.raises(UserError, match='unknown partition "iidd"'):
-        registered("own", partition="iidd")
+        register("own", partition="iidd")
     with pytest.raises(ValueError, match="task: expected one of"):
-        registered("own", task="regression")
+        register("own", task="regression")
     with pytest.raises(ValueError, match="clients: expected at least 1"):
-        registered("own", clients=0)
+        register("own", clients=0)
     with pytest.raises(TypeError, match="test_samples is an option of every data set"):
 
-        @registered("own")
+        @register("own")
         def common(test_samples=3):
             """Return a source."""
 
     with pytest.raises(TypeError, match="expected a default for the option size"):
 
-        @registered("own")
+        @register("own")
         def open_ended(size):
             """Return a source."""
 
     for default in (True, None, (1, 2)):
         with pytest.raises(TypeError, match="expected a text, a number or an Option"):
 
-            @registered("own")
+            @register("own")
             def odd(size=default):
                 """Return a source."""
 
     with pytest.raises(TypeError, match="expected options as named parameters"):
 
-        @registered("own")
+        @register("own")
         def anything(**options):
             """Return a source."""
 
     assert "own" not in DATASETS
-    registered("own")(plain)
-    registered("own")(plain)  # a notebook's cell, run again
+    register("own")(plain)
+    register("own")(plain)  # a notebook's cell, run again
 
 
 DECLARED = """

@@ -34,7 +34,7 @@ def read(name, root, change=lambda line, row: None, again=(), said=None, rows=24
     return load(name, root=root, options={"size": 8, "colour": "grey", **options}, notice=said)
 
 
-def edited(**values):
+def edit(**values):
     """Return a change of the row in line 6 (image 4.png, patient p2) and of the further rows."""
 
     def change(line, row):
@@ -64,7 +64,7 @@ def test_a_patient_in_two_splits(tmp_path, name, split, second):
 
 
 def test_a_patient_in_two_splits_of_a_chosen_column(tmp_path):
-    change = edited(split="test", client="x")
+    change = edit(split="test", client="x")
     with pytest.raises(UserError, match="the patient x has images in two splits"):
         read("csv", tmp_path, lambda line, row: (change(line, row), row.update(client="x")), patient="client")
     assert read("csv", tmp_path, change, patient="split").tests  # every split is a patient
@@ -82,7 +82,7 @@ def test_a_patient_in_two_splits_of_a_chosen_column(tmp_path):
     *((name, {"split": "train"}, r"4\.png is in two splits, test \(line 6\) and train") for name in COLUMNS),
 ])  # fmt: skip
 def test_an_image_in_two_places(tmp_path, name, values, words):
-    change = edited(**values)
+    change = edit(**values)
     with pytest.raises(UserError, match=f"the image {words}.*; name one$"):
         read(name, tmp_path, lambda line, row: change(line, row) if line > 24 else None, again=[4])
 

@@ -18,10 +18,10 @@ from fedkern.errors import UserError
 from fedkern.methods import AFL, FedAvg, FedProx, Scaffold
 from fedkern.run import main
 from python_tests.interrupted import outcome, wait_until, without
-from python_tests.plugin_sources import plugged  # noqa: F401
+from python_tests.plugin_sources import no_plugins  # noqa: F401
 from python_tests.test_own_dataset import NEED_PUBLIC, SERVING, words_of, write_images
 
-pytestmark = pytest.mark.usefixtures("warm_processes", "plugged")
+pytestmark = pytest.mark.usefixtures("warm_processes", "no_plugins")
 
 SMALL = (
     *("--clients", "5", "--train-samples", "100", "--width", "2", "--rounds", "3", "--local-epochs", "1"),

@@ -22,7 +22,7 @@ from fedkern.report.live.progress_bar import run_headline
 from fedkern.settings.defaults import COMMON
 from fedkern.settings.stored import load_settings
 from python_tests.hearing import Hearing
-from python_tests.interrupted import KillAt, kill_and_resume, killed, outcome
+from python_tests.interrupted import KillAt, kill_and_resume, outcome, play_killed
 from python_tests.own_networks import Plain, Staged
 from python_tests.saved_network import same_network, tensors
 
@@ -191,7 +191,7 @@ def test_the_example_has_the_bits_of_fedavg(play):
 def test_a_loop_has_the_same_bits_in_workers_and_after_a_kill(make_config, make_data, play, tmp_path):
     expected = play("one", script=OWN, workers="1")
     assert outcome(expected)[0] == outcome(play("two", script=OWN, workers="2"))[0]
-    killed(make_config(**HOW), out=tmp_path / "cut", data=make_data(), script=OWN, at=KillAt("round", 1))
+    play_killed(make_config(**HOW), out=tmp_path / "cut", data=make_data(), script=OWN, at=KillAt("round", 1))
     stored = load_settings(tmp_path / "cut")
     with pytest.raises(UserError, match=r"trains with a script's own train function loop: go on with it in Python"):
         run(stored, out=tmp_path / "cut", data=make_data(), resume=True)

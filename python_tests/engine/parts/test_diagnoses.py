@@ -9,7 +9,7 @@ from fedkern.engine.parts.diagnoses import Diagnoses
 from fedkern.engine.parts.part import Summary
 from fedkern.privacy.disclosure import Disclosure
 from python_tests.engine.parts.judged import SETTINGS, Judged, code
-from python_tests.stand_ins import Context, record, run_objects, stored
+from python_tests.stand_ins import Context, record, round_trip, run_objects
 
 
 def diagnoses(*, clients=True):
@@ -31,7 +31,7 @@ def test_diagnoses_of_what_clients_reported(resumed):
     method, context, part = diagnoses()
     report_rounds(part)
     if resumed:
-        state = stored(part.state())
+        state = round_trip(part.state())
         method, context, part = diagnoses()
         part.restore(state)
     part.round_end(record(-4, clients={str(k): {"drift": 1.0} for k in range(3)}))  # says nothing of the last round

@@ -10,7 +10,7 @@ import fedkern
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Round
-from python_tests.interrupted import KillAt, killed
+from python_tests.interrupted import KillAt, play_killed
 
 TINY = {"model": "cnn", "width": 2, "progress": False, "pictures": False, "grad_cam": 0, "rounds": 2}
 
@@ -173,7 +173,7 @@ def test_a_run_killed_in_its_first_round_still_refuses(make_data, make_config, m
         config = make_config("fedavg", data="digits", clients=3, width=2, momentum=0.5)
         config = config.replace(asked=frozenset({"momentum"}))
         out = tmp_path / str(number)
-        killed(config, out=out, data=make_data(), at=at)
+        play_killed(config, out=out, data=make_data(), at=at)
         with pytest.raises(UserError, match=r"^--momentum has no effect on Prepared"):
             run(config.replace(asked=frozenset()), out=out, data=make_data(), resume=True)
     config = make_config("fedavg", momentum=0.5)  # nobody gave it

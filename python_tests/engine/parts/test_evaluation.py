@@ -11,7 +11,7 @@ from fedkern.engine.parts.evaluation import Evaluation
 from fedkern.engine.parts.part import Summary
 from fedkern.privacy.disclosure import About, Disclosure
 from python_tests.engine.parts.judged import SETTINGS, Judged, Says, brightness_set, code
-from python_tests.stand_ins import Context, about, record, run_objects, stored, values
+from python_tests.stand_ins import Context, about, record, round_trip, run_objects, values
 
 
 class Bench:
@@ -149,7 +149,7 @@ def test_a_figure_that_is_not_finite_is_never_the_best(undefined_first):
     bench.part.best.clear()
     bench.method.evaluate = lambda model, data: {"accuracy": math.inf}
     bench.round()
-    again.part.restore(stored(bench.part.state() | {"latest": {}}))
+    again.part.restore(round_trip(bench.part.state() | {"latest": {}}))
     again.round()
     assert again.part.best["id_accuracy"] == 1.0
 
@@ -160,7 +160,7 @@ def test_the_evaluation_goes_on_from_a_checkpoint():
     bench.network = again.network = Says(0.15)
     bench.round(3)
     bench.part.latest["id_spread"] = math.nan
-    again.part.restore(stored(bench.part.state()))
+    again.part.restore(round_trip(bench.part.state()))
     assert again.part.best == bench.part.best
     assert again.part.latest == {**bench.part.latest, "id_spread": None}
     del bench.part.latest["id_spread"]

@@ -7,7 +7,7 @@ from fedkern.listeners.listener_group import ListenerGroup
 from fedkern.methods.base import Round
 from fedkern.privacy.disclosure import About
 from python_tests.engine.parts.hearing import Hearing
-from python_tests.stand_ins import Context, Executor, record, run_objects, stored
+from python_tests.stand_ins import Context, Executor, record, round_trip, run_objects
 
 
 def test_listeners_hear_of_rounds_what_may_be_told():
@@ -37,5 +37,5 @@ def test_listeners_go_on_from_a_checkpoint():
     heard, again = Hearing(), Hearing()
     heard.kept = {"id": "a1"}
     parts = [Listening(run_objects(listener=ListenerGroup(listener))) for listener in (heard, again)]
-    parts[1].restore(stored(parts[0].state()))
+    parts[1].restore(round_trip(parts[0].state()))
     assert again.kept == {"id": "a1"}

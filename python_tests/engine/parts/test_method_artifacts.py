@@ -10,7 +10,7 @@ from fedkern.engine.rounds.progress import Progress
 from fedkern.engine.store.artifacts import FILE
 from fedkern.errors import UserError
 from fedkern.privacy.disclosure import Disclosure
-from python_tests.stand_ins import Context, record, run_objects, stored
+from python_tests.stand_ins import Context, record, round_trip, run_objects
 
 
 def showing(out, told=True, done=0):
@@ -36,7 +36,7 @@ def test_pictures_go_on_from_a_checkpoint(tmp_path):
         part.round_end(record(number))
         assert server.artifacts == {}
         if number == 1:
-            state = stored(part.state())
+            state = round_trip(part.state())
     assert part.state() != state  # and writes the file with both
     _, again = showing(tmp_path, done=1)
     again.restore(state)

@@ -10,7 +10,7 @@ from fedkern.engine.parts.privacy import Privacy
 from fedkern.engine.rounds.progress import Progress
 from fedkern.privacy import Guarantee, server_secret
 from fedkern.privacy.disclosure import About
-from python_tests.stand_ins import Context, record, run_objects, stored
+from python_tests.stand_ins import Context, record, round_trip, run_objects
 
 GUARANTEE = Guarantee(1e-5, {"networks": "the networks"})
 
@@ -68,7 +68,7 @@ def test_figures_of_a_run_with_private_clients(tmp_path):
 
 
 def test_a_run_that_goes_on_for_more_rounds_says_what_that_costs(tmp_path):
-    state = stored(Kept(tmp_path).part.state())
+    state = round_trip(Kept(tmp_path).part.state())
     for rounds, warned in ((3, False), (4, True)):
         again = Kept(tmp_path, rounds=rounds)
         again.part.restore(state)

@@ -12,7 +12,7 @@ from fedkern.engine.rounds.timing import Timing
 from fedkern.engine.store.record_files import Metrics
 from fedkern.errors import UserError
 from fedkern.privacy.disclosure import About
-from python_tests.stand_ins import PRIVATE, Context, about, record, run_objects, stored, values
+from python_tests.stand_ins import PRIVATE, Context, about, record, round_trip, run_objects, values
 
 
 class Noted:
@@ -77,7 +77,7 @@ def test_records_go_on_from_a_checkpoint(tmp_path):
     noted.part.begin(resumed=False)
     noted.round(1)
     noted.log.dropped = [{"round": -1, "client": 2}]
-    state = stored(noted.part.state())
+    state = round_trip(noted.part.state())
     noted.round(2)  # after the checkpoint
     state["seconds"] = 1000.0
     again = Noted(tmp_path)

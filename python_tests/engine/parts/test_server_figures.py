@@ -11,7 +11,7 @@ from fedkern.engine.parts.part import Summary
 from fedkern.engine.parts.server_figures import ServerFigures
 from fedkern.errors import UserError
 from fedkern.privacy.disclosure import About, Disclosure
-from python_tests.stand_ins import Context, about, record, run_objects, stored, values
+from python_tests.stand_ins import Context, about, record, round_trip, run_objects, values
 
 
 def figures_of(server, disclosure=None):
@@ -37,7 +37,7 @@ def test_figures_that_the_server_reports(told):
 
 def test_the_servers_figures_go_on_from_a_checkpoint():
     part, again = (figures_of(SimpleNamespace(report=report)) for report in ({"norm": 1.0}, {}))
-    again.restore(stored(part.state()))
+    again.restore(round_trip(part.state()))
     assert again.state() == {"norm": 1.0}
 
 

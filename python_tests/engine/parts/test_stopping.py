@@ -24,7 +24,7 @@ from fedkern.report.pages.run_page import headline
 from fedkern.report.run_contents import read_run_folder
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import KillAt, kill_and_resume, killed, outcome
+from python_tests.interrupted import KillAt, kill_and_resume, outcome, play_killed
 from python_tests.saved_network import tensors
 from python_tests.stand_ins import Context, run_objects
 
@@ -200,7 +200,7 @@ def test_patience_looks_at_the_validation_set_alone(name, tmp_path):
 
 
 def test_a_lost_network_of_the_best_round_is_named(data, make_config, tmp_path):
-    killed(patient(make_config, patience=9), out=tmp_path, data=data, at=KillAt("round-start", 5))
+    play_killed(patient(make_config, patience=9), out=tmp_path, data=data, at=KillAt("round-start", 5))
     for path in tmp_path.glob("best-*"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="is not what the run wrote of its best round: put the file back"):

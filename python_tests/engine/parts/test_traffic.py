@@ -10,7 +10,7 @@ from fedkern.engine.parts.traffic import Traffic
 from fedkern.engine.rounds.ledger import Ledger
 from fedkern.methods.base import Phase, Round
 from fedkern.privacy.disclosure import About
-from python_tests.stand_ins import Context, about, record, run_objects, stored, values
+from python_tests.stand_ins import Context, about, record, round_trip, run_objects, values
 
 TRAIN = Phase(0, "train", "update")
 
@@ -79,7 +79,7 @@ def test_bytes_of_a_run(secret):
 def test_bytes_go_on_from_a_checkpoint():
     booked = Booked(wire={"up": 100})
     booked.ledger.book(1, "up", [0], phase=TRAIN)
-    state, wire = stored(booked.part.state()), {}
+    state, wire = round_trip(booked.part.state()), {}
     again = Booked(rows={1: (8, 0, 0, 0)}, wire=wire)
     again.part.restore(state)
     assert again.ledger.summary() == booked.ledger.summary()

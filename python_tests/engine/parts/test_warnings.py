@@ -7,7 +7,7 @@ from fedkern.engine.parts.warnings import Warnings
 from fedkern.listeners.events import Listeners
 from fedkern.listeners.listener_group import ListenerGroup
 from python_tests.engine.parts.hearing import Hearing
-from python_tests.stand_ins import Context, record, run_objects, stored
+from python_tests.stand_ins import Context, record, round_trip, run_objects
 
 
 def test_every_warning_is_told_once():
@@ -19,7 +19,7 @@ def test_every_warning_is_told_once():
     part.round_end(record(1))
     context.notices.warn("setup", "It is still slow.")
     part.round_end(record(2))
-    state = stored(part.state())
+    state = round_trip(part.state())
     context.notices.warn("late", "It is late.")
     summary = Summary(nn.Identity())
     part.finish(summary)

@@ -5,7 +5,7 @@ import ast
 import pytest
 
 from fedkern.engine.setup.order import FILTER_ORDER, FILTERS, PART_ORDER, PARTS, USERS
-from python_tests.test_imports import imported, modules
+from python_tests.test_imports import modules, read_imports
 
 FILES = modules("fedkern")
 ENGINE = {name.removeprefix("fedkern.engine."): path for name, path in FILES.items() if "fedkern.engine." in name}
@@ -32,7 +32,7 @@ def find_attributes(kind: ast.ClassDef) -> set[str]:
 
 def find_imports(name: str) -> set[str]:
     """Return the fedkern modules that a module of the engine imports, without the prefix ``fedkern.engine.``."""
-    found = imported(f"fedkern.engine.{name}", ENGINE[name], FILES)
+    found = read_imports(f"fedkern.engine.{name}", ENGINE[name], FILES)
     return {name.removeprefix("fedkern.engine.") for name in found}
 
 

@@ -29,7 +29,7 @@ from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
 from python_tests import own_networks
 from python_tests.hearing import Hearing
-from python_tests.interrupted import KillAt, killed, outcome
+from python_tests.interrupted import KillAt, outcome, play_killed
 from python_tests.own_networks import Plain, Raw, Staged
 from python_tests.saved_network import same_network, tensors
 
@@ -263,7 +263,7 @@ def test_a_module_begins_with_its_own_weights_and_is_not_changed(make_config, ma
 def test_a_module_is_resumed_with_the_module(make_config, make_data, tmp_path):
     config, data, module = make_config(rounds=3), make_data(), Staged()
     run(config, out=tmp_path / "whole", data=data, script=ScriptObjects(module))
-    killed(config, out=tmp_path / "cut", data=data, script=ScriptObjects(module), at=KillAt("client", 4))
+    play_killed(config, out=tmp_path / "cut", data=data, script=ScriptObjects(module), at=KillAt("client", 4))
     with pytest.raises(UserError, match="go on with it in Python"):
         run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
     with pytest.raises(UserError, match=r"module:Staged -> module:Plain"):
@@ -279,7 +279,7 @@ def test_a_module_is_resumed_with_the_module(make_config, make_data, tmp_path):
 
 
 def test_other_initial_weights_are_said(make_config, make_data, tmp_path):
-    killed(make_config(), out=tmp_path, data=make_data(), script=ScriptObjects(Staged()), at=KillAt("round"))
+    play_killed(make_config(), out=tmp_path, data=make_data(), script=ScriptObjects(Staged()), at=KillAt("round"))
     heard = Hearing()
     run(make_config(), out=tmp_path, data=make_data(), resume=True, script=ScriptObjects(Staged()), listener=heard)
     assert "module:Staged has other initial weights since the run" in heard.notices[0]
@@ -301,7 +301,7 @@ def test_killed_and_resumed_a_file_ends_alike(file, own, make_data, tmp_path):
     name, data = f"{file}:Staged", make_data()
     config = own("fedgid", model=name, rounds=3)
     run(config, out=tmp_path / "whole", data=data)
-    killed(config, out=tmp_path / "cut", data=data, at=KillAt("client", 4))
+    play_killed(config, out=tmp_path / "cut", data=data, at=KillAt("client", 4))
     stored = load_settings(tmp_path / "cut")
     assert stored.model == name
     assert stored.model_sha256.startswith("sha256:")
@@ -317,7 +317,7 @@ def test_killed_and_resumed_a_file_ends_alike(file, own, make_data, tmp_path):
 def test_a_file_that_has_changed(file, own, make_data, tmp_path):
     name, data, text = f"{file}:Staged", make_data(), file.read_text()
     out = tmp_path / "run"
-    killed(own(model=name), out=out, data=data, at=KillAt("round"))
+    play_killed(own(model=name), out=out, data=data, at=KillAt("round"))
     file.write_text(text.replace("nn.Conv2d(4, 6, 3", "nn.Conv2d(4, 7, 3").replace("nn.Linear(6,", "nn.Linear(7,"))
     with pytest.raises(UserError, match=r"networks.py:Staged has other parameters than when the run in"):
         run(load_settings(out), out=out, data=data, resume=True, trusted=[name])
@@ -380,7 +380,7 @@ def test_initial_weights_of_a_file(weights, own, make_data, tmp_path):
     found = [tensors(tmp_path / name)["0.weight"] for name in ("run", "same", "other")]
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
-    killed(config, out=tmp_path / "cut", data=make_data(), at=KillAt("round"))
+    play_killed(config, out=tmp_path / "cut", data=make_data(), at=KillAt("round"))
     stored = load_settings(tmp_path / "cut")
     assert len(stored.init_sha256) == 64
     content = weights.read_bytes()
@@ -398,7 +398,7 @@ def test_a_run_goes_on_from_another_runs_folder(make_config, make_data, tmp_path
     run(make_config(), out=begun, data=data)
     run(make_config(init=str(begun / "model.safetensors"), rounds=3), out=tmp_path / "file", data=data)
     config = make_config(init=str(begun), rounds=3)
-    killed(config, out=tmp_path / "cut", data=data, at=KillAt("round", 1))
+    play_killed(config, out=tmp_path / "cut", data=data, at=KillAt("round", 1))
     stored = load_settings(tmp_path / "cut")
     assert stored.init_sha256 == load_settings(tmp_path / "file").init_sha256
     content = (begun / "model.safetensors").read_bytes()
@@ -415,7 +415,7 @@ def test_a_run_goes_on_from_another_runs_folder(make_config, make_data, tmp_path
 
 def test_a_folder_that_has_no_network_to_begin_with(make_config, make_data, refuses, tmp_path):
     data = make_data()
-    killed(make_config(rounds=3), out=tmp_path / "cut", data=data, at=KillAt("round", 1))
+    play_killed(make_config(rounds=3), out=tmp_path / "cut", data=data, at=KillAt("round", 1))
     for init, config, said in (
         ("cut", {}, r"is the folder of a run that is not finished: finish it with --resume"),
         (".", {}, r"is a folder without model.safetensors: name the folder of a finished run, or a"),
@@ -426,7 +426,7 @@ def test_a_folder_that_has_no_network_to_begin_with(make_config, make_data, refu
         with refuses(said):
             run(make_config(init=str(tmp_path / init), **config), out=tmp_path / "run", data=data)
     config = load_settings(tmp_path / "done")
-    killed(config, out=tmp_path / "done", data=data, at=KillAt("round-start"), resume=True, rounds=9)
+    play_killed(config, out=tmp_path / "done", data=data, at=KillAt("round-start"), resume=True, rounds=9)
     with pytest.raises(UserError, match="not finished"):
         run(make_config(init=str(tmp_path / "done")), out=tmp_path / "run", data=data)
 

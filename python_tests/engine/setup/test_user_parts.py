@@ -15,10 +15,10 @@ from fedkern.engine.uploads import reduction
 from fedkern.errors import UserError
 from fedkern.settings.stored import load_settings
 from fedkern.usercode import plugins
-from python_tests.interrupted import KillAt, killed, outcome
-from python_tests.plugin_sources import plugged, unload_all  # noqa: F401
+from python_tests.interrupted import KillAt, outcome, play_killed
+from python_tests.plugin_sources import no_plugins, unload_all  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("plugged", "registries")
+pytestmark = pytest.mark.usefixtures("no_plugins", "registries")
 
 BOTH = '''\
 """Halves long updates, and tells how many were."""
@@ -135,7 +135,7 @@ def test_bits_depend_neither_on_workers_nor_on_an_interruption(file, make_data, 
     assert [record["left"] for record in read_metrics(tmp_path / "1")] == [3, 2, 1, 0]
     run(make_config("fedavg", rounds=4), out=tmp_path / "plain", data=make_data())
     assert outcome(tmp_path / "plain")[0] != uncut[0]
-    killed(config.replace(workers="1"), out=tmp_path / "cut", data=make_data(), at=KillAt("client", 7))
+    play_killed(config.replace(workers="1"), out=tmp_path / "cut", data=make_data(), at=KillAt("client", 7))
     unload_all()
     (tmp_path / "both.py").write_text(BOTH + "# changed\n")
     with pytest.raises(UserError, match=r"both.py has changed since the run in "):
@@ -299,7 +299,7 @@ def test_what_a_script_registers_is_needed_again(kind, make_data, make_config, t
             base = {"part": fedkern.Part, "filter": fedkern.Filter}[kind]
             register = {"part": fedkern.register_part, "filter": fedkern.register_filter}[kind]
             mine = register("mine")(type("Mine", (base,), {"__doc__": "Does nothing."}))
-        killed(config, out=tmp_path / name, data=make_data(), at=KillAt("round", 1))
+        play_killed(config, out=tmp_path / name, data=make_data(), at=KillAt("round", 1))
     told = rf'The run in .*with began with the {kind} "mine": register it again, or start a new run\.'
     with pytest.raises(UserError, match=told):
         run(load_settings(tmp_path / "with"), out=tmp_path / "with", resume=True, data=make_data())

@@ -21,7 +21,7 @@ from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.privacy import LEDGER, Accountant, Guarantee
 from fedkern.report.figures.pictures import write_pictures
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import KillAt, killed, unvouched
+from python_tests.interrupted import KillAt, forget_results, play_killed
 
 
 class Telling(FedAvg):
@@ -75,7 +75,7 @@ def test_a_few_rounds_are_kept_and_a_resumed_run_keeps_the_same(telling, make_da
     assert tables[-1].axes == ("client", "class")
 
     out = tmp_path / "cut"
-    killed(config, out=out, data=data, at=KillAt("round", 7))
+    play_killed(config, out=out, data=data, at=KillAt("round", 7))
     again = run(load_settings(out), out=out, resume=True, data=data)
     assert (out / artifacts.FILE).read_bytes() == (tmp_path / "whole" / artifacts.FILE).read_bytes()
     assert again["privacy"] == summary["privacy"]
@@ -210,7 +210,7 @@ def test_no_reader_takes_what_the_run_did_not_write(telling, make_data, make_con
     check_refused(artifacts.FILE, lambda _: b"{", read_shown)
     check_refused(artifacts.FILE, other, read_shown)
     assert write_pictures(out, data=data)
-    unvouched(out)  # whoever sends the folder can forge what it says, but nothing that cannot be drawn
+    forget_results(out)  # whoever sends the folder can forge what it says, but nothing that cannot be drawn
     image, table = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, 2)
     for row in (["../outside", 1, table, ["a", "b"]], ["x", 1.5, table, ["a", "b"]], ["x", 1, 3, ["a", "b"]],
                 ["x", 1, table.double(), ["a", "b"]], ["x", 1, image[:, :0], ["", ""]], ["x", 1, image[0], ["", ""]],

@@ -14,7 +14,7 @@ from fedkern.files import atomic, folder_lock
 from fedkern.files.folder_lock import FolderLock
 from fedkern.listeners import Listener
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import KillAt, killed
+from python_tests.interrupted import KillAt, play_killed
 
 HOLDER = """
 import errno, fcntl, sys, time
@@ -101,7 +101,7 @@ def test_a_run_whose_folder_was_taken_over_stops(resumed, make_data, make_config
                 of_another_machine(tmp_path / ".lock")
 
     if resumed:
-        killed(make_config(rounds=4), out=tmp_path, data=make_data(), at=KillAt("round-start", round=2))
+        play_killed(make_config(rounds=4), out=tmp_path, data=make_data(), at=KillAt("round-start", round=2))
     config = load_settings(tmp_path) if resumed else make_config(rounds=4)
     with pytest.raises(UserError, match=r"Process 1 on elsewhere has taken over .*: this one stops here"):
         run(config, out=tmp_path, data=make_data(), listener=TakenOver(), resume=resumed)

@@ -9,7 +9,7 @@ import pytest
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import KillAt, forge, killed
+from python_tests.interrupted import KillAt, forge, play_killed
 
 NAMES = ("../../victim", "../metrics.jsonl", "ABSOLUTE", "", ".", "..", "manifest.json", "client-00001-000001/../../x")
 
@@ -24,7 +24,7 @@ def victim(tmp_path):
 @pytest.fixture
 def folder(make_data, make_config, tmp_path):
     """Return the folder of a run that was killed in its third round."""
-    killed(make_config("scaffold", rounds=4), out=tmp_path / "run", data=make_data(), at=KillAt("round", 2))
+    play_killed(make_config("scaffold", rounds=4), out=tmp_path / "run", data=make_data(), at=KillAt("round", 2))
     return tmp_path / "run"
 
 
@@ -116,7 +116,7 @@ def test_links_are_not_written_through(way, name, kind, make_data, make_config, 
     folder = tmp_path / "run"
     private = {"dp_clip": 1.0, "dp_noise": 1.0} if "releases" in name else {}
     config = make_config(rounds=4, **private)
-    killed(config, out=folder, data=make_data(), at=KillAt("round", 2))
+    play_killed(config, out=folder, data=make_data(), at=KillAt("round", 2))
     lead(folder / name, victim, kind)
     content = victim.read_bytes() if victim.exists() else None
     listing = sorted(path.name for path in tmp_path.iterdir())
@@ -132,7 +132,7 @@ def test_links_are_not_written_through(way, name, kind, make_data, make_config, 
 @pytest.mark.parametrize("way", ["resume", "extend"])
 def test_a_folder_that_is_a_link(way, dangling, make_data, make_config, tmp_path):
     folder, target = tmp_path / "run", tmp_path / "elsewhere"
-    killed(make_config(rounds=4), out=folder, data=make_data(), at=KillAt("round", 2))
+    play_killed(make_config(rounds=4), out=folder, data=make_data(), at=KillAt("round", 2))
     (folder / "checkpoints").rename(target)
     (folder / "checkpoints").symlink_to(tmp_path / "nowhere" if dangling else target)
     before = {path.name: path.read_bytes() for path in target.iterdir()}
@@ -146,7 +146,7 @@ def test_a_folder_that_is_a_link(way, dangling, make_data, make_config, tmp_path
 @pytest.mark.parametrize("lost", ["manifest", "checkpoints"])
 def test_a_run_whose_manifest_is_gone_does_not_begin_anew(lost, method, make_data, make_config, tmp_path):
     config = make_config(rounds=4, dp_clip=1.0, dp_noise=1.0) if method == "dp" else make_config(method, rounds=4)
-    killed(config, out=tmp_path, data=make_data(), at=KillAt("round", 2))
+    play_killed(config, out=tmp_path, data=make_data(), at=KillAt("round", 2))
     for path in (tmp_path / "checkpoints").iterdir():
         if lost == "checkpoints" or path.name == "manifest.json":
             path.unlink()

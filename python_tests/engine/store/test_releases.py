@@ -16,7 +16,7 @@ from fedkern.messages.digest import digest
 from fedkern.methods.fediod import client as fediod_client
 from fedkern.methods.fediod import private_messages
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import KillAt, killed
+from python_tests.interrupted import KillAt, play_killed
 
 OPTIONS = {
     "iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "student_steps": 1, "epsilon": 5.0,
@@ -32,7 +32,7 @@ def cut(request, played_once, make_data, make_config, tmp_path):
     config = make_config("fediod", rounds=2, options=OPTIONS, grad_cam=0)
 
     def play(out):
-        killed(config, out=out, data=data, at=KillAt("client", 4, round=request.param))
+        play_killed(config, out=out, data=data, at=KillAt("client", 4, round=request.param))
 
     shutil.copytree(played_once(f"cut{request.param}", play), tmp_path / "cut")
 

@@ -20,7 +20,7 @@ from fedkern.errors import UserError
 from fedkern.ops import use_backend, use_isa
 from fedkern.ops._core import backend
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import KillAt, forge, killed, outcome, without
+from python_tests.interrupted import KillAt, forge, outcome, play_killed, without
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def cut(played_once, make_data, make_config, tmp_path):
     """Return a run of three rounds that was killed after two checkpoints."""
 
     def play(out):
-        killed(make_config(rounds=3), out=out, data=make_data(), at=KillAt("round", 2))
+        play_killed(make_config(rounds=3), out=out, data=make_data(), at=KillAt("round", 2))
 
     return shutil.copytree(played_once("cut", play), tmp_path / "cut")
 
@@ -264,7 +264,7 @@ def test_a_finished_run_with_other_records_is_not_finished(make_data, make_confi
 def test_another_backend_is_told_like_another_setting(make_data, make_config, tmp_path):
     out = tmp_path / "cut"
     with use_backend("reference"):
-        killed(make_config(rounds=3), out=out, data=make_data(), at=KillAt("round", 2))
+        play_killed(make_config(rounds=3), out=out, data=make_data(), at=KillAt("round", 2))
     assert Checkpoints(out).peek()["info"]["kernels"]["backend"] == "reference"
     with pytest.raises(UserError, match=r"\(backend: reference -> auto\): set FEDKERN_BACKEND=reference, then resume"):
         go_on(out, make_data())
@@ -281,7 +281,7 @@ def test_another_backend_than_the_free_choice(cut, make_data):
 def test_another_isa_is_told_where_it_can_be_had(make_data, make_config, tmp_path):
     out = tmp_path / "cut"
     with use_isa("portable"):
-        killed(make_config(rounds=3), out=out, data=make_data(), at=KillAt("round", 2))
+        play_killed(make_config(rounds=3), out=out, data=make_data(), at=KillAt("round", 2))
     with use_isa("avx2"), pytest.raises(UserError, match=r"isa: portable -> avx2\): set FEDKERN_CPU_ISA=portable"):
         go_on(out, make_data())
     with use_isa("portable"):

@@ -11,7 +11,7 @@ from fedkern.engine.store.run_folder import NAMES
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import KillAt, killed, outcome
+from python_tests.interrupted import KillAt, outcome, play_killed
 
 FOREIGN = ("README.md", "notes.part", "data.safetensors")
 
@@ -37,7 +37,7 @@ def test_a_new_run_writes_over_nothing(name, make_data, make_config, tmp_path):
 def test_a_new_run_leaves_the_files_of_others_alone(make_data, make_config, tmp_path):
     for name in FOREIGN:
         (tmp_path / name).write_text("mine")
-    killed(make_config(), out=tmp_path, data=make_data(), at=KillAt("round", 0))
+    play_killed(make_config(), out=tmp_path, data=make_data(), at=KillAt("round", 0))
     (tmp_path / "checkpoints" / "mine.safetensors").write_text("mine")
     for name in ("checkpoints/{}server-000009.safetensors{}", "checkpoints/{}releases.jsonl{}", "{}summary.json{}"):
         (tmp_path / name.format(".", ".01234567.part")).write_text("a file that was not finished")
@@ -48,7 +48,7 @@ def test_a_new_run_leaves_the_files_of_others_alone(make_data, make_config, tmp_
 
 
 def test_a_new_run_never_goes_on_from_the_checkpoint_of_another(make_data, make_config, tmp_path):
-    killed(make_config(rounds=3), out=tmp_path, data=make_data(), at=KillAt("round", 1))
+    play_killed(make_config(rounds=3), out=tmp_path, data=make_data(), at=KillAt("round", 1))
     (tmp_path / "config.toml").unlink()
     before = contents(tmp_path)
     with pytest.raises(UserError, match=r"already holds checkpoints, metrics\.jsonl"):

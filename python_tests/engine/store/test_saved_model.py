@@ -14,7 +14,7 @@ from fedkern.engine.store import saved_model
 from fedkern.errors import UserError
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
-from python_tests.interrupted import unvouched
+from python_tests.interrupted import forget_results
 
 PLAIN = {
     "model": "cnn", "width": 4, "task": "classification", "classes": ["a", "b"], "channels": 3, "image_size": [16, 16],
@@ -127,7 +127,7 @@ def test_what_a_method_builds_again_is_looked_at_too(make_data, make_config, tmp
     # The ensemble's tensors, and complete tables of other clients or images.
     data, out = make_data(), tmp_path / "run"
     run(make_config("ensemble", rounds=None), out=out, data=data)
-    unvouched(out)
+    forget_results(out)
     path = out / saved_model.MODEL
     with safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["fedkern"])

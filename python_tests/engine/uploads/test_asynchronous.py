@@ -21,7 +21,7 @@ from fedkern.methods.base import Federation, Upload
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
 from python_tests.hearing import Hearing
-from python_tests.interrupted import KillAt, forge_state, kill_and_resume, killed, killed_at_rename, outcome
+from python_tests.interrupted import KillAt, forge_state, kill_and_resume, killed_at_rename, outcome, play_killed
 
 SIZES = (20, 13, 9, 15)
 TEN = Federation(rounds=30, samples=tuple(range(10, 110, 10)), classes=2)
@@ -309,7 +309,7 @@ def test_forged_messages_are_refused_in_one_sentence(change, make_data, make_con
 
 @pytest.fixture
 def cut_run(make_data, make_config, tmp_path):
-    killed(make_config("fedavg", **KILLED), out=tmp_path / "run", data=make_data(SIZES), at=KillAt("round", 3))
+    play_killed(make_config("fedavg", **KILLED), out=tmp_path / "run", data=make_data(SIZES), at=KillAt("round", 3))
     assert Checkpoints(tmp_path / "run").peek()["round"] >= 2
     return tmp_path / "run"
 

@@ -14,7 +14,7 @@ from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
 from fedkern.methods import Ditto
 from python_tests.interrupted import Kill, KillAt, outcome
-from python_tests.personal_runs import SETTINGS, played, same
+from python_tests.personal_runs import SETTINGS, play, same
 
 
 class Recording(Ditto):
@@ -30,8 +30,8 @@ class Recording(Ditto):
 
 def test_the_global_network_and_the_bytes_are_those_of_fedavg(tmp_path):
     average, ditto = (
-        played(tmp_path / "fedavg", "fedavg", client_test=0.0, rounds=2),
-        played(tmp_path / "ditto", "ditto", client_test=0.0, rounds=2),
+        play(tmp_path / "fedavg", "fedavg", client_test=0.0, rounds=2),
+        play(tmp_path / "ditto", "ditto", client_test=0.0, rounds=2),
     )
     assert same(average.model().state_dict(), ditto.model().state_dict())
     assert average.summary["bytes"] == ditto.summary["bytes"]
@@ -42,8 +42,8 @@ def test_the_global_network_and_the_bytes_are_those_of_fedavg(tmp_path):
 
 def test_personal_networks_are_those_of_the_algorithm(tmp_path):
     Recording.rows, lam = [], 0.5
-    average = played(tmp_path / "average", "fedavg", rounds=1)  # what clients receive in the second round
-    run = played(tmp_path / "run", Recording(**{"lambda": lam}), rounds=2)
+    average = play(tmp_path / "average", "fedavg", rounds=1)  # what clients receive in the second round
+    run = play(tmp_path / "run", Recording(**{"lambda": lam}), rounds=2)
     start = models.build("cnn", classes=10, channels=1, image_size=28, seed=0, width=2)
     received = [start.state_dict(), average.model().state_dict()]
     sizes = list(dict.fromkeys(size for _, size, *_ in Recording.rows))
@@ -71,9 +71,9 @@ def test_personal_networks_are_those_of_the_algorithm(tmp_path):
 @pytest.mark.exhaustive
 def test_bits_in_two_workers_and_killed_and_resumed(tmp_path):
     settings = {"sample_fraction": 0.7, "optimizer_state": "keep"}
-    run, two = played(tmp_path / "one", "ditto", **settings), played(tmp_path / "two", "ditto", workers=2, **settings)
+    run, two = play(tmp_path / "one", "ditto", **settings), play(tmp_path / "two", "ditto", workers=2, **settings)
     with pytest.raises(Kill):
-        played(tmp_path / "killed", "ditto", listener=KillAt("client", 1, round=2), **settings)
+        play(tmp_path / "killed", "ditto", listener=KillAt("client", 1, round=2), **settings)
     resumed = fedkern.load(tmp_path / "killed").resume(progress=False, pictures=False)
     for repeated in (two, resumed):
         assert outcome(repeated.out) == outcome(run.out)
@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         ({"dp_clip": 1.0, "dp_noise": 1.0}, "dp_noise is not for ditto: it covers what clients upload"),
     ):
         with pytest.raises(UserError, match=said):
-            played(tmp_path / "run", "ditto", **settings)
+            play(tmp_path / "run", "ditto", **settings)
     assert not (tmp_path / "run").exists()
 
 

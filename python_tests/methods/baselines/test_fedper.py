@@ -5,15 +5,15 @@ import torch
 from torch import nn
 
 from fedkern.errors import UserError
-from python_tests.personal_runs import played, same
+from python_tests.personal_runs import play, same
 
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("model", ["cnn", "resnet8", "mlp"])
 def test_it_keeps_the_networks_last_layer(tmp_path, model):
     settings = {"model": model, "rounds": 1}
-    run = played(tmp_path / "run", "fedper", **settings)
-    named = played(tmp_path / "named", "fedavg", personal="head.*", **settings)
+    run = play(tmp_path / "run", "fedper", **settings)
+    named = play(tmp_path / "named", "fedavg", personal="head.*", **settings)
     own = [run.model(client=k).state_dict() for k in range(3)]
     assert all(same(state, named.model(client=k).state_dict()) for k, state in enumerate(own))
     assert run.metrics == named.metrics
@@ -21,7 +21,7 @@ def test_it_keeps_the_networks_last_layer(tmp_path, model):
 
 
 def test_other_parts_can_be_named(tmp_path):
-    run = played(tmp_path / "run", "fedper", rounds=1, personal=["layer3.*", "head.*"])
+    run = play(tmp_path / "run", "fedper", rounds=1, personal=["layer3.*", "head.*"])
     left, second = (run.model(client=k).state_dict() for k in (0, 1))
     differing = {name.partition(".")[0] for name in left if not torch.equal(left[name], second[name])}
     assert differing == {"layer3", "head"}
@@ -29,7 +29,7 @@ def test_other_parts_can_be_named(tmp_path):
 
 def test_the_last_layer_of_a_network_of_a_script(tmp_path):
     network = nn.Sequential(nn.Flatten(), nn.Linear(1024, 8), nn.ReLU(), nn.Linear(8, 10))
-    run = played(tmp_path / "run", "fedper", model=network, width=None, rounds=1)
+    run = play(tmp_path / "run", "fedper", model=network, width=None, rounds=1)
     left, second = (run.model(client=k).state_dict() for k in (0, 1))
     assert {name for name in left if not torch.equal(left[name], second[name])} == {"3.weight", "3.bias"}
 
@@ -47,4 +47,4 @@ class Scaled(nn.Module):
 
 def test_a_network_without_one_is_refused(tmp_path):
     with pytest.raises(UserError, match="fedper needs a linear layer with a bias as its last step"):
-        played(tmp_path / "run", "fedper", model=Scaled(), width=None)
+        play(tmp_path / "run", "fedper", model=Scaled(), width=None)

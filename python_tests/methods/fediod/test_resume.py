@@ -7,7 +7,7 @@ import pytest
 from fedkern.engine.run import run
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.settings.stored import load_settings
-from python_tests.interrupted import KillAt, killed, outcome
+from python_tests.interrupted import KillAt, outcome, play_killed
 
 OPTIONS = {
     "ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 4, "w_real": 1.0, "w_balance": 0.5,
@@ -44,7 +44,7 @@ def test_killed_in_the_second_stage(round, answers, name, make_data, make_config
     options = OPTIONS if name == "open" else {**OPTIONS, **PRIVATE}
     data, config = make_data(), make_config("fediod", model="cnn", rounds=ROUNDS, grad_cam=0, options=options)
     expected = reference(name, config, data)
-    killed(config, out=tmp_path, data=data, at=KillAt("client", answers, round))
+    play_killed(config, out=tmp_path, data=data, at=KillAt("client", answers, round))
     assert len(read_metrics(tmp_path)) == round - 1
     run(load_settings(tmp_path), out=tmp_path, resume=True, data=data)
     assert outcome(tmp_path) == expected
@@ -56,7 +56,7 @@ def test_teachers_that_were_brought_are_not_asked_for_again(make_data, make_conf
     run(make_config("ensemble", model="cnn", rounds=None, grad_cam=0, options=models), out=tmp_path / "own", data=data)
     config = make_config("fediod", model="cnn", rounds=2, grad_cam=0, options=OPTIONS, teachers=str(tmp_path / "own"))
     run(config, out=tmp_path / "whole", data=data)
-    killed(config, out=tmp_path / "run", data=data, at=KillAt("client", 5, round=2))
+    play_killed(config, out=tmp_path / "run", data=data, at=KillAt("client", 5, round=2))
     shutil.rmtree(tmp_path / "own")
     run(config, out=tmp_path / "run", data=data, resume=True)
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")

@@ -14,7 +14,7 @@ SIZE = 5
 State = dict[str, Any]
 
 
-def filled(exact: bool) -> Accumulator:
+def make_filled(exact: bool) -> Accumulator:
     accumulator = Accumulator(SIZE, exact)
     for k in range(1, 4):
         accumulator.add(torch.arange(float(SIZE)) * k, k)
@@ -30,12 +30,12 @@ def without(name: str) -> Callable[[State], Any]:
 
 
 def at(index: int, value: float) -> Callable[[Tensor], Tensor]:
-    def changed(x: Tensor) -> Tensor:
+    def set_element(x: Tensor) -> Tensor:
         x = x.clone()
         x.view(-1)[index] = value
         return x
 
-    return changed
+    return set_element
 
 
 # (what is done to the state, what is said), for both kinds, for the plain one and for the exact one.
@@ -96,7 +96,7 @@ CASES += [(True, name, *case) for name, case in {**BOTH, **EXACT}.items()]
     ("exact", "name", "change", "message"), CASES, ids=[f"{'exact' if e else 'plain'}-{n}" for e, n, _, _ in CASES]
 )
 def test_refused(exact: bool, name: str, change: Callable[[State], Any], message: str) -> None:
-    accumulator, changed = filled(exact), filled(exact)
+    accumulator, changed = make_filled(exact), make_filled(exact)
     changed.add(torch.ones(SIZE), 0.0)
     with pytest.raises((TypeError, ValueError), match=message) as told:
         changed.load_state_dict(change(accumulator.state_dict()))
@@ -110,10 +110,10 @@ def test_states_of_all_kinds_are_taken(exact: bool) -> None:
     empty, unweighted, special = Accumulator(SIZE, exact), Accumulator(SIZE, exact), Accumulator(SIZE, exact)
     unweighted.add(torch.ones(SIZE), 0.0)
     special.add(torch.tensor([math.inf, -math.inf, math.nan, 5e-324, 1.7e308], dtype=torch.float64), 0.75)
-    for source in (empty, unweighted, special, filled(exact)):
+    for source in (empty, unweighted, special, make_filled(exact)):
         state = source.state_dict()
         for given in (state, {name: x if isinstance(x, Tensor) else torch.tensor(x) for name, x in state.items()}):
-            target = filled(exact)
+            target = make_filled(exact)
             target.load_state_dict(given)
             assert (target.count, target.weight) == (source.count, source.weight)
             target.add(torch.arange(float(SIZE)), 2.0)

@@ -11,7 +11,7 @@ from fedkern.ops import clip_and_noise, clip_by_norm
 from fedkern.ops._aggregate.philox import REFINED as BELOW
 from fedkern.ops._aggregate.philox import normal, philox, uniform
 from python_tests.ops._aggregate.aggregate_cases import REFINED, REFINED_SEED, close, make_vectors, refined_numbers
-from python_tests.ops.operator_cases import DTYPES, KERNELS, thinned, using
+from python_tests.ops.operator_cases import DTYPES, KERNELS, thin_out, using
 
 MOST = (1 << 64) - 1
 
@@ -61,7 +61,7 @@ def test_refined_radius_words_in_every_backend(backend: str) -> None:
 
     Their neighbours do not change.
     """
-    for place, counter, k in thinned(REFINED):
+    for place, counter, k in thin_out(REFINED):
         start = place & ~63
         given = noise_of(64, REFINED_SEED, start).double()
         words = philox(torch.arange(16) + (counter & ~15), REFINED_SEED)
@@ -117,7 +117,7 @@ def test_noise_does_not_depend_on_the_grouping(backend: str) -> None:
     rows = clip_and_noise(torch.zeros(4, size), 1.0, 1.0, seed, 1000)
     assert torch.equal(rows.flatten(), stream)
     assert torch.equal(torch.cat(clip_and_noise([torch.zeros(size)] * 4, 1.0, 1.0, seed, 1000)), stream)
-    for cut in thinned([1, 15, 16, 63, 64, 65, 129]):
+    for cut in thin_out([1, 15, 16, 63, 64, 65, 129]):
         parts = [noise_of(cut, seed, 1000), noise_of(4 * size - cut, seed, 1000 + cut)]
         assert torch.equal(torch.cat(parts), stream)
     assert torch.equal(noise_of(300, seed, MOST - 99)[100:], noise_of(200, seed, 0))
@@ -160,21 +160,21 @@ def test_the_law_is_normal(backend: str) -> None:
         assert abs(float((numbers[lag:].square() * numbers[:-lag].square()).mean()) - 1) < 5 * math.sqrt(8) / root
 
 
-def clipped(vector: Tensor, bound: float) -> Tensor:
+def clip_exactly(vector: Tensor, bound: float) -> Tensor:
     norm = float(vector.double().norm())
     return vector.double() * (min(1.0, bound / norm) if norm else 1.0)
 
 
 def test_clipping(backend: str) -> None:
     cases = [(1, 0), (1, 1), (3, 100), (2, 255), (5, 257), (9, 1271)]
-    for dtype, (count, size) in thinned(list(itertools.product(DTYPES, cases))):
+    for dtype, (count, size) in thin_out(list(itertools.product(DTYPES, cases))):
         vectors = make_vectors(count, size, dtype, size)
         for bound in (1e-3, 1.0, 20.0):
             given = clip_by_norm(vectors, bound)
             assert isinstance(given, list)
             for row, vector in zip(given, vectors, strict=True):
                 assert row.dtype == dtype
-                close(row, clipped(vector, bound))
+                close(row, clip_exactly(vector, bound))
             stacked = clip_by_norm(torch.stack(vectors), bound)
             assert torch.equal(stacked, torch.stack(given))
             assert torch.equal(stacked, clip_and_noise(torch.stack(vectors), bound, 0.0, 5))
@@ -187,7 +187,7 @@ def test_clipping(backend: str) -> None:
 def test_no_rounding_lifts_a_norm_above_the_bound(backend: str, dtype: torch.dtype) -> None:
     """The bound holds where every element rounds up, and at lengths that are scaled in one pass or in two."""
     step = 1 + torch.finfo(dtype).eps
-    for size, bound in thinned(list(itertools.product((1, 3, 1000, 20_000), (1.0, 0.3, 7.7)))):
+    for size, bound in thin_out(list(itertools.product((1, 3, 1000, 20_000), (1.0, 0.3, 7.7)))):
         for vector in (torch.full((size,), 3.0 * step), make_vectors(1, size, torch.float32, size)[0] + 2):
             given = clip_by_norm(vector.to(dtype), bound / math.sqrt(2))
             norm, before = float(given.double().norm()), float(vector.to(dtype).double().norm())
@@ -199,7 +199,7 @@ def test_no_rounding_lifts_a_norm_above_the_bound(backend: str, dtype: torch.dty
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_clipping_by_factors_below_the_range_of_fp32(backend: str, dtype: torch.dtype) -> None:
     """The factor is not rounded to a float there, which would raise the norm by up to a half."""
-    for size, share in thinned(list(itertools.product((100, 20_000), (0.99, 0.01, 1e-6)))):
+    for size, share in thin_out(list(itertools.product((100, 20_000), (0.99, 0.01, 1e-6)))):
         vector = torch.full((size,), 2e38).to(dtype)
         norm = float(vector.double().norm())
         bound = norm * torch.finfo(torch.float32).tiny * share
@@ -230,7 +230,7 @@ def test_noise_that_the_dtype_cannot_hold_is_refused(backend: str, dtype: torch.
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e160, 1e200, 1e300])
 def test_clipping_numbers_whose_squares_leave_fp64(backend: str, scale: float) -> None:
-    for size in thinned([1, 5, 3000, 17_000]):
+    for size in thin_out([1, 5, 3000, 17_000]):
         vector = (make_vectors(1, size, torch.float64, size)[0] + 1) * scale
         direction = vector / scale / (vector / scale).norm()
         for bound in (scale / 1e3, 1e-3 if scale > 1 else 1e-306):

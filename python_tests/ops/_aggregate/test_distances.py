@@ -10,7 +10,7 @@ from torch import Tensor
 from fedkern.ops import geometric_median, krum, pairwise_distances, weighted_mean
 from fedkern.ops._aggregate import distances as aggregate_distances
 from python_tests.ops._aggregate.aggregate_cases import close, make_vectors, make_weights
-from python_tests.ops.operator_cases import DTYPES, pairwise, thinned
+from python_tests.ops.operator_cases import DTYPES, pairwise, thin_out
 
 
 def distances_in_python(vectors: list[Tensor]) -> Tensor:
@@ -20,7 +20,7 @@ def distances_in_python(vectors: list[Tensor]) -> Tensor:
 
 def test_distances(backend: str) -> None:
     axes = {"count": [1, 2, 3, 4, 5, 9, 13], "size": [0, 1, 7, 100, 511, 513, 1100], "dtype": list(DTYPES)}
-    for seed, case in enumerate(thinned(pairwise(axes, seed=1))):
+    for seed, case in enumerate(thin_out(pairwise(axes, seed=1))):
         vectors = make_vectors(**case, seed=seed)
         given = pairwise_distances(vectors)
         assert given.dtype == torch.float64
@@ -99,7 +99,7 @@ def median_in_fp64(vectors: list[Tensor], weights: list[float]) -> Tensor:
 def test_no_minority_moves_the_geometric_median_far(backend, limit, dtype, monkeypatch):
     monkeypatch.setattr(aggregate_distances, "MOST_FROM_DISTANCES", limit)
     cases = itertools.product(((4, 1), (10, 1), (10, 4), (21, 9)), (1e3, 6e4, 3e6, 1e9, 1e12, 1e30))
-    for (count, attackers), far in thinned([case for case in cases if dtype != torch.float16 or case[1] < 6.5e4]):
+    for (count, attackers), far in thin_out([case for case in cases if dtype != torch.float16 or case[1] < 6.5e4]):
         vectors, weights = make_vectors(count, 40, torch.float32, count), make_weights("counts", count)
         for m in range(attackers):
             vectors[m] = torch.full((40,), far * (-1) ** (m % 3)) + vectors[m]
@@ -150,7 +150,7 @@ def krum_in_python(vectors: list[Tensor], byzantine: int, keep: int) -> list[int
 
 
 def test_krum(backend: str) -> None:
-    for seed, (count, byzantine) in enumerate(thinned([(3, 0), (5, 1), (7, 2), (10, 3), (11, 0), (20, 8)])):
+    for seed, (count, byzantine) in enumerate(thin_out([(3, 0), (5, 1), (7, 2), (10, 3), (11, 0), (20, 8)])):
         for keep in (1, 2, count - byzantine):
             vectors = make_vectors(count, 40, torch.float32, seed)
             chosen = krum_in_python(vectors, byzantine, keep)
@@ -204,7 +204,7 @@ def test_geometric_median_is_the_least_sum_of_distances(backend: str, kind: str)
 def test_geometric_median_against_weiszfeld(backend: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways take the same steps, however many."""
     monkeypatch.setattr(aggregate_distances, "MOST_FROM_DISTANCES", limit)
-    for dtype, iterations in thinned(list(itertools.product(DTYPES, (0, 1, 4, 30)))):
+    for dtype, iterations in thin_out(list(itertools.product(DTYPES, (0, 1, 4, 30)))):
         vectors = make_vectors(9, 200, dtype, 5)
         weights = make_weights("zeros", 9)
         point = torch.stack(vectors).double()

@@ -24,7 +24,7 @@ from python_tests.ops._aggregate.aggregate_cases import (
     make_vectors,
     make_weights,
 )
-from python_tests.ops.operator_cases import BACKENDS, DTYPES, KERNELS, pairwise, thinned, using
+from python_tests.ops.operator_cases import BACKENDS, DTYPES, KERNELS, pairwise, thin_out, using
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,7 +58,7 @@ def test_more_than_a_block(name: str, count: int) -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 def test_pairs(name: str) -> None:
     axes = {"count": CLIENTS, "size": SIZES, "dtype": list(DTYPES), "kind": WEIGHTS}
-    for seed, case in enumerate(thinned(pairwise(axes, seed=3))):
+    for seed, case in enumerate(thin_out(pairwise(axes, seed=3))):
         check(name, **case, seed=seed)
 
 

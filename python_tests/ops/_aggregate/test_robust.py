@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedkern.ops import median, trimmed_mean
 from python_tests.ops._aggregate.aggregate_cases import CLIENTS, SIZES, close, make_vectors, make_weights
-from python_tests.ops.operator_cases import DTYPES, pairwise, thinned
+from python_tests.ops.operator_cases import DTYPES, pairwise, thin_out
 
 KINDS = ["none", "equal", "counts", "random", "zeros"]
 
@@ -80,7 +80,7 @@ def test_clients(backend: str, count: int) -> None:
 
 def test_pairs(backend: str) -> None:
     axes = {"count": CLIENTS[:6], "size": SIZES[:-2], "dtype": list(DTYPES), "kind": KINDS}
-    for seed, case in enumerate(thinned(pairwise(axes, seed=5))):
+    for seed, case in enumerate(thin_out(pairwise(axes, seed=5))):
         check(**case, seed=seed)
 
 
@@ -92,7 +92,7 @@ def test_more_than_a_chunk(backend: str) -> None:
 
 
 def test_no_byte_outside_is_read_into_a_result(backend: str) -> None:
-    for size in thinned(range(1, 70)):
+    for size in thin_out(range(1, 70)):
         memory = torch.full((4, size + 2), math.nan)
         inside = memory[:, 1:-1]
         inside.copy_(torch.stack(make_vectors(4, size, torch.float32)))

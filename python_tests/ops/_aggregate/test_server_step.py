@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedkern.ops import server_step
 from python_tests.ops._aggregate.aggregate_cases import close, make_vectors, make_weights
-from python_tests.ops.operator_cases import DTYPES, pairwise, thinned
+from python_tests.ops.operator_cases import DTYPES, pairwise, thin_out
 
 RULES = ["mean", "momentum", "adam", "yogi", "adagrad"]
 # Flower's strategies FedAvg, FedAvgM, FedAdam, FedYogi, FedAdagrad.
@@ -94,20 +94,20 @@ def check(rule, count, size, dtype, kind="counts", state=torch.float32, defaults
 @pytest.mark.parametrize("rule", RULES)
 def test_an_infinity_in_all_models_stays_and_changes_nothing(backend: str, rule: str) -> None:
     """With a causal mask among the buffers, everything else is the same as without it."""
-    for dtype, size in thinned([(dtype, size) for dtype in DTYPES for size in (5, 64, 300)]):
+    for dtype, size in thin_out([(dtype, size) for dtype in DTYPES for size in (5, 64, 300)]):
         vectors = make_vectors(5, size, dtype)
         (global_,) = make_vectors(1, size, dtype, 1000)
         mask = torch.full((size // 2,), -math.inf).to(dtype)
 
-        def masked(vector: Tensor, fill: Tensor = mask) -> Tensor:
+        def add_mask(vector: Tensor, fill: Tensor = mask) -> Tensor:
             return torch.cat([vector[:3], fill, vector[3:]])
 
         kept = torch.cat([torch.arange(3), torch.arange(size // 2 + 3, size // 2 + size)])
         plain = states(rule, size, torch.float32)
-        long = {name: masked(state, torch.zeros(size // 2)) for name, state in plain.items()}
+        long = {name: add_mask(state, torch.zeros(size // 2)) for name, state in plain.items()}
         weights = [1.0, 0.0, 2.0, 3.0, 1.0]
         expected = server_step(global_, vectors, weights, rule, **plain)
-        given = server_step(masked(global_), [masked(vector) for vector in vectors], weights, rule, **long)
+        given = server_step(add_mask(global_), [add_mask(vector) for vector in vectors], weights, rule, **long)
         assert torch.equal(given.model[3 : 3 + size // 2], mask)
         close(given.model[kept], expected.model.double())
         torch.testing.assert_close(given.norms, expected.norms, rtol=1e-12, atol=0)
@@ -128,7 +128,7 @@ def test_pairs(backend: str, rule: str) -> None:
         "state": [torch.float32, torch.float64],
         "defaults": [True, False],
     }
-    for seed, case in enumerate(thinned(pairwise(axes, seed=len(rule)))):
+    for seed, case in enumerate(thin_out(pairwise(axes, seed=len(rule)))):
         check(rule, **case, seed=seed)
 
 

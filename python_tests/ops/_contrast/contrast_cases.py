@@ -12,7 +12,7 @@ from fedkern.ops._contrast import kernels as contrast_kernels
 from fedkern.ops._contrast import products as contrast_products
 from fedkern.ops._contrast import tiled as contrast_tiled
 from fedkern.ops._contrast.reference import contrastive_reference
-from python_tests.ops.operator_cases import DTYPES, assert_close, moved
+from python_tests.ops.operator_cases import DTYPES, assert_close, move_to
 
 AXES: dict[str, Any] = {
     "pairs": (1, 2, 3, 31, 64, 65, 130),
@@ -62,7 +62,7 @@ def check(case: dict[str, Any], device: torch.device, monkeypatch: pytest.Monkey
     learnt = case["learnt"] or needs == "temperature"
     # In half precision the temperature is what it rounds to.
     given: Any = torch.tensor(case["temperature"], dtype=dtype) if learnt else case["temperature"]
-    x, y = (moved(t, device).requires_grad_(needs in (name, "both")) for t, name in ((x, "x"), (y, "y")))
+    x, y = (move_to(t, device).requires_grad_(needs in (name, "both")) for t, name in ((x, "x"), (y, "y")))
     temperature = given.to(device).requires_grad_(needs in ("temperature", "both")) if learnt else given
     inputs = [x, y, *([temperature] if learnt else [])]
     exact = [t.detach().cpu().double().requires_grad_(t.requires_grad) for t in inputs]

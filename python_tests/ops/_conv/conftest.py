@@ -11,7 +11,7 @@ from python_tests.ops._conv.conv_cases import Served
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> Served:
+def calls(monkeypatch: pytest.MonkeyPatch) -> Served:
     """Return the list of kernel calls, which grows during the test."""
     seen = Served()
     for kernels, name in itertools.product((ConvKernels, PoolKernels), ("forward", "backward")):

@@ -220,7 +220,7 @@ def leaves_of(given: Given) -> dict[str, Tensor]:
     return {name: given[name] for name in LEAVES if given.get(name) is not None and given[name].requires_grad}
 
 
-def check_chosen_gradients(served, name, given, grad, limit, **settings):
+def check_chosen_gradients(calls, name, given, grad, limit, **settings):
     """Check that chosen gradients have the bits of a call for all, and that no others are computed."""
     leaves, order = [*leaves_of(given)], [leaf for leaf in LEAVES if leaf in given]
     with using(name):
@@ -229,7 +229,7 @@ def check_chosen_gradients(served, name, given, grad, limit, **settings):
             for chosen in itertools.combinations(leaves, count):
                 tensors = {n: x.detach().requires_grad_(n in chosen) if n in leaves else x for n, x in given.items()}
                 got = results(tensors, grad, **settings)
-                assert [n for n, x in zip(order, served.last, strict=True) if x is not None] == [*chosen]
+                assert [n for n, x in zip(order, calls.last, strict=True) if x is not None] == [*chosen]
                 assert set(got) - {"mean", "variance"} == {"out", *(f"gradient of {n}" for n in chosen)}
                 assert_same(got, full, list(got))
 

@@ -66,7 +66,7 @@ def split(end: dict[str, Any], **shape: Any) -> tuple[dict[str, Any], dict[str, 
 
 @needs_core
 @pytest.mark.parametrize(("residual", "side"), [(False, 3), (True, 3), (False, 1)])
-def test_the_result_is_channels_last_where_x_or_the_weight_is(served: Served, residual: bool, side: int) -> None:
+def test_the_result_is_channels_last_where_x_or_the_weight_is(calls: Served, residual: bool, side: int) -> None:
     """Torch's result is the same.
 
     The kernel rearranges maps only where the weight alone is channels-last, and leaves other cases to the reference.
@@ -79,17 +79,17 @@ def test_the_result_is_channels_last_where_x_or_the_weight_is(served: Served, re
             if not is_last:
                 given[name] = given[name].detach().contiguous().requires_grad_()
         grad = grad_for(given)
-        served.clear()
+        calls.clear()
         out = ops.conv_norm(**{**given, "update": False})
         got = torch.autograd.grad(out, [*leaves_of(given).values()], grad)
-        assert bool(served) == (last[0] or (last[1] and side == 3))
+        assert bool(calls) == (last[0] or (last[1] and side == 3))
         with ops.use_backend("reference"):
             expected = ops.conv_norm(**{**given, "update": False})
         assert out.stride() == expected.stride()
-        assert got[1].stride() == given["weight"].stride() or not served
-        assert (serving(**given) is not None) == bool(served)
+        assert got[1].stride() == given["weight"].stride() or not calls
+        assert (serving(**given) is not None) == bool(calls)
         with ops.use_backend("cpu"):
-            if served:
+            if calls:
                 ops.conv_norm(**{**given, "update": False})
             else:
                 with pytest.raises(RuntimeError, match="'cpu' was forced, but it has no kernel for conv_norm of these"):
@@ -196,12 +196,12 @@ def test_fits_does_not_raise_for_a_wrong_setting(monkeypatch: pytest.MonkeyPatch
 
 
 @needs_core
-def test_the_portable_level_has_no_kernel(served: Served) -> None:
+def test_the_portable_level_has_no_kernel(calls: Served) -> None:
     given = arguments()
     with ops.use_isa("portable"):
         assert serving(**given) is None
         ops.conv_norm(**given)
-        assert not served
+        assert not calls
         with ops.use_backend("cpu"), pytest.raises(RuntimeError, match="or at this ISA level; allow another"):
             ops.conv_norm(**given)
 
@@ -304,12 +304,12 @@ def test_a_residual_and_statistics_may_change() -> None:
 
 
 @needs_core
-def test_autograd_counts_no_change_of_the_statistics_as_in_torch(served: Served) -> None:
+def test_autograd_counts_no_change_of_the_statistics_as_in_torch(calls: Served) -> None:
     given = arguments()
     statistics = given["mean"], given["variance"]
     by_torch = torch.nn.functional.batch_norm(torch.randn(2, 16, 4, 4), *statistics, given["scale"], training=True)
     (by_torch.square().sum() + ops.conv_norm(**given).square().sum()).backward()
-    assert served == ["forward", "backward"]
+    assert calls == ["forward", "backward"]
     assert [tensor._version for tensor in statistics] == [0, 0]
 
 
@@ -459,10 +459,10 @@ def test_maps_too_small() -> None:
 
 @pytest.mark.parametrize("name", CONV)
 @pytest.mark.parametrize("end", ENDS, ids=str)
-def test_only_the_gradients_that_are_asked_for(end: dict[str, Any], name: str, served: Served) -> None:
+def test_only_the_gradients_that_are_asked_for(end: dict[str, Any], name: str, calls: Served) -> None:
     """Images need no gradient, which would take as long as the convolution."""
     given, settings = split(end)
-    check_chosen_gradients(served, name, given, grad_for(given, **settings), len(leaves_of(given)), **settings)
+    check_chosen_gradients(calls, name, given, grad_for(given, **settings), len(leaves_of(given)), **settings)
 
 
 # Of a map's gradient; one of a batch of one, or of one row, has several layouts whose strides look alike.

@@ -60,7 +60,7 @@ CASES = [
 ]
 
 
-def pooled(given: dict[str, Any], grad: Tensor | None = None, **settings: Any) -> dict[str, Tensor]:
+def pool(given: dict[str, Any], grad: Tensor | None = None, **settings: Any) -> dict[str, Tensor]:
     return results(given, grad, call=ops.conv_pool, **settings)
 
 
@@ -79,7 +79,7 @@ def test_values_and_gradients(name: str, case: dict[str, Any]) -> None:
     for leaf, x in given.items():
         assert not isinstance(x, Tensor) or got[f"gradient of {leaf}"].stride() == x.stride()
     with torch.no_grad(), using(name):
-        assert_same(pooled(given, relu=relu), got, ["out"])
+        assert_same(pool(given, relu=relu), got, ["out"])
 
 
 @pytest.mark.sampled(8)
@@ -95,9 +95,9 @@ def test_these_shapes_are_served(shape: tuple[int, ...]) -> None:
 
 @each_kernel
 @pytest.mark.parametrize("shape", FEW, ids=str)
-def test_only_the_gradients_that_are_asked_for(name: str, shape: tuple[int, ...], served: Served) -> None:
+def test_only_the_gradients_that_are_asked_for(name: str, shape: tuple[int, ...], calls: Served) -> None:
     given = pool_arguments(shape, last=True)
-    check_chosen_gradients(served, name, given, pool_grad_for(given), 3, call=ops.conv_pool)
+    check_chosen_gradients(calls, name, given, pool_grad_for(given), 3, call=ops.conv_pool)
 
 
 @each_kernel
@@ -127,27 +127,27 @@ def test_bits_do_not_depend_on_layouts(name: str, shape: tuple[int, ...]) -> Non
         given = pool_arguments(shape, batch)
         grad = pool_grad_for(given)
         with using(name):
-            expected = pooled(given, grad)
+            expected = pool(given, grad)
             for lay_out in LAID.values():
-                assert_same(pooled(given, lay_out(grad)), expected)
+                assert_same(pool(given, lay_out(grad)), expected)
             for last, weight_last in itertools.product((False, True), repeat=2):
                 laid = pool_arguments(shape, batch, last=last, weight_last=weight_last)
                 for gradient in (grad, LAID["channels-last"](grad)):
-                    assert_same(pooled(laid, gradient), expected)
-            expanded = pooled(given, grad.flatten()[:1].view(1, 1, 1, 1).expand_as(grad))
-            assert_same(expanded, pooled(given, grad.flatten()[0] * torch.ones_like(grad)))
+                    assert_same(pool(laid, gradient), expected)
+            expanded = pool(given, grad.flatten()[:1].view(1, 1, 1, 1).expand_as(grad))
+            assert_same(expanded, pool(given, grad.flatten()[0] * torch.ones_like(grad)))
 
 
 def test_maps_of_any_strides() -> None:
     given = pool_arguments()
     grad = pool_grad_for(given)
     with ops.use_backend("reference"):
-        expected = pooled(exact(given), grad)
+        expected = pool(exact(given), grad)
     for lay_out in LAID.values():
         for names in (("x",), ("weight",), POOL_LEAVES[:2]):
             laid = {n: lay_out(x.detach()).requires_grad_() if n in names else x for n, x in given.items()}
-            assert_near(pooled(laid, grad), expected)
-    assert_near(pooled({**given, "bias": wide(given["bias"])}, grad), expected)
+            assert_near(pool(laid, grad), expected)
+    assert_near(pool({**given, "bias": wide(given["bias"])}, grad), expected)
 
 
 def wide(vector: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ def test_infinities_of_both_signs_that_meet_in_the_biass_gradient(name: str) -> 
     grad = pool_grad_for(given, False)
     grad[0, 2, 0, :2] = torch.tensor([math.inf, -math.inf])
     with using(name):
-        got = pooled(given, grad, relu=False)
+        got = pool(given, grad, relu=False)
     assert got["gradient of bias"][2].isnan()
     assert int((~got["gradient of bias"].isfinite()).sum()) == 1
     assert int((~got["gradient of weight"].isfinite()).flatten(1).any(1).sum()) == 1
@@ -217,7 +217,7 @@ def test_infinities_of_both_signs_that_meet_in_the_biass_gradient(name: str) -> 
 
 @each_kernel
 @pytest.mark.parametrize("relu", [True, False])
-def test_a_window_with_nan_is_nan(name: str, relu: bool, served: Served) -> None:
+def test_a_window_with_nan_is_nan(name: str, relu: bool, calls: Served) -> None:
     """The kernel meets NaN in the bias.
 
     The gradient goes to the last NaN, as in torch.
@@ -228,7 +228,7 @@ def test_a_window_with_nan_is_nan(name: str, relu: bool, served: Served) -> None
     grad = pool_grad_for(given, relu)
     grad[:, 3] = 1
     got, expected = serve_both(name, given, given, grad, relu=relu, call=ops.conv_pool)
-    assert served == ["forward", "backward"]
+    assert calls == ["forward", "backward"]
     assert got["out"][:, 3].isnan().all()
     assert_near(
         {n: x.nan_to_num(9) for n, x in got.items()}, {n: x.nan_to_num(9).double() for n, x in expected.items()}
@@ -259,7 +259,7 @@ def test_finite_values_that_overflow(name: str, shape: tuple[int, ...]) -> None:
 @needs_core
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("out", [1, 8])
-def test_strides_are_torchs(channels: int, out: int, served: Served) -> None:
+def test_strides_are_torchs(channels: int, out: int, calls: Served) -> None:
     """The result is channels-last where x or the weight is.
 
     With one channel the strides alone show it.
@@ -271,9 +271,9 @@ def test_strides_are_torchs(channels: int, out: int, served: Served) -> None:
     for batch, last, weight_last in itertools.product((1, 2, 20), (False, True), (False, True)):
         given = pool_arguments((3, 1, channels, out, 8, 9), batch)
         given |= {"x": lay_out(given["x"], last), "weight": lay_out(given["weight"], weight_last)}
-        served.clear()
+        calls.clear()
         got = ops.conv_pool(**given)
-        assert served
+        assert calls
         with ops.use_backend("reference"):
             assert got.stride() == ops.conv_pool(**given).stride(), (batch, last, weight_last)
 
@@ -353,10 +353,10 @@ def test_a_forced_kernel_that_does_not_fit_is_an_error() -> None:
 
 
 @needs_core
-def test_the_portable_level_has_no_kernel(served: Served) -> None:
+def test_the_portable_level_has_no_kernel(calls: Served) -> None:
     with ops.use_isa("portable"):
         ops.conv_pool(**pool_arguments()).sum().backward()
-    assert not served
+    assert not calls
 
 
 # --- autograd
@@ -383,7 +383,7 @@ def test_the_result_may_change() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_dtypes(dtype: torch.dtype, served: Served) -> None:
+def test_other_dtypes(dtype: torch.dtype, calls: Served) -> None:
     given = pool_arguments(dtype=dtype)
     expected = F.max_pool2d(F.conv2d(given["x"], given["weight"], given["bias"], padding=1).relu(), 2)
     got = ops.conv_pool(**given)
@@ -391,10 +391,10 @@ def test_other_dtypes(dtype: torch.dtype, served: Served) -> None:
     assert torch.equal(got, expected)
     got.sum().backward()
     assert given["weight"].grad.dtype is dtype
-    assert not served
+    assert not calls
 
 
-def test_autocast_runs_the_convolution_in_16_bits(served: Served) -> None:
+def test_autocast_runs_the_convolution_in_16_bits(calls: Served) -> None:
     given = pool_arguments()
     with torch.autocast("cpu", torch.bfloat16):
         out = ops.conv_pool(**given)
@@ -402,7 +402,7 @@ def test_autocast_runs_the_convolution_in_16_bits(served: Served) -> None:
     assert out.dtype is torch.bfloat16
     out.sum().backward()
     assert given["weight"].grad.dtype is torch.float32
-    assert not served
+    assert not calls
 
 
 # --- what is refused

@@ -132,7 +132,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backend._kernels["blend"], "triton", kernel)
 
 
-def chosen() -> Any:
+def choose() -> Any:
     return backend._choose("blend", "cuda")[0]
 
 
@@ -144,8 +144,8 @@ def reason(name: str) -> str:
 @pytest.mark.usefixtures("fresh")
 def test_cuda_serves_a_gpu_it_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpus(monkeypatch, (9, 0))
-    assert type(chosen()).__name__ == "BlendKernels"
-    assert chosen().gpu
+    assert type(choose()).__name__ == "BlendKernels"
+    assert choose().gpu
     assert reason("cuda") == reason("triton") == ""
 
 
@@ -153,7 +153,7 @@ def test_cuda_serves_a_gpu_it_was_built_for(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_old_driver_leaves_the_call_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "load_core", lambda name: fake_core(driver=12060))
     fake_gpus(monkeypatch, (9, 0))
-    assert chosen() == "triton's"
+    assert choose() == "triton's"
     assert "the driver serves 12.6" in reason("cuda")
     assert reason("triton") == ""
 
@@ -165,13 +165,13 @@ def test_an_old_driver_leaves_the_call_to_triton(monkeypatch: pytest.MonkeyPatch
 )
 def test_an_old_gpu_and_rocm_are_left_to_the_reference(capability, hip, of_cuda, of_triton, monkeypatch) -> None:
     fake_gpus(monkeypatch, capability, hip=hip)
-    assert chosen() is None
+    assert choose() is None
     assert of_cuda in reason("cuda")
     assert of_triton in reason("triton")
     with backend.use_backend("cuda"), pytest.raises(RuntimeError, match=r"'cuda' was forced, but .* because "):
-        chosen()
+        choose()
     with backend.use_backend("triton"):
-        assert chosen() == "triton's"
+        assert choose() == "triton's"
         assert reason("triton") == ""
 
 

@@ -27,7 +27,7 @@ def core():
         pytest.skip(str(error))
 
 
-def outlived() -> Tensor:
+def make_outlived() -> Tensor:
     kept: list[Tensor] = []
     torch.func.grad(lambda x: (kept.append(x), x.sum())[1])(torch.ones(3, 4))
     return kept[0]
@@ -42,7 +42,7 @@ def sparse() -> Tensor:
     return torch.eye(3).to_sparse()
 
 
-def compressed() -> Tensor:
+def make_csr() -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls this layout a prototype
         return torch.eye(3).to_sparse_csr()
@@ -55,10 +55,10 @@ UNREADABLE: dict[str, Callable[[], object]] = {
     "complex numbers": lambda: torch.ones(3, 4, dtype=torch.complex64),
     "eight bits": lambda: torch.ones(3, 4).to(torch.float8_e4m3fn),
     "sparse": sparse,
-    "compressed": compressed,
+    "compressed": make_csr,
     "on no device": lambda: torch.ones(3, 4, device="meta"),
     "without memory": lambda: torch._efficientzerotensor((3, 4)),
-    "outlived its transform": outlived,
+    "outlived its transform": make_outlived,
     "fake": fake,
     "a subclass": lambda: torch.ones(3, 4).as_subclass(Named),
     "no tensor": lambda: [[1.0, 2.0]],
@@ -221,7 +221,7 @@ def test_gradients_of_maps_without_positions():
 
 def test_a_grad_output_that_outlived_its_transform():
     x, y = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
-    (grad,) = torch.autograd.grad(ops.blend(x, y, 0.25), x, outlived())
+    (grad,) = torch.autograd.grad(ops.blend(x, y, 0.25), x, make_outlived())
     assert torch.equal(grad, torch.full((3, 4), 0.25))
 
 

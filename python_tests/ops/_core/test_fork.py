@@ -97,13 +97,13 @@ def module() -> nn.Module:
     return made
 
 
-def loaded() -> Tensor:
+def load_flat() -> Tensor:
     flat = ops.FlatParameters(module())
     flat.load(torch.full((flat.vector.numel(),), 0.5))
     return flat.vector.clone()
 
 
-def accumulated(exact: bool) -> Tensor:
+def accumulate(exact: bool) -> Tensor:
     """Return the mean of two accumulators, merged where they are exact, by way of a state."""
     vectors = torch.linspace(-1, 1, 9 << 18).view(9, -1)
     left, two, again = (ops.Accumulator(1 << 18, exact) for _ in range(3))
@@ -134,8 +134,8 @@ def torch_calls() -> Iterator[tuple[str, Callable[[], tuple[Tensor, ...]]]]:
     logits = torch.linspace(-3, 3, SIZE).view(-1, 100)
     yield "torch", lambda: (rows.square(),)
     yield "FlatParameters", lambda: (ops.FlatParameters(module()).vector.clone(),)
-    yield "FlatParameters.load", lambda: (loaded(),)
-    yield "Accumulator", lambda: (accumulated(False), accumulated(True))
+    yield "FlatParameters.load", lambda: (load_flat(),)
+    yield "Accumulator", lambda: (accumulate(False), accumulate(True))
     yield "weighted_mean", partial(by, "reference", ops.weighted_mean, rows, torch.ones(4))
     yield "kl_div in fp64", partial(by, "reference", ops.kl_div, logits.double(), logits.double().flip(0))
     yield "a gradient", partial(gradient, ops.kl_div, logits, logits.flip(0))

@@ -40,22 +40,22 @@ def maps(batch: int = 64, seed: int = 0) -> list[Tensor]:
     return list(torch.randn(2, batch, 16, 32, 32, generator=torch.Generator().manual_seed(seed)))
 
 
-def joined(batch: int = 64, seed: int = 0) -> Tensor:
+def join(batch: int = 64, seed: int = 0) -> Tensor:
     """Return a result of 8 MB for a batch of 64."""
     return ops.fuse_concat(maps(batch, seed))
 
 
 def test_memory_is_used_again_once_nothing_refers_to_it(own_cache: _memory.Cache) -> None:
-    result = joined()
+    result = join()
     place, row = result.data_ptr(), result[5]
-    second = joined(seed=1)
+    second = join(seed=1)
     assert second.data_ptr() != place
     del result
     assert not own_cache.free(), "a view of it is alive"
     assert torch.equal(row, torch.cat([x[5] for x in maps()]))
     del row
     assert [len(memory) for memory in own_cache.free()] == [8 * MB]
-    third = joined(seed=2)
+    third = join(seed=2)
     assert third.data_ptr() == place
     assert not own_cache.free()
     assert torch.equal(third, torch.cat(maps(seed=2), 1))
@@ -63,30 +63,30 @@ def test_memory_is_used_again_once_nothing_refers_to_it(own_cache: _memory.Cache
 
 
 def test_other_sizes_have_their_own(own_cache: _memory.Cache) -> None:
-    joined()
-    assert torch.equal(joined(48), torch.cat(maps(48), 1))
+    join()
+    assert torch.equal(join(48), torch.cat(maps(48), 1))
     assert [len(memory) for memory in own_cache.free()] == [8 * MB, 6 * MB]
 
 
 def test_the_oldest_go_where_too_much_is_kept(own_cache: _memory.Cache) -> None:
-    results = [joined(batch) for batch in (192, 128, 160)]  # 24, 16 and 20 MB
+    results = [join(batch) for batch in (192, 128, 160)]  # 24, 16 and 20 MB
     while results:
         del results[0]
     assert [len(memory) // MB for memory in own_cache.free()] == [24, 16, 20]
-    joined(64)
+    join(64)
     assert [len(memory) // MB for memory in own_cache.free()] == [16, 20, 8]
     ops.empty_cache()
     assert not own_cache.free()
 
 
 def test_more_than_is_kept_is_fresh(own_cache: _memory.Cache) -> None:
-    assert joined(640).shape == (640, 32, 32, 32)
+    assert join(640).shape == (640, 32, 32, 32)
     assert not own_cache.free()
 
 
 @pytest.mark.parametrize("again", [True, False], ids=["after what is kept has gone", "never"])
 def test_where_there_is_no_memory(again: bool, own_cache: _memory.Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    joined()
+    join()
     assert own_cache.free()
     real = _memory.mmap.mmap
 
@@ -96,14 +96,14 @@ def test_where_there_is_no_memory(again: bool, own_cache: _memory.Cache, monkeyp
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
     monkeypatch.setattr(_memory.mmap, "mmap", full)
-    assert torch.equal(joined(48), torch.cat(maps(48), 1))
+    assert torch.equal(join(48), torch.cat(maps(48), 1))
     assert len(own_cache.free()) == again
 
 
 def test_deterministic_mode_decides_what_is_not_written(own_cache: _memory.Cache) -> None:
     torch.use_deterministic_algorithms(True)
     try:
-        joined()
+        join()
     finally:
         torch.use_deterministic_algorithms(False)
     assert not own_cache.free()
@@ -138,7 +138,7 @@ def test_signals_are_not_lost_where_results_are_freed() -> None:
 def test_none_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDKERN_CACHE_MB", "0")
     _memory.cache.cache_clear()
-    assert torch.equal(joined(), torch.cat(maps(), 1))
+    assert torch.equal(join(), torch.cat(maps(), 1))
     assert not _memory.cache().free()
 
 
@@ -153,7 +153,7 @@ def test_a_wrong_setting(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
 
 
 def test_results_are_tensors_like_others() -> None:
-    result, wanted = joined(), torch.cat(maps(), 1)
+    result, wanted = join(), torch.cat(maps(), 1)
     assert not result._is_view()
     assert result.untyped_storage().nbytes() == result.nbytes
     file = io.BytesIO()
@@ -163,7 +163,7 @@ def test_results_are_tensors_like_others() -> None:
         assert torch.equal(torch.as_tensor(copied), wanted)
     assert torch.equal(result.share_memory_(), wanted)
     with torch.inference_mode():
-        assert joined().is_inference()
+        assert join().is_inference()
     x = maps()[0].requires_grad_()
     (ops.blend(x, x.detach(), 0.5) * 2).sum().backward()
     x.grad.add_(1).mul_(2)
@@ -195,7 +195,7 @@ def test_threads_do_not_share_what_is_in_use() -> None:
     def work(seed: int) -> None:
         held: list[Tensor] = []
         for turn in range(12):
-            held.append(joined(seed=seed))
+            held.append(join(seed=seed))
             if turn % 3 == 2:
                 wrong.extend(seed for result in held if not torch.equal(result, wanted[seed]))
                 held.clear()
@@ -211,7 +211,7 @@ def test_threads_do_not_share_what_is_in_use() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_writes_into_memory_of_its_own() -> None:
     given, wanted = maps(seed=1), torch.cat(maps(seed=1), 1).numpy().tobytes()
-    kept = joined()
+    kept = join()
     place = kept.data_ptr()
     del kept
     child = os.fork()
@@ -222,7 +222,7 @@ def test_a_forked_child_writes_into_memory_of_its_own() -> None:
             code = 0 if result.data_ptr() == place and result.numpy().tobytes() == wanted else 2
         finally:
             os._exit(code)
-    parent = joined()
+    parent = join()
     assert parent.data_ptr() == place
     assert os.waitpid(child, 0)[1] == 0
     assert torch.equal(parent, torch.cat(maps(), 1))

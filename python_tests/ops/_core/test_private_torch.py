@@ -130,12 +130,12 @@ def reading(change: Callable[[Any], int]) -> int:
     return ctypes.cast(called, ctypes.c_void_p).value or 0
 
 
-def shifted(view: Any) -> int:
+def shift(view: Any) -> int:
     view.data, view.byte_offset = view.data - 4, 4
     return 0
 
 
-def turned(view: Any) -> int:
+def turn(view: Any) -> int:
     view.shape, view.strides = view.strides, view.shape
     return 0
 
@@ -144,7 +144,7 @@ def test_an_exchange_table_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert private_torch.table_problem(capsule()) == ""
     assert private_torch.table_problem(capsule(major=2, minor=1)) == "the table is of DLPack 2.1, not 1"
     assert private_torch.table_problem(capsule(view=None)) == "the table cannot describe tensors"
-    for change in (shifted, turned):
+    for change in (shift, turn):
         assert private_torch.table_problem(capsule(view=reading(change))) == "it describes a small tensor wrongly"
     assert private_torch.table_problem(capsule(view=reading(lambda _: 1))) == "it fails on a tensor of the CPU"
     monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", capsule(major=2))
@@ -164,7 +164,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     loading.warn_once.cache_clear()
 
 
-def told(call: Callable[[], Any]) -> list[str]:
+def list_warnings(call: Callable[[], Any]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
@@ -189,7 +189,7 @@ def test_other_machines_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(loading.importlib, "import_module", absent)
-    assert told(several) == [
+    assert list_warnings(several) == [
         "plain PyTorch serves every operator, because fedkern's compiled kernels are made for Linux on x86-64, and "
         "this is Darwin on arm64"
     ]

@@ -13,7 +13,7 @@ from fedkern.ops._core.backend import compute_dtype
 from fedkern.ops._distill.checks import spread_row_weights, spread_weights
 from fedkern.ops._distill.ensemble_reference import consensus_reference, ensemble_reference, js_reference
 from fedkern.ops._distill.rows import LOGITS, MEAN, PROBS, REDUCTIONS
-from python_tests.ops.operator_cases import assert_close, moved, pairwise, thinned, using
+from python_tests.ops.operator_cases import assert_close, move_to, pairwise, thin_out, using
 
 CPU = torch.device("cpu")
 FACTOR = 3.0  # every loss is multiplied before backward: a dropped grad_output shows
@@ -212,7 +212,7 @@ def run_ensemble(number: int, names: list[str], device: torch.device = CPU) -> N
     if case["mask"]:
         draw = torch.rand(case["teachers"], case["classes"], generator=torch.Generator().manual_seed(number))
         mask = (draw < 0.6).to(device)
-    tensors = [x if x is None else moved(x, device) for x in (student, teachers, weights)]
+    tensors = [x if x is None else move_to(x, device) for x in (student, teachers, weights)]
     compare(case, names, *ensemble(case, mask), tensors, NEEDS[case["needs"]])
 
 
@@ -235,7 +235,7 @@ def run_agreement(number: int, names: list[str], device: torch.device = CPU) -> 
     case = AGREEMENTS[number]
     _, stack, weights = make_inputs(case, seed=number)
     needs = NEEDS_OF_AGREEMENTS["logits" if weights is None else case["needs"]]
-    tensors = [None, *(x if x is None else moved(x, device) for x in (stack, weights))]
+    tensors = [None, *(x if x is None else move_to(x, device) for x in (stack, weights))]
     compare(case, names, *agreement(case), tensors, needs)
 
 
@@ -250,7 +250,7 @@ PLAIN: dict[str, Any] = {
 
 def compare_on(device, name, case, mask, tensors):
     """Compare all gradients of a case on a backend."""
-    given = [x if x is None else moved(x, device) for x in tensors]
+    given = [x if x is None else move_to(x, device) for x in tensors]
     needs = (True, True, tensors[2] is not None)
     compare(case, [name], *ensemble(case, mask if mask is None else mask.to(device)), given, needs)
 
@@ -262,7 +262,7 @@ def compare_little_mass(name, difference, classes, rows, device=CPU, **changes):
     mask = torch.stack((~low_half, low_half))
     sure = difference * torch.stack((low_half, ~low_half)).unsqueeze(1).expand(2, rows, classes)
     shares = (None, torch.tensor((0.3, 0.9)), torch.rand(2, 1, classes) + 0.1)
-    for noise, number in thinned(list(itertools.product((0.0, 1e-3, 1.0), range(3)))):  # 0: equal rows
+    for noise, number in thin_out(list(itertools.product((0.0, 1e-3, 1.0), range(3)))):  # 0: equal rows
         student = noise * logits(rows, classes)
         teachers = sure + noise * logits(2, rows, classes, seed=1)
         teachers[:, ::3] *= 0.1  # so that not all rows of a block are alike

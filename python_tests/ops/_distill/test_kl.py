@@ -24,7 +24,7 @@ from python_tests.ops.operator_cases import (
     assert_close,
     backends,
     describe,
-    moved,
+    move_to,
     pairwise,
     using,
 )
@@ -135,7 +135,7 @@ def compare(case, logits, weight, names, device="cpu"):
     """Compare a case on these backends with the reference in float64."""
     entropy, everything = case["operator"] == "entropy", case["needs"] == "all"
     needs = [everything or entropy or (case["needs"] == "teacher") == (i == 0) for i in range(len(logits))]
-    tensors = [x if x is None else moved(x, torch.device(device)) for x in (*logits, None if entropy else weight)]
+    tensors = [x if x is None else move_to(x, torch.device(device)) for x in (*logits, None if entropy else weight)]
     compare_operator(case, names, *divergence(case), tensors, (*needs, everything), stacked=False)
 
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from fedkern.ops import use_backend
-from python_tests.ops.emulated_core import emulated
+from python_tests.ops.emulated_core import emulate
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Yield the device of a test's tensors, with the CUDA backend forced."""
     if request.param == "emulated":
-        with emulated():
+        with emulate():
             yield torch.device("cpu")
         return
     if not torch.cuda.is_available():

@@ -288,11 +288,11 @@ def test_a_list_is_clipped_by_one_call(device: torch.device, monkeypatch: pytest
     calls = []
     call = AggregateKernels._call
 
-    def counted(kernel: AggregateKernels, function: Any, *arguments: Any) -> None:
+    def count_call(kernel: AggregateKernels, function: Any, *arguments: Any) -> None:
         calls.append(function)
         call(kernel, function, *arguments)
 
-    monkeypatch.setattr(AggregateKernels, "_call", counted)
+    monkeypatch.setattr(AggregateKernels, "_call", count_call)
     found = ops.clip_by_norm(vectors, 20_000**0.5 * 3)
     assert [round(float(x[0]), 4) for x in found] == [1, 2, 3, 3, 3]
     assert len(calls) == 2  # the norms, and the scaling

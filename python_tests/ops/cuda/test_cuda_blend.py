@@ -9,7 +9,7 @@ from torch import Tensor
 from fedkern.ops import blend, erase_boxes, keep_boxes
 from fedkern.ops._blend.boxes import fill_boxes_reference
 from python_tests.ops._blend.test_blend import check
-from python_tests.ops.operator_cases import DTYPES, describe, lay_out_map, moved, pairwise
+from python_tests.ops.operator_cases import DTYPES, describe, lay_out_map, move_to, pairwise
 
 AXES: dict[str, Any] = {
     "rows": (0, 1, 5, 33),
@@ -73,7 +73,7 @@ def test_boxes(device: torch.device, number: int) -> None:
         corners[:, :, 2:] = corners[:, :, :2] + corners[:, :, 2:] / case["boxes"]
         corners[:, 0] = corners[:, 0].round() + 0.5  # edges on pixels' centres
     fill: Any = 1 if case["fill"] == "number" else [int(c % 2) for c in range(shape[1])]
-    out = (keep_boxes if case["keep"] else erase_boxes)(moved(images, device), corners.to(device), fill)
+    out = (keep_boxes if case["keep"] else erase_boxes)(move_to(images, device), corners.to(device), fill)
     values = torch.tensor([fill] if isinstance(fill, int) else fill).expand(shape[1])[None].to(dtype)
     assert torch.equal(out.cpu(), fill_boxes_reference(images, corners, values, case["keep"]))
     if case["layout"] == "channels_last" and images.numel():

@@ -25,7 +25,7 @@ from python_tests.ops._distill.ensemble_cases import (
     run_agreement,
     run_ensemble,
 )
-from python_tests.ops.operator_cases import assert_close, describe, moved
+from python_tests.ops.operator_cases import assert_close, describe, move_to
 
 OPERATORS = ("probs", "logits", "mean", "js_div", "consensus")
 # What mixes for a student: ensemble_kl's arguments, and the reference's.
@@ -69,7 +69,7 @@ def test_rows_held_by_a_thread_or_a_block(device, operator, count, classes, near
         }
         student, teachers, weights = make_inputs(case, seed=count)
         functions = agreement(case) if agreeing else ensemble(case, None)
-        tensors = [x if x is None else moved(x, device) for x in (None if agreeing else student, teachers, weights)]
+        tensors = [x if x is None else move_to(x, device) for x in (None if agreeing else student, teachers, weights)]
         compare(case, ["cuda"], *functions, tensors, (not agreeing, everything or agreeing, everything))
 
 

@@ -91,7 +91,7 @@ def main() -> None:
         triton.knobs.nvidia.dump_ptxas_log = True  # Triton itself runs ptxas -v
         triton.runtime.driver.set_active(Driver())
         recorder = Recorder(options.registers)
-        with sm90_cases.recorded(recorder, PROCESSORS):
+        with sm90_cases.record_launches(recorder, PROCESSORS):
             for name, run in sm90_cases.cases(options.full):
                 if options.family in (None, name.partition(" ")[0]):
                     recorder.case = name

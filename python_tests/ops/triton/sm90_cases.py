@@ -35,7 +35,7 @@ def modules() -> list[ModuleType]:
 
 
 @contextlib.contextmanager
-def recorded(launch: Callable[..., None], processors: int) -> Iterator[None]:
+def record_launches(launch: Callable[..., None], processors: int) -> Iterator[None]:
     """Hand every launch to ``launch``, which sees a device of so many ``processors``."""
     before = []
     replaced = {"launch": launch, "processors": lambda device: processors}
