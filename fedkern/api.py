@@ -696,10 +696,10 @@ def _play(
     rounds: int | None = None,
 ) -> None:
     from fedkern.report.figures.pictures import find_pictures, finished_pictures
-    from fedkern.report.live.notebook import display
+    from fedkern.report.live.notebook import choose_display
 
     listeners = _listeners(listener)
-    view = display(quiet=not progress, json=False)
+    view = choose_display(quiet=not progress, json=False)
     heard = Listeners(*listeners, view)
     try:
         run(config, out=out, resume=resume, listener=heard, data=data, script=script, trusted=trusted, rounds=rounds)

@@ -137,7 +137,7 @@ def _run_guarded(words: list[str], leftover: bool) -> int:
             raise
         way_out = "; choose a shorter name" if error.errno == errno.ENAMETOOLONG else ""
         return _say(f"{error.filename}: {error.strerror}{way_out}")
-    except SystemExit as error:  # of code that the command runs: no exit code of its own may pass for success
+    except SystemExit as error:  # sys.exit in user code must not pass for success
         return _say(f"code that the command runs called sys.exit({error.code!r}): let it raise an exception", FAILED)
     except KeyboardInterrupt as stop:
         word, code = end_by(stop)
@@ -219,7 +219,7 @@ def _show_waiting(text: str) -> Iterator[None]:
 def _say(text: str, code: int = USAGE) -> int:
     from fedkern.errors import make_printable
 
-    if _told_elsewhere():
+    if _reported_by_other_rank():
         return code
     text = make_printable(" ".join(text.split()))
     print(f"error: {text}" + ("" if text.endswith((".", "?", "!")) else "."), file=sys.stderr)
@@ -235,7 +235,7 @@ def _ranks() -> ModuleType | None:
     return sys.modules.get("fedkern.engine.transport.torchrun_group") if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
-def _told_elsewhere() -> bool:
+def _reported_by_other_rank() -> bool:
     """Return whether another rank reports this error.
 
     Before ranks meet, all have the error, and the first of a machine reports it.

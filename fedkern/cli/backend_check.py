@@ -12,7 +12,7 @@ def check_backend() -> None:
     try:
         backend.cpu_core()
     except loading.Unavailable:
-        pass  # the reference serves; doctor says why
+        pass  # PyTorch's reference is used, and doctor says why
     except ValueError as error:
         raise UserError(f"{error}.") from None
     try:

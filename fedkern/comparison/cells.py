@@ -41,9 +41,8 @@ class Variant:
     @property
     def label(self) -> str:
         """Name of the variant for people: ``fedgid alpha=0.3``. An unregistered class goes by its own name."""
-        return " ".join(
-            [method_registry.short_name(self.method), *(f"{name}={word(value)}" for name, value in self.swept.items())]
-        )
+        swept = (f"{name}={spell_value(value)}" for name, value in self.swept.items())
+        return " ".join([method_registry.short_name(self.method), *swept])
 
     @property
     def swept(self) -> dict[str, object]:
@@ -66,7 +65,7 @@ def run_name(variant: Variant, seed: int) -> str:
     return folder_name([*variant.label.split(" "), f"seed={seed}"])
 
 
-def word(value: object) -> str:
+def spell_value(value: object) -> str:
     """Return a setting's value as the command line takes it, an integer without decimals."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e6:
         return str(int(value))
@@ -154,7 +153,7 @@ def _distinct(option: Option, values: Sequence[object], name: str) -> list[Value
     result = [option.convert(value) for value in values]
     for value in result:
         if result.count(value) > 1:
-            raise UserError(f'The sweep over "{name}" has the value {word(value)} twice: leave one out.')
+            raise UserError(f'The sweep over "{name}" has the value {spell_value(value)} twice: leave one out.')
     return result
 
 

@@ -138,7 +138,7 @@ class Plan:
         return cls(
             cells.variants(methods, sweep, {*settings, *options}),
             cells.read_seeds(seeds, int(settings.get("seed", 0))), select,
-            None if target is None else Target.read(target), unread(methods, settings, options),
+            None if target is None else Target.read(target), describe_ignored(methods, settings, options),
         )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: st
     return Comparison(result, where, result.write(where))
 
 
-def unread(methods: Sequence[str], settings: Collection[str], options: Iterable[str]) -> list[str]:
+def describe_ignored(methods: Sequence[str], settings: Collection[str], options: Iterable[str]) -> list[str]:
     names = [name for name in OF_ROUNDS if name in settings]
     one_shot = [method_registry.short_name(method) for method in methods if method_registry.get(method).one_shot]
     flags = " and ".join(map(flag, names))

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedkern.comparison.cells import word
+from fedkern.comparison.cells import spell_value
 from fedkern.comparison.found_runs import group_runs, own_sets, read_run, read_runs
 from fedkern.comparison.run_results import CSV, MARKDOWN, Result, spread_text
 from fedkern.comparison.seed_statistics import mean_std, plus_minus
@@ -29,9 +29,9 @@ from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.tasks.figure_names import figure_and_set, figure_title, number_text, scale, split_metric
 from fedkern.text_table import Table
 
-TOLD = 6
+LISTED = 6
 """Most differences in the headline."""
-FEW = 3
+MIN_SEEDS = 3
 """Fewest seeds for which an interval can say that groups differ."""
 COLUMNS = 6
 """Most groups whose settings stand side by side."""
@@ -137,7 +137,7 @@ def headline(result: Result) -> list[str]:
                 sentences.append(f"{far}, without an interval.")
                 continue
             interval = f"{number_text(figure, low, '+')} to {number_text(figure, high, '+')}"
-            if min(row["seeds"], base_row["seeds"]) < FEW:
+            if min(row["seeds"], base_row["seeds"]) < MIN_SEEDS:
                 unsure += 1
                 sentences.append(f"{far} (95 % interval {interval}, which two seeds can make narrow by accident).")
             elif low <= 0 <= high:
@@ -161,8 +161,9 @@ def headline(result: Result) -> list[str]:
         opening = (
             f"{sure} of {len(sentences)} differences from {base_row['group']} have a 95 % interval without 0{several}."
         )
-    more_sentences = [f"{len(sentences) - TOLD} more differences are in the table."] if len(sentences) > TOLD else []
-    return [opening, *sentences[:TOLD], *more_sentences]
+    remaining = len(sentences) - LISTED
+    more_sentences = [f"{remaining} more differences are in the table."] if remaining > 0 else []
+    return [opening, *sentences[:LISTED], *more_sentences]
 
 
 def _figure_label(figure: str) -> str:
@@ -262,11 +263,11 @@ def _settings(result: Result, commands: Mapping[str, str]) -> Iterator[Block]:
     names = list(dict.fromkeys(name for table in tables for name in table))
     differ = [name for name in names if len({str(table.get(name)) for table in tables}) > 1]
     if differ:
-        cells = {name: [word(table[name]) if name in table else "" for table in tables] for name in differ}
+        cells = {name: [spell_value(table[name]) if name in table else "" for table in tables] for name in differ}
         if len(tables) > COLUMNS:
             labels, cells = ["values"], {k: [", ".join(filter(None, dict.fromkeys(v)))] for k, v in cells.items()}
         rows = [[name, *texts] for name, texts in cells.items()]
         yield Table(["setting", *labels], rows, "Settings that differ", words=1 + len(labels))
-    same_rows = [[name, word(tables[0][name])] for name in names if name not in differ]
+    same_rows = [[name, spell_value(tables[0][name])] for name in names if name not in differ]
     yield Table(["setting", "value"], same_rows, "Settings of all groups", words=2)
     yield versions_table(run.summary.get("versions") or {} for run in result.runs)

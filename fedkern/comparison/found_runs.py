@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from fedkern.comparison.cells import word
+from fedkern.comparison.cells import spell_value
 from fedkern.engine.store.checkpoints import read_newest
 from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.engine.store.resuming import load_unedited, with_identity
@@ -136,7 +136,7 @@ def group_runs(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None
         for group, (method, table) in zip(groups, tables, strict=True):
             siblings = [sibling for name, sibling in tables if name == method]
             differing = [name for name in _names(siblings) if len({str(sibling.get(name)) for sibling in siblings}) > 1]
-            words = [f"{name.removeprefix('options.')}={word(table.get(name, 'unset'))}" for name in differing]
+            words = [f"{name.removeprefix('options.')}={spell_value(table.get(name, 'unset'))}" for name in differing]
             group.label = " ".join([short_name(method), *words])
     return groups
 
@@ -173,7 +173,7 @@ def differing_settings(groups: Sequence[Group]) -> str:
         having = [(group, table) for group, table in tables if name in table or not of_some]
         by_value: dict[str, list[str]] = {}
         for group, table in having:
-            by_value.setdefault(word(table.get(name, "unset")), []).append(group.label)
+            by_value.setdefault(spell_value(table.get(name, "unset")), []).append(group.label)
         if len(by_value) > 1:
             values = "; ".join(f"{value} for {', '.join(labels)}" for value, labels in by_value.items())
             parts.append(f"{name.removeprefix('options.')} ({values})")

@@ -16,7 +16,7 @@ from typing import Any
 from fedkern.comparison import reproduction_table
 from fedkern.comparison.boards import Board
 from fedkern.comparison.cell_runner import Runner, check_out
-from fedkern.comparison.cells import Variant, read_sweep, run_name, variants, word
+from fedkern.comparison.cells import Variant, read_sweep, run_name, spell_value, variants
 from fedkern.comparison.found_runs import FoundRun
 from fedkern.comparison.published import Before, NotHere, Paper, PublishedCell
 from fedkern.comparison.reproduction_table import Row, by_reason
@@ -427,7 +427,7 @@ def _without_data(job: Job, reasons: dict[str, str]) -> str:
 
 
 def _point(point: Variant) -> str:
-    return ", ".join(f"{name} {word(value)}" for name, value in point.swept.items())
+    return ", ".join(f"{name} {spell_value(value)}" for name, value in point.swept.items())
 
 
 def _reached_text(cell: PublishedCell, run: FoundRun | None) -> str:

@@ -29,7 +29,7 @@ from fedkern.text_table import Table
 from fedkern.usercode.named_code import INSTANCE
 
 CSV, MARKDOWN, LATEX, PICTURE = "comparison.csv", "comparison.md", "comparison.tex", "comparison.png"
-TOLD = ("no-effect", "shared-machine")
+SHOWN_WARNINGS = ("no-effect", "shared-machine")
 """Warnings of runs whose sentences stand below the table."""
 TAKEN = ("rounds", "bytes", "seconds")
 """Costs of reaching a target."""
@@ -131,8 +131,8 @@ class Result:
                 "are those of the machine that ran."
             )
         diagnostics = [run.summary.get("diagnostics") or {} for run in self.runs]
-        texts += dict.fromkeys(str(table[name]) for name in TOLD for table in diagnostics if name in table)
-        if numbers := Counter(str(name) for table in diagnostics for name in table if name not in TOLD):
+        texts += dict.fromkeys(str(table[name]) for name in SHOWN_WARNINGS for table in diagnostics if name in table)
+        if numbers := Counter(str(name) for table in diagnostics for name in table if name not in SHOWN_WARNINGS):
             counts = ", ".join(f"{name} ({count} run{'s' * (count > 1)})" for name, count in sorted(numbers.items()))
             texts.append(f"Warnings: {counts}; see diagnostics in the runs' summary.json.")
         return [*texts, *self.notes]
@@ -178,7 +178,7 @@ class Result:
         with without_docstrings():
             from fedkern.report.figures.comparison_plot import comparison_panels
             from fedkern.report.figures.curves import draw_panels
-            from fedkern.report.figures.plots import save_png, tell_lacking
+            from fedkern.report.figures.plots import save_png, warn_of_missing_letters
 
         folder.mkdir(parents=True, exist_ok=True)
         table = self.text_table(self.all_sentences())
@@ -190,7 +190,7 @@ class Result:
             panels = comparison_panels(self.histories(), self.figures, chance=self.chance())
             if panels:
                 save_png(draw_panels([*panels.values()], title=self.title()), folder / PICTURE)
-                tell_lacking(warnings.warn)
+                warn_of_missing_letters(warnings.warn)
                 paths.append(folder / PICTURE)
         return paths
 

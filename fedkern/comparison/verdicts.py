@@ -68,34 +68,34 @@ class Verdict:
 
 def figure_of(cell: PublishedCell, run: FoundRun) -> float | None:
     if cell.goal is not None:
-        check_told(cell.goal.figure, run)
+        check_figure(cell.goal.figure, run)
         return cell.goal.crossing(run.records)
     if cell.figure not in run.metrics:
-        raise _untold(cell.figure, run, run.metrics)
+        raise _missing_figure(cell.figure, run, run.metrics)
     return run.metrics[cell.figure]
 
 
 def best_value(figure: str, run: FoundRun) -> float:
-    check_told(figure, run)
+    check_figure(figure, run)
     values = [record[figure] for record in run.records if isinstance(record.get(figure), float)]
     finite = [value for value in values if math.isfinite(value)]
-    return (min if falls(figure, run) else max)(finite, default=math.nan)
+    return (min if is_lower_better(figure, run) else max)(finite, default=math.nan)
 
 
-def check_told(figure: str, run: FoundRun) -> None:
+def check_figure(figure: str, run: FoundRun) -> None:
     figures = {name for record in run.records for name, value in record.items() if isinstance(value, float)}
     if figure not in figures:
-        raise _untold(figure, run, figures)
+        raise _missing_figure(figure, run, figures)
 
 
-def _untold(figure: str, run: FoundRun, figures: Mapping[str, float] | set[str]) -> UserError:
+def _missing_figure(figure: str, run: FoundRun, figures: Mapping[str, float] | set[str]) -> UserError:
     return UserError(
         f'The run in {run.folder} tells no figure "{figure}": it has {", ".join(sorted(figures))}.'
         f"{suggest_name(figure, figures)}"
     )
 
 
-def falls(figure: str, run: FoundRun) -> bool:
+def is_lower_better(figure: str, run: FoundRun) -> bool:
     if (better := run.direction(figure)) is None and figure != ROUNDS:
         raise UserError(f'The run in {run.folder} does not say whether a low "{figure}" is a good one: choose another.')
     return better != "max"
@@ -107,7 +107,7 @@ def rate_run(cell: PublishedCell, run: FoundRun) -> tuple[float, ...]:
     if cell.select == "validation":
         name = f"validation_{run.config.main}"
         if name not in run.metrics:
-            raise _untold(name, run, run.metrics)
+            raise _missing_figure(name, run, run.metrics)
         value: float | None = run.metrics[name]
     else:
         value = figure_of(cell, run)
@@ -115,7 +115,7 @@ def rate_run(cell: PublishedCell, run: FoundRun) -> tuple[float, ...]:
         assert cell.goal is not None
         name, reached = cell.goal.figure, 0.0
         value = best_value(name, run)
-    return reached, -math.inf if math.isnan(value) else -value if falls(name, run) else value
+    return reached, -math.inf if math.isnan(value) else -value if is_lower_better(name, run) else value
 
 
 def judge_cell(

@@ -131,14 +131,14 @@ def group_samples(members: Sequence[Split], test: Split) -> tuple[str, tuple[Ten
     return "image", None
 
 
-def place(out: Path | str, network: str = "last") -> Path:
+def result_path(out: Path | str, network: str = "last") -> Path:
     """Return the path of a run's attack.json, with ``--records private`` in checkpoints/, which is not public."""
     private = load_settings(out, device="cpu").records == "private"
     return Path(out) / (FOLDER if private else "") / ATTACKS[network]
 
 
 def write(out: Path | str, result: Result) -> None:
-    text, path = json.dumps(plain(result), indent=2, allow_nan=False), place(out, result["network"])
+    text, path = json.dumps(plain(result), indent=2, allow_nan=False), result_path(out, result["network"])
     if path.parent != Path(out):
         atomic.make_folder(path.parent)
     atomic.write_bytes(path, (text + "\n").encode())

@@ -149,7 +149,7 @@ def read_data(
     again = data == config.data and data_root is not None and _same_files(data_root, config.data_root)
     trained = _as_trained(data, about, config)
     if training:
-        trained.pop("task", None)  # the labels serve another task
+        trained.pop("task", None)  # the labels are for another task
     share = (1, "iid") if lookup(data).function is None else (None, None)  # a function shares out by itself
     return load(
         data, root=data_root, clients=share[0], partition=share[1], seed=config.seed,

@@ -194,7 +194,7 @@ def nodes(grid: Grid) -> list[int]:
     """Return the connected nodes by registration, then id, because the grid's order may change."""
     try:
         listed = list(grid.get_nodes())
-    except AttributeError:  # flwr below 1.38 tells ids alone
+    except AttributeError:  # flwr below 1.38 only lists ids
         return sorted(map(int, grid.get_node_ids()))
     pairs = [(str(getattr(node, "registered_at", "") or ""), int(node.node_id)) for node in listed]
     return [node for _, node in sorted(pairs)]

@@ -180,7 +180,7 @@ def allocate_bytes(head: bytes, dtype: torch.dtype, count: int) -> tuple[bytes, 
 
 def _share_memory(data: bytes, address: int, dtype: torch.dtype, count: int, begin: int) -> Tensor:
     """Return a vector in the memory of ``data`` at ``address``. The vector keeps ``data`` alive."""
-    # torch warns of bytes that nobody may write to.
+    # torch.frombuffer warns of read-only bytes.
     memory: Any = (ctypes.c_char * len(data)).from_address(address)
     memory.owner = data
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=begin)

@@ -57,7 +57,7 @@ class ListenerGroup(Listeners):
         self.warnings[name] = text
         self.on_warning(name, text)
         if hook != "close":
-            with suppress(*RAISED), host_code():  # the listener is broken, and its first error was told
+            with suppress(*RAISED), host_code():  # the listener is broken, and its first error was reported
                 listener.close()
 
     def restore_all(self, states: Mapping[str, dict[str, Any]]) -> None:

@@ -277,7 +277,7 @@ def test_an_attack_on_a_private_run_is_the_experimenters(make_data, make_config,
         for network, name in (("last", "attack.json"), ("best", "attack-best.json")):
             found = membership_attack.attack(out, data=data, best=network == "best")
             path = (out / "checkpoints" if records == "private" else out) / name
-            assert membership_attack.place(out, network) == path
+            assert membership_attack.result_path(out, network) == path
             assert json.loads(path.read_text())["auc"] == found["auc"]
     assert not [*(tmp_path / "private").glob("attack*")]
 

@@ -22,7 +22,7 @@ from fedkern.listeners.tensorboard import TensorBoard, scalars
 from fedkern.methods.base import Round
 from fedkern.report import doctor_page, tables
 from fedkern.report.figures import answer_sheets, artifact_sheet, comparison_plot, confusion_sheet, curves, plots
-from fedkern.report.live.notebook import display
+from fedkern.report.live.notebook import choose_display
 from fedkern.report.names import TICK, TITLE, label
 from fedkern.report.pages import charts
 from fedkern.settings.config import RunConfig
@@ -158,7 +158,7 @@ def test_tables(name):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress(name, terminal, tmp_path):
     out = console(terminal)
-    listener = display(quiet=False, json=False, console=out)
+    listener = choose_display(quiet=False, json=False, console=out)
     config = RunConfig.make("fedavg", clients=2, rounds=1, threads=1)
     object.__setattr__(config, "data", name)
     statistics = PartitionStatistics(np.eye(2, dtype=int), (name, "b"), name)

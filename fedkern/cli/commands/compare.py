@@ -198,13 +198,13 @@ def _again(words: Sequence[str], out: Path) -> str:
 
 
 def config_of(request: Request, variant: Variant, seed: int) -> RunConfig:
-    from fedkern.comparison.cells import own_settings, word
+    from fedkern.comparison.cells import own_settings, spell_value
 
     method, options = variant.method, request.arguments["options"]
     common = {name: value for name, value in options.items() if name in method_registry.option_names(method)}
     options_given: Mapping[str, Any] = {**common, **variant.options}
     settings = {**own_settings(method, request.settings), **RunConfig.read(variant.settings), "seed": seed}
-    words = tuple(f"{name}={word(value)}" for name, value in options_given.items())
+    words = tuple(f"{name}={spell_value(value)}" for name, value in options_given.items())
     return effective_config(dataclasses.replace(request, method=method, settings=settings, options=words))
 
 

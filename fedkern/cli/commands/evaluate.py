@@ -92,7 +92,7 @@ def play(request: Request) -> int:
     from fedkern.downstream import Finished
     from fedkern.downstream.run_evaluation import evaluate_run
     from fedkern.process.allocator import keep_freed_memory
-    from fedkern.report.live.notebook import display
+    from fedkern.report.live.notebook import choose_display
     from fedkern.report.names import CELL
     from fedkern.report.tables import downstream_table, figures_table, intervals_tables
 
@@ -101,7 +101,7 @@ def play(request: Request) -> int:
     out, chosen, network = run_folder(request), request.arguments["task"], request.arguments["network"]
     how: dict[str, Any] = {name: request.settings.get(name) for name in ("data", "data_root", "cache")}
     how |= {"data_options": request.data_options, "trusted": trusted_code(request), "best": network == "best"}
-    how["progress"] = display(quiet=False, json=request.json).on_notice
+    how["progress"] = choose_display(quiet=False, json=request.json).on_notice
     if chosen is not None:
         finished, settings = Finished.open(out, **how), request.arguments["settings"]
         result: dict[str, Any] = {

@@ -81,7 +81,7 @@ def _workers_ahead(config: RunConfig) -> AbstractContextManager[None]:
 
 
 def _run(request: Request, config: RunConfig, out: Path) -> int:
-    from fedkern.report.live.notebook import display
+    from fedkern.report.live.notebook import choose_display
     from fedkern.report.names import print_line
 
     if request.resume is None:  # the user named this code, in flags or in --config
@@ -89,7 +89,7 @@ def _run(request: Request, config: RunConfig, out: Path) -> int:
     else:
         code = find_trusted_code(out, request.options, request.settings)
     loggers = trackers(request)
-    view = display(quiet=request.quiet, json=request.json)
+    view = choose_display(quiet=request.quiet, json=request.json)
     tee = Listeners(*loggers, view)  # a tracker that asks something at its start does so before the progress bar
     complete = False
     try:

@@ -47,7 +47,7 @@ def introduce(message: Message, context: Context) -> Message:
 def answer(message: Message, context: Context) -> Message:
     header, packed = unpack_message(message)
     reply: bytes | None = None
-    stays = _stays(context.run_config.get("flower.resident", STAYS))
+    stays = _idle_seconds(context.run_config.get("flower.resident", STAYS))
     if stays > 0 and for_one_message():
         reply = client_daemon.ask_daemon(header, packed, context.run_config, context.node_config, _notice, stays)
     if reply is None:
@@ -68,7 +68,7 @@ def _end_run(run: str, context: Context) -> bytes:
     return b""
 
 
-def _stays(value: bool | float | int | str) -> float:
+def _idle_seconds(value: bool | float | int | str) -> float:
     """Return how many seconds a client daemon stays, 0 for an invalid value."""
     try:
         seconds = float(value)

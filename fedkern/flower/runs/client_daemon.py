@@ -122,7 +122,7 @@ def _connect_daemon(name: bytes, stays: float) -> socket.socket | None:
         except ConnectionRefusedError:
             link.close()
             if not _start(name, stays):
-                time.sleep(_PAUSE)  # whoever has the name may be about to listen
+                time.sleep(_PAUSE)  # another process has the name and may be about to listen
             continue
         except BaseException:
             link.close()
@@ -228,7 +228,7 @@ def live(door: int, parent: int, stays: float) -> None:
                 link, _ = listening.accept()
             except TimeoutError:
                 return
-            with link, suppress(EOFError, OSError):  # whoever asked is gone, or silent
+            with link, suppress(EOFError, OSError):  # the asking process is gone, or silent
                 link.settimeout(PATIENCE)
                 if user_of(link) == os.geteuid():
                     with link.makefile("rb") as requests:
@@ -238,7 +238,7 @@ def live(door: int, parent: int, stays: float) -> None:
 
 def _end_with(process: int) -> None:
     select.select([process], [], [])
-    os._exit(0)  # whatever the main thread is computing: nobody waits for it
+    os._exit(0)  # no process waits for what the main thread is computing
 
 
 def _serve(link: socket.socket, requests: BinaryIO, answer: Callable[..., bytes]) -> bool:

@@ -156,8 +156,8 @@ class NodeClients:
                 raise
         self._admit(request.client)
         folder = NodeFolder(self.base, request.run, request.client)
-        with folder.alone(), cpu_threads(request.client_threads):
-            self._go_to(request, folder)
+        with folder.lock(), cpu_threads(request.client_threads):
+            self._restore_client(request, folder)
             if not request.last:
                 folder.keep_message(request.version, request.to_dict(), packed)
             reply = self._ask(request, message, folder)
@@ -190,8 +190,8 @@ class NodeClients:
         server = Server(context)
         with context.drawing(server, BEFORE):
             method.start(server)  # a method may note in itself what its clients need
-        self._said = guarantee(method, server, config.records)
-        context.notices.disclosure = Disclosure.of(context.config.records, self._said)
+        self._guarantee = guarantee(method, server, config.records)
+        context.notices.disclosure = Disclosure.of(context.config.records, self._guarantee)
         pooling = Pooling(method, on=config.buffers == "pool")
         handlers: dict[str, Handler] = {"method": method, "pooling": pooling}
         return Serial(context, handlers, lambda _: dict, context.config.client_threads)
@@ -214,7 +214,7 @@ class NodeClients:
 
     # -- one message -----------------------------------------------------------------------------------------------
 
-    def _go_to(self, request: ClientRequest, folder: NodeFolder) -> None:
+    def _restore_client(self, request: ClientRequest, folder: NodeFolder) -> None:
         """Bring the client to its state before this message of the round."""
         assert self._serial is not None  # answer
         plan, number = request.version
@@ -242,7 +242,7 @@ class NodeClients:
         state = self._serial.changed_state(k)
         if state is not None:
             folder.write_state(request.version, state, request.oldest)
-        ledger = None if state is None or self._said is None else state.get(LEDGER)
+        ledger = None if state is None or self._guarantee is None else state.get(LEDGER)
         answer.warnings = dict(context.notices.warnings)
         public, changed = context.notices.disclosure.clients, state is not None
         settings: dict[str, Any] = {"public": public, "changed": changed, "ledger": ledger, "half": self.half}
@@ -251,7 +251,7 @@ class NodeClients:
         except TypeError as error:
             answer = Answer(k, problem=ClientFailed(k, f"its upload cannot travel: {error}"))
             reply = pack_reply(request, answer, **settings)
-        if self._said is not None:
+        if self._guarantee is not None:
             self._keep_digest(request, answer, folder)
         return reply
 
@@ -298,7 +298,7 @@ def pack_reply(
         "problem": problem,
         "report": answer.report if public else {},
         "warnings": answer.warnings if public else {},
-        "marks": sorted(answer.marks),  # they tell of the method's code, not of the data
+        "marks": sorted(answer.marks),  # marks depend on the method's code, not on the data
         "seconds": answer.seconds if public else 0.0,
         "changed": changed,
         "ledger": ledger,

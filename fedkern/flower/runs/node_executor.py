@@ -75,7 +75,7 @@ class Nodes(Ordered):
         self._pause = _FIRST_PAUSE
         self._versions: dict[ClientId, Version] = {}
         self._waiting: dict[str, ClientId] = {}  # by the name of a message whose reply has not come
-        registry.meet(run.notices.warn)
+        registry.wait_for_nodes(run.notices.warn)
         self._name = self._load_run_name()
 
     def _load_run_name(self) -> str:
@@ -96,7 +96,7 @@ class Nodes(Ordered):
     # -- the executor ----------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        self._registry.find()
+        self._registry.update()
         self._end = time.monotonic() + self._deadline if self._deadline else None
         self._pause = _FIRST_PAUSE
         self._waiting.clear()
@@ -109,13 +109,13 @@ class Nodes(Ordered):
                 packed[id(message)] = self._pack_message(message)
             node = self._registry.home.get(k)
             if node is None:
-                self._lacks(k, "no node of it is connected")
+                self._note_absence(k, "no node of it is connected")
                 continue
             name = self._channel.send(
                 node, TRAIN, json.dumps(request.to_dict()), packed[id(message)], self._deadline or None
             )
             if name is None:
-                self._lacks(k, "its message could not be sent")
+                self._note_absence(k, "its message could not be sent")
             else:
                 self._waiting[name] = k
 
@@ -130,12 +130,12 @@ class Nodes(Ordered):
         if k in self._replies:
             return
         if late:
-            self._lacks(k, f"it had not answered after {self._deadline:g} seconds")
+            self._note_absence(k, f"it had not answered after {self._deadline:g} seconds")
             return
         self._pause = _FIRST_PAUSE if heard else min(1.5 * self._pause, _LAST_PAUSE)
         time.sleep(self._pause if self._end is None else min(self._pause, max(0.0, self._end - time.monotonic())))
 
-    def _lacks(self, k: ClientId, why: str) -> None:
+    def _note_absence(self, k: ClientId, why: str) -> None:
         self._replies[k] = Done(Answer(k, absent=why))
 
     def _pack_message(self, message: Message) -> bytes:
@@ -205,7 +205,7 @@ class Nodes(Ordered):
     def end_round(self) -> None:
         super().end_round()
         self._sent.clear()
-        if self._run.notices.disclosure.clients:  # lengths of texts depend on what a client does not tell
+        if self._run.notices.disclosure.clients:  # lengths of texts depend on what a client does not disclose
             for direction, total in (("up", self._channel.received), ("down", self._channel.sent)):
                 self._run.ledger.wire[direction] = (
                     self._run.ledger.wire.get(direction, 0) + total - self._booked[direction]

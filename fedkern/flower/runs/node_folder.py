@@ -44,7 +44,7 @@ class NodeFolder:
             _drop_runs(base)
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Wait until no other process works for this client."""
         with hold_lock(self.path / "lock"):
             yield

@@ -14,7 +14,7 @@ from fedkern.flower.runs.portable import pack_value, unpack_value
 from fedkern.methods.base import ClientId
 from fedkern.process.interrupts import check
 
-ACQUAINTED = 60.0
+INTRODUCTION_SECONDS = 60.0
 """Seconds that a new node has to say which client it is, during the rounds."""
 MOST_FACTS = 32
 _FIRST_PAUSE, _PAUSE, _LAST_PAUSE = 0.01, 0.1, 0.5
@@ -23,10 +23,10 @@ Warn = Callable[[str, str], None]
 
 
 class NodeRegistry:
-    """The nodes of a run's clients, for which :meth:`meet` waits ``wait`` seconds.
+    """The nodes of a run's clients, for which :meth:`wait_for_nodes` waits ``wait`` seconds.
 
     Attributes:
-        count: number of clients, set before :meth:`meet`.
+        count: number of clients, set before :meth:`wait_for_nodes`.
         home: connected nodes by client, the latest one of several.
         facts: nodes' descriptions of their own data, by client.
     """
@@ -42,7 +42,7 @@ class NodeRegistry:
         self._client_of: dict[int, ClientId] = {}
         self._refused = ""  # why the latest foreign node takes no part
 
-    def meet(self, warn: Warn) -> None:
+    def wait_for_nodes(self, warn: Warn) -> None:
         """Wait for the nodes of all clients, and go on without some of them after ``wait`` seconds.
 
         Raises UserError without any node. ``warn`` takes this and later warnings, a name and a sentence.
@@ -68,10 +68,10 @@ class NodeRegistry:
             text = f"Clients without a node when the run began: {names}; rounds go on without them until they connect."
             warn("clients-without-node", text)
 
-    def find(self) -> None:
+    def update(self) -> None:
         """Update the table of nodes, waiting a little for new nodes to say which client they are."""
         self._get_acquainted()
-        while any(time.monotonic() - self._asked[node] <= ACQUAINTED for node in self._waiting.values()):
+        while any(time.monotonic() - self._asked[node] <= INTRODUCTION_SECONDS for node in self._waiting.values()):
             check()
             time.sleep(_PAUSE)
             self._get_acquainted()
@@ -86,7 +86,7 @@ class NodeRegistry:
             if node not in self._asked:
                 self._asked[node] = time.monotonic()
                 header = json.dumps({"data": self._own_data})
-                name = self._channel.send(node, QUERY, header, pack_value({}), ACQUAINTED * 10)
+                name = self._channel.send(node, QUERY, header, pack_value({}), INTRODUCTION_SECONDS * 10)
                 if name is not None:
                     self._waiting[name] = node
         for arrived in self._channel.collect_replies(list(self._waiting)):

@@ -43,7 +43,7 @@ def declare_federation(config: RunConfig, registry: NodeRegistry, warn: Callable
     """
     data = data_of_one(config)
     registry.count = config.clients
-    registry.meet(warn)
+    registry.wait_for_nodes(warn)
     if missing := [k for k in range(config.clients) if k not in registry.home]:
         raise UserError(
             f"Clients without a node: {', '.join(map(str, missing))}; where nodes have their own data, all must be "

@@ -31,7 +31,7 @@ def pack_value(value: object, *, half: bool = False) -> bytes:
     A tensor in several places travels once. With ``half``, large fp32 tensors travel as bf16 and arrive as fp32.
     """
     tensors: dict[str, Tensor] = {}
-    # With the values, whose ids are then nobody else's.
+    # The values are kept, so that no other object gets their ids.
     entries: dict[int, tuple[Tensor | np.ndarray, list[object]]] = {}
 
     def keep(value: Tensor | np.ndarray, where: str) -> list[object]:

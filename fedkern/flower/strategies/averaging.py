@@ -418,7 +418,7 @@ class FedAvg(flower.FedAvg):
     def _aggregate_replies(
         self, contents: list[_Content], faults: list[LeftOut], rule: Callable[[list[RecordDict], str], MetricRecord]
     ) -> MetricRecord | None:
-        contents = _alike(contents)
+        contents = _most_common_form(contents)
         metrics: MetricRecord | None = None
         if any(content.weight for content in contents):
             metrics = rule([content.record for content in contents], self.weighted_by_key)
@@ -520,7 +520,7 @@ class _Content(NamedTuple):
     weight: float
 
 
-def _alike(contents: list[_Content]) -> list[_Content]:
+def _most_common_form(contents: list[_Content]) -> list[_Content]:
     """Return the replies whose metrics have the most common names and lengths."""
 
     def form(content: _Content) -> tuple[tuple[str, int], ...]:
@@ -595,6 +595,6 @@ def _node(reply: Message) -> int:
     return int(reply.metadata.src_node_id)
 
 
-def like_states(layout: Layout) -> Tensor:
+def zero_moments(layout: Layout) -> Tensor:
     """Return zeros ``[P]`` for an optimiser's moment: fp64 for fp64 models, else fp32."""
     return torch.zeros(layout.size, dtype=torch.float64 if layout.dtype == torch.float64 else torch.float32)

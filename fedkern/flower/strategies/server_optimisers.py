@@ -10,7 +10,7 @@ from torch import Tensor
 from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.flower.adapter import flower
-from fedkern.flower.strategies.averaging import FedAvg, constructed_like, like_states
+from fedkern.flower.strategies.averaging import FedAvg, constructed_like, zero_moments
 
 
 class _Optimised(FedAvg):
@@ -35,7 +35,7 @@ class _Optimised(FedAvg):
         if layout is None or self._start is None:
             raise UserError(f"{type(self).__name__}: call configure_train before aggregate_train.")
         if [moment.numel() for moment in self._moments] != [layout.size] * self.moments:
-            self._moments = [like_states(layout) for _ in range(self.moments)]
+            self._moments = [zero_moments(layout) for _ in range(self.moments)]
         states: dict[str, Any] = dict(zip(("first", "second")[: self.moments], self._moments, strict=True))
         options = {**states, **self._settings(server_round)}
         model = ops.server_step(self._start.vector(), [vector], [1.0], self.rule, similarities=False, **options).model

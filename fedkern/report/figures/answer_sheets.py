@@ -119,11 +119,11 @@ def segmentation(run: Contents, data: FederatedData, model: nn.Module, trusted: 
     for column in range(len(split)):
         image = to_rgb(split.images[column].numpy()) / 255.0
         for row, laid in enumerate((None, split.labels[column], predicted[column])):
-            sheet.picture(row, column, image if laid is None else over(image, laid.numpy(), colours))
+            sheet.picture(row, column, image if laid is None else overlay_classes(image, laid.numpy(), colours))
     return sheet.figure
 
 
-def over(
+def overlay_classes(
     image: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], colours: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
     """Mix foreground pixels with the colour of their class, and darken unlabelled ones."""

@@ -82,7 +82,7 @@ def draw_pictures(
         warn(f"{name} is missing, as it cannot be drawn: {why}.")
     from fedkern.report.figures import plots
 
-    plots.tell_lacking(warn)
+    plots.warn_of_missing_letters(warn)
     unseen = [] if samples is not None else [PICTURES[answer_name] for answer_name in _answers(run)]
     if any(not (run.folder / name).exists() for name in unseen):
         way = f"fedkern.load({str(run.folder)!r}).plot() draws those that the network allows"

@@ -43,7 +43,7 @@ PAGE = 5.2
 """Inches of a chart on a page: narrow enough to fit a phone with readable letters."""
 DRAWN = 200
 """Most clients in the picture of a partition, beyond which rows are indistinguishable."""
-_LACKING: set[str] = set()  # names of pictures with letters that no font has
+_MISSING_LETTERS: set[str] = set()  # names of pictures with letters that no font has
 _WARNED: set[str] = set()
 
 
@@ -61,11 +61,11 @@ def _find_families(letters: str) -> tuple[list[str], bool]:
     return families, bool(missing)
 
 
-def tell_lacking(warn: Callable[[str], object]) -> None:
+def warn_of_missing_letters(warn: Callable[[str], object]) -> None:
     """Warn of saved pictures with boxes in place of letters, once in a process for pictures of one name."""
-    names = sorted(_LACKING - _WARNED)
-    _WARNED.update(_LACKING)
-    _LACKING.clear()
+    names = sorted(_MISSING_LETTERS - _WARNED)
+    _WARNED.update(_MISSING_LETTERS)
+    _MISSING_LETTERS.clear()
     if names:
         warn(
             f"{', '.join(names)}: boxes stand for letters of names that no font here has. Install one, such as Noto "
@@ -89,7 +89,7 @@ def save_png(figure: Figure, path: Path) -> None:
     texts = figure.findobj(Text)
     letters = {letter for text in texts for letter in text.get_text() if letter.isprintable() and not letter.isspace()}
     families, lacking = _find_families("".join(sorted(letters)))
-    _LACKING.update([path.name] if lacking else [])
+    _MISSING_LETTERS.update([path.name] if lacking else [])
     for text in texts if len(families) > 1 else ():
         text.set_fontfamily(families)
     # Letters of 20 and more dots need no hints, which take a third of the time that texts take.

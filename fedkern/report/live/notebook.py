@@ -153,7 +153,7 @@ class Pictures(list[Path]):
                 print(f"{path} is missing: draw the pictures again.")
 
 
-def display(*, quiet: bool, json: bool, console: Console | None = None) -> progress_bar.Warnings:
+def choose_display(*, quiet: bool, json: bool, console: Console | None = None) -> progress_bar.Warnings:
     """Choose the display, on standard error, so that standard output holds only results.
 
     Only warnings are shown if ``quiet``, and with ``json`` except on a terminal.

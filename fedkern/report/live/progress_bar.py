@@ -208,7 +208,7 @@ class Clock:
 class Warnings(Listener):
     """Display of warnings only, for ``--quiet`` and ``--json``."""
 
-    essential = True  # where nobody reads standard error any more, the command ends
+    essential = True  # the command ends once standard error has no reader
 
     def __init__(self, console: Console) -> None:
         self.console = console

@@ -180,7 +180,7 @@ def test_a_segmentation_is_laid_over_its_images(tmp_path):
     assert [path.name for path in pictures.write_pictures(tmp_path)] == names
     assert all(read_png(tmp_path / name).std() > 10 for name in names)
     colours = np.array([[1.0, 0, 0], [0, 1.0, 0]])
-    laid = answer_sheets.over(np.full((1, 4, 3), 0.5), np.array([[0, 1, 2, -100]]), colours)
+    laid = answer_sheets.overlay_classes(np.full((1, 4, 3), 0.5), np.array([[0, 1, 2, -100]]), colours)
     np.testing.assert_allclose(laid[0], [[0.5] * 3, [0.8, 0.2, 0.2], [0.2, 0.8, 0.2], [0.25] * 3])
     assert to_rgb(np.zeros((4, 5, 6), np.uint8)).shape == (5, 6, 3)
 
@@ -462,7 +462,7 @@ def test_letters_without_a_font_are_told_once(tmp_path, monkeypatch):
     for name, site in (("latin.png", "north"), ("partition.png", "\u534f\u548c"), ("again.png", "\u0915")):
         statistics = PartitionStatistics(np.full((2, 2), 7), ("a", "b"), "iid", names=(site, "south"))
         plots.save_png(plots.partition_picture(statistics), tmp_path / name)
-    plots.tell_lacking(warnings.append)
-    plots.tell_lacking(warnings.append)
+    plots.warn_of_missing_letters(warnings.append)
+    plots.warn_of_missing_letters(warnings.append)
     (sentence,) = warnings
     assert sentence.startswith("again.png, partition.png: boxes stand for letters of names that no font here has.")

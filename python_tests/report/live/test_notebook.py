@@ -15,7 +15,7 @@ from fedkern.listeners import RunInfo
 from fedkern.listeners.events import Listener
 from fedkern.methods.base import Round
 from fedkern.report.live import notebook, progress_bar
-from fedkern.report.live.notebook import display
+from fedkern.report.live.notebook import choose_display
 from fedkern.settings.config import RunConfig
 from fedkern.text_table import Table
 from python_tests.html_reader import Reader
@@ -44,7 +44,7 @@ def console() -> Console:
 
 
 def start(trains: Sequence[str] = ("", "", ""), **given) -> Listener:
-    listener = display(quiet=False, json=False, console=console())
+    listener = choose_display(quiet=False, json=False, console=console())
     config = RunConfig.make("fedavg", clients=2, rounds=len(trains), threads=1)
     plan = tuple(Round(trains=trained) for trained in trains)
     listener.on_start(RunInfo(config, Path("runs/<x>"), 0, (14, 14), 1234, {"": 5}, None, plan, **given))
@@ -107,7 +107,7 @@ def test_a_run_that_stops_says_where(cells):
 
 
 def test_a_run_that_was_finished_before_shows_nothing(cells):
-    listener = display(quiet=False, json=False, console=console())
+    listener = choose_display(quiet=False, json=False, console=console())
     listener.on_end({})
     listener.close()
     assert not cells

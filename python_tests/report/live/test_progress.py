@@ -16,7 +16,7 @@ from fedkern.listeners import RunInfo
 from fedkern.methods.base import Round
 from fedkern.privacy import Guarantee
 from fedkern.report.live import progress_bar
-from fedkern.report.live.notebook import Notebook, display
+from fedkern.report.live.notebook import Notebook, choose_display
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import CLASSIFICATION
 
@@ -60,7 +60,7 @@ def console(terminal: bool) -> Console:
 
 def test_lines_away_from_a_terminal():
     out = console(False)
-    listener = display(quiet=False, json=False, console=out)
+    listener = choose_display(quiet=False, json=False, console=out)
     play(listener)
     shown = out.file.getvalue()
     assert type(listener) is progress_bar.Lines
@@ -188,7 +188,7 @@ def test_class_counts_are_shown_but_with_private_records():
 @pytest.mark.parametrize("json", [False, True])
 def test_a_bar_on_a_terminal(json):
     out = console(True)
-    listener = display(quiet=False, json=json, console=out)
+    listener = choose_display(quiet=False, json=json, console=out)
     assert type(listener) is progress_bar.Live
     play(listener)
     assert listener.progress.tasks[0].completed == 3
@@ -199,7 +199,7 @@ def test_a_bar_on_a_terminal(json):
 def test_a_notebook_has_a_display_of_its_own(json, kind):
     out = Console(file=io.StringIO(), force_jupyter=True)
     assert not out.is_terminal
-    assert type(display(quiet=False, json=json, console=out)) is kind
+    assert type(choose_display(quiet=False, json=json, console=out)) is kind
 
 
 def test_the_bar_moves_with_every_client_and_never_past_the_round():
@@ -221,7 +221,7 @@ def test_the_bar_moves_with_every_client_and_never_past_the_round():
 @pytest.mark.parametrize(("quiet", "json"), [(True, False), (True, True), (False, True)])
 def test_only_warnings_are_left(quiet, json):
     out = console(False)
-    listener = display(quiet=quiet, json=json, console=out)
+    listener = choose_display(quiet=quiet, json=json, console=out)
     play(listener)
     assert out.file.getvalue() == "warning (bank): no background [at all]\n"
 
