@@ -35,6 +35,12 @@ class Accountant:
 
     Raises:
         ValueError: ``state`` holds an entry that no release books.
+
+    Example:
+        >>> accountant = Accountant()
+        >>> accountant.gaussian("class_counts", noise=5.0)
+        >>> round(accountant.epsilon(1e-5), 2)
+        0.73
     """
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
@@ -135,6 +141,14 @@ def least_noise(account: Callable[[float], Accountant], epsilon: float, delta: f
     Raises:
         ValueError: ``epsilon`` is not finite and above 0, or ``delta`` not in (0, 1).
         UserError: no noise reaches the target, or dp-accounting is not installed.
+
+    Example:
+        >>> def account(noise):
+        ...     accountant = Accountant()
+        ...     accountant.dp_sgd("training", noise, rate=0.01, steps=1000)
+        ...     return accountant
+        >>> round(least_noise(account, epsilon=8.0, delta=1e-5), 2)
+        0.62
     """
     if not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon must be finite and above 0, not {epsilon}")
