@@ -104,7 +104,7 @@ def test_what_is_near_chance(accuracy, classes, near):
     assert ("chance-level" in diagnostics.poor_metrics({"accuracy": accuracy}, {}, classes, {}, ACCURACY)) == near
 
 
-def test_set(*counts):
+def build_set(*counts):
     """Return a test set with this many images of every class."""
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     return types.SimpleNamespace(labels=labels, task=CLASSIFICATION, cases=None)
@@ -138,7 +138,7 @@ def test_set(*counts):
     ({"validation_accuracy": 0.1, "validation_balanced_accuracy": 0.1}, None),
 ])  # fmt: skip
 def test_an_accuracy_is_compared_with_that_of_a_single_class(figures, said):
-    sets = {"id_": test_set(5, 90, 5), "ood_": test_set(10, 10, 10), "validation_": test_set(9, 1, 0)}
+    sets = {"id_": build_set(5, 90, 5), "ood_": build_set(10, 10, 10), "validation_": build_set(9, 1, 0)}
     constant = diagnostics.constants(sets, ("a", "b", "c"))
     (text,) = diagnostics.poor_metrics(figures, {}, 3, constant, ACCURACY, (), ["inaccuracy"]).values() or ("",)
     assert (said or "") in text
@@ -147,7 +147,7 @@ def test_an_accuracy_is_compared_with_that_of_a_single_class(figures, said):
 
 @pytest.mark.parametrize("name", ["validation_north", "client_a", "a_b", "mean", "dice"])
 def test_a_set_with_any_name_is_compared_by_its_own_labels(name):
-    sets = {"a_": test_set(1, 1, 1), f"{name}_": test_set(5, 90, 5), "": test_set(3, 3, 3)}
+    sets = {"a_": build_set(1, 1, 1), f"{name}_": build_set(5, 90, 5), "": build_set(3, 3, 3)}
     constant = diagnostics.constants(sets, ("a", "b", "c"))
     found = diagnostics.poor_metrics({f"{name}_accuracy": 0.9}, {}, 3, constant, ACCURACY, ["a", name, ""])
     wanted = f'on the test set "{name}" is 90.0 %, and predicting "b" everywhere gives 90.0 %'
@@ -155,7 +155,7 @@ def test_a_set_with_any_name_is_compared_by_its_own_labels(name):
 
 
 def test_a_set_with_images_of_one_class_is_compared_with_chance():
-    constant = diagnostics.constants({"": test_set(0, 7, 0)}, ("a", "b", "c"))
+    constant = diagnostics.constants({"": build_set(0, 7, 0)}, ("a", "b", "c"))
     assert constant == {}
     assert diagnostics.poor_metrics({"accuracy": 1.0}, {}, 3, constant, ACCURACY) == {}
     assert "near chance" in diagnostics.poor_metrics({"accuracy": 0.1}, {}, 3, constant, ACCURACY)["chance-level"]
