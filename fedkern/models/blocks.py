@@ -18,11 +18,13 @@ from fedkern.models.users.user_models import OwnNetwork
 from fedkern.ops._core.layout import plain_strides
 
 CUTS: dict[tuple[type[nn.Module], int], dict[int, tuple[int, ...]]] = {
-    # (class, layers): number of blocks: the layers behind which the network is cut (docs/methods/fusefl.md, 4).
     (ResNet, 9): {2: (4,), 3: (0, 4), 4: (0, 4, 6), 8: (0, 1, 2, 3, 5, 7, 8)},  # ResNet-18
-    (ResNet, 5): {2: (2,), 3: (0, 2), 4: (0, 2, 3)},  # ResNet-10: at the same stages, so that both can be fused
+    (ResNet, 5): {2: (2,), 3: (0, 2), 4: (0, 2, 3)},  # ResNet-10, at the same stages for fusion with ResNet-18
 }
-"""Cut points of published networks; all other cases are cut into parts of (nearly) equally many layers."""
+"""Layers behind which published networks are cut, by class and number of layers, then by number of blocks.
+
+See docs/methods/fusefl.md, section 4.  All other networks are cut into parts of (nearly) equally many layers.
+"""
 
 
 class OwnBlock(nn.Sequential):
@@ -123,7 +125,7 @@ def list_layers(model: StagedNetwork) -> list[nn.Module]:
     for name in model.stage_names[:-1]:
         stage = model.stage(name)
         run: list[nn.Module] = []
-        # Not children(), which would name an activation once that stands twice.
+        # Not children(), which would list a repeated activation once.
         for child in stage if isinstance(stage, nn.Sequential) else [stage]:
             if any(True for _ in child.children()):
                 if run:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 _PLAIN = {f"fedkern.models.networks.{name}" for name in ("cnn", "mlp", "resnet", "resnet8t")}
-"""Modules of the networks whose only products are linear layers and ungrouped convolutions."""
+"""Modules of networks with linear layers and ungrouped convolutions as the only products."""
 
 
 @dataclass

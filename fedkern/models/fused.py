@@ -33,7 +33,7 @@ class Pool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         channels = 2 if x.dim() == 3 else 1
-        if channels == 2 or torch.compiler.is_exporting():  # a program for others has PyTorch's operators alone
+        if channels == 2 or torch.compiler.is_exporting():  # exported programs have PyTorch's operators alone
             mean: Tensor = x.unflatten(channels, (self.branches, -1)).mean(channels)
         else:
             mean = fuse_mean(x.tensor_split(self.branches, dim=1))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedkern.models.networks.staged import StagedNetwork
 
-# The last map of the paper's networks is 7x7 (224 pixels / 32); a coarser one cannot tell object from surroundings.
+# The last map of the paper's networks is 7x7 (224 pixels / 32); a coarser map cannot separate object and surroundings.
 SMALLEST_MAP = 7
 
 

@@ -193,7 +193,7 @@ def available(name: str, module: nn.Module | None = None) -> Iterator[None]:
 def list_added(settings: str) -> tuple[ModelEntry, ...]:
     """Return the added or replaced entries of ``MODELS`` with names in the text ``settings``."""
     entries = [entry for name, entry in MODELS.items() if entry is not _SHIPPED.get(name) and name in settings]
-    # First those whose file another process runs: the file may define the others.
+    # Entries of files first: another process runs them, and they may define the others.
     return tuple(sorted(entries, key=lambda entry: not isinstance(entry.make, Own) or entry.make.named is None))
 
 

@@ -26,7 +26,7 @@ N = TypeVar("N", bound=nn.Module)
 P = ParamSpec("P")
 T = TypeVar("T")
 Layer = Callable[[Tensor], Tensor]
-"""A module from a tensor to a tensor, for type hints: ``nn.Module.__call__`` itself returns Any."""
+"""Type of a module from a tensor to a tensor, because ``nn.Module.__call__`` returns Any."""
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def to_fp32(x: Tensor) -> Tensor:
 
 
 MATRICES = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
-"""The layers whose weights autocast casts."""
+"""Layers with weights that autocast casts."""
 
 
 def cast_frozen(module: N) -> N:

@@ -33,9 +33,9 @@ from fedkern.usercode import named_code
 from fedkern.usercode import plugins as plugin_room
 
 RESUMABLE = ("data_root", "workers", "cache", "keep_items")
-"""Settings that change no bit of a run; they may differ when the run is resumed."""
+"""Settings that change no bit of a run, so that a resumed run may have others."""
 UNSTORED = ("cache",)
-"""Settings that a run folder does not keep: a folder that comes from anyone must not say where files are written."""
+"""Settings not stored in a run folder, which may come from anyone and must not decide where files are written."""
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from fedkern.usercode import named_code
 from fedkern.usercode.named_code import FORMS
 
 DATA_DEPENDENT = ("partition", "clients", "client_test")
-"""Settings whose default the data may decide: sites that they name are the clients, and may have test sets."""
+"""Settings with defaults that the data may decide: named sites are the clients, and may have test sets."""
 PARTS = {"backdoor_target": "backdoor_clients", "backdoor_size": "backdoor_clients", "cue_size": "cue_clients"}
-"""Data options that only say more about another one."""
+"""Data options without effect unless another is given."""
 
 
 @dataclass(frozen=True)

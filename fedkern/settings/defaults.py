@@ -19,8 +19,8 @@ PAIRS: Mapping[str, Any] = {
     "buffers": "pool",
 }  # fmt: skip
 """Image-text pairs: the published optimiser and weight decay, with a learning rate for encoders trained from scratch.
-The published average of the clients' batch norm statistics fits no client where clients differ, so that all methods
-alike estimate the statistics anew (``pool``)."""
+The published average of the clients' batch norm statistics fits no client if clients differ, so all methods estimate
+the statistics anew (``pool``)."""
 
 DATA: Mapping[str, Mapping[str, Any]] = {
     "mnist": {"batch_size": 64},
@@ -38,13 +38,13 @@ DATA: Mapping[str, Mapping[str, Any]] = {
     "captions": PAIRS,
     "pairs": {**PAIRS, "client_test": 0.2},
 }  # fmt: skip
-"""Settings of a data set that differ from the common ones.  Clients, partition and correlation that are not named here
-are the data set's own (``fedkern.data.DATASETS``)."""
+"""Settings of a data set that differ from the common ones.  Other clients, partitions and correlations are in
+``fedkern.data.DATASETS``."""
 
 USUAL = {"pairs": PAIRS}
-"""Settings of data sets that `DATA` lacks, by what their networks give (`fedkern.tasks.Task.network`)."""
+"""Settings of data sets that are not in `DATA`, by the output of their networks (`fedkern.tasks.Task.network`)."""
 NETWORKS = {"pixels": "unet"}
-"""Default network by what it gives, where that is not classes of images."""
+"""Default network by its output, if this is not classes of images."""
 
 ONE_SHOT: Mapping[str, Any] = {"data": "digits", "model": "resnet8", "local_epochs": 20}
 """Settings that FuseFL and its baselines share, so that a client's whole budget is the same in all of them."""
@@ -56,13 +56,13 @@ DATA_FREE: Mapping[str, Any] = {
 """Options of the methods with a generator, for small grey images and runs of a minute or two.
 
 So few steps hardly train a generator that restarts for every batch, least of all at the published step size.  The
-generator therefore goes on from batch to batch, with a larger step size.
+generator is therefore kept from batch to batch, with a larger step size.
 """
 
 FEDIOD: Mapping[str, Any] = {
     **ONE_SHOT, "width": 8, "rounds": 40, "local_epochs": 10, "batch_size": 32, "lr": 0.1, "weight_decay": 3e-4,
 }  # fmt: skip
-"""Settings of FedIOD's study (docs/fediod.md), for data of the user's own: 1,200 iterations with narrow networks.
+"""Settings of FedIOD's study (docs/fediod.md), for user-defined data: 1,200 iterations with narrow networks.
 
 The published discriminators look at 10 x 10 pixels and never see the shape of an object of 32 x 32; the defaults of the
 method options let them see all of it.  With so few iterations the generated images are of all classes only if realism
@@ -80,8 +80,6 @@ FEDIOD_SEGMENTS: Mapping[str, Any] = {
 on real images."""
 
 METHOD: Mapping[str, Mapping[str, Any]] = {
-    # method: settings on every data set; "data" is its default data set, "options" are method options by published
-    # name.
     "fedlpfm": {"data": "digits", "public_samples": 300},
     "fml": {"data": "digits"},
     **dict.fromkeys(("fusefl", "oneshot-fedavg", "ccvr", "fedcgs", "ensemble", "dense"), ONE_SHOT),
@@ -89,11 +87,10 @@ METHOD: Mapping[str, Mapping[str, Any]] = {
     "feddra": {"data": "captions"},
     "fediod": FEDIOD,
 }
-"""Settings of a method that differ from the data set's.  FedAvg and FedProx use the data set's own, so that comparisons
-are fair."""
+"""Settings that differ from the data set's, by method: ``data`` is its default data set, ``options`` are method options
+by published name.  FedAvg and FedProx use the data set's settings, so that comparisons are fair."""
 
 METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
-    # (method, data set): settings, which replace those of METHOD.
     # Short rounds without momentum: under a class split batch norm's statistics drift apart within a long round.
     ("fml", "digits"): {"partition": "classes:2", "rounds": 40, "local_epochs": 1, "momentum": 0.0},
     ("fedlpfm", "digits"): {
@@ -104,7 +101,7 @@ METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
         "momentum": 0.0,
         "options": {"lambda": 0.9, "temperature": 4.0},  # the best of a few by validation accuracy, 3 seeds
     },
-    # rho: the published radius allows a client with 5 % of the samples a weight of 0.77, which costs the others much.
+    # rho: the published radius allows a client with 5 % of the samples a weight of 0.77, at a high cost for the others.
     # stage_schedule: in three seeds the worst client's loss was 4.44 with alternating stages and 3.45 with sequential.
     ("feddra", "captions"): {"options": {"rho": 0.1, "alignment_steps": 10, "stage_schedule": "sequential"}},
     ("feddf", "digits"): {"public_samples": 200},
@@ -117,7 +114,7 @@ METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("fediod", "segdigits"): {
         "partition": "dirichlet:0.3", "rounds": 20, "local_epochs": 20, "batch_size": 16, "lr": 0.003,
         "weight_decay": 0.0,
-        # w_balance keeps its default: without balance the generator makes only backgrounds, of which teachers are sure.
+        # w_balance keeps its default: without balance the generator makes backgrounds alone, a sure class for teachers.
         "options": {
             "batch": 16, "iterations": 20, "student_steps": 4, "generator_lr": 2e-3, "critic_lr": 1e-3, "warmup": 0.25,
             "student_optimizer": "adamw", "student_lr": 3e-3, "disc_weight": True, "holdout": 0.1,
@@ -125,7 +122,7 @@ METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
     },
     ("dense", "digits"): {"options": DATA_FREE},
 }  # fmt: skip
-"""Settings of a method on one data set that differ from the method's and the data set's."""
+"""Settings by method and data set, which replace those of `METHOD` and `DATA`."""
 
 
 def default_data(method: str) -> str:
@@ -141,6 +138,6 @@ def defaults(method: str, data: str) -> dict[str, Any]:
     kind = info.task.network
     usual = DATA.get(data, USUAL.get(kind, {}))
     result = {**COMMON, **data_defaults, **usual, **tables[0], **tables[1], "data": data}
-    if kind in NETWORKS:  # METHOD names networks that give classes of images
+    if kind in NETWORKS:  # networks in METHOD are for classes of images
         result["model"] = {"model": NETWORKS[kind], **DATA.get(data, {}), **tables[1]}["model"]
     return {**result, "options": options} if options else result

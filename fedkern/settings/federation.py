@@ -23,7 +23,7 @@ COMPRESSORS = {
     ),
     "int8": (),
 }
-"""Options of every compression of updates (`fedkern.engine.uploads.compression`), by its name."""
+"""Options of compressions of updates (`fedkern.engine.uploads.compression`), by name."""
 _STALENESS = Option(0.5, "power by which a stale upload weighs less", low=0)
 POLICIES = {
     "fedbuff": named_options(
@@ -33,7 +33,7 @@ POLICIES = {
         "--asynchronous fedasync", mixing=Option(0.6, "weight of an upload", above=0, high=1), staleness=_STALENESS
     ),
 }
-"""Options of every policy of asynchronous rounds (`fedkern.engine.uploads.asynchronous`), by its name."""
+"""Options of policies of asynchronous rounds (`fedkern.engine.uploads.asynchronous`), by name."""
 _TARGET = re.compile(r"\s*([A-Za-z]\w*)\s*(>=|<=)\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)\s*")
 
 

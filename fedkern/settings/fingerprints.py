@@ -31,4 +31,4 @@ class Fingerprints(Section):
 
 
 FINGERPRINTS = tuple(field.name for field in fields(Fingerprints) if field.name not in ("method", "options"))
-"""Names of what was found; a resumed run compares them by itself."""
+"""Names of the fingerprints and facts, which a resumed run compares by itself."""

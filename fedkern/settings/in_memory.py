@@ -25,7 +25,7 @@ def check_in_memory(data: Any, model: object, settings: Mapping[str, Any]) -> No
     shared = not federated and is_dataset(data)
     options = values.get("data_options")
     names = list(options) if isinstance(options, Mapping) else []
-    if federated and data.form.offers:  # whose samples the run itself can mark
+    if federated and data.form.offers:  # a backdoor marks samples in memory, too
         names = [name for name in names if not name.startswith("backdoor_")]
     unused = [name for name in _READING if name in values]
     unused += ["partition"] if "partition" in values and not shared else []

@@ -14,7 +14,7 @@ from fedkern.settings.section import Values
 from fedkern.typed_option import option
 
 PATIENT_IMAGES = 4
-"""Default of ``--patient-images``: the most images of a patient that ``--privacy-unit patient`` uses."""
+"""Default of ``--patient-images``."""
 USUAL_DELTA = 1e-5
 
 
@@ -84,6 +84,7 @@ class PrivacySettings(FaultSettings, ModelSettings):
 
     def _check_client_level(self) -> None:
         """Raise UserError if settings of client-level privacy do not fit together."""
+        # Clip and noise belong together, and delta and draws to the noise.
         if (self.dp_clip is None) != (self.dp_noise is None):
             name, needed = ("--dp-clip", "--dp-noise") if self.dp_noise is None else ("--dp-noise", "--dp-clip")
             raise UserError(f"{name} needs {needed}: give both, or leave both out.")
@@ -97,6 +98,7 @@ class PrivacySettings(FaultSettings, ModelSettings):
                         f"{flag} is about the noise of --dp-noise: give --dp-clip and --dp-noise too, or leave it out."
                     )
             return
+        # The bound on a client holds for its change in a mean of updates, with no state left at clients.
         if self.aggregator != MEAN:
             raise UserError(
                 f"--aggregator {self.aggregator} is not for --dp-clip, which bounds what a client changes in a sum of "
@@ -114,6 +116,7 @@ class PrivacySettings(FaultSettings, ModelSettings):
                 f"--dp-clip is not for {self.method}, whose clients keep a gradient of their whole update, which the "
                 "server scales down: leave it out."
             )
+        # Noise on uploads covers neither other figures nor statistics that must not move.
         if self.own_networks and self.dp_noise:
             raise UserError(
                 f"--dp-noise is not for {self.method if self.personal is None else '--personal'}: it covers what "

@@ -15,11 +15,11 @@ from fedkern.settings.section import Values
 from fedkern.usercode import named_code, plugin_files
 
 OF_DATA = ("classes", "sizes", "names", "labels", "images", "samples", "function")
-"""Entries of a run's identity that are the data's (`fedkern.data.identity`); others have the name of a setting."""
+"""Entries of a run's identity for the data (`fedkern.data.identity`), unlike those with the name of a setting."""
 _READ_IN_PART = ("train_samples", "public_samples")
-"""Settings that decide of which images a run knows the contents."""
-_ELSEWHERE = ("data_root", "cache", "init", "model", "data_options.detector_cache")
-"""Paths whose contents are described elsewhere, or that change no figure."""
+"""Settings that decide which images a run has read."""
+_UNHASHED_PATHS = ("data_root", "cache", "init", "model", "data_options.detector_cache")
+"""Paths with contents that have other entries, or that change no figure."""
 
 
 def settings_by_name(config: RunConfig) -> Values:
@@ -34,7 +34,7 @@ def files_identity(config: RunConfig) -> dict[str, str]:
     """Return hashes of files, folders and code by the setting that names them, and fedkern's version."""
     identity = {"version": fedkern.__version__}
     for name, value in settings_by_name(config).items():
-        if isinstance(value, str) and name not in _ELSEWHERE and Path(value).is_absolute():
+        if isinstance(value, str) and name not in _UNHASHED_PATHS and Path(value).is_absolute():
             digest = hashlib.sha256()
             for path in _files(Path(value)):
                 digest.update(f"{path.relative_to(value)}\0".encode(errors="surrogateescape"))

@@ -62,7 +62,7 @@ def load_data(
     info = lookup(config.data)
     exclusions = {"backdoor_clients", *(() if masks else DETECTION_OPTIONS)}
     options = {key: value for key, value in config.data_options.items() if key not in exclusions}
-    # A default of the method stays; the data set's own gives way to sites that the data name.
+    # A default of the method holds, a default of the data set is replaced by the sites in the data.
     usual = {"clients": info.clients, "partition": info.partition}
     free = {name for name, value in usual.items() if name in config.unset and getattr(config, name) == value}
     return load(
@@ -174,7 +174,7 @@ def declared_data(data: FederatedData, samples: Sequence[int]) -> FederatedData:
     count = len(data.classes)
 
     def stand_in(n: int) -> AnySplit:
-        if isinstance(data.clients[0], Items):  # samples of the server, on which the network is tried
+        if isinstance(data.clients[0], Items):  # the network is tried on samples of the server
             return data.clients[0].subset(torch.zeros(n, dtype=torch.int64))
         images = torch.zeros((n, data.form.shape[0], 1, 1), dtype=getattr(torch, data.form.dtype))
         return Split(images, data.task.blank(n, count), task=data.task)
@@ -201,6 +201,7 @@ def check_data(config: RunConfig, data: FederatedData, only_client: int | None =
 
     ``only_client`` is the only client with samples on this machine.
     """
+    # Classes, and the method's tasks and kinds of samples.
     kind = config.kind
     if len(data.classes) == 1 and "pairs" not in data.task.offers:
         raise UserError(
@@ -222,6 +223,7 @@ def check_data(config: RunConfig, data: FederatedData, only_client: int | None =
             subject = "the loss takes logarithms of probabilities (nn.CrossEntropyLoss takes logits)"
         raise UserError(f"{config.method} is for {tasks}, but {subject}: methods for that are {able}.")
     check_gives(config.model, data.task.network, config.data, "with --model")
+    # Settings for some kinds of samples alone.
     if config.augment not in (None, "none") and not data.form.offers:
         words = data.form.input_words()
         raise UserError(f"--augment {config.augment} is for images [C, H, W]; samples have {words}: leave it out.")
@@ -237,7 +239,8 @@ def check_data(config: RunConfig, data: FederatedData, only_client: int | None =
     if config.buffers == "pool" and "pairs" not in data.task.offers:
         raise UserError("--buffers pool is for image-text data, whose networks have batch norm in their heads alone.")
     _check_pairs(config, data)
-    if data.statistics.counts.any():  # no sample is counted where clients are elsewhere
+    # Sets and clients without information or samples.
+    if data.statistics.counts.any():  # no counts if clients are on other machines
         _check_varied(data, {"the training set": data.clients})
         clients = {f"client {data.client_label(k)}": [split] for k, split in enumerate(data.clients)}
         _check_varied(data, clients, blank=True)
@@ -317,7 +320,7 @@ def equal_samples(data: FederatedData) -> list[str]:
 def list_caveats(data: FederatedData) -> list[str]:
     """Return sentences on patients and classes with misleading figures on the test sets."""
     sentences = _shared_patients(data)
-    if data.statistics.counts.any() and data.form.offers:  # no sample is counted where clients are elsewhere
+    if data.statistics.counts.any() and data.form.offers:  # no counts if clients are on other machines
         classes = set(range(len(data.classes)))
         test_classes = classes - _unseen(classes, (*data.tests.values(), data.validation))
         if untrained := sorted(_unseen(test_classes, data.clients)):

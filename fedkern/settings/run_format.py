@@ -14,7 +14,7 @@ NAME = "config.toml"
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 INIT = "init.safetensors"
-"""File in a run folder with the weights of a module that a script gave as ``init``."""
+"""File with the weights of a module that a script gave as ``init``."""
 FORMAT = 15
 
 

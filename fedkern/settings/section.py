@@ -13,11 +13,11 @@ from fedkern.methods.options import Options
 from fedkern.typed_option import OptionTable, flag, option
 
 _NEUTRAL = {"sample_fraction": 1, "lr_decay": 1, "optimizer_state": "new", "augment": "none"}
-"""Values of settings that say nothing, beside 0 and the mean."""
+"""Neutral values of settings, beside 0, None and the mean."""
 Values = dict[str, Any]
-"""Settings by name, or a part of them: numbers, words, None, and tables of these."""
+"""Settings by name: numbers, words, None, and tables of them."""
 OF_METHOD = ("method_options", "method_instance")
-"""What is made once of a method and its options."""
+"""Names of the cached properties of a method and its options."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fedkern.errors import RAISED, UserError, describe_error, error_origin, user
 @contextmanager
 def host_code(file: str = "") -> Iterator[None]:
     """Let code import modules beside its ``file``, and restore modes and the working folder afterwards."""
-    from fedkern.process.torch_modes import keep_modes  # here, since the front page is printed without torch
+    from fedkern.process.torch_modes import keep_modes  # the command line's front page does without torch
 
     folder = str(Path(file).parent) if file else ""
     added = bool(folder) and folder not in sys.path

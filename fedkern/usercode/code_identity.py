@@ -68,18 +68,18 @@ PLAIN = (bool, int, float, str)
 LIMIT, DEEP, NODES, READABLE, ROWS = 1 << 20, 40, 1 << 14, 60, 200
 """Most bytes of a value, levels, values of a table, characters of a readable text, and rows that are stored."""
 NOT_COMPARED = "not compared: "
-"""Beginning of the text of a path at which nothing is compared; the reason follows."""
+"""Beginning of the text of a path that is not compared, before the reason."""
 INSTALLED = ("site-packages", "dist-packages")
 """Folders of installed packages."""
 Table = dict[str, str]
 _PYTHON = "Python"
-_CHANGED: dict[str, set[str]] = {}  # digests of objects before runs of this process, by the digest after them
+_CHANGED: dict[str, set[str]] = {}  # digests of objects before runs of this process, by the digest afterwards
 _TEXTS = {
     bool, int, float, complex, str, bytes, bytearray, range, date, datetime, time, timedelta, timezone, Decimal,
     Fraction, UUID, PurePosixPath, PureWindowsPath, type(Path()), type(None), type(...), type(NotImplemented),
 }  # fmt: skip
-_FEW = 4  # elements of a tensor that is readable
-_HEAP = 1 << 9  # flag of a class that Python code has made
+_FEW = 4  # most elements of a readable tensor
+_HEAP = 1 << 9  # flag of classes made by Python code
 _UNTOLD = {"__annotate__", "__classcell__", "__doc__", "__module__", "__name__", "__qualname__", "_abc_impl"}
 _CACHES = {"dispatch_cache", "cache_token"}  # of functools.singledispatch
 _PICKLING = ("__reduce_ex__", "__reduce__", "__getstate__")
@@ -105,7 +105,7 @@ def identity_table(
     for name, thing in things.items():
         walk.visit(thing, name, DEEP)
     if any(text.startswith("code ") for text in walk.table.values()):
-        walk.write(_PYTHON, f"{sys.version_info.major}.{sys.version_info.minor}")  # others have another bytecode
+        walk.write(_PYTHON, f"{sys.version_info.major}.{sys.version_info.minor}")  # bytecode depends on the version
     return walk.table
 
 
@@ -192,7 +192,7 @@ class _Walk:
     def visit(self, value: object, path: str, deep: int) -> None:
         try:
             text = _text(value, self._limit)
-            if text is None or (self._local and text == "{}"):  # a table that may get tensors of a graph
+            if text is None or (self._local and text == "{}"):  # a dict that may get tensors of a graph
                 self._visit(value, path, deep)
             elif len(text) <= READABLE:
                 self.write(path, text)
@@ -315,7 +315,7 @@ class _Walk:
                     raise
                 self.write(f"{path}[...]", f"{NOT_COMPARED}fields of C")
             reduced = "" if not pickled and (attributes or getattr(value, "__dict__", None)) else reduced
-        self.write(path, _class_text(kind) + ("" if self._local else size))  # here the rows tell
+        self.write(path, _class_text(kind) + ("" if self._local else size))  # the rows show a changed size
         self._class(kind, deep)
         if isinstance(value, nn.Module):
             self._module(dict(attributes), path, deep)
@@ -368,7 +368,7 @@ class _Walk:
                 parts = {name: part for name, part in parts.items() if group == "_buffers" and name in passing}
             self._rows(parts.items(), path, deep)
         for name in sorted(vars(nn.Module()).keys() & attributes.keys()):
-            hooks = attributes.pop(name)  # numbered by a counter of the process; or modes
+            hooks = attributes.pop(name)  # by numbers of the process's counter, or modes
             if isinstance(hooks, dict):
                 attributes |= {f"{name}[{place}]": hook for place, hook in enumerate(hooks.values())}
         self._rows(attributes.items(), path, deep)
@@ -481,14 +481,14 @@ def _attributes(value: object) -> Iterator[tuple[str, Any]]:
     for kind in type(value).__mro__:
         for name, member in vars(kind).items() if "__slots__" in vars(kind) else ():
             if isinstance(member, MemberDescriptorType):
-                with suppress(AttributeError):  # never set
+                with suppress(AttributeError):  # unset
                     yield name, member.__get__(value)
     for name in ("maxlen", "default_factory"):
         if isinstance(value, (deque, defaultdict)) and hasattr(value, name):
             yield name, getattr(value, name)
     for name, attribute in list(getattr(value, "__dict__", {}).items()):
         cached = isinstance(inspect.getattr_static(type(value), name, None), functools.cached_property)
-        former = name.startswith("prev") and type(value).__module__.startswith("torch.")  # torch's modes keep it
+        former = name.startswith("prev") and type(value).__module__.startswith("torch.")  # in torch's modes
         if not cached and not former and name not in _UNTOLD and not name.startswith("_torchdynamo"):
             yield name, attribute
 

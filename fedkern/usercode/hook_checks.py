@@ -13,7 +13,7 @@ from fedkern.usercode.registry import Registry
 Kind = TypeVar("Kind", bound=type)
 
 ALIKE, ALIKE_EVENTS = 0.8, 0.5
-"""Least likeness of a name to the hook that it is taken for, also where it shares a word with events (``on_...``)."""
+"""Least similarity of a name to a hook, and of a name that shares a word with events (``on_...``)."""
 
 
 def check_hooks(kind: type, protocol: type = object) -> None:

@@ -17,7 +17,7 @@ from fedkern.usercode.code_identity import digest, identity_table, module_identi
 
 FORMS = "FILE.py:NAME or MODULE:NAME"
 INSTANCE = "module:"
-"""Beginning of the name of a network that a script gives as a module, which no code can be named by."""
+"""Beginning of the name of a network that a script gives as a module, impossible for code."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ def load(named: Named, subject: str) -> tuple[Any, str]:
             module = run(name, named.file, code.source)
         else:
             module = run(named.module)
-            spec = getattr(module, "__spec__", None)  # os.path has another name there, as has __main__ of python -m
-            # Without one it is made here, by a notebook or a script that runs.
+            # os.path has another name in its spec, as has __main__ of python -m.  A running notebook has no spec.
+            spec = getattr(module, "__spec__", None)
             thing = getattr(module, named.name, None)
             identity = digest(identity_table({named.name: thing})) if spec is None else module_identity(spec.name)
     except UserError:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from fedkern.usercode.code_identity import content_hash, read_content
 
-_SEEN: dict[str, str] = {}  # identities of the files that this process has run, by module, and of those beside them
+_SEEN: dict[str, str] = {}  # identities of files that this process has run, by module, and of their imports
 _PART = re.compile(r"(?:(?P<path>.+?) )??(?P<hash>sha256:[0-9a-f]{64})(?:; |$)", re.DOTALL)
 
 
@@ -119,7 +119,7 @@ def _names(file: Path, source: bytes, folder: Path) -> Iterator[str]:
     """Yield dotted names that a file may import, with their packages, as seen from the folder."""
     try:
         tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError):  # its execution says so
+    except (SyntaxError, ValueError, RecursionError):  # reported when it is executed
         return
     package = file.parent.relative_to(folder).parts
     for node in ast.walk(tree):

@@ -40,10 +40,10 @@ COMMANDS = (
     "attack", "compare", "doctor", "evaluate", "export", "extend", "flower", "help", "list", "predict", "report",
     "reproduce", "resume", "run",
 )  # fmt: skip
-"""Names that nothing may be registered as, because the command line would read them as commands."""
+"""Names that must not be registered, because the command line would read them as commands."""
 
 _REGISTERED = ("fedkern.methods", "fedkern.data", "fedkern.models", "fedkern.tasks", "fedkern.engine.setup.order")
-"""Modules that fill the registries with fedkern's own entries, which would else be taken for a plugin's."""
+"""Modules that fill the registries with built-in entries, before a plugin does."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -121,7 +121,7 @@ def load_installed(warn: Callable[[str], None] = warnings.warn) -> None:
             if name not in _LOADED:
                 _LOADED[name] = _execute(Plugin(name, _module_identity(name), given=False, installed=True))
             point.load()
-        except Exception as error:  # the package's own error, whatever it is
+        except Exception as error:  # any error of the package
             package = point.dist.name if point.dist is not None else "an installed package"
             warn(f"The plugin {point.name} of {package} is left out: {str(error).rstrip('.')}.")
 
@@ -221,7 +221,7 @@ def _run(plugin: Plugin, name: str) -> None:
         if plugin.source is None:
             code_execution.run(name)
         else:
-            sys.modules.pop(name, None)  # as a network's code it was executed without a look at what it registers
+            sys.modules.pop(name, None)  # perhaps executed as a network's code, without a record of its entries
             code_execution.run(name, plugin.name, plugin.source)
     except UserError as error:
         raise UserError(f"The plugin {plugin.name} cannot be loaded: {error}") from None
@@ -403,7 +403,7 @@ def remember(plugins: Mapping[str, str]) -> None:
 
 def _is_remembered(name: str, identity: str) -> bool:
     try:
-        # Where several users share a cache folder, each has executed other plugins.
+        # Users who share a cache folder have executed other plugins.
         return _note(name, identity).stat().st_uid == os.geteuid()
     except (OSError, UserError):
         return False

@@ -73,7 +73,7 @@ def docstring(thing: Any) -> str:
     try:
         (defined,) = ast.parse(textwrap.dedent(inspect.getsource(thing))).body
         return ast.get_docstring(defined) or ""  # type: ignore[arg-type]
-    except (OSError, TypeError, ValueError, SyntaxError):  # no source: nobody can say whether there was one
+    except (OSError, TypeError, ValueError, SyntaxError):  # no source to look for a docstring
         return str(thing.__name__)
 
 

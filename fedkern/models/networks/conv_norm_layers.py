@@ -70,7 +70,7 @@ def _run_operator(
     try:
         scale, shift = PARAMETERS(norm._parameters)
         mean, variance, count = _BUFFERS(norm._buffers)
-    except KeyError:  # something else than a parameter or a buffer is in its place
+    except KeyError:  # no parameter or buffer, but another object
         return None
     training, momentum = norm.training, norm.momentum
     tracks = training and norm.track_running_stats

@@ -57,7 +57,7 @@ class PatchDiscriminators(nn.Module):
         return F.conv2d(x, self.last, self.last_bias, groups=count).transpose(0, 1)
 
     def _own(self, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        # One after another: a grouped convolution with so few channels per group takes longer.
+        # Separate convolutions: a grouped one with so few channels per group takes longer.
         weights, biases = self.first.tensor_split(self.count), self.first_bias.tensor_split(self.count)
         return list(zip(images.unbind(0), weights, biases, strict=True))
 

@@ -20,6 +20,6 @@ class ResNet8T(StagedNetwork):
     def __init__(self, *, classes: int, channels: int = 3, width: int = 128, stem: Stem = "cifar") -> None:
         blocks = ResNet((1, 1, 1), classes=classes, channels=channels, width=width, stem=stem)
         layer1, layer2, layer3 = (cast(nn.Sequential, getattr(blocks, f"layer{i}")) for i in (1, 2, 3))
-        # The four positions become channels, so StagedNetwork's global average pooling leaves them as they are.
+        # The four positions become channels, so StagedNetwork's global average pooling has no effect.
         last = nn.Sequential(*layer3, nn.AdaptiveAvgPool2d(2), nn.PixelUnshuffle(2))
         super().__init__([layer1, layer2, last], width=16 * width, classes=classes)

@@ -125,7 +125,7 @@ def resolve_stage(model: StagedNetwork, name: str) -> str:
         UserError: the network has no such stage.
     """
     if name == "map":
-        return model.stage_names[-3:][0]  # the only one of a network with a single stage
+        return model.stage_names[-3:][0]  # the only stage of a network with one
     if name not in model.stage_names:
         choices = ("map", *model.stage_names)
         hint = suggest_name(name, choices)

@@ -74,7 +74,7 @@ class UNet(nn.Module):
         """Map images ``[B, C, H, W]`` to the features of every pixel, ``[B, width, H, W]``."""
         height, width = x.shape[2:]
         step = 2**self.depth
-        if isinstance(x, fx.Proxy) or height % step or width % step:  # a traced graph pads any size, if by nothing
+        if isinstance(x, fx.Proxy) or height % step or width % step:  # a traced graph always pads, perhaps by 0
             x = F.pad(x, (0, -width % step, 0, -height % step), mode="replicate")
         skipped: list[Tensor] = []
         for i, block in enumerate(self.down):

@@ -14,9 +14,9 @@ from fedkern.errors import UserError, first_of
 from fedkern.files.inputs import describe_special_file
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
-"""Endings of files that torch.save has written; others are safetensors."""
+"""Endings of files by torch.save, unlike safetensors."""
 LISTED = 20
-"""Tensors that do not fit and are listed at most."""
+"""Largest number of unfitting tensors in a message."""
 _NESTED = ("state_dict", "model_state_dict", "model")
 """Entries of checkpoints under which training programs keep a state dict."""
 
@@ -35,8 +35,8 @@ def read_state_dict(path: Path, source: str) -> Mapping[str, Tensor]:
         reason = str(error).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(error).__name__
         raise UserError(f"{source} is damaged: {reason}.") from None
     except Exception:
-        # pickle raises anything for a file that it has not written, a KeyError for example.  torch's message is not
-        # shown: it is long and recommends to execute whatever the file holds.
+        # pickle raises anything, such as KeyError, for a file of another program.  torch's message is not
+        # shown: it is long and recommends to execute the file's content.
         loaded = None
     if isinstance(loaded, Mapping):
         loaded = next((loaded[key] for key in _NESTED if isinstance(loaded.get(key), Mapping)), loaded)

@@ -14,7 +14,7 @@ from fedkern.process import machine
 Layer = TypeVar("Layer", bound=nn.Module)
 
 SMALL = 1 << 28
-"""Bytes of a network up to which nobody asks for the free memory, which takes most of a millisecond."""
+"""Bytes of a network up to which free memory is not checked, because a check takes most of a millisecond."""
 
 
 def make_empty(kind: Callable[..., Layer], *arguments: int, device: torch.device | str | None = None) -> Layer:

@@ -24,7 +24,7 @@ PIXELS = {
     "do_center_crop": True, "resample": BICUBIC, "image_mean": (0.48145466, 0.4578275, 0.40821073),
     "image_std": (0.26862954, 0.26130258, 0.27577711),
 }  # fmt: skip
-"""What becomes of an image where preprocessor_config.json does not say otherwise, in that file's words."""
+"""Preprocessing of images unless preprocessor_config.json has other values, with the keys of that file."""
 
 
 def clip_teacher(

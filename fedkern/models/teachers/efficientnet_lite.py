@@ -36,7 +36,7 @@ PIXELS = {
     "size": {"height": SIDE, "width": SIDE}, "resample": BILINEAR,
     "image_mean": (127 / 255,) * 3, "image_std": (128 / 255,) * 3,
 }  # fmt: skip
-"""What becomes of an image, as in TensorFlow's release, in the words of preprocessor_config.json."""
+"""Preprocessing of images in TensorFlow's release, with the keys of preprocessor_config.json."""
 
 IMAGENET: Mapping[str, Sequence[int]] = {
     "airplane": (404, 895),
@@ -50,7 +50,7 @@ IMAGENET: Mapping[str, Sequence[int]] = {
     "ship": (403, 484, 510, 554, 625, 628, 724, 780, 814, 871, 914),
     "truck": (555, 569, 675, 717, 864, 867),
 }
-"""Classes of ImageNet (2012, counted from 0) that a class of CIFAR-10 is made of."""
+"""Classes of ImageNet (2012, counted from 0) for every class of CIFAR-10."""
 
 
 class EfficientNetLite0(EfficientNetB0):

@@ -25,11 +25,11 @@ from fedkern.usercode.named_code import FORMS
 
 KINDS = ("pretrained", "clip", LITE, "logits")
 CODE = "code"
-"""Kind of a teacher that is a function or module of the user's code."""
+"""Kind of a teacher that is a user-defined function or module."""
 ALONE = ("pretrained", LITE)
-"""Kinds that need nothing after them."""
-# Candidates of plain ``pretrained``, in order of size with ten classes: it takes the smallest that are larger than the
-# run's own network.
+"""Kinds without a required source."""
+# Candidates of plain ``pretrained``, in order of size with ten classes: the smallest that are larger than the run's
+# network are taken.
 LARGER = (("resnet8", 32), ("cnn", 64), ("resnet8", 64), ("resnet18", 32), ("resnet18", 64), ("resnet18", 96))
 CHOICES = 3
 
@@ -163,7 +163,7 @@ class Teachers:
     def _import_teacher(self, spec: Spec) -> Teacher:
         """Import a callable, with cached logits if it has an attribute ``identity``, or a :class:`Teacher`."""
         named = named_code.parse(spec.source)
-        assert named is not None  # parse has looked
+        assert named is not None  # parse has checked this
         thing: Any = named_code.load(named, "the teacher")[0]
         if isinstance(thing, Teacher):
             return thing

@@ -38,7 +38,7 @@ class _Teacher:
     """Folded network with a trunk that computes in the current precision."""
 
     def __init__(self, network: nn.Module) -> None:
-        # Another forward than these may do more than head(features), so that it stays in fp32.
+        # Any other forward may do more than head(features), so its network stays in fp32.
         splits = type(network).forward in (StagedNetwork.forward, UNet.forward)
         self._dtype = reduced_dtype() if splits else None
         self._head: Any = nn.Identity()

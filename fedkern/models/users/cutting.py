@@ -53,7 +53,7 @@ def find_logits(output: object) -> Any:
 def find_head(module: nn.Module, images: Tensor) -> str | None:
     """Return the name of the linear layer that gives the logits ``[B, C]``, or None."""
     tried = move_weights(module)
-    tried.eval()  # whose train() may be the user's and return nothing
+    tried.eval()  # a user-defined eval() may return None
     calls: dict[str, list[Tensor]] = {}
     for name, layer in tried.named_modules():
         if isinstance(layer, nn.Linear) and layer.bias is not None:
@@ -210,7 +210,7 @@ def _try_pieces(
                 used, results, later = _run(parts, names, images.clone())
             except NotCut:
                 raise
-            except Exception:  # a module that gets what it was not made for may raise anything
+            except Exception:  # a module may raise anything on unsuitable inputs
                 raise NotCut("its modules do not run one after another") from None
         changed |= later
         outputs = results[-1] if results else images

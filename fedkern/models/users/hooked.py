@@ -68,7 +68,7 @@ class Hooked(OwnNetwork):
             results[stage] = result
             if stage == stop:
                 raise _Stop
-            # In the place of what waits to be computed; a copy, where the result would not stay as it is.
+            # Replaces a pending result, by a copy if the network changes it in place later.
             return result.clone() if stage in self._changed else result
 
         keep_result.takes_computed = True  # type: ignore[attr-defined]
@@ -77,7 +77,7 @@ class Hooked(OwnNetwork):
                 if name is not None:
                     layer = self.module.get_submodule(name)
                     hooks.enter_context(layer.register_forward_hook(partial(keep_result, stage)))
-                else:  # the features are what the classifier takes
+                else:  # the features are the classifier's input
                     hooks.enter_context(super().head.register_forward_pre_hook(partial(keep_result, stage)))
             with suppress(_Stop):
                 results[LOGITS] = to_fp32(self._logits(x))
@@ -144,6 +144,7 @@ class Rest:
 
 def find_taps(network: Any, stages: Sequence[str], features: str | None, form: Any, text: str) -> tuple[Any, ...]:
     """Return the class of a ``network`` with these taps and its other arguments, after a trial on two samples."""
+    # Arguments that do not fit the network.
     items = isinstance(network, ItemNetwork)
     if not isinstance(network, OwnNetwork) or (items and network.raw):
         raise UserError(
@@ -161,6 +162,8 @@ def find_taps(network: Any, stages: Sequence[str], features: str | None, form: A
     head = None if items else find_head(network.module, samples)
     if head is None and features is None:
         raise UserError(f"--stages: {text} ends in no linear layer, whose input are the features: give --features too.")
+    # Calls of every tap in both modes on moved weights, which show if a tap is called once, stays unchanged, and
+    # determines the logits.
     tried, changed = kind(move_weights(network.module), head, stages, features, blank), set[str]()
 
     def results_of(stop: str = "") -> dict[str, Tensor]:
@@ -179,7 +182,7 @@ def find_taps(network: Any, stages: Sequence[str], features: str | None, form: A
                     raise UserError(
                         f"{given}: {text} calls it {times} times{where}, or it gives no tensor of a row a sample."
                     )
-                before = results_of(name)[name]  # what follows has not changed it
+                before = results_of(name)[name]  # stopped here, so unchanged by later submodules
                 changed |= set() if torch.equal(result, before) else {name}
                 if not training and not torch.allclose(
                     tried.again(name, before)[LOGITS], results[LOGITS], rtol=1e-3, atol=1e-4

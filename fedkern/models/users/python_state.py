@@ -15,10 +15,10 @@ from fedkern.usercode.code_identity import digest, identity_table
 
 _SHIPPED = {"fedkern", "torch", *sys.stdlib_module_names} - {"__main__"}
 _ENGINES = {*vars(nn.Module()), "track_running_stats"}
-"""Attributes that PyTorch and the engine change."""
+"""Attributes that PyTorch and the engine change, not the user."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 SMALL = 1 << 20
-"""Most elements of a tensor whose values are compared; of a larger one it is the memory."""
+"""Most elements of a tensor that is compared by values instead of memory address and version."""
 
 
 class _Pickler(pickle.Pickler):
@@ -40,7 +40,8 @@ def hash_attributes(network: nn.Module) -> dict[str, int]:
     a graph do not.
     """
     kinds = dict.fromkeys(map(type, network.modules()))
-    code = identity_table({"classes": [*kinds]}, weights=False, limit=1 << 14, local=True)  # what their code names
+    # Values that the code of the classes names.
+    code = identity_table({"classes": [*kinds]}, weights=False, limit=1 << 14, local=True)
     hashes = {path: hash(text) for path, text in code.items() if path.count(".") > 1}  # members are fields, see below
     user_defined = getattr(network, "own", False) is True or type(network).__module__.partition(".")[0] != "fedkern"
     for path, module in network.named_modules():
@@ -67,7 +68,7 @@ def hash_fields(thing: object, *, shipped: bool = False) -> dict[str, int]:
             continue
         if isinstance(value, dict):
             value = {key: entry for key, entry in value.items() if getattr(entry, "grad_fn", None) is None}
-        elif getattr(value, "grad_fn", None) is not None:  # of a graph: what the last pass left
+        elif getattr(value, "grad_fn", None) is not None:  # a leftover of the last pass
             continue
         try:
             with io.BytesIO() as file:

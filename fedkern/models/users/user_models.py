@@ -31,10 +31,10 @@ N = TypeVar("N", bound=nn.Module)
 X = TypeVar("X")
 Y = TypeVar("Y")
 GIVEN = ("classes", "channels", "image_size", "width", "seed")
-"""Arguments that a class or function gets, by name, where its signature has them."""
+"""Arguments that a class or function gets by name if its signature has them."""
 
 LEVELS = ("logits", "features", "maps", "stages")
-"""What a method may need of a network, each with everything before: logits; features and what classifies them; stages
+"""Abilities of a network that a method may need, each with all before: logits; features and their classifier; stages
 that can be left and entered; stages that are modules."""
 
 
@@ -168,7 +168,7 @@ class StagedOwn(OwnNetwork, StagedNetwork):  # type: ignore[override]
     @autocasts
     def _run(self, x: Tensor, begin: int, last: int) -> Tensor:
         if 0 < begin <= last and self.stage_names[begin - 1] in self._cut.changed:
-            x = x.clone()  # the caller's map stays as it is
+            x = x.clone()  # the caller's map must not change
         if begin == 0:
             x = self._call_on_copy(lambda x: call_parts(self.module, self._pieces, x, 0, last), plain_strides(x), last)
         else:
@@ -323,12 +323,12 @@ class Own:
         if not isinstance(module, nn.Module):
             raise UserError(f"the model {self.text} gives {type(module).__name__}, not an nn.Module.")
         check_module(module, self.text)
-        module.train(True)  # which may return nothing where it is the user's
+        module.train(True)  # a user-defined train() may return None
         return module.cpu()
 
     def _copy_module(self, module: nn.Module) -> nn.Module:
         try:
-            return plain(copy.deepcopy(module))  # as workers have it, who get it by a pickle
+            return plain(copy.deepcopy(module))  # as after the pickling for workers
         except Exception as error:  # a module may hold anything
             raise UserError(
                 f"the model {self.text} cannot be copied, and every client has a copy: {type(error).__name__}: {error}."
@@ -350,7 +350,7 @@ class Own:
                 ) from None
         except UserError as error:
             raise UserError(f"the model {self.text}: {error}") from None
-        except Exception:  # the network cannot take such images, which the run says in its own words
+        except Exception:  # the run reports unsuitable images by itself
             return None
         try:
             return find_head(module, images)
@@ -423,8 +423,8 @@ def _check_modes(module: nn.Module, text: str) -> None:
     modes = [getattr(layer, name) for layer in module.modules() for name in ("train", "eval")]
     if all(getattr(mode, "__func__", mode) in (nn.Module.train, nn.Module.eval) for mode in modes):
         return
-    module.train(True)  # whose mode may have no default
-    tried = move_weights(module)  # what is merged may begin at zero
+    module.train(True)  # a user-defined mode may have no default
+    tried = move_weights(module)  # merged weights may begin at zero
     before, memory = _weights_of(tried), _memory_of(tried)
     tried.eval()
     after, memory_after = _weights_of(tried), _memory_of(tried)
