@@ -66,7 +66,7 @@ class BlockNetwork(nn.Module):
     def interfaces(self, image_shape: Sequence[int]) -> list[tuple[int, ...]]:
         """Return the shape of every block's result for one image of ``image_shape`` (C, H, W).
 
-        The CPU runs two zero images: the meta device would import torch's compiler, which takes a second.
+        The CPU runs zero images: the meta device would import torch's compiler, which takes a second.
         """
         x = torch.zeros(2, *image_shape)
         shapes: list[tuple[int, ...]] = []
@@ -140,7 +140,7 @@ def list_layers(model: StagedNetwork) -> list[nn.Module]:
 
 
 def cut_points(model: StagedNetwork, blocks: int) -> tuple[int, ...]:
-    """Return the layers behind which ``model`` is cut into blocks, with the pooling as the last layer."""
+    """Return the layers behind which ``model`` is cut, with the pooling as the last layer."""
     count = len(list_layers(model))
     if not 1 <= blocks <= count + 1:
         raise UserError(

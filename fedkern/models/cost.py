@@ -20,10 +20,7 @@ class Counted:
     flops: int = 0
 
     def add(self, layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
-        """Count a call of a linear layer or an ungrouped convolution, as a forward hook.
-
-        The backward pass takes as much again for the weights and for the input, if they require gradients.
-        """
+        """Count a call of a linear layer or an ungrouped convolution, as a forward hook, and its backward pass."""
         # Every weight is used once per position of the output, which has as many channels as the weight has rows.
         operations = 2 * output.numel() * layer.weight.numel() // layer.weight.shape[0]
         if output.requires_grad:
@@ -48,7 +45,6 @@ def count_flops(module: nn.Module | None) -> Iterator[Counted]:
 
 @contextmanager
 def hook_layers(layers: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
-    """Call ``hook(layer, inputs, output)`` after every layer, inside the block."""
     handles = [layer.register_forward_hook(hook) for layer in layers]
     try:
         yield

@@ -104,7 +104,6 @@ class FusedLevel(nn.Module):
         return torch.cat(results, dim=channels) if joined else fuse_concat(results)
 
     def statistics(self) -> list[dict[str, Tensor]]:
-        """Return copies of every block's buffers on the CPU."""
         states = [branch.state_dict() for branch in self.branches]
         return [
             {name: state[f"block.{name}"].detach().cpu().clone() for name in names}
@@ -136,7 +135,7 @@ class FusedNetwork(nn.Module):
 
     Args:
         head: None while later levels are still to be trained.
-        final: fusion of the last level's features: ``"mean"``, ``"sum"`` (the released code), or ``"concat"``.
+        final: ``"sum"`` is the released code's fusion.
         plain_head: the classifier before calibration, for comparison.
     """
 
@@ -168,7 +167,6 @@ class FusedNetwork(nn.Module):
         return x
 
     def fuse(self, joined: Tensor) -> Tensor:
-        """Fuse joined features ``[B, M * d]`` to ``[B, d]``, or leave them ("concat")."""
         if self.final == "concat":
             return joined
         parts: Tensor = joined.unflatten(1, (cast(FusedLevel, self.levels[-1]).count, -1))

@@ -198,7 +198,6 @@ def list_added(settings: str) -> tuple[ModelEntry, ...]:
 
 
 def explain_unknown(name: str, title: str | None = None) -> str:
-    """Return the sentence on a name that ``MODELS`` does not have."""
     if named_code.parse(name) is not None:
         return (
             f"{name} is code: register that network with @fedkern.register_model(NAME) and give its name here, or give "

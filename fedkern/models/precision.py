@@ -68,7 +68,6 @@ def autocasts(method: Callable[P, T]) -> Callable[P, T]:
 
 
 def autocast_on(device: torch.device) -> AbstractContextManager[object]:
-    """Return the context of the current precision on a device."""
     # Autocast's cache would keep copies of the weights until the outermost autocast (perhaps a caller's) ends, and
     # would miss an optimiser step on the flat buffer.
     dtype = _dtype.get()

@@ -108,7 +108,7 @@ class RunConfig(Fingerprints, ExecutionSettings, TrainingSettings, PrivacySettin
         data_options: Mapping[str, object],
         plugins: Mapping[str, str],
     ) -> Self:
-        """Add the method's defaults on the data set to converted settings, with ``options`` by published name."""
+        """Add the method's defaults on the data set to converted settings."""
         kind = method_registry.get(method)
         if kind.one_shot and "rounds" in values:
             raise UserError(

@@ -54,7 +54,7 @@ class ExecutionSettings(FederationSettings):
             raise UserError(f'--workers must be auto, or a number in [1, {MOST_WORKERS}], not "{self.workers}".')
 
     def with_client_threads(self) -> Self:
-        """Return the settings with ``client_threads``, which depends on the number of clients in the data."""
+        """Return the settings with ``client_threads`` by the number of clients in the data."""
         if self.client_threads:
             return self
         return self.replace(client_threads=max(1, self.threads // self.clients_of_a_round))

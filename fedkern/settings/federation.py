@@ -38,7 +38,6 @@ _TARGET = re.compile(r"\s*([A-Za-z]\w*)\s*(>=|<=)\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[
 
 
 def stop_target(text: str) -> tuple[str, str, float]:
-    """Return the figure, ``>=`` or ``<=``, and the value of ``--stop-at``."""
     if (match := _TARGET.fullmatch(text)) is None:
         raise UserError(f'--stop-at must be FIGURE>=VALUE or FIGURE<=VALUE, such as accuracy>=0.9, not "{text}".')
     return match[1], match[2], float(match[3])
@@ -134,7 +133,6 @@ class FederationSettings(DataSettings):
             self._check_asynchronous()
 
     def _check_asynchronous(self) -> None:
-        """Raise UserError if the method cannot take stale uploads, or the run has too few clients for a step."""
         if not (self.kind.asynchronous and self.method_instance.averages):
             able = ", ".join(name for name, kind in method_registry.METHODS.items() if kind.asynchronous)
             silent = self.kind.asynchronous is None or self.method_instance.averages is None

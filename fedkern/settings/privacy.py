@@ -83,7 +83,6 @@ class PrivacySettings(FaultSettings, ModelSettings):
             raise UserError("--patient-images is for --privacy-unit patient: give that too, or leave it out.")
 
     def _check_client_level(self) -> None:
-        """Raise UserError if settings of client-level privacy do not fit together."""
         # Clip and noise belong together, and delta and draws to the noise.
         if (self.dp_clip is None) != (self.dp_noise is None):
             name, needed = ("--dp-clip", "--dp-noise") if self.dp_noise is None else ("--dp-noise", "--dp-clip")

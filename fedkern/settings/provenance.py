@@ -31,7 +31,7 @@ def settings_by_name(config: RunConfig) -> Values:
 
 
 def files_identity(config: RunConfig) -> dict[str, str]:
-    """Return hashes of files, folders and code by the setting that names them, and fedkern's version."""
+    """Return hashes of files, folders and code by the setting that names them, and the version."""
     identity = {"version": fedkern.__version__}
     for name, value in settings_by_name(config).items():
         if isinstance(value, str) and name not in _UNHASHED_PATHS and Path(value).is_absolute():
@@ -56,7 +56,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def code_identity(config: RunConfig) -> dict[str, str]:
-    """Return hashes of a run's code and files by setting, and fedkern's version."""
+    """Return hashes of a run's code and files by setting, and the version."""
     named = {"model": config.model_sha256, "layout": config.model_layout, "init": config.init_sha256}
     named |= {"method": config.method_sha256, "training": config.training_sha256}
     named |= {f"plugins.{name}": value for name, value in config.plugins.items()}

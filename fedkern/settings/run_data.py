@@ -160,7 +160,7 @@ class DataRecipe:
 def data_of_one(config: RunConfig, notice: Callable[[str], None] | None = None, *, node: bool = False) -> FederatedData:
     """Return the data in this machine's folder or of its function, with all training samples at one client.
 
-    On a node nothing is held out: only the server's sets judge the network.
+    A node holds nothing out: the server's sets judge the network.
     """
     if node:
         shares = [name for name in ("test_share", "validation_share") if name in lookup(config.data).options]
@@ -309,7 +309,6 @@ def _shared_patients(data: FederatedData) -> list[str]:
 
 
 def equal_samples(data: FederatedData) -> list[str]:
-    """Return a sentence on training samples that are also in a set that judges the network."""
     overlaps = _overlaps(data, lambda split: sample_hashes(split, data.sights))
     return [
         f"Equal {data.form.noun} are trained on and in {overlaps}, so that figures there are not those of "

@@ -89,7 +89,6 @@ def load_plugins(folder: str | os.PathLike[str], trusted: Collection[str] = ()) 
 
 
 def _plugin_table(value: object, source: str) -> dict[str, str]:
-    """Return identities of plugins by name, from a table or a list."""
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return dict.fromkeys(value, "")
     if not isinstance(value, Mapping) or not all(isinstance(identity, str) for identity in value.values()):
@@ -105,7 +104,6 @@ def check_regular(folder: str | os.PathLike[str]) -> None:
 
 
 def check_run_folder(folder: str | os.PathLike[str]) -> None:
-    """Raise UserError if the folder is missing, holds no run, or holds anything but files and folders."""
     check_regular(folder)
     if not Path(folder).exists():
         raise UserError(f"The run folder {folder} does not exist: name one that a run was written to with --out.")

@@ -47,7 +47,7 @@ def explain_errors(name: str, code: object) -> Iterator[None]:
 
 
 def module_name(file: str, source: bytes) -> str:
-    """Return the name in ``sys.modules`` of a file with a content, the same in every process."""
+    """Return the name of a file with a content in ``sys.modules``, the same in every process."""
     digits = (hashlib.sha256(text).hexdigest()[:8] for text in (file.encode(), source))
     return "_".join(("fedkern_file", re.sub(r"[^0-9A-Za-z]", "_", Path(file).stem), *digits))
 

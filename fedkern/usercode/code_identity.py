@@ -116,7 +116,6 @@ def digest(table: Mapping[str, str]) -> str:
 
 
 def left_out(table: Mapping[str, str]) -> list[str]:
-    """Return the paths at which nothing is compared, with the reasons."""
     texts = {path: text.removeprefix(NOT_COMPARED) for path, text in table.items() if text.startswith(NOT_COMPARED)}
     return [f"`{path}` ({why})" for path, why in texts.items()]
 
@@ -218,7 +217,6 @@ class _Walk:
             self._thing(value, path, deep - 1)
 
     def _rows(self, values: Iterable[tuple[object, object]], path: str, deep: int, form: str = ".{}") -> None:
-        """Visit values by name, until the table is full."""
         for name, value in values:
             if not (self._local and getattr(value, "grad_fn", None) is not None):
                 self.visit(value, path + form.format(name), deep)
@@ -535,8 +533,6 @@ def _class_text(kind: type) -> str:
 
 
 class _Named(NamedTuple):
-    """Names in a piece of code: of globals, of attributes, and of imported modules."""
-
     globals: list[str]
     attributes: frozenset[str]
     imports: list[str]
@@ -659,6 +655,5 @@ def read_content(path: str | Path, subject: str = "") -> bytes:
 
 
 def hash_layout(tensors: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of names, dtypes and shapes of tensors."""
     lines = (f"{name} {tensor.dtype} {list(tensor.shape)};" for name, tensor in tensors.items())
     return hashlib.sha256("".join(lines).encode()).hexdigest()

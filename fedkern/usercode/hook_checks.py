@@ -48,7 +48,6 @@ def check_hooks(kind: type, protocol: type = object) -> None:
 
 
 def _names_in(function: object) -> set[str]:
-    """Return all names, and texts that may be names, in the code of a function."""
     names: set[str] = set()
     waiting: list[Any] = [function]
     while waiting:

@@ -43,7 +43,6 @@ def parse(text: str) -> Named | None:
 
 
 def absolute(text: str) -> str:
-    """Return the text with an absolute path if it names a file."""
     named = parse(text)
     return text if named is None else str(named)
 
@@ -82,10 +81,7 @@ def trust(name: str) -> str:
 
 
 def refuse_changed(subject: str, out: object, differences: Sequence[str], again: str) -> UserError:
-    """Return the error for untrusted code that has changed since the run in ``out`` began.
-
-    ``again`` is the argument that accepts the changed code.
-    """
+    """Return the error for untrusted code that has changed since the run in ``out`` began."""
     differ = f" ({first_of(differences, 3)})" if differences else ""
     return UserError(
         f"{subject} has changed since the run in {out} began{differ}: put back the former one, or give {again} to go "
@@ -94,7 +90,6 @@ def refuse_changed(subject: str, out: object, differences: Sequence[str], again:
 
 
 def warn_of_change(code: str) -> str:
-    """Return the warning on changed code that the user has trusted."""
     return (
         f"The run goes on with {code} as it is now, not as the run was started with: its bits may differ from an "
         "uninterrupted one."

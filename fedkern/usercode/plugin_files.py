@@ -102,7 +102,6 @@ def imported_modules(file: Path, source: bytes) -> dict[Path, str]:
 
 
 def _files(stem: Path) -> Iterator[Path]:
-    """Yield the files that the import of a module may load."""
     for suffix in all_suffixes():
         yield stem.with_name(f"{stem.name}{suffix}")
         yield stem / f"__init__{suffix}"

@@ -149,7 +149,6 @@ def loaded_plugins() -> tuple[Plugin, ...]:
 
 
 def _locate_plugin(text: str) -> tuple[str, Path | None]:
-    """Return the plugin's name, and its path if it is a file."""
     text = text.strip()
     check_text(text, "the plugin")
     if text.endswith(".py") or "/" in text or os.sep in text:
@@ -348,7 +347,6 @@ def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: 
 
 
 def _differences(name: str, path: Path | None, identity: str, source: bytes | None = None) -> list[str]:
-    """Describe the changes of a plugin since it had an identity, without executing anything."""
     old, new = {"": identity}, {"": "" if path is not None else _module_identity(name)}
     if path is not None:
         code = plugin_files.read_code(path, f"The plugin {path}", source)

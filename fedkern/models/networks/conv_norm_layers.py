@@ -93,7 +93,7 @@ def _run_operator(
 
 
 class NormSequential(nn.Sequential):
-    """``nn.Sequential`` with the correct gradient of batch norms, see :func:`fedkern.ops._core.layout.apply_norm`."""
+    """``nn.Sequential`` with the correct gradient of batch norms (`fedkern.ops._core.layout.apply_norm`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self:
@@ -102,7 +102,7 @@ class NormSequential(nn.Sequential):
 
 
 class ConvSequential(nn.Sequential):
-    """``nn.Sequential`` that runs convolution, batch norm, ReLU and max pooling by :func:`run_conv_norm`."""
+    """``nn.Sequential`` with :func:`run_conv_norm` for its convolutions."""
 
     def forward(self, x: Tensor) -> Tensor:
         layers: list[Any] = [*self, None, None, None]

@@ -38,7 +38,6 @@ class PatchDiscriminators(nn.Module):
     last_bias: nn.Parameter
 
     def parts(self) -> list[dict[str, Tensor]]:
-        """Return each discriminator's parameters by name, as views."""
         cut = {name: value.detach().tensor_split(self.count) for name, value in self.named_parameters()}
         return [{name: pieces[k] for name, pieces in cut.items()} for k in range(self.count)]
 
@@ -63,7 +62,6 @@ class PatchDiscriminators(nn.Module):
 
 
 def receptive_field(layers: int) -> int:
-    """Return the side in pixels of a logit's receptive field."""
     return (3 << layers) - 2
 
 

@@ -35,7 +35,6 @@ class SqueezeExcitation(nn.Module):
 
 
 def mbconv(channels_in: int, channels_out: int, *, size: int, stride: int, expansion: int) -> InvertedResidual:
-    """Return an inverted residual with squeeze and excitation to a quarter of ``channels_in``."""
     gate = partial(SqueezeExcitation, squeezed=max(1, channels_in // 4))
     return InvertedResidual(
         channels_in, channels_out, stride=stride, expansion=expansion, size=size, activation=nn.SiLU, gate=gate

@@ -88,8 +88,6 @@ class PatchTokens(ImageEncoder):
 
 
 class WordEmbedding(nn.Module):
-    """Sum of a learnt vector per token number and a learnt vector per position."""
-
     def __init__(self, words: int, longest: int, width: int) -> None:
         super().__init__()
         self.word = nn.Parameter(torch.empty(words, width))
@@ -114,7 +112,6 @@ class TextTransformer(nn.Module):
         self.norm: Layer = nn.LayerNorm(width)
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Return token numbers and mask ``[B, L]`` of texts, on the CPU."""
         return self.vocabulary.tokenize(texts, self.longest)
 
     def forward(self, tokens: Tokens) -> Tensor:

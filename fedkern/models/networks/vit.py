@@ -73,7 +73,7 @@ class ViT(StagedNetwork):
 
 
 def patch_size(image_size: int) -> int:
-    """Return the side of a patch: 16 pixels for images above 64 pixels, as published, else 4, or 2 below 16 pixels."""
+    """Return the side of a patch: 16 pixels for images above 64 pixels, as published, else 4 or 2."""
     if image_size > 64:
         return 16
     return 4 if image_size >= 16 else 2

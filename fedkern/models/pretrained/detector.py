@@ -38,7 +38,6 @@ class GroundingDino:
 
     @property
     def identity(self) -> Mapping[str, str | float]:
-        """Everything that the boxes depend on."""
         thresholds = {"box_threshold": self.box_threshold, "text_threshold": self.text_threshold}
         return {**self._source.identity, **thresholds}
 
@@ -70,7 +69,6 @@ class GroundingDino:
         return [found[keep] for found, keep in zip(boxes, selected.cpu(), strict=True)]
 
     def _prepare(self, images: Tensor) -> Tensor:
-        """Resize and normalise according to preprocessor_config.json."""
         size = self._settings.get("size", {})
         shortest, longest = int(size.get("shortest_edge", 800)), int(size.get("longest_edge", 1333))
         height, width = images.shape[-2:]
@@ -83,7 +81,7 @@ class GroundingDino:
         return (values - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
     def _name_tokens(self, input_ids: Tensor) -> Tensor:
-        """Return bool ``[L]``: True at the tokens of the class name, not at special tokens and the full stop."""
+        """Return bool ``[L]``: True at the tokens of the class name."""
         stop = self._tokenizer.convert_tokens_to_ids(".")
         special = {*self._tokenizer.all_special_ids, stop} - {self._tokenizer.unk_token_id}
         return torch.tensor([token not in special for token in input_ids.tolist()], device=self.device)

@@ -109,7 +109,7 @@ def _resize(pixels: Tensor, size: tuple[int, int], mode: str) -> Tensor:
 
 
 def _nearest(before: int, after: int) -> Tensor:
-    """Return the indices ``[after]`` of Pillow's nearest pixels, with its accumulated rounding errors at ties."""
+    """Return the indices ``[after]`` of Pillow's nearest pixels, with its accumulated rounding errors."""
     steps = torch.full((after,), before / after, dtype=torch.float64)
     steps[0] /= 2
     return steps.cumsum(0).long()
@@ -135,6 +135,6 @@ def _proportional(shortest: int, height: int, width: int) -> tuple[int, int]:
 
 
 def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return a copy of normalised images as fp32 in [0, 1] (up to rounding)."""
+    """Return normalised images as fp32 in [0, 1] (up to rounding)."""
     scale = torch.tensor(std, dtype=torch.float32, device=images.device).view(1, -1, 1, 1)
     return images.float() * scale + torch.tensor(mean, dtype=torch.float32, device=images.device).view(1, -1, 1, 1)

@@ -67,7 +67,6 @@ class PretrainedImage(ImageEncoder):
         return (rows, count // rows), 0
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map the data's images fp32 ``[B, C, H, W]`` to tokens ``[B, 1 + N, d]``."""
         return self._run(images)[0]
 
 

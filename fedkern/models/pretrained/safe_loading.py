@@ -121,7 +121,7 @@ def check_folder(folder: Path, kind: str) -> None:
 
 
 def _find_texts(value: object, ending: str) -> Iterator[str]:
-    """Yield the strings in a JSON value, at any depth, with keys that end in ``ending``."""
+    """Yield the strings in a JSON value with keys that end in ``ending``."""
     waiting = [value]
     while waiting:
         entry = waiting.pop()

@@ -51,7 +51,6 @@ class Tokens(NamedTuple):
 
 
 def split_words(text: str) -> list[str]:
-    r"""Return the lower-cased ``\w+`` words of a text."""
     return re.findall(r"\w+", text.lower())
 
 

@@ -15,7 +15,6 @@ N = TypeVar("N", bound=nn.Module)
 
 
 def freeze(module: nn.Module, patterns: Sequence[str], text: str) -> None:
-    """Freeze the parameters with names that match a pattern (``backbone.*``)."""
     named = dict(module.named_parameters())
     for name in match_names(module, patterns, [*named], "--freeze", f"parameter of {text}"):
         named[name].requires_grad_(False)

@@ -70,7 +70,7 @@ class EfficientNetLite0(EfficientNetB0):
                 layer.eps = 1e-3  # TensorFlow's
 
     def load_released(self, state: Mapping[str, Tensor]) -> None:
-        """Load the tensors of the released file, which have this network's order but other names."""
+        """Load the released tensors, which have this network's order but other names."""
         flipped = [value.flip(2, 3) if value.dim() == 4 else value for value in state.values()]
         self.load_state_dict(dict(zip(self.state_dict(), flipped, strict=True)))
 
@@ -137,7 +137,7 @@ def find_weights() -> Path:
 
 
 def group_classes(names: Sequence[str], path: str = "") -> list[list[int]]:
-    """Return the ImageNet classes of every class of the data, from a JSON file or :data:`IMAGENET`."""
+    """Return the ImageNet classes of every class of the data."""
     table: Mapping[str, Sequence[int]] = IMAGENET
     if path:
         try:

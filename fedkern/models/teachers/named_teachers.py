@@ -85,7 +85,7 @@ _EXAMPLES = {"clip": "clip:openai/clip-vit-base-patch32", "logits": "logits:FILE
 
 
 def expand(specs: Sequence[Spec], build: Callable[..., nn.Module]) -> list[Spec]:
-    """Replace plain ``pretrained`` by up to three networks that are larger than the run's own."""
+    """Replace plain ``pretrained`` by up to three networks that are larger than the run's."""
     result: list[Spec] = []
     for spec in specs:
         if spec.kind != "pretrained" or spec.source:
@@ -133,7 +133,6 @@ class Teachers:
         return self.made[index]
 
     def make(self, spec: Spec) -> Teacher:
-        """Make a teacher, with training or the cached weights of an embedded one."""
         scale = {"mean": self.cache.mean, "std": self.cache.std}
         if spec.kind == "clip":
             return clip_teacher(spec.source, self.classes, **scale, prompts=self.prompts, device=self.device)

@@ -43,7 +43,6 @@ def read_prompts(prompts: str, classes: Sequence[str]) -> list[list[str]]:
 
 
 def absolute(prompts: str) -> str:
-    """Return the absolute path of a prompts file, or a template unchanged."""
     return prompts if any(place in prompts for place in PLACES) else filesystem.absolute(prompts)
 
 

@@ -30,13 +30,10 @@ class TeacherStack:
         self._teachers = [_Teacher(fold_norms(network)) for network in networks]
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return logits of normalised images ``[B, C, H, W]``, with gradients to the images."""
         return torch.stack([teacher.logits(images) for teacher in self._teachers])
 
 
 class _Teacher:
-    """Folded network with a trunk that computes in the current precision."""
-
     def __init__(self, network: nn.Module) -> None:
         # Any other forward may do more than head(features), so its network stays in fp32.
         splits = type(network).forward in (StagedNetwork.forward, UNet.forward)

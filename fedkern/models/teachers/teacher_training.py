@@ -26,8 +26,6 @@ PROBE_LR, FINETUNE_LR = 1e-3, 1e-5
 
 
 class Labelled(Protocol):
-    """Labels int64 [n] (CPU), and ``take`` for normalised images by index, augmented with ``rng``."""
-
     labels: Tensor
 
     def __len__(self) -> int: ...

@@ -51,7 +51,6 @@ def find_logits(output: object) -> Any:
 
 
 def find_head(module: nn.Module, images: Tensor) -> str | None:
-    """Return the name of the linear layer that gives the logits ``[B, C]``, or None."""
     tried = move_weights(module)
     tried.eval()  # a user-defined eval() may return None
     calls: dict[str, list[Tensor]] = {}
@@ -94,7 +93,6 @@ def find_cut(module: nn.Module, images: Tensor, declared: object = None) -> Cut:
 
 
 def _read_stages(declared: object) -> dict[str, str]:
-    """Return the declared stages: name and the submodule that ends the stage."""
     if declared is None:
         return {}
     if isinstance(declared, Mapping):
@@ -247,8 +245,8 @@ def _divide_automatically(
 ) -> list[tuple[str, tuple[str, ...]]]:
     """Return a stage for every piece with weights.
 
-    Pieces before the first block, such as a stem, belong to the first stage.  Pieces after the last map of more than
-    one pixel make the features.
+    Pieces before the first block, such as a stem, join the first stage.  Pieces after the last map of several pixels
+    make the features.
     """
     maps = [i for i in range(len(names)) if len(shapes[i]) == 4 and shapes[i][2] * shapes[i][3] > 1]
     last = maps[-1] + 1 if maps else len(names)

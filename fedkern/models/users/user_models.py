@@ -335,7 +335,6 @@ class Own:
             ) from None
 
     def _cut(self, module: nn.Module, images: Tensor) -> Cut | str | None:
-        """Return the cut of a network, the name of its classifier alone, or None."""
         declared = getattr(module, "stages", None)
         if declared is None or callable(declared):
             declared = getattr(self.source, "stages", None)
@@ -391,7 +390,6 @@ def check_bare(module: nn.Module, text: str) -> None:
 
 
 def check_module(module: nn.Module, text: str) -> None:
-    """Raise UserError if a module's parameters and buffers cannot be one trainable fp32 vector."""
     check_bare(module, text)
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
