@@ -178,11 +178,11 @@ def available(name: str, module: nn.Module | None = None) -> Iterator[None]:
     Raises:
         UserError: the code cannot be imported.
     """
-    named = named_code.parse(name) if name not in MODELS else None
-    if module is None and named is None:
+    location = named_code.parse(name) if name not in MODELS else None
+    if module is None and location is None:
         yield
         return
-    make = load_maker(named) if named is not None and module is None else Own(module, name)  # type: ignore[arg-type]
+    make = load_maker(location) if location is not None and module is None else Own(module, name)  # type: ignore[arg-type]
     MODELS[name] = ModelEntry(name, "a network of your own", None, 1, make, gives="any")
     try:
         yield

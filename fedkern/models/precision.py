@@ -55,14 +55,14 @@ def autocasts(method: Callable[P, T]) -> Callable[P, T]:
     """Decorate a network's method to compute in the current precision, on its first argument's or its own device."""
 
     @functools.wraps(method)
-    def run(*args: P.args, **named: P.kwargs) -> T:
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
         dtype = _dtype.get()
-        x: Any = args[1] if len(args) > 1 else next(iter(named.values()))
+        x: Any = args[1] if len(args) > 1 else next(iter(kwargs.values()))
         if dtype is None or isinstance(x, fx.Proxy):  # a traced graph runs later, in its caller's precision
-            return method(*args, **named)
+            return method(*args, **kwargs)
         device = x.device if isinstance(x, Tensor) else next(args[0].parameters()).device  # type: ignore[attr-defined]
         with autocast_on(device):
-            return method(*args, **named)
+            return method(*args, **kwargs)
 
     return run
 

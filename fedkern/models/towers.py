@@ -152,37 +152,37 @@ def build_pair(
     Raises:
         UserError: an unknown encoder, a folder that cannot be used, or images too small.
     """
-    named = image_encoder in IMAGE_ENCODERS, text_encoder in TEXT_ENCODERS
+    builtin_names = image_encoder in IMAGE_ENCODERS, text_encoder in TEXT_ENCODERS
     _check_name(image_encoder, "image", IMAGE_ENCODERS)
     _check_name(text_encoder, "text", TEXT_ENCODERS)
     width = WIDTH if width is None else width
     if width < 4 or width % 4:
         raise UserError(f"the width of an image-text pair must be a multiple of 4, got {width}.")
-    if named[0] and min(image_size) < 16:
+    if builtin_names[0] and min(image_size) < 16:
         raise UserError(f"the image encoder {image_encoder} needs images of at least 16 pixels, got {min(image_size)}.")
-    if named[1] and vocabulary is None:
+    if builtin_names[1] and vocabulary is None:
         raise ValueError(f"vocabulary: expected the tokens that {text_encoder} knows, given none")
     picture: dict[str, Any] = {"channels": channels, "image_size": tuple(image_size)}
     about = {
         "image_encoder": image_encoder, "text_encoder": text_encoder, "channels": channels,
         "image_size": list(image_size), "mean": list(mean), "std": list(std),
-        "vocabulary": list(vocabulary or ()) if named[1] else None, "width": width, "longest": longest,
+        "vocabulary": list(vocabulary or ()) if builtin_names[1] else None, "width": width, "longest": longest,
     }  # fmt: skip
     images: ImageEncoder
     texts: TextEncoder
-    if not named[0]:
+    if not builtin_names[0]:
         images = pretrained_pair.image_encoder(image_encoder, **picture, mean=mean, std=std)
-    if not named[1]:
+    if not builtin_names[1]:
         texts = pretrained_pair.text_encoder(text_encoder, longest=longest)
     # On the meta device the layers' own initialisation touches no memory and no generator.
     with torch.device("meta"):
-        if named[0]:
+        if builtin_names[0]:
             images = {"conv": ConvTokens, "vit": PatchTokens}[image_encoder](**picture, width=width)
-        if named[1]:
+        if builtin_names[1]:
             tokens = Vocabulary(vocabulary or (), cast(Kind, text_encoder))
             texts = TextTransformer(tokens, width=width, longest=longest)
         network = PairNetwork(images, texts, about=about)
-    for name, builtin in zip(PARTS, (*named, True, True, True, True), strict=True):
+    for name, builtin in zip(PARTS, (*builtin_names, True, True, True, True), strict=True):
         if builtin:
             part = getattr(network, name)
             allocate(part)

@@ -119,29 +119,29 @@ class RunConfig(Fingerprints, ExecutionSettings, TrainingSettings, PrivacySettin
             raise UserError(
                 f"--local-steps is not for {method}, a one-shot method: give its budget with --local-epochs."
             )
-        usual = defaults(method, str(values.get("data", default_data(method))))
-        base: Values = {**usual, **values}
-        check_networks({name: value for name, value in base.items() if value != usual.get(name)}, str(base["data"]))
-        if "width" not in values and base["model"] != usual["model"]:
+        presets = defaults(method, str(values.get("data", default_data(method))))
+        base: Values = {**presets, **values}
+        check_networks({name: value for name, value in base.items() if value != presets.get(name)}, str(base["data"]))
+        if "width" not in values and base["model"] != presets["model"]:
             base.pop("width", None)  # the default width belongs to the default network
         if "local_epochs" in values and "local_steps" not in values:
             base.pop("local_steps", None)  # the default steps give way to the user's epochs
         if kind.one_shot:
             base["rounds"] = 1
         default_options = kind.Options.parse(base.pop("options", {}), method=method).to_dict()
-        merged = {**default_options, **options}
-        merged_data = given_options(str(base["data"]), data_options)
+        all_options = {**default_options, **options}
+        all_data_options = given_options(str(base["data"]), data_options)
         rule = str(base.get("aggregator", MEAN)).partition(":")[0].strip()
-        used = plugin_room.find_used(
+        used_plugins = plugin_room.find_used(
             {"method": method, "data set": str(base["data"]), "model": str(base["model"]), "aggregator": rule}
         )
-        config = {**base, "method": method, "data_options": merged_data, "plugins": {**plugins, **used}}
+        config = {**base, "method": method, "data_options": all_data_options, "plugins": {**plugins, **used_plugins}}
         if method in method_registry.GIVEN:
             config["method_sha256"] = script_methods.fingerprint(kind)
         if config.get("width") is None and config["model"] in MODELS:
             config["width"] = MODELS[config["model"]].width
         unset = frozenset(DATA_DEPENDENT) - values.keys()
-        return cls._make({**config, "unset": unset}, kind.Options.of(merged))
+        return cls._make({**config, "unset": unset}, kind.Options.of(all_options))
 
     @classmethod
     def names(cls) -> set[str]:
@@ -191,8 +191,8 @@ class RunConfig(Fingerprints, ExecutionSettings, TrainingSettings, PrivacySettin
     def not_default(self) -> frozenset[str]:
         """Return the names of the settings not at their defaults, none for data that only a script has."""
         with suppress(UserError):
-            usual = {field.name: field.default for field in dataclasses.fields(self)} | defaults(self.method, self.data)
-            return frozenset(name for name in self.names() if getattr(self, name) != usual[name])
+            table = {field.name: field.default for field in dataclasses.fields(self)} | defaults(self.method, self.data)
+            return frozenset(name for name in self.names() if getattr(self, name) != table[name])
         return frozenset()
 
     def check_code(self, folder: str | os.PathLike[str], trusted: Collection[str]) -> None:

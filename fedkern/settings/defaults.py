@@ -136,8 +136,8 @@ def defaults(method: str, data: str) -> dict[str, Any]:
     tables = METHOD.get(method, {}), METHOD_ON.get((method, data), {})
     options = {name: value for table in tables for name, value in table.get("options", {}).items()}
     kind = info.task.network
-    usual = DATA.get(data, USUAL.get(kind, {}))
-    result = {**COMMON, **data_defaults, **usual, **tables[0], **tables[1], "data": data}
+    data_settings = DATA.get(data, USUAL.get(kind, {}))
+    result = {**COMMON, **data_defaults, **data_settings, **tables[0], **tables[1], "data": data}
     if kind in NETWORKS:  # networks in METHOD are for classes of images
         result["model"] = {"model": NETWORKS[kind], **DATA.get(data, {}), **tables[1]}["model"]
     return {**result, "options": options} if options else result

@@ -83,8 +83,8 @@ def is_data_option(name: str) -> bool:
 
 def _is_value(flag: str, word: str) -> bool:
     """Return whether the word behind a flag is its value: a number, a placeholder, a path, or a choice."""
-    named: dict[str, Collection[Any]] = {"data": DATASETS, "model": MODELS}
-    choices = named.get(flag) or next(
+    registries: dict[str, Collection[Any]] = {"data": DATASETS, "model": MODELS}
+    choices = registries.get(flag) or next(
         (entry.choices for entry in RunConfig.list_options() if entry.label == f"--{flag}"), None
     )
     return word[:1].isdigit() or word[:1].isupper() or bool({*"/=:'\"."} & {*word}) or word in (choices or ())

@@ -136,10 +136,10 @@ class FederationSettings(DataSettings):
         if not (self.kind.asynchronous and self.method_instance.averages):
             able = ", ".join(name for name, kind in method_registry.METHODS.items() if kind.asynchronous)
             silent = self.kind.asynchronous is None or self.method_instance.averages is None
-            why = "overrides what they reach and does not declare it again" if silent else "counts on whole rounds"
+            reason = "overrides what they reach and does not declare it again" if silent else "counts on whole rounds"
             raise UserError(
                 f"--asynchronous is for methods whose class declares that stale uploads do no harm ({able}), and "
-                f"{self.method} {why}: leave it out, or choose another method."
+                f"{self.method} {reason}: leave it out, or choose another method."
             )
         _, options = self.policy
         if options.get("buffer", 1) > self.trained_clients and "clients" not in self.unset:
@@ -148,9 +148,9 @@ class FederationSettings(DataSettings):
                 f"run has {self.trained_clients}: take a smaller buffer, or more clients."
             )
 
-    def check_whole_rounds(self, name: str, given: bool) -> None:
+    def check_whole_rounds(self, name: str, is_given: bool) -> None:
         """Raise UserError if ``--asynchronous`` forbids a setting about rounds that end for all."""
-        if given and self.asynchronous is not None:
+        if is_given and self.asynchronous is not None:
             raise UserError(
                 f"{name} is about rounds that all their clients begin and end, and --asynchronous has none: leave one "
                 "of the two out."
@@ -162,13 +162,13 @@ class FederationSettings(DataSettings):
         None: the method's class overrides hooks and does not declare ``averages`` again.
         """
         if not able and (name := next(self.given_flags(*names), None)):
-            why = f"which {self.method} with these options does not do: leave it out."
+            reason = f"which {self.method} with these options does not do: leave it out."
             if able is None:
-                why = (
+                reason = (
                     f"and {self.kind.__name__} has a server_update or average of its own: declare averages = True in "
                     "the class if it does so too, or leave it out."
                 )
-            raise UserError(f"{name} is for methods {deed}, {why}")
+            raise UserError(f"{name} is for methods {deed}, {reason}")
 
     @property
     def policy(self) -> tuple[str, Values]:

@@ -22,13 +22,13 @@ def check_in_memory(data: Any, model: object, settings: Mapping[str, Any]) -> No
     if data is None or isinstance(data, str):
         return
     federated = isinstance(data, FederatedData)
-    shared = not federated and is_dataset(data)
+    is_shared = not federated and is_dataset(data)
     options = values.get("data_options")
     names = list(options) if isinstance(options, Mapping) else []
     if federated and data.form.offers:  # a backdoor marks samples in memory, too
         names = [name for name in names if not name.startswith("backdoor_")]
     unused = [name for name in _READING if name in values]
-    unused += ["partition"] if "partition" in values and not shared else []
+    unused += ["partition"] if "partition" in values and not is_shared else []
     unused += ["train_samples"] if "train_samples" in values and federated else []
     if names_unused := (*unused, *names):
         raise UserError(

@@ -42,8 +42,8 @@ def files_identity(config: RunConfig) -> dict[str, str]:
                     digest.update(hashlib.file_digest(cast(Any, file), "sha256").digest())
                 identity[name] = digest.hexdigest()
     for name, text in {"data": config.data, **dict(config.method_options.code())}.items():
-        if (named := named_code.parse(text)) is not None and named.file:
-            identity[name] = plugin_files.read_code(Path(os.path.realpath(named.file)), str(named)).identity
+        if (location := named_code.parse(text)) is not None and location.file:
+            identity[name] = plugin_files.read_code(Path(os.path.realpath(location.file)), str(location)).identity
     return identity
 
 
@@ -57,41 +57,41 @@ def _files(path: Path) -> list[Path]:
 
 def code_identity(config: RunConfig) -> dict[str, str]:
     """Return hashes of a run's code and files by setting, and the version."""
-    named = {"model": config.model_sha256, "layout": config.model_layout, "init": config.init_sha256}
-    named |= {"method": config.method_sha256, "training": config.training_sha256}
-    named |= {f"plugins.{name}": value for name, value in config.plugins.items()}
-    named |= {name: value for name, value in config.identity.items() if name not in OF_DATA}
-    return {name: value for name, value in named.items() if value is not None}
+    hashes = {"model": config.model_sha256, "layout": config.model_layout, "init": config.init_sha256}
+    hashes |= {"method": config.method_sha256, "training": config.training_sha256}
+    hashes |= {f"plugins.{name}": value for name, value in config.plugins.items()}
+    hashes |= {name: value for name, value in config.identity.items() if name not in OF_DATA}
+    return {name: value for name, value in hashes.items() if value is not None}
 
 
-def other_data(mine: RunConfig, theirs: RunConfig) -> list[str]:
+def other_data(config: RunConfig, other: RunConfig) -> list[str]:
     """Return the parts in which two runs' data differ under the same settings."""
-    own, other_identity = mine.identity, theirs.identity
-    if mine.data != theirs.data or mine.data_options != theirs.data_options:
+    hashes, other_hashes = config.identity, other.identity
+    if config.data != other.data or config.data_options != other.data_options:
         return []
-    partly = any(getattr(mine, name) != getattr(theirs, name) for name in _READ_IN_PART)
-    names = [name for name in OF_DATA if name in own and name in other_identity and not (partly and name == "images")]
-    return [name for name in names if own[name] != other_identity[name]]
+    partly = any(getattr(config, name) != getattr(other, name) for name in _READ_IN_PART)
+    names = [name for name in OF_DATA if name in hashes and name in other_hashes and not (partly and name == "images")]
+    return [name for name in names if hashes[name] != other_hashes[name]]
 
 
-def other_code(mine: RunConfig, theirs: RunConfig) -> list[str]:
+def other_code(config: RunConfig, other: RunConfig) -> list[str]:
     """Return the settings that name the same code or file in two runs, but with other content."""
-    settings, other_settings = settings_by_name(mine), settings_by_name(theirs)
-    identity, other_identity = code_identity(mine), code_identity(theirs)
+    settings, other_settings = settings_by_name(config), settings_by_name(other)
+    identity, other_identity = code_identity(config), code_identity(other)
 
     def is_same(name: str) -> bool:
         setting = "model" if name == "layout" else name
-        alike = mine.method == theirs.method or not name.startswith(("options.", "method"))
-        return alike and (name.startswith("plugins.") or settings.get(setting) == other_settings.get(setting))
+        is_comparable = config.method == other.method or not name.startswith(("options.", "method"))
+        return is_comparable and (name.startswith("plugins.") or settings.get(setting) == other_settings.get(setting))
 
     changed = [name for name, text in identity.items() if other_identity.get(name, text) != text and is_same(name)]
     return list(dict.fromkeys("model" if name == "layout" else name for name in changed))
 
 
-def describe_difference(mine: RunConfig, theirs: RunConfig) -> str:
+def describe_difference(config: RunConfig, other: RunConfig) -> str:
     """Describe the differences in data and code of two runs, or return ""."""
-    parts = [f"different data ({', '.join(data)})"] if (data := other_data(mine, theirs)) else []
-    code = [_in_words(name, mine) for name in other_code(mine, theirs)]
+    parts = [f"different data ({', '.join(data)})"] if (data := other_data(config, other)) else []
+    code = [_in_words(name, config) for name in other_code(config, other)]
     return " and ".join([*parts, *([f"another {', '.join(code)}"] if code else [])])
 
 

@@ -63,11 +63,11 @@ def load_data(
     exclusions = {"backdoor_clients", *(() if masks else DETECTION_OPTIONS)}
     options = {key: value for key, value in config.data_options.items() if key not in exclusions}
     # A default of the method holds, a default of the data set is replaced by the sites in the data.
-    usual = {"clients": info.clients, "partition": info.partition}
-    free = {name for name, value in usual.items() if name in config.unset and getattr(config, name) == value}
+    presets = {"clients": info.clients, "partition": info.partition}
+    unset = {name for name, value in presets.items() if name in config.unset and getattr(config, name) == value}
     return load(
-        config.data, root=config.data_root, clients=None if "clients" in free else config.clients,
-        partition=None if "partition" in free else config.partition or info.partition, seed=config.seed,
+        config.data, root=config.data_root, clients=None if "clients" in unset else config.clients,
+        partition=None if "partition" in unset else config.partition or info.partition, seed=config.seed,
         train_samples=config.train_samples, public_samples=config.public_samples, correlation=config.correlation,
         options=options, make_detector=detector, notice=notice, progress=progress, cache=config.cache,
         identify=identify,

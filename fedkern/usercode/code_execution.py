@@ -21,14 +21,14 @@ def host_code(file: str = "") -> Iterator[None]:
     from fedkern.process.torch_modes import keep_modes  # the command line's front page does without torch
 
     folder = str(Path(file).parent) if file else ""
-    added = bool(folder) and folder not in sys.path
-    if added:
+    is_added = bool(folder) and folder not in sys.path
+    if is_added:
         sys.path.append(folder)
     try:
         with keep_modes():
             yield
     finally:
-        if added and folder in sys.path:  # the code may have removed it
+        if is_added and folder in sys.path:  # the code may have removed it
             sys.path.remove(folder)
 
 
@@ -42,8 +42,8 @@ def explain_errors(name: str, code: object) -> Iterator[None]:
     except RAISED as error:  # the user's own code may raise anything
         if user_message(error) is not None:  # a sentence for the user
             raise
-        where = code if inspect.isroutine(code) else type(code)
-        raise UserError(f"{name} fails ({describe_error(error)}){error_origin(error, where)}.") from error
+        owner = code if inspect.isroutine(code) else type(code)
+        raise UserError(f"{name} fails ({describe_error(error)}){error_origin(error, owner)}.") from error
 
 
 def module_name(file: str, source: bytes) -> str:

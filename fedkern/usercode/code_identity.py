@@ -117,7 +117,7 @@ def digest(table: Mapping[str, str]) -> str:
 
 def left_out(table: Mapping[str, str]) -> list[str]:
     texts = {path: text.removeprefix(NOT_COMPARED) for path, text in table.items() if text.startswith(NOT_COMPARED)}
-    return [f"`{path}` ({why})" for path, why in texts.items()]
+    return [f"`{path}` ({reason})" for path, reason in texts.items()]
 
 
 def only_code(table: Mapping[str, str]) -> dict[str, str]:
@@ -128,8 +128,8 @@ def only_code(table: Mapping[str, str]) -> dict[str, str]:
 def note_change(before: Mapping[str, str], after: Mapping[str, str]) -> None:
     """Note that a run changed objects while it used them, so that they count as the former ones in this process."""
     if before != after:
-        known = {digest(before), *_CHANGED.get(digest(before), ())}
-        _CHANGED.setdefault(digest(after), set()).update(known)
+        digests = {digest(before), *_CHANGED.get(digest(before), ())}
+        _CHANGED.setdefault(digest(after), set()).update(digests)
 
 
 def is_unchanged(stored: str | None, current: str) -> bool:
@@ -183,8 +183,8 @@ class _Walk:
         self.table[path] = text
         return path
 
-    def _hash(self, path: str, about: str, content: bytes, total: int) -> None:
-        self.write(path, f"sha256:{hashlib.sha256(about.encode() + content).hexdigest()}")
+    def _hash(self, path: str, header: str, content: bytes, total: int) -> None:
+        self.write(path, f"sha256:{hashlib.sha256(header.encode() + content).hexdigest()}")
         if total > len(content):
             self.write(f"{path}[...]", f"{NOT_COMPARED}all after its first {len(content):,} bytes")
 
@@ -229,8 +229,8 @@ class _Walk:
         elif isinstance(value, GeneratorType):
             self.write(path, f"{NOT_COMPARED}the place in a generator")
             self._rows(inspect.getgeneratorlocals(value).items(), path, deep)
-        elif (why := _of_process(value)) is not None:
-            self.write(path, f"{NOT_COMPARED}{why}")
+        elif (reason := _of_process(value)) is not None:
+            self.write(path, f"{NOT_COMPARED}{reason}")
         elif isinstance(value, type):
             self.write(path, f"class {_class_text(value)}")
             self._class(value, deep)
@@ -267,45 +267,45 @@ class _Walk:
             return
         if isinstance(value, torch.Tensor):
             tensor = value.detach()
-            about = f"{tensor.dtype} {list(tensor.shape)}"
+            header = f"{tensor.dtype} {list(tensor.shape)}"
             if tensor.layout != torch.strided or tensor.is_nested:
-                self.write(path, f"{tensor.layout} {about}")
+                self.write(path, f"{tensor.layout} {header}")
                 self._visit_pickled(tensor.__reduce_ex__(4), type(tensor), path, deep)
             elif tensor.is_quantized:
-                self.visit([about, tensor.dequantize()], path, deep)
+                self.visit([header, tensor.dequantize()], path, deep)
             elif tensor.is_meta:
-                self.write(path, f"{about} without values")
+                self.write(path, f"{header} without values")
             elif tensor.numel() <= _FEW:
-                self.write(path, f"{about} {tensor.tolist()}")
+                self.write(path, f"{header} {tensor.tolist()}")
             else:
                 head = tensor.reshape(-1)[: max(1, self._limit // tensor.element_size())].resolve_conj().resolve_neg()
-                about += f" {tensor._version}" if self._local and head.numel() < tensor.numel() else ""
-                self._hash(path, about, head.cpu().contiguous().view(torch.uint8).numpy().tobytes(), tensor.nbytes)
+                header += f" {tensor._version}" if self._local and head.numel() < tensor.numel() else ""
+                self._hash(path, header, head.cpu().contiguous().view(torch.uint8).numpy().tobytes(), tensor.nbytes)
             return
-        about = f"{value.dtype} {list(value.shape)}"
+        header = f"{value.dtype} {list(value.shape)}"
         if isinstance(value, np.ma.MaskedArray):
             self.visit([np.asarray(value.data), np.ma.getmaskarray(value)], path, deep)
         elif value.dtype.hasobject:
-            self.visit([about, value.tolist()], path, deep)
+            self.visit([header, value.tolist()], path, deep)
         elif value.size <= _FEW:
-            self.write(path, f"{about} {value.tolist()}")
+            self.write(path, f"{header} {value.tolist()}")
         else:
             part = np.asarray(value).reshape(-1)[: max(1, self._limit // value.itemsize)]
-            self._hash(path, about, part.tobytes(), value.nbytes)
+            self._hash(path, header, part.tobytes(), value.nbytes)
 
     def _object(self, value: object, path: str, deep: int) -> None:
         from torch import nn
 
         kind = type(value)
-        user = _package(kind.__module__, kind) is None
+        is_user_class = _package(kind.__module__, kind) is None
         base: Any = None if kind in _TEXTS else next((base for base in kind.__mro__ if base in _TEXTS), None)
         size = f" of {len(value)}" if isinstance(value, (*_SEQUENCES, dict, set, frozenset)) else ""
         maker = next(part for part in kind.__mro__ if any(name in vars(part) for name in _PICKLING))
         has_own_rules = isinstance(value, (nn.Module, enum.Enum, MappingProxyType)) or bool(base or size)
         pickled = not has_own_rules and maker is not object and _package(maker.__module__, maker) is not None
-        attributes = [] if pickled and not user else [*_attributes(value)]
+        attributes = [] if pickled and not is_user_class else [*_attributes(value)]
         reduced: Any = ""
-        if pickled or (not has_own_rules and maker is object and not (user and attributes)):
+        if pickled or (not has_own_rules and maker is object and not (is_user_class and attributes)):
             try:
                 reduced = value.__reduce_ex__(4)
             except TypeError:  # the object has fields of C
@@ -379,12 +379,12 @@ class _Walk:
             if id(base) in self._classes or _package(base.__module__, base) is not None:
                 continue
             self._classes[id(base)] = base
-            own = self.write(_short_name(base), f"class of {', '.join(map(_class_text, base.__bases__))}")
+            class_path = self.write(_short_name(base), f"class of {', '.join(map(_class_text, base.__bases__))}")
             members = [(name, member) for name, member in vars(base).items() if _counts(name, member)]
             if issubclass(base, enum.Enum):
                 members = [pair for pair in members if pair[0] not in base.__members__ and not pair[0].startswith("_")]
                 members += [(name, member._value_) for name, member in base.__members__.items()]
-            self._rows(members, own, deep)
+            self._rows(members, class_path, deep)
 
     def _function(self, function: FunctionType, path: str, deep: int) -> None:
         code, package = function.__code__, _package(function.__globals__.get("__name__", ""))
@@ -405,13 +405,13 @@ class _Walk:
         defaults = function.__defaults__ or ()
         self._rows(zip(names[len(names) - len(defaults) :], defaults, strict=True), path, deep)
         self._rows((function.__kwdefaults__ or {}).items(), path, deep)
-        named = _names(code)
+        code_names = _names(code)
         for name, value in cells:
-            self._visit_named(value, f"{path}.{name}", named.attributes, deep)
-        for name in named.globals:
+            self._visit_named(value, f"{path}.{name}", code_names.attributes, deep)
+        for name in code_names.globals:
             if name in function.__globals__:
-                self._visit_named(function.__globals__[name], f"{path}.{name}", named.attributes, deep)
-        for name in named.imports:
+                self._visit_named(function.__globals__[name], f"{path}.{name}", code_names.attributes, deep)
+        for name in code_names.imports:
             if _package(name) is None:
                 file = Path(_origin(name))
                 self.write(f"{path}.{name}", content_hash(file.read_bytes()) if file.is_file() else "no file")
@@ -485,9 +485,9 @@ def _attributes(value: object) -> Iterator[tuple[str, Any]]:
         if isinstance(value, (deque, defaultdict)) and hasattr(value, name):
             yield name, getattr(value, name)
     for name, attribute in list(getattr(value, "__dict__", {}).items()):
-        cached = isinstance(inspect.getattr_static(type(value), name, None), functools.cached_property)
-        former = name.startswith("prev") and type(value).__module__.startswith("torch.")  # in torch's modes
-        if not cached and not former and name not in _UNTOLD and not name.startswith("_torchdynamo"):
+        is_cached = isinstance(inspect.getattr_static(type(value), name, None), functools.cached_property)
+        is_saved_mode = name.startswith("prev") and type(value).__module__.startswith("torch.")  # in torch's modes
+        if not is_cached and not is_saved_mode and name not in _UNTOLD and not name.startswith("_torchdynamo"):
             yield name, attribute
 
 
@@ -557,13 +557,13 @@ def _pieces(code: CodeType) -> Iterator[CodeType]:
 
 def _code_hash(code: CodeType) -> str:
     """Return a hash of code without line numbers and names of files."""
-    about = hashlib.sha256()
+    digest_state = hashlib.sha256()
     for part in _pieces(code):
-        about.update(part.co_code + part.co_exceptiontable)
+        digest_state.update(part.co_code + part.co_exceptiontable)
         names = part.co_names, part.co_varnames, part.co_freevars, part.co_argcount, part.co_kwonlyargcount
         constants = [_text(constant, LIMIT, DEEP) for constant in part.co_consts]  # None: code
-        about.update(repr((names, constants, part.co_flags)).encode(errors="surrogatepass"))
-    return about.hexdigest()
+        digest_state.update(repr((names, constants, part.co_flags)).encode(errors="surrogatepass"))
+    return digest_state.hexdigest()
 
 
 def _package(module: str, kind: type | None = None) -> str | None:

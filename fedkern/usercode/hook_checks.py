@@ -38,10 +38,10 @@ def check_hooks(kind: type, protocol: type = object) -> None:
         ):
             continue
         is_event = name.startswith("on_") and not words.isdisjoint(name.split("_"))
-        alike = [hook for hook in hooks if callable(value) == callable(getattr(base, hook))]
+        similar = [hook for hook in hooks if callable(value) == callable(getattr(base, hook))]
         if not is_event:  # a longer name, such as losses or evaluate_all, is a helper's
-            alike = [hook for hook in alike if not name.startswith(hook) or len(name) == len(hook) + 1]
-        if hint := suggest_name(name, alike, ALIKE_EVENTS if is_event else ALIKE):
+            similar = [hook for hook in similar if not name.startswith(hook) or len(name) == len(hook) + 1]
+        if hint := suggest_name(name, similar, ALIKE_EVENTS if is_event else ALIKE):
             raise UserError(
                 f'{kind.__name__} has "{name}", which nothing calls.{hint} Begin a name of your own with "_".'
             )

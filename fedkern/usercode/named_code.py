@@ -43,14 +43,14 @@ def parse(text: str) -> Named | None:
 
 
 def absolute(text: str) -> str:
-    named = parse(text)
-    return text if named is None else str(named)
+    location = parse(text)
+    return text if location is None else str(location)
 
 
 def short_name(text: str) -> str:
     """Return the name of code alone, for titles and names of files, and any other text unchanged."""
-    named = parse(text)
-    return text if named is None else named.name
+    location = parse(text)
+    return text if location is None else location.name
 
 
 def names_stored_code(text: object, stored: str, *others: Any) -> bool:
@@ -132,5 +132,5 @@ def load(named: Named, subject: str) -> tuple[Any, str]:
         return getattr(module, named.name), identity
     except AttributeError:
         hint = suggest_name(named.name, [name for name in vars(module) if not name.startswith("_")])
-        where = named.file or named.module
-        raise UserError(f'{subject} {named} cannot be imported: {where} has no "{named.name}".{hint}') from None
+        place = named.file or named.module
+        raise UserError(f'{subject} {named} cannot be imported: {place} has no "{named.name}".{hint}') from None

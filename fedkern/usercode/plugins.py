@@ -247,14 +247,14 @@ def _registered_names(
         names = tuple(name for name in table if name not in before[kind])
         for name in (*replaced, *names):
             if name in replaced:
-                why = ", which is registered already: choose another name."
+                problem = ", which is registered already: choose another name."
             elif name in COMMANDS:
-                why = ", which is the name of a command: choose another name."
+                problem = ", which is the name of a command: choose another name."
             elif not _NAME.fullmatch(name):
-                why = ': a name has letters, digits, ".", "-" and "_", and begins with a letter or digit.'
+                problem = ': a name has letters, digits, ".", "-" and "_", and begins with a letter or digit.'
             else:
                 continue
-            raise UserError(f'The plugin {plugin.name} registers the {kind} "{name}"{why}')
+            raise UserError(f'The plugin {plugin.name} registers the {kind} "{name}"{problem}')
         if names:
             added[kind] = names
     return added

@@ -36,8 +36,8 @@ class TransformerLayer(nn.Module):
 
     def _attend(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         query, key, value = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        seen = None if mask is None else mask[:, None, None, :]
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+        visible = None if mask is None else mask[:, None, None, :]
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
         return self.project(attended.transpose(1, 2).flatten(2))
 
     @autocasts

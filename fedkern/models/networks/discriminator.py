@@ -28,9 +28,9 @@ class PatchDiscriminators(nn.Module):
     ) -> None:
         super().__init__()
         self.count, self.channels, self.ndf, self.layers = len(generators), channels, ndf, layers
-        drawn = [draw_parts(generator, channels, ndf, layers) for generator in generators]
-        for name in drawn[0]:
-            setattr(self, name, nn.Parameter(torch.cat([part[name] for part in drawn])))
+        initial_parts = [draw_parts(generator, channels, ndf, layers) for generator in generators]
+        for name in initial_parts[0]:
+            setattr(self, name, nn.Parameter(torch.cat([part[name] for part in initial_parts])))
 
     first: nn.Parameter
     first_bias: nn.Parameter

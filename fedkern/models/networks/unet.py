@@ -76,11 +76,11 @@ class UNet(nn.Module):
         step = 2**self.depth
         if isinstance(x, fx.Proxy) or height % step or width % step:  # a traced graph always pads, perhaps by 0
             x = F.pad(x, (0, -width % step, 0, -height % step), mode="replicate")
-        skipped: list[Tensor] = []
+        shortcuts: list[Tensor] = []
         for i, block in enumerate(self.down):
             x = block(F.max_pool2d(x, 2) if i else x)
-            skipped.append(x)
-        for up, join, shortcut in zip(self.up, self.join, reversed(skipped[:-1]), strict=True):
+            shortcuts.append(x)
+        for up, join, shortcut in zip(self.up, self.join, reversed(shortcuts[:-1]), strict=True):
             x = join(torch.cat([shortcut, up(x)], 1))
         return to_fp32(x[:, :, :height, :width])
 

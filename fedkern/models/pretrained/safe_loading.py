@@ -74,15 +74,15 @@ class Pretrained:
         local = self.folder.is_dir()
         if local:
             check_folder(self.folder, self.role)
-        where = str(self.folder) if local else self.name
-        with import_transformers(title, user, where if local else f"{where}{hint}") as transformers:
-            if not local and transformers.utils.find_adapter_config_file(where) is not None:
+        place = str(self.folder) if local else self.name
+        with import_transformers(title, user, place if local else f"{place}{hint}") as transformers:
+            if not local and transformers.utils.find_adapter_config_file(place) is not None:
                 raise ValueError(f"it is {_UNADAPTED}.")
             network_class = getattr(transformers, kind)
-            network, report = network_class.from_pretrained(where, output_loading_info=True, **weight_args(local=local))
-            tokenizer = transformers.AutoTokenizer.from_pretrained(where, **without_code(local=local))
+            network, report = network_class.from_pretrained(place, output_loading_info=True, **weight_args(local=local))
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place, **without_code(local=local))
             file = transformers.utils.cached_file(
-                where, "preprocessor_config.json", local_files_only=local, _raise_exceptions_for_missing_entries=False
+                place, "preprocessor_config.json", local_files_only=local, _raise_exceptions_for_missing_entries=False
             )
             settings = read_json(file) if file else {}
         return Loaded(network, report["missing_keys"], tokenizer, settings)
@@ -159,12 +159,12 @@ def check_complete(name: str, network: nn.Module, used: nn.Module, missing: Coll
     """
     needed = {id(tensor) for tensor in used.state_dict(keep_vars=True).values() if tensor.is_floating_point()}
     state = network.state_dict(keep_vars=True)
-    lacking = [key for key in state if key in missing and id(state[key]) in needed and not key.endswith("mask_token")]
-    if lacking:
+    absent = [key for key in state if key in missing and id(state[key]) in needed and not key.endswith("mask_token")]
+    if absent:
         raise UserError(
-            f"the {name} lacks {len(lacking)} of the {len(needed)} tensors of the "
+            f"the {name} lacks {len(absent)} of the {len(needed)} tensors of the "
             f"{getattr(network.config, 'model_type', 'network')} that its config.json describes, such as "
-            f"{', '.join(lacking[:3])}: copy the folder's weights anew, all of them, or give it the config.json that "
+            f"{', '.join(absent[:3])}: copy the folder's weights anew, all of them, or give it the config.json that "
             "they were saved with."
         )
 

@@ -130,14 +130,14 @@ def _merge_pieces(counts: Counter[str], size: int) -> list[str]:
             letters[piece] += counts[word]
     alphabet = sorted(letters, key=lambda piece: (-letters[piece], piece))[:size]
     pairs: Counter[tuple[str, str]] = Counter()
-    where: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
+    words_with: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
 
     def book(word: str, sign: int) -> None:
         pieces = words[word]
         for pair in pairwise(pieces):
             pairs[pair] += sign * counts[word]
             if sign > 0:
-                where[pair].add(word)
+                words_with[pair].add(word)
 
     for word in words:
         book(word, 1)
@@ -146,15 +146,15 @@ def _merge_pieces(counts: Counter[str], size: int) -> list[str]:
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         if pairs[best] < 2:
             break
-        merged = best[0] + best[1].removeprefix(INSIDE)
-        for word in where.pop(best):
+        piece_of_pair = best[0] + best[1].removeprefix(INSIDE)
+        for word in words_with.pop(best):
             book(word, -1)
-            words[word] = _merge(words[word], best, merged)
+            words[word] = _merge(words[word], best, piece_of_pair)
             book(word, 1)
         del pairs[best]
-        if merged not in seen:  # different merges can give the same piece
-            seen.add(merged)
-            alphabet.append(merged)
+        if piece_of_pair not in seen:  # different merges can give the same piece
+            seen.add(piece_of_pair)
+            alphabet.append(piece_of_pair)
     return alphabet
 
 

@@ -59,17 +59,17 @@ def bare_names(tensors: Mapping[str, Tensor], names: Container[str]) -> Mapping[
 
 def describe_misfits(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Describe by name how tensors differ from a network's own in names, shapes and dtypes."""
-    why: dict[str, str] = {}
+    notes: dict[str, str] = {}
     for name, tensor in state.items():
         if name not in tensors:
             near = [key.removesuffix(name) for key in tensors if key.endswith(f".{name}")]
             hint = f", but {near[0]}{name}: take {near[0]} off its names" if near else ""
-            why[name] = f"it has no {name}, of shape {list(tensor.shape)}{hint}"
+            notes[name] = f"it has no {name}, of shape {list(tensor.shape)}{hint}"
         elif tensors[name].shape != tensor.shape:
-            why[name] = f"its {name} has shape {list(tensors[name].shape)}, not {list(tensor.shape)}"
+            notes[name] = f"its {name} has shape {list(tensors[name].shape)}, not {list(tensor.shape)}"
         elif tensors[name].is_floating_point() != tensor.is_floating_point():
-            why[name] = f"its {name} is {tensors[name].dtype}, not {tensor.dtype}"
-    return why | {name: f"its {name} {list(tensors[name].shape)} has no place" for name in tensors if name not in state}
+            notes[name] = f"its {name} is {tensors[name].dtype}, not {tensor.dtype}"
+    return notes | {key: f"its {key} {list(tensors[key].shape)} has no place" for key in tensors if key not in state}
 
 
 @torch.no_grad()
@@ -81,12 +81,12 @@ def load_by_name(
     Returns a sentence that lists the others, or "".
     """
     state = module.state_dict()
-    named = bare_names(tensors, state)
-    unfit = describe_misfits(state, named)
-    fitting = {name: tensor for name, tensor in named.items() if name not in unfit}
-    if unfit and not (partial and fitting):
+    bare = bare_names(tensors, state)
+    notes = describe_misfits(state, bare)
+    fitting = {name: tensor for name, tensor in bare.items() if name not in notes}
+    if notes and not (partial and fitting):
         way = "" if partial or not fitting else "; --init-partial takes what fits"
-        raise UserError(f"--init {path} is not for {network}: {next(iter(unfit.values()))}{way}.")
+        raise UserError(f"--init {path} is not for {network}: {next(iter(notes.values()))}{way}.")
     module.load_state_dict({**state, **fitting})
-    listed = first_of(list(unfit.values()), LISTED, "; ")
-    return f"--init {path}: {len(fitting)} of {len(state)} tensors of {network} are taken; {listed}." if unfit else ""
+    text = first_of(list(notes.values()), LISTED, "; ")
+    return f"--init {path}: {len(fitting)} of {len(state)} tensors of {network} are taken; {text}." if notes else ""

@@ -39,15 +39,15 @@ def allocate(module: nn.Module) -> None:
     filled.
     """
     size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()) if tensor.is_meta)
-    if size > SMALL and 2 * size > (free := machine.free_memory()):
+    if size > SMALL and 2 * size > (free_bytes := machine.free_memory()):
         raise UserError(
             f"The network takes {size / 1e9:.1f} GB, twice that with its copies, and the machine has "
-            f"{free / 1e9:.1f} GB free: take a smaller --width or --model."
+            f"{free_bytes / 1e9:.1f} GB free: take a smaller --width or --model."
         )
     tensors: dict[int, Tensor] = {}  # by the id of the tensor replaced, which layers may share
     for layer in module.modules():
-        for named in (layer.named_parameters(recurse=False), layer.named_buffers(recurse=False)):
-            for name, tensor in list(named):
+        for group in (layer.named_parameters(recurse=False), layer.named_buffers(recurse=False)):
+            for name, tensor in list(group):
                 if not tensor.is_meta:
                     continue
                 if id(tensor) not in tensors:

@@ -15,16 +15,16 @@ N = TypeVar("N", bound=nn.Module)
 
 
 def freeze(module: nn.Module, patterns: Sequence[str], text: str) -> None:
-    named = dict(module.named_parameters())
-    for name in match_names(module, patterns, [*named], "--freeze", f"parameter of {text}"):
-        named[name].requires_grad_(False)
-    if named and not any(parameter.requires_grad for parameter in named.values()):
+    parameters = dict(module.named_parameters())
+    for name in match_names(module, patterns, [*parameters], "--freeze", f"parameter of {text}"):
+        parameters[name].requires_grad_(False)
+    if parameters and not any(parameter.requires_grad for parameter in parameters.values()):
         raise UserError(f"every parameter of {text} is frozen, so there is nothing to train: leave some out.")
 
 
 def match_names(module: nn.Module, patterns: Sequence[str], names: Sequence[str], flag: str, kind: str) -> set[str]:
     """Return those of ``names`` that match a pattern of ``flag``, called ``kind`` in the error."""
-    chosen: set[str] = set()
+    selection: set[str] = set()
     for pattern in patterns:
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
@@ -33,8 +33,8 @@ def match_names(module: nn.Module, patterns: Sequence[str], names: Sequence[str]
                 f"{flag} {pattern} matches no {kind}: its parts are {', '.join(children or names)}."
                 f"{suggest_name(pattern, [*children, *names])}"
             )
-        chosen.update(matches)
-    return chosen
+        selection.update(matches)
+    return selection
 
 
 def frozen_norms(module: nn.Module) -> list[_BatchNorm]:
@@ -49,8 +49,8 @@ def constant_buffers(module: nn.Module) -> list[str]:
 
     The norms of an entirely frozen module count as trained.
     """
-    mixed = any(parameter.requires_grad for parameter in module.parameters())
-    frozen = {id(norm) for norm in frozen_norms(module)} if mixed else set()
+    is_partial = any(parameter.requires_grad for parameter in module.parameters())
+    frozen = {id(norm) for norm in frozen_norms(module)} if is_partial else set()
     sent = {id(parameter) for parameter in module.parameters()}
     for layer in (layer for layer in module.modules() if id(layer) not in frozen):
         passing = layer._non_persistent_buffers_set

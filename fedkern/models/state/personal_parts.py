@@ -22,14 +22,14 @@ def keep(module: nn.Module, patterns: Sequence[str], text: str) -> None:
     """
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     constants = constant_buffers(module)
-    named = [*trained, *(name for name, _ in module.named_buffers() if name not in constants)]
-    chosen = match_names(module, patterns, named, "--personal", f"trained parameter and no travelling buffer of {text}")
-    if chosen >= set(trained):
+    keys = [*trained, *(name for name, _ in module.named_buffers() if name not in constants)]
+    matches = match_names(module, patterns, keys, "--personal", f"trained parameter and no travelling buffer of {text}")
+    if matches >= set(trained):
         raise UserError(
             f"--personal {','.join(patterns)} leaves nothing of {text} to be shared: name fewer of its parts, or take "
             "the method local."
         )
-    for name in chosen:
+    for name in matches:
         path, _, key = name.rpartition(".")
         owner = vars(module.get_submodule(path))
         owner[_MARK] = tuple(sorted({*owner.get(_MARK, ()), key}))
@@ -47,9 +47,9 @@ def flatten(module: nn.Module) -> FlatParameters:
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:
-    chosen = names(module)
-    named: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())} if chosen else {}
-    return {name: named[name] for name in chosen}
+    personal = names(module)
+    entries: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())} if personal else {}
+    return {name: entries[name] for name in personal}
 
 
 def copies(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

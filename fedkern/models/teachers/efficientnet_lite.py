@@ -149,9 +149,9 @@ def group_classes(names: Sequence[str], path: str = "") -> list[list[int]]:
         group = table.get(name) if isinstance(table, Mapping) else None
         numbers = list(group) if isinstance(group, Sequence) and not isinstance(group, str) else []
         if not numbers or not all(type(n) is int and 0 <= n < CLASSES for n in numbers):
-            where = path or "those that fedkern knows by name"
+            source = path or "those that fedkern knows by name"
             raise UserError(
-                f'the class "{name}" has no classes of ImageNet (numbers from 0 to {CLASSES - 1}) in {where}: give '
+                f'the class "{name}" has no classes of ImageNet (numbers from 0 to {CLASSES - 1}) in {source}: give '
                 f"teacher={NAME}:FILE with a JSON file that has them by class.{suggest_name(name, list(table))}"
             )
         groups.append(numbers)

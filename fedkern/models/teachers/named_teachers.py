@@ -161,9 +161,9 @@ class Teachers:
 
     def _import_teacher(self, spec: Spec) -> Teacher:
         """Import a callable, with cached logits if it has an attribute ``identity``, or a :class:`Teacher`."""
-        named = named_code.parse(spec.source)
-        assert named is not None  # parse has checked this
-        thing: Any = named_code.load(named, "the teacher")[0]
+        location = named_code.parse(spec.source)
+        assert location is not None  # parse has checked this
+        thing: Any = named_code.load(location, "the teacher")[0]
         if isinstance(thing, Teacher):
             return thing
         identity = getattr(thing, "identity", None)

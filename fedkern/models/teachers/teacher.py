@@ -95,8 +95,8 @@ class Teacher:
     def check_logits(self, logits: object, count: int) -> Tensor:
         """Return ``logits`` as fp32 ``[count, classes]``."""
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != count:
-            given = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise UserError(f"the teacher {self.name} must give logits [{count}, {self.classes}], but gave {given}.")
+            shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise UserError(f"the teacher {self.name} must give logits [{count}, {self.classes}], but gave {shape}.")
         if logits.shape[1] != self.classes:
             raise wrong_classes(self.name, logits.shape[1], self.classes)
         if not bool(torch.isfinite(logits).all()):

@@ -73,7 +73,7 @@ class LogitsCache:
             return torch.cat(answers) if answers else torch.empty(0, teacher.classes)
         rows = self.read_logits(identity, teacher.classes)
         keys: list[bytes] = []
-        written, tell = len(rows), limit_notices(self.notice, time.monotonic())
+        written, notify = len(rows), limit_notices(self.notice, time.monotonic())
         try:
             for images in batches:
                 batch = image_keys(images, self.mean, self.std)
@@ -87,8 +87,8 @@ class LogitsCache:
                         self.write_logits(identity, rows)
                         written = len(rows)
                     done = len(keys) - len(missing) + start + len(part)
-                    of = "" if total is None else f" of {total:,}"
-                    tell(f"asking the teacher {teacher.name}: {done:,}{of} images")
+                    of_total = "" if total is None else f" of {total:,}"
+                    notify(f"asking the teacher {teacher.name}: {done:,}{of_total} images")
         finally:  # an interrupted computation keeps its logits so far
             if len(rows) > written:
                 self.write_logits(identity, rows)
@@ -162,10 +162,10 @@ def stored_logits(file: str | Path, classes: int, mean: Sequence[float], std: Se
 
     def look_up(images: Tensor) -> Tensor:
         keys = image_keys(images, mean, std)
-        absent = sum(key not in rows for key in keys)
-        if absent:
+        missing = sum(key not in rows for key in keys)
+        if missing:
             raise UserError(
-                f"{path} lacks the logits of {absent} of {len(keys)} images: make it from these data, and take "
+                f"{path} lacks the logits of {missing} of {len(keys)} images: make it from these data, and take "
                 "teacher_view=cached (an augmented image is another one)."
             )
         return torch.stack([rows[key] for key in keys])
@@ -177,13 +177,13 @@ def stored_logits(file: str | Path, classes: int, mean: Sequence[float], std: Se
 def limit_notices(notice: Callable[[str], None] | None, since: float = -math.inf) -> Callable[[str], None]:
     """Limit ``notice`` to one call in :data:`TELL_EVERY` seconds, the first time that long after ``since``."""
 
-    def tell(text: str) -> None:
+    def notify(text: str) -> None:
         nonlocal since
         if notice is not None and time.monotonic() - since >= TELL_EVERY:
             since = time.monotonic()
             notice(text)
 
-    return tell
+    return notify
 
 
 def image_keys(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> list[bytes]:

@@ -109,9 +109,9 @@ def load_or_pretrain(
         network.load_state_dict(stored)
         network.eval()
         return
-    tell, of = limit_notices(cache.notice), f"of {recipe.epochs}"
+    tell, total = limit_notices(cache.notice), f"of {recipe.epochs}"
     images = f"{len(data):,} public images"
-    pretrain(network, data, recipe, seed, lambda epoch: tell(f"training {name} on {images}: epoch {epoch + 1} {of}"))
+    pretrain(network, data, recipe, seed, lambda epoch: tell(f"training {name} on {images}: epoch {epoch + 1} {total}"))
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
     cache.write("weights", identity, lambda: tensors)
 

@@ -51,14 +51,14 @@ def find_logits(output: object) -> Any:
 
 
 def find_head(module: nn.Module, images: Tensor) -> str | None:
-    tried = move_weights(module)
-    tried.eval()  # a user-defined eval() may return None
+    trial = move_weights(module)
+    trial.eval()  # a user-defined eval() may return None
     calls: dict[str, list[Tensor]] = {}
-    for name, layer in tried.named_modules():
+    for name, layer in trial.named_modules():
         if isinstance(layer, nn.Linear) and layer.bias is not None:
             layer.register_forward_hook(lambda _, __, output, name=name: calls.setdefault(name, []).append(output))
     with torch.no_grad():
-        logits = find_logits(tried(images.clone()))
+        logits = find_logits(trial(images.clone()))
     heads = [name for name, found in calls.items() if len(found) == 1 and found[0] is logits and logits.dim() == 2]
     return heads[0] if heads else None
 
@@ -79,8 +79,8 @@ def find_cut(module: nn.Module, images: Tensor, declared: object = None) -> Cut:
         raise NotCut("it has no submodules")
     _check_shared(module, names)
     while True:
-        used, shapes, changed = _try_pieces(module, names, images)
-        pieces, head = used[:-1], used[-1]
+        names_used, shapes, changed = _try_pieces(module, names, images)
+        pieces, head = names_used[:-1], names_used[-1]
         stages = _divide_declared(paths, pieces, module) if paths else _divide_automatically(module, pieces, shapes)
         finer = _open_sequentials(module, names)
         if paths or len(stages) > 1 or finer == names:

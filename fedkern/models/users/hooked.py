@@ -164,31 +164,31 @@ def find_taps(network: Any, stages: Sequence[str], features: str | None, form: A
         raise UserError(f"--stages: {text} ends in no linear layer, whose input are the features: give --features too.")
     # Calls of every tap in both modes on moved weights, which show if a tap is called once, stays unchanged, and
     # determines the logits.
-    tried, changed = kind(move_weights(network.module), head, stages, features, blank), set[str]()
+    trial, changed = kind(move_weights(network.module), head, stages, features, blank), set[str]()
 
     def results_of(stop: str = "") -> dict[str, Tensor]:
         torch.manual_seed(0)  # dropout
-        return tried.call(map_leaves(torch.clone, samples), stop=stop)
+        return trial.call(map_leaves(torch.clone, samples), stop=stop)
 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for training in (False, True):
-            tried.train(training)
-            results, calls = results_of(), tried.calls
-            for name in tried.stage_names:
-                given = f"--stages {name}" if name != FEATURE else f"--features {features}"
+            trial.train(training)
+            results, calls = results_of(), trial.calls
+            for name in trial.stage_names:
+                option = f"--stages {name}" if name != FEATURE else f"--features {features}"
                 result, times = results.get(name), calls[name]
                 if times != 1 or not isinstance(result, Tensor) or len(result) != 2:
-                    where = " in train mode" * training
+                    mode = " in train mode" * training
                     raise UserError(
-                        f"{given}: {text} calls it {times} times{where}, or it gives no tensor of a row a sample."
+                        f"{option}: {text} calls it {times} times{mode}, or it gives no tensor of a row a sample."
                     )
                 before = results_of(name)[name]  # stopped here, so unchanged by later submodules
                 changed |= set() if torch.equal(result, before) else {name}
                 if not training and not torch.allclose(
-                    tried.again(name, before)[LOGITS], results[LOGITS], rtol=1e-3, atol=1e-4
+                    trial.again(name, before)[LOGITS], results[LOGITS], rtol=1e-3, atol=1e-4
                 ):
                     raise UserError(
-                        f"{given}: the logits of {text} depend on more than it gives: name a later submodule."
+                        f"{option}: the logits of {text} depend on more than it gives: name a later submodule."
                     )
     widths = results[FEATURE].shape[1], results[LOGITS].shape[1]
     return kind, head, stages, features, blank, widths, changed

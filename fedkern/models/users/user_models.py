@@ -98,15 +98,15 @@ class OwnNetwork(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Return the classifier's input ``[B, d]`` for images ``[B, C, H, W]``."""
-        taken: list[Tensor] = []
+        inputs_of_head: list[Tensor] = []
 
         def remember(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            taken.append(compute_pending(inputs[0]))
+            inputs_of_head.append(compute_pending(inputs[0]))
 
         remember.takes_computed = True  # type: ignore[attr-defined]
         with self.head.register_forward_pre_hook(remember):
             self._logits(x)
-        return to_fp32(taken[-1])
+        return to_fp32(inputs_of_head[-1])
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Return the module's own state dict."""
@@ -252,13 +252,13 @@ class Own:
             parameters = inspect.signature(self.source).parameters.values()
         except (TypeError, ValueError):
             return ()
-        free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        for given in parameters:
-            by_name = given.kind is not inspect.Parameter.POSITIONAL_ONLY
-            if given.default is given.empty and given.kind not in free and not (by_name and given.name in GIVEN):
+        stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        for entry in parameters:
+            by_name = entry.kind is not inspect.Parameter.POSITIONAL_ONLY
+            if entry.default is entry.empty and entry.kind not in stars and not (by_name and entry.name in GIVEN):
                 raise UserError(
-                    f"the model {self.text} needs the argument {given.name}, and gets only {', '.join(GIVEN)}, by "
-                    f"name: give {given.name} a default."
+                    f"the model {self.text} needs the argument {entry.name}, and gets only {', '.join(GIVEN)}, by "
+                    f"name: give {entry.name} a default."
                 )
         return tuple(parameter.name for parameter in parameters if parameter.name in GIVEN)
 
@@ -422,12 +422,12 @@ def _check_modes(module: nn.Module, text: str) -> None:
     if all(getattr(mode, "__func__", mode) in (nn.Module.train, nn.Module.eval) for mode in modes):
         return
     module.train(True)  # a user-defined mode may have no default
-    tried = move_weights(module)  # merged weights may begin at zero
-    before, memory = _weights_of(tried), _memory_of(tried)
-    tried.eval()
-    after, memory_after = _weights_of(tried), _memory_of(tried)
-    kept = {name for name in before.keys() & after.keys() if torch.equal(before[name], after[name])}
-    changed = [name for name in {**before, **after} if name not in kept]
+    trial = move_weights(module)  # merged weights may begin at zero
+    before, memory = _weights_of(trial), _memory_of(trial)
+    trial.eval()
+    after, memory_after = _weights_of(trial), _memory_of(trial)
+    unchanged = {name for name in before.keys() & after.keys() if torch.equal(before[name], after[name])}
+    changed = [name for name in {**before, **after} if name not in unchanged]
     if changed := changed + [name for name, place in memory.items() if memory_after.get(name) != place]:
         raise UserError(
             f"eval() of the model {text} changes {changed[0]}, and clients and server exchange weights in train mode: "
