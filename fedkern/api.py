@@ -26,7 +26,7 @@ from fedkern.engine.store import initial_weights
 from fedkern.engine.store.data_facts import DataFacts
 from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
-from fedkern.errors import WAYS, UserError, format_value, suggest_name
+from fedkern.errors import ADVICE, UserError, format_value, suggest_name
 from fedkern.files.filesystem import check_new, check_text
 from fedkern.listeners.events import Listener, Listeners, Record, Summary
 from fedkern.methods import Method, method_registry, script_methods
@@ -515,7 +515,7 @@ def federate(data: Any, about: Mapping[str, object], settings: Mapping[str, obje
     if data is None or isinstance(data, (str, FederatedData)):
         if arguments:
             name = next(iter(arguments))
-            way = f" {WAYS[name]}" if name == "task" else ""
+            way = f" {ADVICE[name]}" if name == "task" else ""
             raise UserError(f"{name} is for data sets of PyTorch, data=[...] or a dict: leave it out.{way}")
         return data
     how = {"samples": "train_samples", "seed": "seed"}

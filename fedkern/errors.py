@@ -17,7 +17,7 @@ NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "Storage size calcula
 """Words of the RuntimeError that torch raises for exhausted memory."""
 RAISED = (Exception, SystemExit, GeneratorExit)
 """Exceptions that user code may raise by mistake. A KeyboardInterrupt is the user's own."""
-MEANT = {
+SYNONYMS = {
     **dict.fromkeys(("learning_rate", "client_lr", "eta"), ("lr",)),
     **dict.fromkeys(("epochs", "num_epochs"), ("local_epochs", "rounds")),
     **dict.fromkeys(("gpu", "gpus", "use_cuda", "cuda"), ("device=cuda", "cuda")),
@@ -42,7 +42,7 @@ _LOSS = "A loss of your own is given in Python, fedkern.simulate(METHOD, data=..
 _ADAPTERS = "LoRA is a layer of your own network: --model FILE.py:NAME, or a module in Python (docs/models.md)."
 _VOLUMES = "Volumes are read by your own code: --data FILE.py:NAME, as examples/papers/brats.py:brats (docs/data.md)."
 _RULES = "FedAvgM, FedAdam, FedYogi and FedAdagrad are fedavg and --server-rule momentum, adam, yogi or adagrad."
-WAYS = {
+ADVICE = {
     **dict.fromkeys(("loss", "criterion", "loss_fn"), _LOSS),
     **dict.fromkeys(("lora", "peft", "adapter", "lora_rank", "lora_r"), _ADAPTERS),
     **dict.fromkeys(("nifti", "nii", "dicom"), _VOLUMES),
@@ -80,10 +80,10 @@ def require_format(path: object, found: object, read: int) -> None:
     """Raise OtherFormat unless a file's format number ``found`` (None: the file has none) equals ``read``."""
     if found == read:
         return
-    named = "no format number" if found is None else f"format {found!r}"
+    found_format = "no format number" if found is None else f"format {found!r}"
     raise OtherFormat(
-        f"{path} has {named}, and this version of fedkern reads format {read}: use the version that wrote it, or make "
-        "it again."
+        f"{path} has {found_format}, and this version of fedkern reads format {read}: use the version that wrote it, or "
+        "make it again."
     )
 
 
@@ -132,9 +132,9 @@ class ClientFailed(RunFailed):
     @staticmethod
     def of(client: int, error: BaseException, code: object) -> ClientFailed:
         """Return the error of a client whose part of a method, the class ``code``, has raised ``error``."""
-        named = user_message(error)
-        description = (describe_error(error) if named is None else named.rstrip(".")) + error_origin(error, code)
-        trace, exit_code = (format_traceback(error), 1) if named is None else ("", error.exit_code)  # type: ignore[attr-defined]
+        sentence = user_message(error)
+        description = (describe_error(error) if sentence is None else sentence.rstrip(".")) + error_origin(error, code)
+        trace, exit_code = (format_traceback(error), 1) if sentence is None else ("", error.exit_code)  # type: ignore[attr-defined]
         failed = ClientFailed(client, description, trace, exit_code=exit_code)
         failed.__cause__ = error
         return failed
@@ -301,14 +301,14 @@ def suggest_name(word: str, candidates: Iterable[str], cutoff: float = 0.5) -> s
     """Return ``' Did you mean "x"?'`` for the candidates that ``word`` means, or else for the most similar one.
 
     Dashes before a word and upper case make no difference. Empty where no similarity reaches ``cutoff``, from 0 to 1.
-    Among settings, methods, networks and data sets the text may come from `WAYS`.
+    Among settings, methods, networks and data sets the text may come from `ADVICE`.
     """
     if len(word) > WORD:
         return ""
     names = {_plain(name): name for name in candidates}
-    meant = [entry.partition("=") for entry in MEANT.get(_plain(word), ())]
+    meant = [entry.partition("=") for entry in SYNONYMS.get(_plain(word), ())]
     meanings = [names[_plain(name)] + equals + value for name, equals, value in meant if _plain(name) in names]
-    way = "" if names.keys().isdisjoint(("lr", "fedavg", "mlp", "csv")) else WAYS.get(_plain(word), "")
+    way = "" if names.keys().isdisjoint(("lr", "fedavg", "mlp", "csv")) else ADVICE.get(_plain(word), "")
     if not (meanings or way):
         meanings = [names[name] for name in difflib.get_close_matches(_plain(word), names, n=1, cutoff=cutoff)]
     hint = f""" Did you mean {" or ".join(f'"{name}"' for name in meanings)}?""" if meanings else ""

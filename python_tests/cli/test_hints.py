@@ -3,7 +3,7 @@
 import pytest
 
 import fedkern
-from fedkern.errors import MEANT, suggest_name
+from fedkern.errors import SYNONYMS, suggest_name
 from fedkern.listeners import Listener
 from fedkern.settings.config import RunConfig
 
@@ -81,8 +81,8 @@ def test_python_names_the_way_out(given, way, tmp_path):
 def test_every_meaning_is_a_setting_an_argument_or_a_call():
     settings = {setting.field for setting in RunConfig.list_options()}
     arguments = {"resume", "progress", "listener", "cuda", "fedkern.load(DIR).resume()", "loss_fn", *vars(Listener)}
-    assert {name.partition("=")[0] for names in MEANT.values() for name in names} <= settings | arguments
-    assert not MEANT.keys() & settings
+    assert {name.partition("=")[0] for names in SYNONYMS.values() for name in names} <= settings | arguments
+    assert not SYNONYMS.keys() & settings
 
 
 @pytest.mark.parametrize(
