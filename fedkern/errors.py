@@ -82,8 +82,8 @@ def require_format(path: object, found: object, read: int) -> None:
         return
     found_format = "no format number" if found is None else f"format {found!r}"
     raise OtherFormat(
-        f"{path} has {found_format}, and this version of fedkern reads format {read}: use the version that wrote it, or "
-        "make it again."
+        f"{path} has {found_format}, and this version of fedkern reads format {read}: use the version that wrote it, "
+        "or make it again."
     )
 
 
