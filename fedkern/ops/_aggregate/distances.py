@@ -227,10 +227,8 @@ def _krum_weights(squared: Tensor, byzantine: int, keep: int) -> list[float]:
             to_others = sorted([x if x == x else math.inf for x in row[:m] + row[m + 1 :]])
             scores.append(sum(to_others[: count - byzantine - 2]))
     _check_scores(scores, keep)
-    weights = [0.0] * count
-    for m in sorted(range(count), key=scores.__getitem__)[:keep]:
-        weights[m] = 1.0
-    return weights
+    kept = sorted(range(count), key=scores.__getitem__)[:keep]
+    return [float(m in kept) for m in range(count)]
 
 
 def _check_scores(scores: list[float], keep: int) -> None:
@@ -376,7 +374,8 @@ def _distances_to_mean(vectors: Vectors, shares: Tensor, products: Tensor | None
 
 def _step(vectors: Vectors, shares: Tensor, following: Tensor, products: Tensor | None) -> Tensor:
     if products is None:
-        return subtract_vectors(_point(vectors, following), _point(vectors, shares)).norm()
+        distance: Tensor = subtract_vectors(_point(vectors, following), _point(vectors, shares)).norm()
+        return distance
     change = following - shares
     return (change @ (products @ change)).clamp_min_(0.0).sqrt_()
 

@@ -207,4 +207,4 @@ _weighted_mean = library.register(
 )  # fmt: skip
 
 
-backend.register_kernels("aggregate", cpu=AggregateKernels, cuda=AggregateKernels, fits="vectors_fit")
+backend.add_kernels("aggregate", cpu=AggregateKernels, cuda=AggregateKernels, fits="vectors_fit")

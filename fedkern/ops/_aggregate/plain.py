@@ -161,9 +161,8 @@ class PlainAggregate:
         self, vectors: Sequence[Tensor], factors: Tensor, deviation: float, seed: int, offset: int
     ) -> list[Tensor]:
         """Return the rows of :meth:`scale_and_noise`, each in its own memory."""
-        size = len(vectors[0])
         return [
-            self.scale_and_noise([vector], factor, deviation, seed, (offset + m * size) % (1 << 64))[0]
+            self.scale_and_noise([vector], factor, deviation, seed, (offset + m * len(vector)) % (1 << 64))[0]
             for m, (vector, factor) in enumerate(zip(vectors, factors.split(1), strict=True))
         ]
 

@@ -202,7 +202,7 @@ def _ordinary(
             return False
     elif out is None:
         return True
-    return kernel.core.writable((moment1, moment2, out), vectors, (global_,))
+    return bool(kernel.core.writable((moment1, moment2, out), vectors, (global_,)))
 
 
 def _check_states(rule: str, moment1: Tensor | None, moment2: Tensor | None, size: int, device: torch.device) -> None:

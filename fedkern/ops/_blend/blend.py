@@ -143,6 +143,6 @@ class _Blend(EagerFunction):
         return (None, None, *kernel.backward(grad, foreground, background, call, needs, strides))
 
 
-backend.register_kernels(
+backend.add_kernels(
     "blend", cpu=BlendKernels, cuda=BlendKernels, triton="_blend.triton.blend:TritonBlend", fits="blend_fits"
 )

@@ -254,4 +254,4 @@ _fill_boxes = library.register(
 
 
 _DTYPES = backend.FLOATS | {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool}
-backend.register_kernels("boxes", cpu=BoxesKernels, cuda=BoxesKernels, dtypes=_DTYPES, fits="boxes_fit")
+backend.add_kernels("boxes", cpu=BoxesKernels, cuda=BoxesKernels, dtypes=_DTYPES, fits="boxes_fit")

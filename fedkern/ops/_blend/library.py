@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._blend.kernels import BlendCall, check_memory, output_strides
+from fedkern.ops._blend.kernels import BlendCall, BlendKernels, check_memory, output_strides
 from fedkern.ops._blend.reference import backward_reference, blend_reference, check_values, second_derivative
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.function import Context
@@ -24,7 +24,7 @@ def _reference(
 def _implementation(foreground: Tensor, background: Tensor, *others: Any) -> Tensor:
     alpha, value, index = others
     call = BlendCall(alpha, value, index, background.shape[0])
-    kernel = backend.select("blend", foreground, background)
+    kernel: BlendKernels | None = backend.select("blend", foreground, background)
     if kernel is not None:
         return kernel.forward(foreground, background, call)
     check_values(call)

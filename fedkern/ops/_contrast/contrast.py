@@ -11,7 +11,7 @@ from fedkern.ops._contrast.library import CONTRASTIVE, reference_at
 from fedkern.ops._contrast.reference import ContrastCall, contrastive_reference
 from fedkern.ops._contrast.tiled import TiledContrast
 from fedkern.ops._core import library
-from fedkern.ops._core.backend import eager, is_readable, register_kernels, select, select_ordinary
+from fedkern.ops._core.backend import add_kernels, eager, is_readable, select, select_ordinary
 from fedkern.ops._core.checks import autocast
 from fedkern.ops._core.function import Context, EagerFunction, handed_out, saved_tensors
 
@@ -48,7 +48,7 @@ def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Ten
     x, y = autocast(x, y)
     learnt = temperature if isinstance(temperature, Tensor) else None
     tensors = (x, y) if learnt is None else (x, y, learnt)
-    kernel = select_ordinary("contrastive", *tensors)
+    kernel: CpuContrast | TiledContrast | None = select_ordinary("contrastive", *tensors)
     if kernel is None or x.dim() != 2 or x.shape != y.shape:
         check_pair(x, y)
     if type(temperature) is not float or not 0 < temperature < 1e30:
@@ -100,6 +100,6 @@ class _Contrastive(EagerFunction):
         return (None, None, *handed_out(scaled, gradients))
 
 
-register_kernels(
+add_kernels(
     "contrastive", cpu=CpuContrast, cuda=CudaContrast, triton="_contrast.triton:TritonContrast", fits="tensors_fit"
 )

@@ -212,4 +212,4 @@ class _ConvNorm(EagerFunction):
         return (None, None, *gradients, grad if needs[5] else None)
 
 
-backend.register_kernels("conv_norm", cpu=ConvKernels, dtypes=frozenset({torch.float32}), fits="conv_fits")
+backend.add_kernels("conv_norm", cpu=ConvKernels, dtypes=frozenset({torch.float32}), fits="conv_fits")

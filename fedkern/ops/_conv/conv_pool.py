@@ -109,4 +109,4 @@ class _ConvPool(EagerFunction):
         return (None, None, *gradients)
 
 
-backend.register_kernels("conv_pool", cpu=PoolKernels, dtypes=frozenset({torch.float32}), fits="pool_fits")
+backend.add_kernels("conv_pool", cpu=PoolKernels, dtypes=frozenset({torch.float32}), fits="pool_fits")

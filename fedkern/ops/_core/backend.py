@@ -98,7 +98,7 @@ def register(operator: str, backend: str, kernel: Kernel) -> None:
     _forget()
 
 
-def register_kernels(
+def add_kernels(
     operator: str,
     *,
     cpu: Callable[[ModuleType], object],

@@ -101,11 +101,7 @@ def refuse_gradient(name: str, *arguments: object) -> None:
 
 def mark_written(*tensors: Tensor | None) -> None:
     """Tell autograd that a kernel has written to ``tensors``."""
-    changed = []
-    for tensor in tensors:
-        if tensor is not None and not tensor.is_inference():
-            changed.append(tensor)
-    increment_version(changed)
+    increment_version([tensor for tensor in tensors if tensor is not None and not tensor.is_inference()])
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:

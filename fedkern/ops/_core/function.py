@@ -56,7 +56,7 @@ class EagerFunction(torch.autograd.Function):
     must know that there are none (:func:`fedkern.ops._core.backend.eager`).
     """
 
-    call: ClassVar[Callable[..., Any]]
+    call: ClassVar[Callable[..., Tensor]]
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)

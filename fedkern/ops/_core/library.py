@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from fedkern.ops._core import backend
 from fedkern.ops._core.private_torch import functorch_active, recording
 
 LIBRARY = torch.library.Library("fedkern", "DEF")
+Result = TypeVar("Result")
 
 
 def number_tensor(value: float) -> Tensor:
@@ -41,15 +42,15 @@ class Mapped(Protocol):
 def register(
     name: str,
     schema: str,
-    implementation: Callable[..., object],
+    implementation: Callable[..., Result],
     *,
     fake: Callable[..., object],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., object] | None = None,
     vmap: Callable[..., object] | None = None,
-    reference: Callable[..., object] | None = None,
+    reference: Callable[..., Result] | None = None,
     public: str = "",
-) -> Callable[..., Any]:
+) -> Callable[..., Result]:
     """Define ``torch.ops.fedkern.<name>`` and return the function to call it with.
 
     Args:
@@ -76,7 +77,7 @@ def register(
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
-    operator = getattr(torch.ops.fedkern, name)
+    operator: Callable[..., Result] = getattr(torch.ops.fedkern, name)
     if vmap is not None or reference is None:
         rule = vmap or functools.partial(_refuse_vmap, public or name)
         torch.library.register_vmap(qualified, rule, lib=LIBRARY)
@@ -91,11 +92,12 @@ def register(
         members["vmap"] = vmap
     function: Any = type(name, (torch.autograd.Function,), {key: staticmethod(rule) for key, rule in members.items()})
 
-    def call(*arguments: object) -> object:
+    def call(*arguments: object) -> Result:
         if reference is not None and backend.needs_reference(name, has_rules=vmap is not None):
             return reference(*arguments)
         transformed = not torch.compiler.is_compiling() and functorch_active()
-        return function.apply(*arguments) if transformed else operator(*arguments)
+        run: Callable[..., Result] = function.apply if transformed else operator
+        return run(*arguments)
 
     return call
 
@@ -128,7 +130,7 @@ def second_derivative(
                 inputs[i] = x
             return reference(*inputs[results:])
 
-        pull = torch.func.vjp(value, *(full[i] for i in chosen))[1]
+        pull: Callable[..., tuple[Tensor, ...]] = torch.func.vjp(value, *(full[i] for i in chosen))[1]
         return pull(full[0] if results == 1 else tuple(full[:results]))
 
     pull = torch.func.vjp(gradients, *(saved[i] for i in floating))[1]

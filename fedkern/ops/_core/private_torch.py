@@ -114,7 +114,8 @@ WithoutTorchFunction: Any = _find("_C.DisableTorchFunctionSubclass")
 
 def apply_of(function: Any) -> Callable[..., Any]:
     """Return ``apply`` of an ``autograd.Function`` without its search for transforms."""
-    return super(torch.autograd.Function, function).apply
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply
+    return apply
 
 
 graph_is_retained: Callable[[], bool] = _find("_C._autograd._get_current_graph_task_keep_graph")

@@ -53,7 +53,8 @@ def js_div(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "b
         kernel = select("js_div", *tensors)
     if kernel is None:
         return js_reference(logits, weights, code)
-    return _compute(kernel, js_call(logits, weights, code))
+    divergence: Tensor = _compute(kernel, js_call(logits, weights, code))
+    return divergence
 
 
 def consensus(
@@ -73,7 +74,8 @@ def consensus(
         kernel = select("consensus", *tensors)
     if kernel is None:
         return consensus_reference(logits, weights, code)
-    return _compute(kernel, consensus_call(logits, weights, code))
+    entropies: tuple[Tensor, Tensor] = _compute(kernel, consensus_call(logits, weights, code))
+    return entropies
 
 
 def _check(

@@ -23,7 +23,7 @@ from fedkern.ops._distill.checks import (
 from fedkern.ops._distill.ensemble_reference import ensemble_reference
 from fedkern.ops._distill.entries import ENSEMBLE, select_at
 from fedkern.ops._distill.gradients import EnsembleFunction
-from fedkern.ops._distill.kernels import Ensemble, new_call
+from fedkern.ops._distill.kernels import DistillKernels, Ensemble, new_call
 from fedkern.ops._distill.reference import is_flat
 from fedkern.ops._distill.rows import LOGITS, MAX_DIMS, MEAN, PROBS
 
@@ -98,7 +98,7 @@ def ensemble_kl(
             if weights.dim() == student.dim() + 1:
                 weights = weights.movedim(dim if dim < 0 else dim + 1, 2)
     tensors = (student, teachers) if weights is None else (student, teachers, weights)
-    kernel = select_ordinary("ensemble_kl", *tensors)
+    kernel: DistillKernels | None = select_ordinary("ensemble_kl", *tensors)
     ordinary = kernel is not None and 3 <= teachers.dim() <= MAX_DIMS + 1
     if ordinary and isinstance(class_mask, Tensor) and outlived(class_mask):
         ordinary = False
@@ -140,7 +140,8 @@ def ensemble_kl(
         for tensor in tensors:
             if tensor.requires_grad:
                 return EnsembleFunction.call((kernel, call), *call[:4])
-    return kernel.ensemble_forward(call)
+    loss: Tensor = kernel.ensemble_forward(call)
+    return loss
 
 
 def _mixture(mix: str, mode: str) -> int:

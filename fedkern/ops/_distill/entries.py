@@ -29,7 +29,7 @@ def _kernel_of_divergence(call: Divergence) -> DistillKernels | None:
     return select_at(call.temperature, "kl_div" if call.peer is None else "dual_kl", *call[:4])
 
 
-DIVERGENCE = define_loss(
+DIVERGENCE: Callable[..., Tensor] = define_loss(
     Loss(
         name="divergence",
         tensors=("student", "other?", "teacher", "weight?"),
@@ -44,7 +44,7 @@ DIVERGENCE = define_loss(
         dtype=lambda tensors: result_dtype(*tensors[:3]),
     )
 )
-ENTROPY = define_loss(
+ENTROPY: Callable[..., Tensor] = define_loss(
     Loss(
         name="entropy",
         tensors=("logits",),
@@ -74,7 +74,7 @@ def _kernel_of_ensemble(call: Ensemble) -> DistillKernels | None:
     return select_at(call.temperature, "ensemble_kl", *call[:3])
 
 
-ENSEMBLE = define_loss(
+ENSEMBLE: Callable[..., Tensor] = define_loss(
     Loss(
         name="ensemble",
         tensors=("student", "teachers", "weights?", "class_mask?"),
@@ -103,5 +103,7 @@ def _over_logits(name: str, operator: str, call: Callable[..., Ensemble], result
     )  # fmt: skip
 
 
-JS = define_loss(_over_logits("jensen_shannon", "js_div", js_call, 1, js_reference))
-CONSENSUS = define_loss(_over_logits("consensus", "consensus", consensus_call, 2, consensus_reference))
+JS: Callable[..., Tensor] = define_loss(_over_logits("jensen_shannon", "js_div", js_call, 1, js_reference))
+CONSENSUS: Callable[..., tuple[Tensor, Tensor]] = define_loss(
+    _over_logits("consensus", "consensus", consensus_call, 2, consensus_reference)
+)

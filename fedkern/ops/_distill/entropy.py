@@ -10,7 +10,7 @@ from fedkern.ops._core.checks import autocast
 from fedkern.ops._distill.checks import check_logits, check_reduction, move_classes
 from fedkern.ops._distill.entries import ENTROPY
 from fedkern.ops._distill.gradients import DivergenceFunction
-from fedkern.ops._distill.kernels import entropy_call
+from fedkern.ops._distill.kernels import DistillKernels, entropy_call
 from fedkern.ops._distill.reference import entropy_rows_reference
 
 
@@ -35,7 +35,7 @@ def entropy(logits: Tensor, *, reduction: str = "batchmean", dim: int = 1) -> Te
     (logits,) = autocast(logits)
     if type(dim) is not int or dim != 1:
         (logits,) = move_classes(("logits",), (logits,), dim, (0,))
-    kernel = select_ordinary("entropy", logits)
+    kernel: DistillKernels | None = select_ordinary("entropy", logits)
     if kernel is None:
         check_logits(("logits",), (logits,))
     code = check_reduction(reduction)

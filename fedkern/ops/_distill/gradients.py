@@ -84,18 +84,19 @@ class EnsembleFunction(EagerFunction):
     ) -> Tensor | tuple[Tensor, Tensor]:
         kernel, call = kernel_and_call
         ctx.settings = kernel, call[4:]  # without tensors, which autograd keeps
-        if call.mix == CONSENSUS:
-            ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(call.mix != CONSENSUS)
         need_student, need_teachers, need_weights = needs = ctx.needs_input_grad[1:4]
         if call.reduction == NONE or call.mix == CONSENSUS or not kernel.ensemble_fused(student, needs):
             keeps = student is None and not need_weights
             statistics = kernel.stack_statistics(teachers, call.mix) if keeps else None
             ctx.save_for_backward(student, teachers, weights, class_mask, statistics)
-            return kernel.ensemble_forward(call, statistics=statistics)
+            result: Tensor | tuple[Tensor, Tensor] = kernel.ensemble_forward(call, statistics=statistics)
+            return result
         to_student = kernel.empty_gradient(student) if need_student and student is not None else None
         to_teachers = kernel.empty_gradient(teachers) if need_teachers else None
         ctx.save_for_backward(student, teachers, weights, class_mask, None, to_student, to_teachers)
-        return kernel.ensemble_forward(call, (to_student, to_teachers, None))
+        fused: Tensor | tuple[Tensor, Tensor] = kernel.ensemble_forward(call, (to_student, to_teachers, None))
+        return fused
 
     @staticmethod
     def backward(ctx: Context, *grads: Tensor | None) -> Gradients:

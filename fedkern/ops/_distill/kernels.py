@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.backend import DTYPES, compute_dtype, register_kernels
+from fedkern.ops._core.backend import DTYPES, add_kernels, compute_dtype
 from fedkern.ops._core.launch import Launcher
 from fedkern.ops._core.memory import HUGE
 from fedkern.ops._core.private_torch import graph_is_retained
@@ -348,10 +348,8 @@ class DistillKernels(Launcher):
 
 
 def _by_class(call: Ensemble) -> bool:
-    weights = call.weights
-    if call.class_mask is not None:
-        return True
-    return weights is not None and weights.dim() == call.teachers.dim() and weights.shape[2] > 1
+    weights, dims = call.weights, call.teachers.dim()
+    return call.class_mask is not None or (weights is not None and weights.dim() == dims and weights.shape[2] > 1)
 
 
 def _lanes(teachers: Tensor) -> int:
@@ -365,7 +363,7 @@ for _name, _check in (
     *[(name, "logits_fit") for name in ("kl_div", "dual_kl", "entropy")],
     *[(name, "tensors_fit") for name in ("ensemble_kl", "js_div", "consensus")],
 ):
-    register_kernels(
+    add_kernels(
         _name, cpu=DistillKernels, cuda=DistillKernels, triton="_distill.triton.distill:TritonDistill",
         triton_leaves="infinite temperatures" if "kl" in _name else "", fits=_check,
     )  # fmt: skip

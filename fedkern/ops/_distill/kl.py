@@ -12,7 +12,7 @@ from fedkern.ops._core.checks import autocast
 from fedkern.ops._distill.checks import check_logits, check_reduction, check_temperature, check_weight, move_classes
 from fedkern.ops._distill.entries import DIVERGENCE, select_at
 from fedkern.ops._distill.gradients import DivergenceFunction
-from fedkern.ops._distill.kernels import Divergence, new_call
+from fedkern.ops._distill.kernels import DistillKernels, Divergence, new_call
 from fedkern.ops._distill.reference import FLAT, divergence_reference
 
 
@@ -111,7 +111,7 @@ def _dispatch(
         student, teacher = tensors[0], tensors[-1]
         peer = tensors[1] if len(names) == 3 else None
     operator = "kl_div" if len(names) == 2 else "dual_kl"
-    kernel = select_ordinary(operator, *tensors)
+    kernel: DistillKernels | None = select_ordinary(operator, *tensors)
     if kernel is None:
         check_logits(names, tensors)
     if type(temperature) is not float or not temperature > 0:

@@ -75,7 +75,7 @@ def define_loss(loss: Loss) -> Operation:
     def schema(parameters: Sequence[str], returns: int) -> str:
         return f"({', '.join(parameters)}) -> ({', '.join(['Tensor'] * returns)})"
 
-    def pack_results(values: Arguments) -> Any:
+    def pack_results(values: Arguments) -> Tensor | tuple[Tensor, ...]:
         return values[0] if len(values) == 1 else tuple(values)
 
     def check(tensors: Optionals, reduction: int, grads: Sequence[Tensor] = ()) -> None:
@@ -106,7 +106,8 @@ def define_loss(loss: Loss) -> Operation:
         kernel = loss.kernel(call)
         if kernel is None:
             return loss.reference(*tensors, *settings)
-        return getattr(kernel, f"{loss.method}_forward")(call)
+        forward: Reference = getattr(kernel, f"{loss.method}_forward")
+        return forward(call)
 
     def fake(*inputs: Any) -> Tensor | tuple[Tensor, ...]:
         tensors = inputs[:count]
@@ -183,12 +184,12 @@ def define_loss(loss: Loss) -> Operation:
         ]
         return pack_results(back), pack_results([0 if need else None for need in needs])
 
-    value_of = library.register(
+    value_of: Operation = library.register(
         loss.name, schema(arguments, results), run, fake=fake, setup_context=setup, backward=backward,
         vmap=vmap, reference=reference,
     )  # fmt: skip
     parameters = [*(f"Tensor grad{i}" for i in range(results)), *arguments, *flags]
-    gradients_of = library.register(
+    gradients_of: Operation = library.register(
         f"{loss.name}_backward", schema(parameters, differentiable), run_backward, fake=fake_backward,
         setup_context=setup_second, backward=second, vmap=vmap_backward,
     )  # fmt: skip
@@ -222,7 +223,8 @@ def fold_tensors(
 
 
 def unfold_batch(x: Tensor, axis: int, count: int) -> Tensor:
-    return x.unflatten(axis, (count, x.shape[axis] // count)).movedim(axis, 0)
+    parts: Tensor = x.unflatten(axis, (count, x.shape[axis] // count))
+    return parts.movedim(axis, 0)
 
 
 def place_gradients(gradients: Sequence[Tensor | None], inputs: Optionals, needs: Sequence[bool]) -> tuple[Tensor, ...]:

@@ -82,7 +82,7 @@ def _dispatch(
     activation: Activation,
     mean: bool,
 ) -> Tensor:
-    kernel = select_ordinary(operator, features, scale, shift)
+    kernel: FuseKernels | None = select_ordinary(operator, features, scale, shift)
     if kernel is None or (activation is not None and activation != "relu"):
         _check(features, scale, shift, activation, mean)
     relu = activation is not None
@@ -91,12 +91,11 @@ def _dispatch(
         template = features[0]
         channels, channels_last = [template.shape[1]] * len(features), not template.is_contiguous()
     else:
-        reference = fuse_mean_reference if mean else fuse_concat_reference
         if not eager(*features, *[vector for vector in (scale, shift) if vector is not None]):
             return FUSE(list(features), scale, shift, relu, mean)
         kernel = select(operator, *features)
         if kernel is None:
-            return reference(features, scale, shift, relu)
+            return (fuse_mean_reference if mean else fuse_concat_reference)(features, scale, shift, relu)
         scale, shift = (None if vector is None else vector.resolve_neg() for vector in (scale, shift))
         channels, channels_last = [x.shape[1] for x in features], wants_channels_last(features)
     call = _new(FuseCall, (scale, shift, relu, mean, channels, channels_last))
@@ -200,6 +199,4 @@ class _Fuse(EagerFunction):
 
 
 for _name in ("fuse_concat", "fuse_mean"):
-    backend.register_kernels(
-        _name, cpu=FuseKernels, cuda=FuseKernels, triton="_fuse.triton:TritonFuse", fits="fuse_fits"
-    )
+    backend.add_kernels(_name, cpu=FuseKernels, cuda=FuseKernels, triton="_fuse.triton:TritonFuse", fits="fuse_fits")

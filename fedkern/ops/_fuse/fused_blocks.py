@@ -114,7 +114,8 @@ class FusedBlocks(nn.Module):
             return self._run_separately(x)
         if self.shared and self.count > 1:
             x = x.repeat(1, self.count, *[1] * (x.dim() - 2))
-        return self.block(x)
+        result: Tensor = self.block(x)
+        return result
 
     def _run_separately(self, x: Tensor) -> Tensor:
         template = self._template[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,11 +90,11 @@ def _backward_fake(
     return maps, to_scale, to_shift
 
 
-FUSE: Callable[..., Any] = library.register(
+FUSE = library.register(
     "fuse", "(Tensor[] features, Tensor? scale, Tensor? shift, bool relu, bool mean) -> Tensor", _implementation,
     fake=_fake, setup_context=_setup_context, backward=_backward, reference=_reference,
 )  # fmt: skip
-FUSE_BACKWARD: Callable[..., Any] = library.register(
+FUSE_BACKWARD = library.register(
     "fuse_backward",
     "(Tensor grad, Tensor[] features, Tensor? out, Tensor? scale, Tensor? shift, bool relu, bool mean, "
     "SymInt[] channels, bool[] need_features, bool need_scale, bool need_shift) -> (Tensor[], Tensor, Tensor)",

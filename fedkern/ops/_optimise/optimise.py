@@ -293,4 +293,4 @@ _operators = [
 ]
 
 
-backend.register_kernels("optimise", cpu=OptimiseKernels, cuda=OptimiseKernels, fits="optimise_fits")
+backend.add_kernels("optimise", cpu=OptimiseKernels, cuda=OptimiseKernels, fits="optimise_fits")

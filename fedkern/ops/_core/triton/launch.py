@@ -37,7 +37,7 @@ def processors(device: torch.device) -> int:
 
 def double_bits(value: float) -> int:
     """Return ``value``'s bits as an int64: Triton would round a float argument to fp32."""
-    return struct.unpack("<q", struct.pack("<d", value))[0]
+    return int.from_bytes(struct.pack("<d", value), "little", signed=True)
 
 
 def power_of_two(value: int) -> int:

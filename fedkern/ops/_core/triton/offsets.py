@@ -17,7 +17,7 @@ MARK = tl.constexpr(1 << 52)
 
 def encode_number(number: int) -> int:
     """Encode a whole number of at most 62 bits and a sign as a number that Triton does not specialise."""
-    return (number << 1 | 1) ^ MARK.value
+    return (number << 1 | 1) ^ int(MARK.value)
 
 
 def encode_numbers(numbers: Iterable[int]) -> tuple[int, ...]:
