@@ -1,9 +1,9 @@
 """fedkern.accelerate: a network whose convolutions wait, within a call, for the layers behind them.
 
-Modules keep their class, state and repr. A convolution gets a ``_conv_forward`` in its own dictionary, which torch
-calls with the caller's weight and bias, and a network two hooks, which are given their module. So copies of a module's
-dictionary compute with their own tensors. A deep copy is accelerated too, and a pickle loads without fedkern. How far a
-convolution waits is fixed by a `rehearsal` of the first call of each mode, or by a plan.
+Modules keep their class, state and repr. A convolution gets a ``_conv_forward`` in its own dictionary, and a network
+two hooks, all called with the caller's tensors or module: copies of a module's dictionary compute with their own
+tensors. A deep copy is accelerated too, and a pickle loads without fedkern. A `rehearsal` of the first call of each
+mode, or a plan, fixes how far a convolution waits.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ M = TypeVar("M", bound=nn.Module)
 _CONV_FORWARD: Any = nn.Conv2d._conv_forward
 _CHANNELS_LAST = torch.channels_last
 _thread = threading.local()
-"""``run``: the call of a network that this thread is in; the rest: of :func:`override_calls`."""
+"""``run``: the call of a network that this thread is in; the rest: options of :func:`override_calls`."""
 _NO_EPS = 1e-30  # above 0, and nothing beside 1
 MOVE = 64
 """Products for which an element counts that is copied into another layout (benchmarks/bench_guest.py)."""
 Record = tuple[list[tuple[Site, int]], list[int]]
-"""Calls of convolutions that were served, more than once where results are used several times, with their products; and
+"""Calls of convolutions that an operator computed (again for results that are used again), with their products, and
 the products of all calls."""
 
 
@@ -50,7 +50,6 @@ MODES: tuple[Mode, ...] = ((True, True), (True, False), (False, True), (False, F
 
 
 def put_hooks(module: M, begin: Begin) -> M:
-    """Accelerate a network, in place, whose calls begin with a hook, and return it."""
     plain(module)
     for layer in module.modules():
         if is_untouched(layer):
@@ -62,7 +61,7 @@ def put_hooks(module: M, begin: Begin) -> M:
 
 
 def apply_plan(module: M, plan: str) -> M:
-    """Accelerate a network, in place, by a plan of :func:`plan_of`: modes that it does not know run as written."""
+    """Accelerate a network, in place, by a plan of :func:`plan_of`: other modes run as written."""
     known, *texts = plan.split(" ")
     put_hooks(module, Begin({mode: known[at] == "+" for at, mode in enumerate(MODES)}))
     found = convolutions(module)
@@ -72,7 +71,7 @@ def apply_plan(module: M, plan: str) -> M:
 
 
 def plan_of(module: nn.Module) -> str:
-    """Return how far the convolutions of an accelerated network wait, in the modes that were rehearsed."""
+    """Return how far the convolutions of an accelerated network wait, in the rehearsed modes."""
     begin = begin_of(module)
     known = "".join("+" if begin and begin.modes.get(mode) else "-" for mode in MODES)
     texts = ("".join(layer.plan.get(at, ".") for at in range(2 * len(MODES))) for layer in convolutions(module))
@@ -85,7 +84,7 @@ def convolutions(module: nn.Module) -> list[Convolution]:
 
 
 def plain(module: M) -> M:
-    """Take back :func:`accelerate`, in place, and return the module."""
+    """Undo :func:`accelerate`, in place, and return the module."""
     for layer in module.modules():
         served = vars(layer).get("_conv_forward")
         if isinstance(served, Convolution) or getattr(served, "func", None) is _CONV_FORWARD:
@@ -188,7 +187,7 @@ def begin_of(module: nn.Module) -> Begin | None:
 
 
 def call_parts(module: nn.Module, function: Callable[..., object], *args: object) -> Any:
-    """Call a function of parts of a network, as a call of the network if it is accelerated."""
+    """Call a function of a network's parts, as a call of the network if it is accelerated."""
     begin = begin_of(module)
     if begin is None:
         return function(*args)
@@ -229,7 +228,7 @@ def _products(shape: tuple[int, ...], weight: Tensor) -> int:
 
 
 def _plain(part: object) -> object:
-    """Return a part of a network's result, computed, also in the attributes of an object."""
+    """Return a part of a network's result, computed, also in an object's attributes."""
     if type(part) is Pending:
         return compute_pending(part)
     for name, item in list(getattr(part, "__dict__", {}).items()):
@@ -263,7 +262,7 @@ def _hooks(module: nn.Module) -> Iterator[object]:
 
 
 def takes_computed(hook: object) -> bool:
-    """Return whether a hook calls :func:`fedkern.acceleration.pending.compute_pending` on its arguments itself."""
+    """Return whether a hook computes pending arguments itself."""
     return getattr(getattr(hook, "func", hook), "takes_computed", False) is True
 
 
@@ -331,7 +330,7 @@ class Convolution:
         return begun.make_result(Node(begun, Chain(site), shape), int(code, 36) % 10)
 
     def _serves(self, windows: Windows, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...]) -> bool:
-        """Return whether an operator may compute the convolution on maps of this shape: a rule on shapes alone."""
+        """Return whether an operator may compute the convolution: a rule on shapes alone."""
         sizes = tuple(weight.shape)
         if not is_plain(weight, sizes) or (bias is not None and not is_plain(bias, sizes[:1])):
             return False

@@ -12,7 +12,7 @@ Found = dict[str, Tensor | None]
 
 
 def find_difference(results: Found, plain: Found, tolerance: float) -> str:
-    """Return the first name whose results differ by more than a share of the largest of its kind, or ""."""
+    """Return the first name whose results differ by more than a share of the largest of its kind."""
     sizes = {name: _size(tensor) for name, tensor in plain.items()}
     largest = max((size for name, size in sizes.items() if name.startswith("the gradient")), default=0.0)
     for name, expected in plain.items():
@@ -32,7 +32,7 @@ def _size(tensor: Tensor | None) -> float:
 
 
 def find_far_result(results: Found, plain: Found) -> str:
-    """Return the first name for which operators and torch differ too much, or ""."""
+    """Return the first name for which operators and torch differ too much."""
     gradients = {name: grad for name, grad in plain.items() if name.startswith("the gradient") and grad is not None}
     outputs = {name: tensor for name, tensor in plain.items() if name not in gradients}
     if name := find_difference(results, outputs, 1e-3):

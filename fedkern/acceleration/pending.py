@@ -91,7 +91,6 @@ class Norm:
         return F.batch_norm(y, *statistics, self.weight, self.bias, self.training, self.momentum, self.eps)
 
     def count(self) -> None:
-        """Note that running statistics were updated: the chain needs them no more."""
         self.counted = True
         if self.training:
             del self.noted[2:]
@@ -112,7 +111,7 @@ class Chain(NamedTuple):
 
 
 Serve = Callable[[Chain, bool], Tensor | None]
-"""Computes a chain by one operator, or says None; the flag: the result has to be contiguous."""
+"""Computes a chain by one operator, or returns None; the flag: the result has to be contiguous."""
 
 
 Step = Callable[[Tensor], Tensor]
@@ -169,7 +168,6 @@ class Run:
             compute_node(self.waits, dense=not self.waits.chain.site.opens)
 
     def end(self) -> None:
-        """Compute the waiting node, and all nodes whose handles are still held."""
         self.settle()
         for reference in self.made:
             if (tensor := reference()) is not None:
@@ -185,7 +183,7 @@ class Run:
 
 
 def version_of(tensor: Tensor) -> int:
-    """Return the count of changes of a tensor, 0 if torch keeps none, as in inference mode."""
+    """Return the count of changes of a tensor, 0 in inference mode."""
     try:
         return tensor._version
     except RuntimeError:
@@ -258,7 +256,7 @@ def make_handle(node: Node) -> Pending:
 
 
 def compute_pending(item: Any) -> Any:
-    """Return a value with all waiting tensors in it computed, in torch's layout."""
+    """Return a value with all waiting tensors computed, in torch's layout."""
     if type(item) is Pending:
         return compute_node(item.__dict__["node"])
     return type(item)(map(compute_pending, item)) if type(item) in (tuple, list) else item
@@ -337,13 +335,12 @@ def _compute_value(node: Node, dense: bool) -> Tensor:
 
 
 def _waiting(x: object) -> Node | None:
-    """Return the node of a tensor that waits in the current mode of gradients, or None."""
     node: Node | None = x.__dict__["node"] if type(x) is Pending else None
     return node if node is not None and node.run.waits is node and node.chain.site.grad == _grad_enabled() else None
 
 
 def is_plain(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    """Return whether a tensor is one of torch's own in fp32 on the CPU, of a shape."""
+    """Return whether a tensor is an ordinary fp32 tensor on the CPU, of a shape."""
     kind = type(tensor) is Tensor or type(tensor) is nn.Parameter
     return kind and tensor.dtype is torch.float32 and tensor.is_cpu and tuple(tensor.shape) == shape
 
@@ -467,4 +464,4 @@ ABOUT = {
     Tensor.dim, Tensor.size, Tensor.__len__, Tensor.numel,
     *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "is_cuda")),
 }  # fmt: skip
-"""What can be told without the values."""
+"""Attributes and methods that need no values."""

@@ -36,7 +36,7 @@ from fedkern.streams import seeded_generators
 
 M = TypeVar("M", bound=nn.Module)
 _COUNTS = (Tensor.add_, Tensor.__float__)
-"""What a batch norm does with the number of its batches."""
+"""Operations of a batch norm on the number of its batches."""
 _MODES = {(True, True): "training", (False, False): "evaluation", (True, False): "training mode without gradients",
           (False, True): "evaluation mode with gradients"}  # fmt: skip
 
@@ -44,22 +44,22 @@ _MODES = {(True, True): "training", (False, False): "evaluation", (True, False):
 def accelerate(module: M, *, check: bool = True) -> M:
     """Compute a network's convolutions together with the norm, sum, ReLU and max pooling behind them.
 
-    On the CPU in fp32, forward and backward, by :func:`fedkern.ops.conv_norm` and :func:`fedkern.ops.conv_pool` where
-    they serve; all else runs as it is written.  Results differ from torch's by rounding.  A call begins and ends with
-    ``module(...)``; parts of it that are called alone run as written.  So does the whole call under autocast,
-    ``torch.compile``, ``torch.export``, ``torch.func``, tracing and with anybody's hooks on a submodule.
+    On the CPU in fp32, forward and backward, by :func:`fedkern.ops.conv_norm` and :func:`fedkern.ops.conv_pool` if
+    they are faster; all else runs as written. Results differ from torch's by rounding. A call begins and ends with
+    ``module(...)``; parts of it that are called alone run as written. So does the whole call under autocast,
+    ``torch.compile``, ``torch.export``, ``torch.func``, tracing and with foreign hooks on a submodule.
 
     The first call in training and the first in evaluation, with gradients and without, are each rehearsed on copies of
     the network and the inputs, with the same seeds: a convolution waits only as far as its result goes there, alone and
     at once, through those steps.
 
     Args:
-        module: any network; it is changed in place, and keeps its class, state dict and repr.  A layer with a forward
-            pass of its own, in its class or put on it, is left alone.  Copies compute with their own tensors: deep
+        module: any network; it is changed in place, and keeps its class, state dict and repr. A layer with its
+            own forward pass, of its class or set on it, is not changed. Copies compute with their own tensors: deep
             copies and those of a module's dictionary are accelerated too, and a pickle loads without fedkern.
-        check: whether a second copy then plays the call accelerated.  Where outputs or buffers are off by more than
+        check: whether a second copy then runs the call accelerated. If outputs or buffers are off by more than
             1e-3 of the largest, or the gradients of weights for random gradients of the outputs by more than 5 %, the
-            network warns and runs as written in that mode.  Without it only a call that fails there does.
+            network warns and runs as written in that mode. Without ``check`` only a call that fails there does.
 
     Returns:
         The same module.
@@ -68,14 +68,12 @@ def accelerate(module: M, *, check: bool = True) -> M:
 
 
 class Rehearsal(Begin):
-    """Hook of :func:`accelerate`, with its ``check``."""
-
     def __init__(self, check: bool) -> None:
         super().__init__({})
         self.check = check
 
     def rehearse(self, module: nn.Module, args: tuple[object, ...], named: Mapping[str, object]) -> None:
-        """Run a copy as written to record the steps behind its convolutions, then check another copy, accelerated."""
+        """Run a copy as written to record the steps behind convolutions, then check an accelerated copy."""
         mode = module.training, torch.is_grad_enabled()
         self.modes[mode] = False
         try:
@@ -161,7 +159,7 @@ class _Chain:
         self.steps, self.opens, self.closes = 9, False, False
 
     def end(self, steps: int, opens: bool | None = None) -> None:
-        """End after ``steps`` at the latest, before a convolution or a sum (``opens``) or another function."""
+        """End after ``steps`` at the latest, before a convolution or sum (``opens``) or another function."""
         self.steps = min(self.steps, steps)
         self.opens, self.closes = self.opens or opens is True, self.closes or opens is False
 
@@ -184,7 +182,7 @@ class _State(NamedTuple):
     result: Tensor
 
     def is_as_made(self) -> bool:
-        """Return whether no autograd.Function, and no change of the mode of gradients, came between."""
+        """Return whether no autograd.Function or change of the mode of gradients came between."""
         return self.grad == torch.is_grad_enabled() and self.graph is self.result.grad_fn and saved_hooks(True) is None
 
 
@@ -206,7 +204,7 @@ class Recorder(TorchFunctionMode):
         self._latest: _State | None = None
 
     def stop(self) -> None:
-        """End all chains, at the latest where somebody holds a result, and write the plans of the convolutions."""
+        """End all chains, at the latest where a result is still held, and write the plans of the convolutions."""
         self._end_latest()
         for state in self.states.values():
             if sys.getrefcount(state.result) > 2:  # after the backward pass, whose graph counts

@@ -71,25 +71,25 @@ class FlatParameters:
     They become views into it.
 
     The tensors stay the same objects (optimisers and hooks keep working) with the same shapes and strides: a
-    channels-last weight is still channels-last.  The vector holds each tensor's elements in memory order, so that two
+    channels-last weight is still channels-last. The vector holds each tensor's elements in memory order, so that two
     modules of the same architecture, memory format and frozen parameters have the same :meth:`layout`, in any dtype.
-    Every tensor begins at a multiple of eight elements, as GPU libraries need it.  Zeros lie between: they stay zeros
+    Every tensor begins at a multiple of eight elements, as GPU libraries need it. Zeros lie between: they stay zeros
     in means and in steps (with ``eps`` above 0); noise on a whole vector reaches them, and no tensor has them.
     ``state_dict`` keys, ``load_state_dict``, optimisers, ``copy.deepcopy`` and ``torch.save`` of the module or its
-    state behave as before.  Shared (tied) tensors appear once.
+    state behave as before. Shared (tied) tensors appear once.
 
     Where some parameters are trained and others frozen (``requires_grad`` False), the frozen ones lie in
     :attr:`frozen`, behind the trained ones: :attr:`parameters` and :meth:`gradients` hold the trained ones alone, and
-    ``sgd_step`` and ``adamw_step`` leave the others as ``torch.optim`` does.  A module that is frozen as a whole has
-    the layout of one that is trained as a whole.  A parameter that the loss does not use has gradient 0, and steps
+    ``sgd_step`` and ``adamw_step`` leave the others as ``torch.optim`` does. A module that is frozen as a whole has
+    the layout of one that is trained as a whole. A parameter that the loss does not use has gradient 0, and steps
     decay it and move it by its momentum, as ``torch.optim`` does after ``zero_grad(set_to_none=False)``; freeze it to
     keep it as it is.
 
     All tensors of a dtype share the vector's storage, a torch storage: ``untyped_storage().resize_`` frees or
-    reallocates the memory of all of them.  The tensors of ``module.state_dict()`` view the same memory through storages
-    of their own, so that every library saves them as those of an ordinary module (where the module has no state-dict
-    hooks of its own); such a state dict is invalid once the memory is freed.  Of the module itself ``torch.save``
-    writes the vector once, ``pickle.dumps`` and what builds on it (joblib, cloudpickle) once for each tensor, and
+    reallocates the memory of all of them. The tensors of ``module.state_dict()`` view the same memory through
+    separate storages, so that every library saves them as those of an ordinary module (unless the module has other
+    state-dict hooks); such a state dict is invalid once the memory is freed. Of the module itself ``torch.save``
+    writes the vector once, ``pickle.dumps`` and libraries on top (joblib, cloudpickle) once for each tensor, and
     ``torch.save`` of one layer or parameter writes the whole vector: give those ``copy.deepcopy(module)``.
     ``pickle.dumps`` of the FlatParameters writes such a copy: after loading, an optimiser or a module pickled beside it
     does not share its tensors.
@@ -100,14 +100,14 @@ class FlatParameters:
     what clients exchange; :attr:`personal` and :meth:`personal_gradients` hold those that are trained.
 
     Operations that replace a module's tensors or layers unflatten the module: ``.to(dtype)``, ``.to(device)``,
-    ``.to(memory_format=...)``, ``load_state_dict(assign=True)``, ``p.data = ...``.  So does freezing or unfreezing
-    single parameters (not a whole module that was trained or frozen as a whole).  From then on every attribute and
+    ``.to(memory_format=...)``, ``load_state_dict(assign=True)``, ``p.data = ...``. So does freezing or unfreezing
+    single parameters (not a whole module that was trained or frozen as a whole). From then on every attribute and
     method here that reads or writes values raises RuntimeError, until :meth:`flatten` has flattened the module
-    again; :attr:`is_flat` and :meth:`check` tell.  Vectors read before are the module's no longer.  Under
-    torch.compile nothing is checked.  ``copy.deepcopy`` of the module alone gives an ordinary module,
+    again (see :attr:`is_flat` and :meth:`check`). Vectors read before no longer belong to the module. Under
+    torch.compile nothing is checked. ``copy.deepcopy`` of the module alone gives an ordinary module,
     ``copy.deepcopy`` of the FlatParameters copies the module with it and flattens the copy.
 
-    Writing to the vectors with torch operations changes the module at once, but autograd cannot see the change.  Call
+    Writing to the vectors with torch operations changes the module at once, but autograd cannot see the change. Call
     :meth:`mark_changed` afterwards, or write through :meth:`load`: then a backward pass whose saved tensors were
     overwritten raises instead of giving wrong gradients.
 
@@ -218,16 +218,13 @@ class FlatParameters:
 
     @property
     def integers(self) -> Tensor:
-        """All integer and boolean parameters and buffers (``num_batches_tracked``) as one int64 vector.
-
-        A copy.
-        """
+        """A copy of all integer and boolean parameters and buffers (``num_batches_tracked``), one int64 vector."""
         self.check()
         tensors = [self._live(entry).detach().reshape(-1).to(torch.int64) for entry in self._integers]
         return torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int64)
 
     def load(self, vector: Tensor) -> None:
-        """Copy ``vector [N]`` (any floating dtype, device or stride; complex for a complex module) into the module.
+        """Copy ``vector [N]`` of any floating dtype, device or stride (complex for a complex module) into the module.
 
         Raises:
             TypeError, ValueError: the vector's type or shape is wrong.
@@ -236,7 +233,7 @@ class FlatParameters:
         self._load(vector, self._only().vector, "vector")
 
     def load_vectors(self, vectors: Mapping[str, Tensor]) -> None:
-        """As :meth:`load`, for what ``vectors`` has of ``parameters``, ``frozen``, ``buffers`` and ``integers``."""
+        """Load the ``parameters``, ``frozen``, ``buffers`` and ``integers`` among ``vectors``, as :meth:`load` does."""
         if not isinstance(vectors, Mapping):
             raise TypeError(f"vectors must map names to tensors, not be a {type(vectors).__name__}")
         group = self._only()  # once for all of them: it looks at every tensor
@@ -296,7 +293,7 @@ class FlatParameters:
         return self
 
     def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...], tuple[int, ...], int]]:
-        """Return (name, dtype, shape, strides, offset) of every tensor: what client and server must agree on."""
+        """Return (name, dtype, shape, strides, offset) of every tensor, on which client and server must agree."""
         self.check()
         return [
             (slot.name, dtype, tuple(slot.tensor.shape), slot.stride, slot.offset)
@@ -328,7 +325,7 @@ class FlatParameters:
     def views(self, vector: Tensor) -> dict[str, Tensor]:
         """Return name → view into ``vector [N]`` (or ``[P]``: parameters alone), shaped as the module's tensors.
 
-        Differentiable, for ``torch.func.functional_call(module, flat.views(vector), inputs)``.  Where ``vector``
+        Differentiable, for ``torch.func.functional_call(module, flat.views(vector), inputs)``. Where ``vector``
         requires grad and the module has batch norm, give it ``[P]``: torch refuses running statistics that require
         grad.
 
@@ -355,7 +352,7 @@ class FlatParameters:
         For optimisers that work on flat vectors, as ``sgd_step``.
 
         Existing gradients are copied into the vector; a missing gradient (never computed, or reset to None) is zero.
-        Call this once before training.  Clear the vector with one ``fill_(0)``, or by ``zero_grad(set_to_none=False)``.
+        Call this once before training. Clear the vector with one ``fill_(0)``, or by ``zero_grad(set_to_none=False)``.
         Call this again after gradients were replaced, to copy the new ones in.
 
         Args:
@@ -364,13 +361,13 @@ class FlatParameters:
         Raises:
             TypeError, ValueError: ``dtype`` is none of the module's.
             ValueError: all parameters are frozen.
-            ValueError: two parameters share memory (``a.data = b.data``), where each has a gradient of its own.
+            ValueError: two parameters share memory (``a.data = b.data``), where each has its own gradient.
             RuntimeError: the module is no longer flat.
         """
         return self._gradients(dtype, "parameters")
 
     def personal_gradients(self, dtype: torch.dtype | None = None) -> Tensor:
-        """As :meth:`gradients`, one vector ``[A]`` for the parameters in :attr:`personal`."""
+        """Return one vector ``[A]`` of the gradients of :attr:`personal`, as :meth:`gradients` does."""
         return self._gradients(dtype, "personal")
 
     def _gradients(self, dtype: torch.dtype | None, kind: str) -> Tensor:
@@ -411,7 +408,7 @@ class FlatParameters:
 
     @property
     def is_flat(self) -> bool:
-        """True while every tensor of the module still lives in the vectors, at its place."""
+        """True while every tensor of the module lives in the vectors, at its place."""
         return self._stray() is None
 
     def check(self) -> None:
@@ -438,7 +435,7 @@ class FlatParameters:
         return twin
 
     def __reduce__(self) -> tuple[type[FlatParameters], tuple[nn.Module, Collection[str]]]:
-        # pickle writes each tensor's whole storage, here the vector; a copy's tensors have storages of their own.
+        # pickle writes each tensor's whole storage, here the vector; a copy's tensors have separate storages.
         return FlatParameters, (copy.deepcopy(self.module), self._personal)
 
     def __repr__(self) -> str:
@@ -482,7 +479,7 @@ class FlatParameters:
 
     def _stray(self) -> str | None:
         """Describe the first tensor that is not where :meth:`flatten` would put it, or return None."""
-        if torch.compiler.is_compiling():  # which knows no addresses
+        if torch.compiler.is_compiling():  # tensors have no addresses there
             return None
         # Relative to the vectors, whose storage may be freed and reallocated.
         starts = {dtype: group.vector.data_ptr() for dtype, group in self._groups.items()}
@@ -529,7 +526,6 @@ def _expect(entry: Entry, slot: Slot | None) -> Expected:
 
 
 def _check_personal(slots: list[Slot]) -> None:
-    """Raise ValueError if two parameters lie at the same place."""
     names: dict[int, str] = {}
     for slot in slots:
         if slot.tensor.numel() and names.setdefault(slot.offset, slot.name) != slot.name:
@@ -556,7 +552,7 @@ class _StateDictHooks(OrderedDict[int, Any]):
         return self._others().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[Any, Any]) -> OrderedDict[int, object]:
-        # Of a buffer torch copies the whole storage, here the vector: give each copied buffer a storage of its own.
+        # torch copies a buffer's whole storage, here the vector: give each copied buffer a separate storage.
         for buffer in () if (owner := self._owner()) is None else owner._buffers.values():
             twin = memo.get(id(buffer))
             if buffer is not None and isinstance(twin, Tensor) and twin.untyped_storage().nbytes() > twin.nbytes:
@@ -598,7 +594,7 @@ def separate_storages(module: nn.Module, state: dict[str, object], prefix: str, 
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Entry]:
-    """Yield (owner, attribute, qualified name, tensor, is parameter), a shared tensor once, under its first name."""
+    """Yield every :data:`Entry`, a shared tensor once, under its first name."""
     seen: set[int] = set()
     owners = list(module.named_modules())
     for is_parameter in (True, False):
@@ -634,7 +630,7 @@ def _check_tensors(entries: list[Entry]) -> None:
 
 
 def _flatten_group(entries: list[Entry], mixed: bool, personal: Collection[str]) -> tuple[FlatGroup, list[Slot]]:
-    """Move parameters and buffers into a vector, frozen parameters behind the trained ones if ``mixed``."""
+    """Move tensors into a vector, frozen parameters behind the trained ones if ``mixed``."""
 
     def kind(entry: Entry) -> str:
         _, _, name, tensor, is_parameter = entry

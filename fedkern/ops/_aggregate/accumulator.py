@@ -31,17 +31,17 @@ _MOST_ELEMENTS = 2**48
 class Accumulator:
     """Running weighted mean of vectors ``[P]`` that arrive one after another: memory O(P), not O(M * P).
 
-    The sum is kept in fp64.  So the mean of equal fp32, bf16 or fp16 vectors is that vector exactly, and the bits do
-    not depend on the number of threads.  They are the bits of :func:`weighted_mean` on the same vectors in the same
+    The sum is kept in fp64. So the mean of equal fp32, bf16 or fp16 vectors is that vector exactly, and the bits do
+    not depend on the number of threads. They are the bits of :func:`weighted_mean` on the same vectors in the same
     order.
 
-    With ``exact=True`` the bits do not depend on the order of arrival either.  Each product is rounded to fp64 and its
+    With ``exact=True`` the bits do not depend on the order of arrival either. Each product is rounded to fp64 and its
     digits in base 2^32 are added as integers: three digits per element, on a fixed grid (compare Demmel and Nguyen,
-    "Parallel reproducible summation", IEEE Trans. Comput. 64(7), 2015).  The weights are added as integers too.  Exact
+    "Parallel reproducible summation", IEEE Trans. Comput. 64(7), 2015). The weights are added as integers too. Exact
     sums take three times the memory and, since they are memory-bound, about three times as long.
 
-    An accumulator holds state.  It is not differentiable, and :meth:`add` raises under torch.compile or a torch.func
-    transform.  Calls from several threads take turns.
+    An accumulator holds state. It is not differentiable, and :meth:`add` raises under torch.compile or a torch.func
+    transform. Calls from several threads take turns.
 
     Args:
         size: P, the length of the vectors.
@@ -85,7 +85,7 @@ class Accumulator:
         return self._count
 
     def add(self, vector: Tensor, weight: float | Tensor = 1.0) -> None:
-        """Add ``weight * vector``.  A vector of weight zero is counted but not read.
+        """Add ``weight * vector``. A vector of weight zero is counted but not read.
 
         Args:
             vector: ``[P]``, fp32, bf16, fp16 or fp64, of any stride.
@@ -94,7 +94,8 @@ class Accumulator:
         Raises:
             TypeError, ValueError: an argument has the wrong type, shape, device or value.
             OverflowError: an exact accumulator is full (2^31 - 1 vectors).
-            RuntimeError: called under torch.compile or a torch.func transform, or a forced backend cannot serve.
+            RuntimeError: called under torch.compile or a torch.func transform, or a forced backend does not
+                support the call.
         """
         if torch.compiler.is_compiling() or functorch_active():
             raise RuntimeError(
@@ -140,7 +141,7 @@ class Accumulator:
     def merge(self, other: Accumulator) -> None:
         """Add all that another exact accumulator was given, as if its vectors had been added here: the same bits.
 
-        So parts of a sum can be made in several places, in whatever order.  Only integers are added.
+        So parts of a sum can be made in several places, in whatever order. Only integers are added.
 
         Args:
             other: of the same size, on the same device, exact too; it stays as it is.
@@ -159,7 +160,7 @@ class Accumulator:
                 f"other must have size {self.size} on {self.device} like the accumulator, but has size {other.size} on "
                 f"{other.device}"
             )
-        lower, higher = sorted((self, other), key=id)  # in one order: nobody waits for who waits for him
+        lower, higher = sorted((self, other), key=id)  # a fixed order: two merges cannot deadlock
         with lower._lock, higher._lock:
             if self._count + other._count > _MOST_EXACT:
                 raise OverflowError(f"an exact accumulator takes at most {_MOST_EXACT} vectors")
@@ -258,7 +259,6 @@ class Accumulator:
             self._count, self._weight, self._dtype = count, weight, dtype
 
     def _check_state(self, state: Mapping[str, Any]) -> tuple[int, float, torch.dtype | None]:
-        """Return count, weight and dtype of a valid state."""
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a dict made by state_dict(), not {type(state).__name__}")
         numbers = ("size", "exact", "count", "weight", "dtype")
@@ -284,7 +284,7 @@ class Accumulator:
             _check_entry(state[name], name, *form)
         count, weight = _whole(state, "count"), check_weight(state["weight"], "the state's weight")
         if exact:
-            # The units are the exact sum.  "weight" is a rounded copy on which no result depends.
+            # The units are the exact sum. "weight" is a rounded copy on which no result depends.
             try:
                 total = _units(state["units"]) / _UNIT
             except OverflowError:

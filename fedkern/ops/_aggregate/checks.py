@@ -16,12 +16,12 @@ from fedkern.ops._core.library import numbers_tensor
 from fedkern.ops._core.memory import place_values
 
 Vectors = Tensor | Sequence[Tensor]
-#: Checked numbers: finite, not negative, of positive sum.  For vectors on a GPU also a tensor ``[M]`` there, unchecked.
+#: Checked numbers: finite, not negative, of positive sum. For vectors on a GPU also a tensor ``[M]`` there, unchecked.
 Weights = Sequence[float] | Tensor
 
 
 def check_vectors(vectors: Vectors) -> tuple[Tensor, int]:
-    """Return a tensor with the vectors' dtype, device and last dimension P, and their number M."""
+    """Return a tensor with the vectors' dtype, device and last dimension P, and the count M."""
     if isinstance(vectors, Tensor):
         check_floating(vectors, "vectors")
         if vectors.dim() != 2 or not vectors.shape[0]:
@@ -140,7 +140,7 @@ def _constant(value: object, name: str) -> float:
 
 
 def kernel_weights(weights: Tensor | Sequence[float], count: int) -> Tensor | list[float]:
-    """Return checked numbers, or an unchecked tensor if the weights are not on the CPU."""
+    """Return checked numbers, or an unchecked tensor off the CPU."""
     if isinstance(weights, Tensor) and weights.device.type != "cpu":
         return near_one(weights.detach()) if weights.dtype is torch.float64 else weights.detach()
     return check_weights(weights.detach() if isinstance(weights, Tensor) else weights, count)[0]
@@ -151,7 +151,7 @@ def near_one(weights: Tensor) -> Tensor: ...
 @overload
 def near_one(weights: Sequence[float]) -> list[float]: ...
 def near_one(weights: Weights) -> Weights:
-    """Scale weights by a power of two that brings the largest to about 1, so that sums and halves stay in range."""
+    """Scale weights by a power of two to about 1, so that sums and halves stay in range."""
     if not isinstance(weights, Tensor):
         exponent = math.frexp(max(weights))[1]
         return [math.ldexp(weight, -exponent) for weight in weights]

@@ -20,11 +20,11 @@ from fedkern.ops._core.checks import check_count, check_dense, check_number, ref
 def clip_by_norm(vectors: Vectors, max_norm: float) -> Any:
     """Scale every vector down to a Euclidean norm of at most ``max_norm``: ``x * min(1, max_norm / |x|)``.
 
-    Norms are taken in fp64 over a whole vector.  The bound holds up to rounding: a norm may exceed it by about
+    Norms are taken in fp64 over a whole vector. The bound holds up to rounding: a norm may exceed it by about
     ``torch.finfo(dtype).eps``, and by more where results or the factor are below the normal range (of the dtype, of
-    fp64).  A vector of a smaller norm comes back unchanged, the zero vector too.
+    fp64). A vector of a smaller norm comes back unchanged, the zero vector too.
     Scaled bf16 and fp16 vectors are made shorter by another half of ``torch.finfo(dtype).eps``, so that rounding to
-    normal numbers does not lift their norm above the bound.  A vector that holds NaN becomes NaN everywhere.  A vector
+    normal numbers does not lift their norm above the bound. A vector that holds NaN becomes NaN everywhere. A vector
     that holds an infinity becomes 0, with NaN where the infinity was: clip the difference of two models, not a model
     that holds a mask of -inf.
 
@@ -34,11 +34,11 @@ def clip_by_norm(vectors: Vectors, max_norm: float) -> Any:
         max_norm: largest norm of a result, greater than 0.
 
     Returns:
-        New vectors in the form of the input; those of a list have memory of their own.  There is no gradient.
+        New vectors in the form of the input; a list gets separate memory for each vector. There is no gradient.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
-        RuntimeError: a forced backend cannot serve the call.
+        RuntimeError: a forced backend does not support the call.
     """
     return _call("clip_by_norm", vectors, check_number(max_norm, "max_norm", above=True), 0.0, 0, 0)
 
@@ -46,39 +46,39 @@ def clip_by_norm(vectors: Vectors, max_norm: float) -> Any:
 def clip_and_noise(vectors: Vectors, max_norm: float, noise: float, seed: int, offset: int = 0) -> Any:
     """Clip every vector and add Gaussian noise: ``x * min(1, max_norm / |x|) + N(0, (noise * max_norm)^2)``.
 
-    The sum is rounded once.  Without noise this is :func:`clip_by_norm`.
+    The sum is rounded once. Without noise this is :func:`clip_by_norm`.
 
     This is one release of the Gaussian mechanism (Dwork and Roth, 2014, appendix A; DP-SGD, arXiv 1607.00133) where one
-    record changes one vector.  Privacy accounting is left to the caller.
+    record changes one vector. Privacy accounting is left to the caller.
 
     The noise comes from a counter-based generator (:func:`fedkern.ops._aggregate.philox.normal`): element j of vector m
-    takes place ``offset + m * P + j`` of the stream of ``seed``.  So the noise does not depend on how vectors are
-    grouped into calls, on their dtype or on the number of threads.  The CPU kernels make the same noise, bit for bit,
-    on every ISA level; other backends agree to the rounding of log, sine and cosine in fp32.  The factor of a clipped
+    takes place ``offset + m * P + j`` of the stream of ``seed``. So the noise does not depend on how vectors are
+    grouped into calls, on their dtype or on the number of threads. The CPU kernels make the same noise, bit for bit,
+    on every ISA level; other backends agree to the rounding of log, sine and cosine in fp32. The factor of a clipped
     vector comes from a sum in fp64 whose last bit differs between ISA levels, and so may the last bit of the result.
     Never use a place twice: the next call's offset is ``offset + M * P``.
 
     The noise has fp32 resolution whatever the dtype, and its tail follows the normal distribution to 9.5 standard
-    deviations.  Floating-point noise does not protect against attacks on the lowest bits of the result (Mironov, CCS
+    deviations. Floating-point noise does not protect against attacks on the lowest bits of the result (Mironov, CCS
     2012).
 
     Philox4x32-10, which makes the numbers, is not a cryptographic generator, and its key ``seed`` has 64 bits: give
-    every release a secret seed of its own.  Noise makes running variances of batch norms negative: add it to
+    every release its own secret seed. Noise makes running variances of batch norms negative: add it to
     ``FlatParameters.parameters``, or set the variances of a noised ``FlatParameters.vector`` to at least 0.
 
     Args:
         vectors, max_norm: as for :func:`clip_by_norm`.
-        noise: noise multiplier: standard deviation of the noise in multiples of ``max_norm``, at least 0.  The
+        noise: noise multiplier: standard deviation of the noise in multiples of ``max_norm``, at least 0. The
             vectors' dtype must hold 9.5 standard deviations.
         seed: seed of the stream, from 0 to 2^64 - 1.
         offset: place of the first element in the stream, from 0 to 2^64 - 1.
 
     Returns:
-        New vectors in the form of the input; those of a list have memory of their own.  There is no gradient.
+        New vectors in the form of the input; a list gets separate memory for each vector. There is no gradient.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
-        RuntimeError: a forced backend cannot serve the call.
+        RuntimeError: a forced backend does not support the call.
     """
     bound = check_number(max_norm, "max_norm", above=True)
     deviation = check_number(noise, "noise") * bound
@@ -111,7 +111,7 @@ def _call(name: str, vectors: Vectors, max_norm: float, deviation: float, seed: 
 
 
 def _check_deviation(deviation: float, dtype: torch.dtype) -> None:
-    """Raise ValueError if the largest possible noise, of 9.5 standard deviations, is infinite in ``dtype``."""
+    """Raise ValueError if the largest noise, of 9.5 standard deviations, is infinite in ``dtype``."""
     if 9.5 * deviation > torch.finfo(dtype).max:
         limit = torch.finfo(dtype).max / 9.5
         raise ValueError(f"noise times max_norm must be at most {limit:g} for vectors of {dtype}, not {deviation:g}")

@@ -55,20 +55,20 @@ FEW = 20
 def pairwise_distances(vectors: Vectors) -> Tensor:
     """Compute the Euclidean distances between all pairs of vectors.
 
-    Differences are taken first and squared in fp64.  So near-equal vectors have accurate distances, where the formula
+    Differences are taken first and squared in fp64. So near-equal vectors have accurate distances, where the formula
     ``|x|^2 + |y|^2 - 2 x.y`` would lose all digits, and equal vectors are at distance 0.
 
     Args:
         vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
 
     Returns:
-        ``[M, M]`` in fp64, exactly symmetric, with zeros on the diagonal.  NaN in a vector makes its distances to
-        others NaN.  An infinity makes them infinite; two vectors that hold the same infinity in the same place do not
-        differ there.  There is no gradient.
+        ``[M, M]`` in fp64, exactly symmetric, with zeros on the diagonal. NaN in a vector makes its distances to
+        others NaN. An infinity makes them infinite; two vectors that hold the same infinity in the same place do not
+        differ there. There is no gradient.
 
     Raises:
         TypeError, ValueError: vectors are of the wrong type, dtype, device or shape, or a gradient was asked for.
-        RuntimeError: a forced backend cannot serve the call.
+        RuntimeError: a forced backend does not support the call.
     """
     kernel: AggregateKernels | None = select_ordinary("aggregate", vectors, torch.is_grad_enabled())
     if kernel is not None:
@@ -81,9 +81,9 @@ def pairwise_distances(vectors: Vectors) -> Tensor:
 def krum(vectors: Vectors, byzantine: int, keep: int = 1) -> Tensor:
     """Select the ``keep`` vectors that lie closest to others, and average them (Krum, arXiv 1703.02757).
 
-    The score of a vector is the sum of its squared distances to the ``M - byzantine - 2`` closest other vectors.  The
-    vectors with the smallest scores are kept; of equal scores the first.  ``keep=1`` is Krum and returns one of the
-    vectors unchanged; a larger ``keep`` is Multi-Krum.  A vector with NaN, or with an infinity that others do not hold
+    The score of a vector is the sum of its squared distances to the ``M - byzantine - 2`` closest other vectors. The
+    vectors with the smallest scores are kept; of equal scores the first. ``keep=1`` is Krum and returns one of the
+    vectors unchanged; a larger ``keep`` is Multi-Krum. A vector with NaN, or with an infinity that others do not hold
     in the same place, is infinitely far from them.
 
     Args:
@@ -92,12 +92,12 @@ def krum(vectors: Vectors, byzantine: int, keep: int = 1) -> Tensor:
         keep: number of vectors that are averaged, from 1 to ``M - f``.
 
     Returns:
-        ``[P]`` in the vectors' dtype.  There is no gradient.
+        ``[P]`` in the vectors' dtype. There is no gradient.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
             On the CPU, also fewer than ``keep`` vectors have a finite score; on CUDA the result is then NaN.
-        RuntimeError: a forced backend cannot serve the call.
+        RuntimeError: a forced backend does not support the call.
     """
     kernel: AggregateKernels | None = select_ordinary("aggregate", vectors, torch.is_grad_enabled())
     if kernel is not None:
@@ -122,31 +122,31 @@ def geometric_median(
     """Find the point with the smallest weighted sum of distances to the vectors (RFA, arXiv 1912.13445).
 
     Smoothed Weiszfeld iterations start at the weighted mean: ``z <- sum_m b_m x_m / sum_m b_m`` with
-    ``b_m = w_m / max(smoothing, |x_m - z|)``.  Every such point is a mean of the vectors with shares ``a``.  So its
+    ``b_m = w_m / max(smoothing, |x_m - z|)``. Every such point is a mean of the vectors with shares ``a``. So its
     distances follow from the products ``G`` of the vectors' differences to one of them:
-    ``|x_m - z|^2 = G_mm - 2 (G a)_m + a.G a``.  Up to 128 vectors are therefore read a few times, whatever the number
+    ``|x_m - z|^2 = G_mm - 2 (G a)_m + a.G a``. Up to 128 vectors are therefore read a few times, whatever the number
     of iterations.
 
-    A vector's pull does not grow with its distance, so a minority of the weight cannot move the result far.  The scale
+    A vector's pull does not grow with its distance, so a minority of the weight cannot move the result far. The scale
     is the distance within which more than half of the weight lies from the vector of the smallest sum of distances
-    (from the coordinate-wise median, for more than 128 vectors).  Where a vector is more than 1e4 times the scale and
+    (from the coordinate-wise median, for more than 128 vectors). Where a vector is more than 1e4 times the scale and
     1e10 times ``smoothing`` away, iterations start with the shares ``w_m / max(scale, distance)`` and not at the mean.
 
     Args:
         vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
-        weights: M finite numbers, at least 0 and not all 0; default: equal.  A vector of weight zero has no influence.
+        weights: M finite numbers, at least 0 and not all 0; default: equal. A vector of weight zero has no influence.
         iterations: largest number of iterations; 0 gives the weighted mean.
         tolerance: length of a step, in multiples of the scale, at which the iterations stop.
         smoothing: lower bound of the distances that are divided by, in the vectors' units; greater than 0.
 
     Returns:
-        ``[P]`` in the vectors' dtype.  NaN in a vector of positive weight makes the result NaN.  So does an infinity,
-        unless all vectors hold it in the same place.  Where only one vector has a positive weight, that vector is the
-        result, whatever it holds.  There is no gradient.
+        ``[P]`` in the vectors' dtype. NaN in a vector of positive weight makes the result NaN. So does an infinity,
+        unless all vectors hold it in the same place. Where only one vector has a positive weight, that vector is the
+        result, whatever it holds. There is no gradient.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
-        RuntimeError: a forced backend cannot serve the call.
+        RuntimeError: a forced backend does not support the call.
     """
     iterations = min(check_count(iterations, "iterations", 0), _MOST_ITERATIONS)
     check_number(tolerance, "tolerance")
@@ -213,7 +213,7 @@ def _shares(scores: Tensor, keep: int) -> Tensor:
 
 
 def _scores(squared: Tensor, byzantine: int) -> Tensor:
-    """Compute Krum's scores, after setting non-finite entries of ``squared`` to infinity in place."""
+    """Compute Krum's scores, setting non-finite entries of ``squared`` to infinity."""
     return krum_scores_reference(squared.nan_to_num_(nan=math.inf, posinf=math.inf), byzantine)
 
 
@@ -232,7 +232,7 @@ def _krum_weights(squared: Tensor, byzantine: int, keep: int) -> list[float]:
 
 
 def _check_scores(scores: list[float], keep: int) -> None:
-    """Raise ValueError if fewer than ``keep`` scores are finite: of equal scores Krum would keep the first."""
+    """Raise ValueError if fewer than ``keep`` scores are finite: Krum would keep the first of equal scores."""
     finite = sum(score < math.inf for score in scores)
     if finite < keep:
         raise ValueError(

@@ -33,7 +33,7 @@ _empty_like = torch.empty_like
 
 # Longest vector, in elements, that stays in a CPU core's caches between its norm and its scaling (csrc/bindings).
 SHORT = 16384
-MOST_ITERATIONS = 100_000  # of one kernel, which nobody can stop
+MOST_ITERATIONS = 100_000  # of one kernel, which cannot be interrupted
 
 
 class AggregateKernels(PlainAggregate, Launcher):

@@ -35,28 +35,28 @@ def weighted_mean(
 ) -> Tensor:
     """Average the clients' flat vectors: ``sum_m weights[m] * vectors[m] / sum(weights)`` (FedAvg, arXiv 1602.05629).
 
-    Sums are taken in fp64 whatever the dtype, in the order given.  The mean of equal fp32, bf16 or fp16 vectors is that
-    vector exactly, and the bits do not depend on the number of threads.  An :class:`Accumulator` that gets the same
+    Sums are taken in fp64 whatever the dtype, in the order given. The mean of equal fp32, bf16 or fp16 vectors is that
+    vector exactly, and the bits do not depend on the number of threads. An :class:`Accumulator` that gets the same
     vectors in the same order gives the same bits.
 
-    Differentiable in the vectors and in a tensor of weights.  Works under torch.func.grad, vmap and torch.compile (one
+    Differentiable in the vectors and in a tensor of weights. Works under torch.func.grad, vmap and torch.compile (one
     graph node, on a stacked ``[M, P]``).
 
     Args:
         vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
         weights: M finite numbers, at least 0 and not all 0: a sequence, or a tensor ``[M]`` on the CPU or the vectors'
-            device.  They need not sum to one.  A vector of weight zero is ignored and may hold NaN; then only the
+            device. They need not sum to one. A vector of weight zero is ignored and may hold NaN; then only the
             gradient of its own weight is NaN.
         out: tensor ``[P]`` that receives the result, in any of these dtypes and any stride; sums are rounded to its
-            dtype.  It may be one of the vectors.  Not allowed where a gradient is recorded.
+            dtype. It may be one of the vectors. Not allowed where a gradient is recorded.
 
     Returns:
         ``[P]`` in the vectors' dtype, or ``out``.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device or shape is wrong, or (for weights on the CPU) a weight
-            is negative or not finite, or the sum of the weights is zero.  On CUDA weights of sum zero give NaN.
-        RuntimeError: a forced backend cannot serve the call.
+            is negative or not finite, or the sum of the weights is zero. On CUDA weights of sum zero give NaN.
+        RuntimeError: a forced backend does not support the call.
     """
     if not isinstance(weights, Tensor):
         recorded = torch.is_grad_enabled()
@@ -97,7 +97,7 @@ def _compute(vectors: Vectors, weights: Tensor | Sequence[float], out: Tensor | 
 
 
 def select(vectors: Vectors, *others: Tensor) -> PlainAggregate:
-    """Return the backend's kernel object for a call, or the plain reference."""
+    """Return the backend's kernel object, or the plain reference."""
     return backend.select("aggregate", *rows_or_stack(vectors), *others) or PLAIN
 
 
@@ -193,7 +193,7 @@ def _vmap(
         assert rows is not None
         stacked = vectors.movedim(rows, 1)
         return _weighted_mean(stacked.flatten(1, 2), weights, dtype).unflatten(0, stacked.shape[1:]), 0
-    # Every mapped entry has weights of its own: one call each.
+    # Every mapped entry has its own weights: one call each.
     rows_of_weights = weights.movedim(values, 0).unbind()
     parts = [vectors] * len(rows_of_weights) if rows is None else vectors.movedim(rows, 0).unbind()
     return torch.stack(

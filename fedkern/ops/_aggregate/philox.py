@@ -1,6 +1,6 @@
 """Counter-based normal numbers: Philox4x32-10 and the Box-Muller transform, in plain PyTorch.
 
-Philox: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.  Box and Muller, "A note on
+Philox: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Box and Muller, "A note on
 the generation of random normal deviates", Annals of Mathematical Statistics 29, 1958.
 """
 
@@ -52,17 +52,16 @@ def normal(size: int, seed: int, offset: int, device: torch.device | None = None
         u = (fp32(word 0) + 1/2) / 2^32 in fp32, t = fp32(word 1 as a signed integer) / 2^31,
         sqrt(-2 ln u) cos(pi t) and sqrt(-2 ln u) sin(pi t).
 
-    These words alone reach 6.77 standard deviations. So a radius word (0 or 2) below :data:`REFINED` gets 32 more bits:
-    the same word w of the same counter with upper half 1 (all other draws have upper half 0),
+    These reach 6.77 standard deviations. So a radius word (0 or 2) below :data:`REFINED` gets 32 more bits: the same
+    word w of the same counter with upper half 1 (elsewhere 0),
 
         u = (fp32(2^32 * word 0 + w) + 1/2) / 2^64 in fp32.
 
-    The bound is then 9.5 standard deviations, which a normal number exceeds with probability 2^-68. The numbers of all
-    other radius words do not change.
+    The bound is then 9.5 standard deviations, which a normal number exceeds with probability 2^-68.
     """
     begin = offset & ~63
     groups = (offset + size - begin + 63) // 64
-    # A counter has 62 bits: one serves four of the 2^64 places.
+    # A counter has 62 bits: it makes four of the 2^64 places.
     start = (begin >> 6) << 4
     counter = (torch.arange(groups * 16, dtype=torch.int64, device=device) + start) & ((1 << 62) - 1)
     words = philox(counter, seed)

@@ -34,7 +34,7 @@ class PlainAggregate:
         host: whether the host may look at results; on a GPU it would wait for them.
     """
 
-    host = False  # it serves any device
+    host = False  # on any device
 
     def weighted_mean(self, vectors: Vectors, weights: Weights, out: Tensor | None) -> Tensor:
         """Compute ``sum_m w_m x_m / sum_m w_m``, m ascending, skipping vectors of weight zero.
@@ -49,7 +49,7 @@ class PlainAggregate:
         return result if out is None else copy_result(result, out)
 
     def accumulate(self, total: Tensor, vector: Tensor, weight: float) -> None:
-        """Add ``weight * vector`` to ``total``, fp64 ``[P]``, rounding product and sum each."""
+        """Add ``weight * vector`` to ``total``, fp64 ``[P]``, rounding product and sum."""
         add_reference(total, vector, weight)
 
     def accumulated_mean(self, total: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
@@ -90,14 +90,14 @@ class PlainAggregate:
         return robust.weighted_median_reference(vectors, weights)
 
     def squared_distances(self, vectors: Vectors) -> Tensor:
-        """Sum the squared differences (subtracted first), fp64 ``[M, M]``, exactly symmetric with diagonal 0."""
+        """Sum the squared differences (subtracted first), fp64 ``[M, M]``, exactly symmetric."""
         return robust.squared_distances_reference(vectors)
 
     def distances(self, vectors: Vectors) -> Tensor:
         return self.squared_distances(vectors).sqrt_()
 
     def squared_distances_to(self, vectors: Vectors, point: Tensor | None) -> Tensor:
-        """Return the squared distances to ``point`` (fp64 ``[P]`` of unit stride; None: 0), fp64 ``[M]``."""
+        """Return the squared distances to ``point`` (fp64 ``[P]`` of unit stride, or None for 0), fp64 ``[M]``."""
         if point is None:
             point = torch.zeros_like(vectors[0], dtype=torch.float64)
         return robust.squared_distances_to_reference(vectors, point)
@@ -126,7 +126,7 @@ class PlainAggregate:
         return self.scale_and_noise(vectors, factors, deviation, seed, offset)
 
     def clip_factors(self, vectors: Vectors, max_norm: float, deviation: float) -> Tensor:
-        """Return ``min(1, max_norm / |x_m|)``, fp64 ``[M]``, and without noise a little less for 16-bit vectors."""
+        """Return ``min(1, max_norm / |x_m|)``, fp64 ``[M]``, without noise a little less for 16-bit vectors."""
         factors = self._factors(vectors, max_norm)
         dtype = rows_or_stack(vectors)[0].dtype
         if dtype.itemsize == 2 and not deviation:  # what rounding may add to a norm; noise has no bound to keep
@@ -160,7 +160,6 @@ class PlainAggregate:
     def scale_each(
         self, vectors: Sequence[Tensor], factors: Tensor, deviation: float, seed: int, offset: int
     ) -> list[Tensor]:
-        """Return the rows of :meth:`scale_and_noise`, each in its own memory."""
         return [
             self.scale_and_noise([vector], factor, deviation, seed, (offset + m * len(vector)) % (1 << 64))[0]
             for m, (vector, factor) in enumerate(zip(vectors, factors.split(1), strict=True))

@@ -43,7 +43,6 @@ def pieces(size: int) -> Iterator[slice]:
 
 
 def add_reference(total: Tensor, vector: Tensor, weight: float) -> None:
-    """Add ``weight * vector`` to ``total`` in fp64, rounding product and sum each."""
     for piece in pieces(len(total)):
         total[piece].add_(vector[piece].to(torch.float64, copy=True).mul_(weight))
 
@@ -88,7 +87,7 @@ def _exact_add(digits: Tensor, top: Tensor, product: Tensor) -> None:
 
 
 def raise_digits(digits: Tensor, rise: Tensor) -> Tensor:
-    """Raise the digits ``int64 [3, P]`` by ``rise [P]`` positions, cutting off the lowest."""
+    """Raise the digits ``int64 [3, P]`` by ``rise [P]`` positions."""
     high, middle, low = digits
     zero = torch.zeros_like(high)
     return torch.stack(

@@ -29,25 +29,25 @@ def trimmed_mean(vectors: Vectors, trim: int, weights: Tensor | Sequence[float] 
     """Average every coordinate without its ``trim`` largest and ``trim`` smallest values (arXiv 1803.01498).
 
     ``sum_{k = trim}^{M - trim - 1} w_(k) x_(k) / sum_{k = trim}^{M - trim - 1} w_(k)``, where ``x_(0) <= x_(1) <= ...``
-    are a coordinate's values in order and ``w_(k)`` their vectors' weights.  Sums are taken in fp64.  ``trim=0`` is
+    are a coordinate's values in order and ``w_(k)`` their vectors' weights. Sums are taken in fp64. ``trim=0`` is
     :func:`weighted_mean`, bit for bit.
 
-    NaN counts as larger than every number.  So up to ``trim`` vectors full of NaN (or of infinities of one sign) are
-    trimmed away like other outliers.  A NaN that is left makes its coordinate NaN.  Equal values are ordered as their
+    NaN counts as larger than every number. So up to ``trim`` vectors full of NaN (or of infinities of one sign) are
+    trimmed away like other outliers. A NaN that is left makes its coordinate NaN. Equal values are ordered as their
     vectors are.
 
     Args:
         vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
         trim: number of values dropped at each end of every coordinate, ``0 <= 2 * trim < M``.
-        weights: M finite numbers, at least 0 and not all 0; default: equal.  A vector of weight zero is counted when
+        weights: M finite numbers, at least 0 and not all 0; default: equal. A vector of weight zero is counted when
             values are trimmed; where only such vectors are left, the coordinate is NaN.
 
     Returns:
-        ``[P]`` in the vectors' dtype.  There is no gradient.
+        ``[P]`` in the vectors' dtype. There is no gradient.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
-        RuntimeError: a forced backend cannot serve the call.
+        RuntimeError: a forced backend does not support the call.
     """
     kernel: AggregateKernels | None = None
     if weights is None and trim:
@@ -67,24 +67,24 @@ def trimmed_mean(vectors: Vectors, trim: int, weights: Tensor | Sequence[float] 
 def median(vectors: Vectors, weights: Tensor | Sequence[float] | None = None) -> Tensor:
     """Take the median of every coordinate (arXiv 1803.01498): the mean of the two middle values for even M.
 
-    With weights, it is the mean of the lower and the upper weighted median.  The lower one is the smallest value such
+    With weights, it is the mean of the lower and the upper weighted median. The lower one is the smallest value such
     that this value and the values below have at least half of the weight; for the upper one they have more than half.
     The two differ only where a set of the smallest values has exactly half of the weight, within a relative 2^-40, so
-    that rounding does not decide.  With equal weights this is the median.
+    that rounding does not decide. With equal weights this is the median.
 
-    NaN counts as larger than every number, so a minority of vectors may be full of NaN.  A coordinate is NaN where a
+    NaN counts as larger than every number, so a minority of vectors may be full of NaN. A coordinate is NaN where a
     NaN is in the middle.
 
     Args:
         vectors: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, of one dtype and device, any strides.
-        weights: M finite numbers, at least 0 and not all 0; default: equal.  A vector of weight zero has no influence.
+        weights: M finite numbers, at least 0 and not all 0; default: equal. A vector of weight zero has no influence.
 
     Returns:
-        ``[P]`` in the vectors' dtype.  There is no gradient.
+        ``[P]`` in the vectors' dtype. There is no gradient.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
-        RuntimeError: a forced backend cannot serve the call.
+        RuntimeError: a forced backend does not support the call.
     """
     kernel: AggregateKernels | None = None
     if weights is None:

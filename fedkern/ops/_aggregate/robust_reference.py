@@ -17,7 +17,7 @@ from fedkern.ops._core.memory import place_values
 # Relative tolerance: a partial sum of weights this close to half of their sum counts as half, however it was rounded.
 HALF = 2.0**-40
 
-# Up to this many vectors the geometric median is found from their pairwise distances alone.  They take one pass over
+# Up to this many vectors the geometric median is found from their pairwise distances alone. They take one pass over
 # the vectors with M / 2 differences per element; every iteration on the vectors themselves would take two passes.
 MOST_FROM_DISTANCES = 128
 
@@ -37,7 +37,7 @@ def as_weights(weights: Weights, like: Tensor) -> Tensor:
 
 
 def sorted_mean_reference(vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:
-    """Average the values at places [low, high) of every coordinate's ascending order, NaN last."""
+    """Average places [low, high) of every coordinate's ascending order, NaN last."""
     out = torch.empty_like(vectors[0], memory_format=torch.contiguous_format)
     for piece in pieces(len(out)):
         values, order = torch.sort(stack_piece(vectors, piece), dim=0, stable=True)
@@ -167,7 +167,7 @@ def server_step_reference(call: ServerCall, out: Tensor) -> tuple[Tensor, Tensor
 
 
 def _update(mean: Tensor, rule: ServerRule, moment1: Tensor | None, moment2: Tensor | None) -> Tensor:
-    """Return the change of the global model, and update the states in place."""
+    """Update the states in place, and return the change of the global model."""
     name = RULES[rule.rule]
     if moment1 is None:
         return rule.learning_rate * mean

@@ -13,7 +13,7 @@ RULES = ("mean", "momentum", "adam", "yogi", "adagrad")
 
 
 class ServerRule(NamedTuple):
-    """Server optimiser: the index of its rule in :data:`RULES`, and its hyperparameters."""
+    """Index of a server optimiser in :data:`RULES`, and its hyperparameters."""
 
     rule: int
     learning_rate: float
@@ -26,7 +26,6 @@ class ServerCall(NamedTuple):
     """Arguments of :func:`fedkern.ops.server_step`.
 
     Attributes:
-        global_: ``[P]`` of the vectors' dtype and any stride.
         first, second: ``[P]``, fp32 or fp64 of unit stride, updated in place; None if the rule has no such state.
         out: tensor ``[P]`` that receives the new model; None: a new tensor of the vectors' dtype.
         similarities: whether norms and cosines are computed; else they are empty.

@@ -45,7 +45,7 @@ class ServerStep(NamedTuple):
         model: ``[P]``, the new global model.
         norms: fp64 ``[M]``, the Euclidean norm of every client's delta; ``[0]`` with ``similarities=False``.
         cosines: fp64 ``[M]``, the cosine of the angle between every client's delta and the mean delta; 0 where either
-            of the two is zero.  ``[0]`` with ``similarities=False``.
+            of the two is zero. ``[0]`` with ``similarities=False``.
     """
 
     model: Tensor
@@ -73,7 +73,7 @@ def server_step(
 ) -> ServerStep:
     """Take one step of a server optimiser from the clients' models (FedOpt, arXiv 2003.00295, algorithm 2).
 
-    g is the global model and ``d = sum_m w_m (x_m - g) / sum_m w_m`` the mean delta.  The new model by rule:
+    g is the global model and ``d = sum_m w_m (x_m - g) / sum_m w_m`` the mean delta. The new model by rule:
 
     - "mean" (FedAvg): ``g + lr d``.
     - "momentum" (FedAvgM, arXiv 1909.06335): ``g + lr m`` after ``m <- beta1 m + d``.
@@ -95,37 +95,37 @@ def server_step(
     "adagrad"   0.1            0             1e-9
     ==========  =============  =====  =====  ====
 
-    There is no bias correction, as in the paper.  The paper starts v at ``tau^2`` or more, Flower at 0.  Everything is
-    computed in fp64 and rounded once.  The uploads are read once.
+    There is no bias correction, as in the paper. The paper starts v at ``tau^2`` or more, Flower at 0. Everything is
+    computed in fp64 and rounded once. The uploads are read once.
 
-    Step parameters alone: a step of Adam makes a running variance negative.  Of ``flat = FlatParameters(module)`` give
+    Step parameters alone: a step of Adam makes a running variance negative. Of ``flat = FlatParameters(module)`` give
     ``flat.parameters`` here and ``flat.buffers`` to :func:`weighted_mean`.
 
     Args:
         global_: g ``[P]``, of the vectors' dtype and device, any stride.
         vectors: the clients' models: M tensors ``[P]``, or one ``[M, P]``; fp32, bf16, fp16 or fp64, any strides.
-        weights: M finite numbers, at least 0 and not all 0; they need not sum to one.  A vector of weight zero takes no
+        weights: M finite numbers, at least 0 and not all 0; they need not sum to one. A vector of weight zero takes no
             part in the mean and may hold NaN; its norm and cosine are computed all the same.
         rule: "mean", "momentum", "adam", "yogi" or "adagrad".
-        first: m ``[P]``, fp32 or fp64, contiguous; updated in place.  All rules but "mean" need it; begin with zeros.
+        first: m ``[P]``, fp32 or fp64, contiguous; updated in place. All rules but "mean" need it; begin with zeros.
             Neither state may share memory with the other state or with another argument.
-        second: v ``[P]``, contiguous, of the dtype of ``first``; updated in place.  "adam", "yogi" and "adagrad" need
+        second: v ``[P]``, contiguous, of the dtype of ``first``; updated in place. "adam", "yogi" and "adagrad" need
             it.
         learning_rate: lr, at least 0; None: the rule's default, as for the next three.
         beta1, beta2: decay rates of m and v, from 0 to 1.
         tau: added to ``sqrt(v)``, at least 0.
         out: tensor ``[P]`` that receives the new model, in any of the four dtypes and any stride; the model is rounded
-            to its dtype.  It may be ``global_`` or a vector.
-        similarities: False leaves out norms and cosines, which then are empty.  The model has the same bits.
+            to its dtype. It may be ``global_`` or a vector.
+        similarities: False leaves out norms and cosines, which then are empty. The model has the same bits.
 
     Returns:
-        :class:`ServerStep`; its model is in the vectors' dtype, or ``out``.  A NaN or infinity in a client's model
-        reaches its coordinate of the new model, and that client's norm and cosine.  A NaN or infinity in the mean delta
-        reaches all cosines.  There is no gradient.
+        :class:`ServerStep`; its model is in the vectors' dtype, or ``out``. A NaN or infinity in a client's model
+        reaches its coordinate of the new model, and that client's norm and cosine. A NaN or infinity in the mean delta
+        reaches all cosines. There is no gradient.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
-        RuntimeError: a forced backend cannot serve the call.
+        RuntimeError: a forced backend does not support the call.
     """
     check_flag(similarities, "similarities")
     if not isinstance(weights, Tensor) and global_ is not None:

@@ -31,17 +31,17 @@ def blend(
         index: ``int64 [B]`` with values in ``[0, N)``; default: sample b is mixed with background b, and N = B.
 
     Returns:
-        ``[B, *S]``, of the promoted dtype of both maps.  fp32, bf16 and fp16 are computed in fp32 and rounded once.
+        ``[B, *S]``, of the promoted dtype of both maps. fp32, bf16 and fp16 are computed in fp32 and rounded once.
         Every gradient has the dtype of its own tensor.
 
-    Differentiable in foreground, background and a tensor alpha.  The gradient of a background row is a sum over the
-    samples that used the row, in ascending order: the same bits every time.  Works under torch.compile (one graph
+    Differentiable in foreground, background and a tensor alpha. The gradient of a background row is a sum over the
+    samples that used the row, in ascending order: the same bits every time. Works under torch.compile (one graph
     node), torch.func.grad, vmap and for second derivatives.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device or shape is wrong; on the CPU also a value of index or
-            alpha out of range.  On CUDA an index out of range is a device assertion.
-        RuntimeError: a forced backend cannot serve the call.
+            alpha out of range. On CUDA an index out of range is a device assertion.
+        RuntimeError: a forced backend does not support the call.
     """
     kernel: BlendKernels | None = select_ordinary("blend", foreground, background, alpha, index)
     weights: Tensor | None = None

@@ -31,7 +31,7 @@ def boxes_mask_reference(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 def fill_boxes_reference(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
-    """Specify :func:`erase_boxes` and (``keep``) :func:`keep_boxes`, with ``fill`` of ``[1 or B, C]``."""
+    """Specify :func:`erase_boxes` and (``keep``) :func:`keep_boxes`, with ``fill [1 or B, C]``."""
     mask = boxes_mask_reference(boxes, images.shape[2], images.shape[3])[:, None]
     return torch.where(mask != keep, fill[:, :, None, None].to(images.dtype), images)
 
@@ -42,7 +42,7 @@ def erase_boxes(
     """Replace every pixel inside a box by ``fill``, which leaves the background (FedGID, arXiv 2504.00850).
 
     A pixel in row i and column j belongs to a box when its centre does: x1 <= j + 1/2 < x2 and y1 <= i + 1/2 < y2.
-    Boxes are clipped to the image.  A box with x2 <= x1 or y2 <= y1 is empty.
+    Boxes are clipped to the image. A box with x2 <= x1 or y2 <= y1 is empty.
 
     Args:
         images: ``[B, C, H, W]`` of any real dtype (uint8 too) and layout.
@@ -51,13 +51,13 @@ def erase_boxes(
         fill: a number, or one number per channel (a sequence or tensor ``[C]``).
 
     Returns:
-        ``[B, C, H, W]``, a new tensor of the images' dtype and memory format.  Differentiable in the images: a replaced
-        pixel gets no gradient.  Works under torch.compile (one graph node), torch.func.grad, vmap and for second
+        ``[B, C, H, W]``, a new tensor of the images' dtype and memory format. Differentiable in the images: a replaced
+        pixel gets no gradient. Works under torch.compile (one graph node), torch.func.grad, vmap and for second
         derivatives.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device or shape is wrong; on the CPU also if a coordinate is
-            NaN.  On CUDA a box with a NaN is empty.
+            NaN. On CUDA a box with a NaN is empty.
     """
     return _boxes(images, boxes, fill, False)
 

@@ -22,8 +22,7 @@ class BlendCall(NamedTuple):
 
     Attributes:
         alpha: ``[B]``, or None where ``value`` is the weight of every foreground.
-        indices: ``int64 [B]``, each sample's row of the background, or None where sample b is mixed with row b.
-        background_rows: rows of the background.
+        indices: ``int64 [B]``, each sample's row of the background, or None for row b.
     """
 
     alpha: Tensor | None
@@ -55,7 +54,7 @@ def output_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, .
 
 
 def in_layout(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """Return ``tensor``, copied if its samples have another layout than ``strides`` (of a result, batch first)."""
+    """Return ``tensor``, copied unless its samples have the layout of ``strides``."""
     axes = zip(tensor.shape[1:], tensor.stride()[1:], strides[1:], strict=True)
     if all(stride == target or size == 1 for size, stride, target in axes):
         return tensor
@@ -77,7 +76,7 @@ def check_memory(foreground: Tensor | None, background: Tensor | None, call: Ble
 
 
 def group_users(index: Tensor, background_rows: int) -> tuple[Tensor, Tensor]:
-    """Return (start, order): samples that use background row n are ``order[start[n] : start[n + 1]]``, ascending."""
+    """Return (start, order): the users of background row n are ``order[start[n] : start[n + 1]]``, ascending."""
     ordered, order = torch.sort(index, stable=True)
     return torch.searchsorted(ordered, torch.arange(background_rows + 1, device=index.device)), order
 
@@ -100,10 +99,7 @@ class BlendKernels(_Launcher):
     """
 
     def forward(self, foreground: Tensor, background: Tensor, call: BlendCall) -> Tensor:
-        """Return the result, with :func:`output_strides` of the foreground.
-
-        Both maps have one dtype.
-        """
+        """Return the result, with :func:`output_strides` of the foreground, for maps of one dtype."""
         alpha, value, index, _ = call
         if alpha is not None:
             alpha = self.wide(alpha)
@@ -179,7 +175,6 @@ class BlendKernels(_Launcher):
         return to_front, to_back, per_sample
 
     def _users(self, index: Tensor, background_rows: int) -> tuple[Tensor, Tensor]:
-        """Compute :func:`group_users` in one launch, where torch takes several."""
         if max(index.shape[0], background_rows) > self.core.blend_few:
             return group_users(index, background_rows)
         index = index.contiguous()

@@ -27,7 +27,7 @@ def widen(x: Tensor) -> Tensor:
 
 
 def check_values(call: BlendCall) -> None:
-    """Raise ValueError for CPU values out of range, as the CPU kernel does before it touches memory."""
+    """Raise ValueError for CPU values out of range, as the CPU kernel does."""
     alpha, _, index, background_rows = call
     if index is not None and index.device.type == "cpu":
         for position in ((index < 0) | (index >= background_rows)).nonzero().flatten().tolist():

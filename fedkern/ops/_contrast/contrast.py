@@ -20,7 +20,7 @@ def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Ten
     """Compute the symmetric in-batch contrastive loss of pairs (InfoNCE, CLIP, arXiv 2103.00020, FedDRA's L_NCE).
 
     ``CE(S, diagonal) + CE(Sᵀ, diagonal)`` with ``S = x yᵀ / temperature``: each row of x must find its partner among
-    the rows of y, and each row of y its partner among the rows of x.  Each direction is averaged over the batch; CLIP's
+    the rows of y, and each row of y its partner among the rows of x. Each direction is averaged over the batch; CLIP's
     loss is half of this sum.
 
     Args:
@@ -43,7 +43,7 @@ def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Ten
         TypeError: an argument has the wrong type or dtype.
         ValueError: shapes or devices do not match, or the temperature is not finite and above 0 (the value of a tensor
             on a GPU is not checked).
-        RuntimeError: a forced backend cannot serve the call.
+        RuntimeError: a forced backend does not support the call.
     """
     x, y = autocast(x, y)
     learnt = temperature if isinstance(temperature, Tensor) else None

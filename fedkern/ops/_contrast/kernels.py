@@ -18,7 +18,7 @@ from fedkern.ops._contrast.tiled import Pairs, TiledContrast
 from fedkern.ops._core.backend import DTYPES, compute_dtype
 from fedkern.ops._core.launch import Launcher
 
-# Most bytes of similarities that a call holds whole.  Reading them again costs less than multiplying again, until
+# Most bytes of similarities that a call holds whole. Reading them again costs less than multiplying again, until
 # fresh memory costs more than either (measured: at D = 128 both take the same, at D = 512 holding saves a fifth).
 HELD = 16 << 20
 # Bytes of a tile of more similarities; a tile has at least LEAST_ROWS rows, enough for fast products.
@@ -37,7 +37,7 @@ class _Batch(NamedTuple):
 
 
 # A launcher for each core: the CPU core returns the loss as a number and takes tiles of any height. On a GPU the loss
-# stays in a tensor, and tiles are looked at in blocks.
+# stays in a tensor, and tiles are read in blocks.
 class CpuContrast(Launcher):
     """contrastive of ``fedkern._cpu``, with the methods of :class:`TiledContrast`.
 
@@ -53,7 +53,6 @@ class CpuContrast(Launcher):
         return self._loss(_batch(call), None)
 
     def loss_and_gradients(self, call: ContrastCall, needs: Sequence[bool]) -> tuple[Tensor, Gradients]:
-        """Return the loss, and the gradients that ``needs`` (x, y, temperature) asks for."""
         batch = _batch(call)
         if not _fits(batch):
             sums = batch.x.new_empty(4, batch.x.shape[0])
@@ -67,7 +66,6 @@ class CpuContrast(Launcher):
     def scale_gradients(
         self, gradients: Sequence[Tensor | None], grad: Tensor, inputs: Sequence[Tensor | None]
     ) -> tuple[Tensor | None, ...]:
-        """Return ``gradients`` times ``grad`` in new tensors of the ``inputs``' dtypes."""
         factor = grad.item()
         if factor != 1.0:
             gradients = [None if g is None else g * factor for g in gradients]
@@ -79,7 +77,7 @@ class CpuContrast(Launcher):
         )
 
     def _whole(self, batch: _Batch, matrix: Tensor, factor: float) -> Tensor:
-        """Return the loss from all similarities ``matrix``, which its gradient overwrites if ``factor`` is not 0."""
+        """Return the loss from all similarities, which the gradient overwrites if ``factor`` is not 0."""
         x, y, scale, dtype = batch
         return _scalar(self._contrast(x, y, matrix, scale, factor, None, self.at(x)), dtype)
 
@@ -128,8 +126,6 @@ class CpuContrast(Launcher):
 
 
 class CudaContrast(TiledContrast, Launcher):
-    """contrastive of ``fedkern._cuda``."""
-
     def block(self, dtype: torch.dtype) -> int:
         return int(self.core.contrast_block)
 
@@ -164,7 +160,6 @@ def _fits(batch: _Batch) -> bool:
 
 
 def _tiles(x: Tensor) -> Iterator[tuple[int, int]]:
-    """Yield the first row and the row count of each tile of similarities."""
     count = x.shape[0]
     rows = max(LEAST_ROWS, TILE // max(count * x.element_size(), 1))
     for begin in range(0, count, rows):

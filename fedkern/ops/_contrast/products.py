@@ -14,8 +14,8 @@ _mm = torch.mm
 _HAS_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _linear: Callable[..., Tensor] = getattr(torch.ops.mkldnn, "_linear_pointwise", _mm)
 
-# Multiplications from which oneDNN makes up for its slower call.  oneDNN uses AVX-512 for fp32 on every CPU that has
-# it, MKL only on Intel's; on other CPUs oneDNN takes half the time.  Its bits do not depend on the number of threads.
+# Multiplications from which oneDNN makes up for its slower call. oneDNN uses AVX-512 for fp32 on every CPU that has
+# it, MKL only on Intel's; on other CPUs oneDNN takes half the time. Its bits do not depend on the number of threads.
 ONEDNN = 1 << 20
 
 
@@ -38,7 +38,7 @@ def times(tile: Tensor, y: Tensor) -> Tensor:
 
 
 def transposed_times(tile: Tensor, x: Tensor) -> Tensor:
-    """Compute ``tileᵀ x``, with oneDNN as the transposed view ``(xᵀ tile)ᵀ``, which saves a copy of the tile."""
+    """Compute ``tileᵀ x``, with oneDNN as the view ``(xᵀ tile)ᵀ``, which saves a copy."""
     if _by_onednn(tile, x.shape[1]):
         return _linear(x.t().contiguous(), tile.t(), None, "none", [], "").t()
     return _mm(tile.t(), x, out=x.new_empty(tile.shape[1], x.shape[1]))

@@ -12,7 +12,7 @@ from fedkern.ops._core.backend import compute_dtype
 
 
 class ContrastCall(NamedTuple):
-    """Checked arguments of contrastive: embeddings ``[B, D]`` with any strides, and a number or a 0-d tensor."""
+    """Checked arguments of contrastive: embeddings ``[B, D]`` and a number or a 0-d tensor."""
 
     x: Tensor
     y: Tensor
@@ -20,7 +20,7 @@ class ContrastCall(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients for a grad_output of 1, in the computing dtype; None if not needed."""
+    """Gradients for a grad_output of 1, in the computing dtype, None where not needed."""
 
     x: Tensor | None
     y: Tensor | None

@@ -34,7 +34,7 @@ class TiledContrast:
     """:class:`fedkern.ops._contrast.kernels.CpuContrast` on three kernels of a subclass."""
 
     def block(self, dtype: torch.dtype) -> int:
-        """Return the rows (and columns) of a block of similarities of the computing ``dtype``."""
+        """Return the rows (and columns) of a block of similarities."""
         raise NotImplementedError
 
     def look(self, pairs: Pairs, tile: Tensor, begin: int, pieces: Tensor, partners: Tensor) -> None:

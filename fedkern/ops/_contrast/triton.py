@@ -27,7 +27,7 @@ def scale_of(learnt, temperature, COMPUTE: tl.constexpr):
 
 @triton.jit
 def place_of(across, rows, count, stride, BLOCK: tl.constexpr):
-    """Return this program's block: place down and along, rows, columns, offsets, and mask of existing elements."""
+    """Return this program's block: place down and along, rows, columns, offsets, and mask."""
     program = tl.program_id(0)
     row = program // across * BLOCK + tl.arange(0, BLOCK)
     column = program % across * BLOCK + tl.arange(0, BLOCK)
@@ -37,7 +37,7 @@ def place_of(across, rows, count, stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def base_of(top):
-    """Return the number to subtract before exp: 0 for a row or column of only -inf, which then adds nothing."""
+    """Return the number to subtract before exp: 0 for a line of only -inf, which then adds nothing."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
@@ -46,7 +46,7 @@ def look_kernel(
     tile, tops, totals, partners, learnt, temperature, rows, count, begin, stride, across,
     COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write maxima and sums of exponentials of one block's rows and columns, and the partners' similarities."""
+    """Write maxima and sums of exponentials of a block's rows and columns, and partners' similarities."""
     scale = scale_of(learnt, temperature, COMPUTE)
     down, along, row, column, offset, mask = place_of(across, rows, count, stride, BLOCK)
     s = tl.where(mask, tl.load(tile + offset, mask=mask, other=0), float("-inf"))
@@ -70,7 +70,7 @@ def join_kernel(
     tops, totals, partners, sums, losses, learnt, temperature, count, blocks,
     COMPUTE: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
-    """Join the pieces of each line (row or column), and write its loss: log-sum-exp minus the partner's similarity."""
+    """Join the pieces of each line, and write its loss: log-sum-exp minus the partner's similarity."""
     scale = scale_of(learnt, temperature, COMPUTE)
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     mask = line < 2 * count

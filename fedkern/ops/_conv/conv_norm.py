@@ -51,9 +51,9 @@ def conv_norm(
         y = F.conv2d(x, weight, bias, stride=stride, padding=weight.shape[2] // 2)
         y = F.group_norm(y, groups, scale, shift, eps)
 
-    The CPU kernel serves fp32 maps that are channels-last, of sizes at which it is faster than PyTorch; PyTorch's
-    operators serve all other calls.  They also serve under autocast, ``torch.compile`` and torch.func transforms, on
-    GPUs, and at the portable ISA level.
+    The CPU kernel computes channels-last fp32 maps of sizes at which it is faster than PyTorch. PyTorch's operators
+    compute all other calls, such as under autocast, ``torch.compile`` and torch.func transforms, on GPUs, and at the
+    portable ISA level.
 
     Args:
         x: maps ``[B, in, H, W]``; fp32, fp64, bf16 or fp16, any strides.
@@ -61,8 +61,8 @@ def conv_norm(
             0 with one.
         scale, shift: the norm's weight and bias ``[out]``; of x's dtype, or fp32 beside 16-bit maps.
         mean, variance: running statistics ``[out]``, of scale's dtype, without gradient; read with ``training=False``
-            and updated in place in training. None: there are none, as with groups.
-        momentum: weight of the batch's statistics in the update, in [0, 1].  The variance is updated with the unbiased
+            and updated in place in training. None: no running statistics, as with groups.
+        momentum: weight of the batch's statistics in the update, in [0, 1]. The variance is updated with the unbiased
             one of the batch.
         eps: added to the variance, above 0.
         stride: of the convolution, 1 or 2.
@@ -79,25 +79,25 @@ def conv_norm(
         down. Channels-last where x or weight is, as in PyTorch.
 
     Where both numbers of channels are multiples of 16, 3x3 convolutions of stride 1 take Winograd's products
-    (F(2x2, 3x3), arXiv 1509.09308), with rounding errors of a few 1e-6 of the largest value.  Where the kernel meets an
-    infinity or NaN, PyTorch's operators compute the call again, since Winograd's products would spread it.  Other
+    (F(2x2, 3x3), arXiv 1509.09308), with rounding errors of a few 1e-6 of the largest value. Where the kernel meets an
+    infinity or NaN, PyTorch's operators compute the call again, since Winograd's products would spread it. Other
     numbers of channels are filled up with zeros where that costs at most half as many products again, but not with
-    groups.  The gradient of wide weights takes memory for every thread: with 1,024 channels and a batch of 256 a pass
+    groups. The gradient of wide weights takes memory for every thread: with 1,024 channels and a batch of 256 a pass
     has 1.45 times PyTorch's peak on one thread, and 1.7 times on two.
 
     PyTorch's own batch norm (2.13) reads the gradient of a batch of one, or of maps of one row or column, in the wrong
-    order where that gradient is contiguous with the channels behind, as after ``y.squeeze(0).permute(1, 2, 0)``.  Its
+    order where that gradient is contiguous with the channels behind, as after ``y.squeeze(0).permute(1, 2, 0)``. Its
     group norm (2.13) ends the process where its map is channels-last and only its weight and bias want a gradient.
-    conv_norm lays both out first.  Plain layers of your network keep the faults: ``y = y.flatten().view(y.shape)``
+    conv_norm lays both out first. Plain layers of your network keep the faults: ``y = y.flatten().view(y.shape)``
     behind a batch norm mends the first one for contiguous maps.
 
     Differentiable in x, weight, scale, shift, bias and residual; retained graphs and second derivatives work as usual.
-    What the kernel computes has the same bits every time, for any number of threads.  Under autocast dtypes may differ,
+    What the kernel computes has the same bits every time, for any number of threads. Under autocast dtypes may differ,
     as PyTorch converts them.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong.
-        RuntimeError: a forced backend cannot serve the call.
+        RuntimeError: a forced backend does not support the call.
     """
     settings = check_settings(Settings(mean, variance, momentum, eps, stride, relu, pool, update, training, groups))
     inputs = Inputs(x, weight, scale, shift, bias, residual)

@@ -27,24 +27,24 @@ def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding:
         y = y.relu() if relu else y
         y = F.max_pool2d(y, 2)
 
-    The CPU kernel serves fp32 maps, contiguous or channels-last, of sizes at which it is faster than PyTorch.  Its
-    backward pass leaves out what pooling and ReLU make zero: three quarters of the products and more.  PyTorch's
-    operators serve all other calls: also under autocast, ``torch.compile`` and torch.func transforms, on GPUs, and at
-    the portable ISA level.
+    The CPU kernel computes fp32 maps, contiguous or channels-last, of sizes at which it is faster than PyTorch. Its
+    backward pass leaves out the products that pooling and ReLU make zero: three quarters and more. PyTorch's
+    operators compute all other calls, such as under autocast, ``torch.compile`` and torch.func transforms, on GPUs,
+    and at the portable ISA level.
 
     Args:
         x: maps ``[B, in, H, W]``; fp32, fp64, bf16 or fp16, any strides.
         weight: ``[out, in, 3, 3]`` or ``[out, in, 5, 5]``, of x's dtype.
-        bias: ``[out]``, of x's dtype; None: there is none.
+        bias: ``[out]``, of x's dtype; None: no bias.
         padding: zeros around the maps: 0, or half of the kernel's side, rounded down.
         relu: whether a ReLU follows.
 
     Returns:
         ``[B, out, h // 2, w // 2]``, where the convolution gives ``[B, out, h, w]``: an odd last row and column are
-        left out.  Channels-last where x or weight is, as in PyTorch.
+        left out. Channels-last where x or weight is, as in PyTorch.
 
-    Differentiable in x, weight and bias; retained graphs and second derivatives work as usual.  What the kernel
-    computes has the same bits every time, for any number of threads.  Where two values of a window differ by rounding
+    Differentiable in x, weight and bias; retained graphs and second derivatives work as usual. What the kernel
+    computes has the same bits every time, for any number of threads. Where two values of a window differ by rounding
     alone, another of them may be the maximum than in PyTorch.
 
     Where x, the weight or the gradient holds an infinity or NaN, or a product of Winograd's overflows, PyTorch's
@@ -52,7 +52,7 @@ def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding:
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong.
-        RuntimeError: a forced backend cannot serve the call.
+        RuntimeError: a forced backend does not support the call.
     """
     padding = python_number(padding)
     kernel = choose_pool_kernel(x, weight, bias, padding)

@@ -21,8 +21,6 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Te
 
 
 class Inputs(NamedTuple):
-    """Tensors of a call of conv_norm that may have a gradient."""
-
     x: Tensor
     weight: Tensor
     scale: Tensor
@@ -47,7 +45,7 @@ class Settings(NamedTuple):
 
 
 class Pooling(NamedTuple):
-    """Settings of a call of conv_pool, with ``dense`` for a contiguous result, else channels-last."""
+    """Settings of a call of conv_pool (``dense``: the result is contiguous, else channels-last)."""
 
     padding: int
     relu: bool
@@ -56,13 +54,13 @@ class Pooling(NamedTuple):
 
 # What a backward pass reads: y, the convolution's result; raw, those of y that the maxima come from, laid out as the
 # result (None without pooling); saved, fp32 [4, out]: mean, 1 / deviation, and a and b of the norm a y + b; of a group
-# norm [batch, 5, out], see conv.h.  All have the channels of ``conv_channels``: as many as the kernel computes, which
+# norm [batch, 5, out], see conv.h. All have the channels of ``conv_channels``: as many as the kernel computes, which
 # may be more than the result has.
 Kept = tuple[Tensor | None, Tensor | None, Tensor]
 
 
 class NotFinite(Exception):
-    """An infinity or NaN in a pass, which the kernel spreads further than a convolution does."""
+    """An infinity or NaN, which the kernel spreads further than a convolution does."""
 
 
 class ConvKernels(Launcher):
@@ -171,7 +169,6 @@ class PoolKernels(Launcher):
     def backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, chosen: Tensor, pooling: Pooling, needs: Sequence[bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of (x, weight, bias) that ``needs`` asks for, in the inputs' layouts."""
         padding, relu, dense = pooling
         grad = grad.resolve_neg().contiguous(memory_format=torch.contiguous_format if dense else _CHANNELS_LAST)
         x, weight = (

@@ -1,11 +1,11 @@
 """Choice of the backend (reference, cpu, triton, cuda) of a call.
 
-The public functions ask :func:`select` for a registered kernel that fits their tensors, and fall back to their
-reference. ``FEDKERN_BACKEND`` or :func:`use_backend` force a backend; a call without a kernel is then an error, unless
-it ``leaves`` the call to the reference on purpose. ``FEDKERN_CPU_ISA`` or :func:`use_isa` force an ISA level of the CPU
-core. CUDA tensors use the CUDA core if usable, else Triton.
+:func:`select` finds a kernel that fits a call's tensors, or the reference. ``FEDKERN_BACKEND`` or :func:`use_backend`
+force a backend; a call without a kernel is then an error, unless the backend ``leaves`` the call to the reference on
+purpose. ``FEDKERN_CPU_ISA`` or :func:`use_isa` force an ISA level of the CPU core. CUDA tensors use the CUDA core if
+usable, else Triton.
 
-``TRITON_INTERPRET=1``, set before the first call of Triton, lets a forced "triton" compute on CPU tensors too.
+``TRITON_INTERPRET=1``, set before the first call of Triton, lets a forced "triton" compute on CPU tensors.
 """
 
 from __future__ import annotations
@@ -57,8 +57,6 @@ class Kernel:
 
     Attributes:
         load: returns the launcher, or raises :class:`Unavailable`.
-        dtypes: dtypes that the implementation takes.
-        devices: device types that the implementation takes.
         leaves: part of the operator that is left to the reference even if this backend is forced, in words.
     """
 
@@ -69,7 +67,7 @@ class Kernel:
 
 
 class Row(NamedTuple):
-    """Line of ``doctor``'s table: whether ``backend`` serves ``operator`` here, and why not or for which dtypes."""
+    """Line of ``doctor``'s table: usability of ``backend`` for ``operator``, with a reason or dtypes."""
 
     operator: str
     backend: str
@@ -112,8 +110,7 @@ def add_kernels(
 
     Args:
         operator: name of the operator.
-        cpu: launcher of the CPU kernels; called with ``fedkern._cpu`` at the first use.
-        cuda: launcher of the CUDA kernels; called with ``fedkern._cuda``.
+        cpu, cuda: launchers, called with ``fedkern._cpu`` or ``fedkern._cuda`` at the first use.
         triton: module of ``fedkern.ops`` and class of the launcher, such as ``"_fuse.triton:TritonFuse"``, imported at
             the first use; "": the reference takes Triton's place.
         triton_leaves: part of the operator that Triton leaves to the reference, in words.
@@ -175,7 +172,7 @@ def active_isa() -> str:
         return "none"
 
 
-# A function of each core that earlier ones lack.
+# A function of each core that earlier builds do not have.
 _NEWEST = {"_cpu": "pool_fits", "_cuda": "take_tensors"}
 
 
@@ -212,17 +209,17 @@ def forced_backend() -> str | None:
 def use_backend(name: str | None) -> Iterator[None]:
     """Force one backend within a ``with`` block, for all threads of the process.
 
-    The end of a block brings back what held at its beginning.  So blocks may be nested, but those of several threads
-    must not overlap: where the one that began first ends first, the other leaves its backend forced for good.
+    The end of a block restores the backend of its beginning. So blocks may be nested, but blocks of several threads
+    must not overlap: if the block that began first ends first, the other leaves its backend forced for good.
 
     Args:
-        name: "reference", "cpu", "triton" or "cuda".  None lifts an outer ``use_backend``, so that ``FEDKERN_BACKEND``
+        name: "reference", "cpu", "triton" or "cuda". None lifts an outer ``use_backend``, so that ``FEDKERN_BACKEND``
             or the free choice hold again.
 
     Raises:
         ValueError: ``name`` is not a backend.
-        RuntimeError: raised by an operator inside the block: the backend cannot serve that call.  What Triton leaves to
-            the reference (``doctor`` names it) runs there.
+        RuntimeError: raised by an operator inside the block: the backend does not support that call. Calls that
+            Triton leaves to the reference (``doctor`` names them) run there.
     """
     global _forced
     if name is not None and name not in BACKENDS:
@@ -247,7 +244,7 @@ def use_isa(name: str) -> Iterator[None]:
 
     Raises:
         TypeError: ``name`` is not a string.
-        ValueError: the level is unknown, or this CPU or this build lacks it.
+        ValueError: the level is unknown, or this CPU or build does not have it.
         Unavailable: the CPU core is missing.
     """
     if not isinstance(name, str):
@@ -273,13 +270,13 @@ def trust_fork() -> None:
 
 
 # Not around every call of torch: operators, backward passes and FlatParameters would each have to remember it, and
-# torch's own calls beside them would still hang.  torch does the same in the workers of a DataLoader.
+# torch's own calls beside them would still hang. torch does the same in the workers of a DataLoader.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
 def is_intercepted() -> bool:
-    """Return whether a compiler, a torch.func transform, forward-mode AD or a mode sees calls before a kernel does.
+    """Return whether a compiler, a torch.func transform, forward-mode AD or a mode sees calls first.
 
     Raises:
         RuntimeError: ``torch.jit.trace`` is recording, which cannot see kernels.
@@ -307,7 +304,6 @@ def needs_reference(operator: str, *, has_rules: bool = False) -> bool:
 
 
 def _lifting() -> str:
-    """Return how to lift the forced backend, for the end of a sentence."""
     if _forced is None:
         return "unsetting FEDKERN_BACKEND"
     set_too = " and unsetting FEDKERN_BACKEND" if os.environ.get("FEDKERN_BACKEND") else ""
@@ -315,7 +311,7 @@ def _lifting() -> str:
 
 
 def only_reference(operator: str, where: str) -> None:
-    """Raise RuntimeError if a forced backend is not the reference, which alone works under ``where``."""
+    """Raise RuntimeError if a backend is forced, which cannot work under ``where``."""
     forced = forced_backend()
     if forced not in (None, "reference"):
         raise RuntimeError(
@@ -325,7 +321,7 @@ def only_reference(operator: str, where: str) -> None:
 
 
 def not_forced(operator: str, backend: str, case: str) -> None:
-    """Raise RuntimeError if ``backend`` was forced and has no kernel for the ``case`` of this call."""
+    """Raise RuntimeError if ``backend`` is forced, which has no kernel for this ``case``."""
     if forced_backend() == backend:
         raise RuntimeError(
             f"backend {backend!r} was forced, but it has no kernel for {operator} {case}; allow another by {_lifting()}"
@@ -345,7 +341,7 @@ def has_tangent(values: Iterable[object]) -> bool:
 
 
 def is_readable(grad: Tensor) -> bool:
-    """Return whether a backward pass may hand ``grad`` to a kernel: the pass is neither recorded nor mapped over."""
+    """Return whether a kernel may read ``grad``: the backward pass is neither recorded nor mapped."""
     # is_grads_batched=True hands a legacy batched tensor to a backward pass.
     if type(grad) is not Tensor or _grad_enabled() or is_intercepted():
         return False
@@ -353,7 +349,7 @@ def is_readable(grad: Tensor) -> bool:
 
 
 def eager(*tensors: Tensor) -> bool:
-    """Return whether kernels may use the pointers of ``tensors``: ordinary tensors, no transform, mode or compiler."""
+    """Return whether kernels may use the pointers: ordinary tensors, no transform, mode or compiler."""
     if is_intercepted():
         return False
     return all(
@@ -429,7 +425,6 @@ def _load(operator: str, backend: str) -> object:
 
 
 def _candidates(device: str) -> tuple[str, ...]:
-    """Return the backends to try, in order (Triton's interpreter has to be forced)."""
     if device == "cuda":
         return ("cuda",) if is_interpreted() or devices.only_forced("triton") else ("cuda", "triton")
     return ("cpu",) if device == "cpu" else ()
@@ -487,7 +482,7 @@ def _choose_unforced(operator: str, device: str) -> tuple[str | None, Choice]:
 
 
 def status() -> list[Row]:
-    """Return, for every operator and backend, whether the backend is usable here and why not."""
+    """Return, for every operator and backend, whether the backend is usable here, or why not."""
     rows = []
     # Not forced_backend(), which raises for a wrong FEDKERN_BACKEND.
     forced = _forced or os.environ.get("FEDKERN_BACKEND")

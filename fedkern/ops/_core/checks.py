@@ -29,7 +29,7 @@ def show_value(value: object) -> str:
 
 
 def python_number(value: object) -> Any:
-    """Convert a real number of another type, such as NumPy's, to Python's; leave all other values unchanged."""
+    """Convert a real number of another type, such as NumPy's, to Python's, and nothing else."""
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     if isinstance(value, Integral):
@@ -134,7 +134,7 @@ def check_device(tensor: Tensor, name: str, like: Tensor, like_name: str) -> Non
 
 
 def check_memory(tensor: Tensor, name: str) -> None:
-    """Raise RuntimeError if the storage of ``tensor`` was freed, where a kernel would read address 0."""
+    """Raise RuntimeError if the storage was freed, where a kernel would read address 0."""
     if not tensor.data_ptr() and tensor.numel():
         raise RuntimeError(
             f"{name} has {tensor.numel()} elements and no memory: its storage was freed (resize_(0)); "
@@ -143,7 +143,7 @@ def check_memory(tensor: Tensor, name: str) -> None:
 
 
 class _Memory:
-    """Address, shape and strides of a tensor for NumPy, which does not read the values."""
+    """A tensor's address, shape and strides for NumPy, which does not read the values."""
 
     def __init__(self, tensor: Tensor) -> None:
         item = tensor.element_size()
@@ -157,7 +157,7 @@ class _Memory:
 
 
 def share_memory(x: Tensor, y: Tensor) -> bool:
-    """Return whether any element of ``x`` overlaps any element of ``y`` in memory, exactly for all strides."""
+    """Return whether elements of ``x`` and ``y`` overlap in memory, exactly for all strides."""
     if not x.numel() or not y.numel() or x.device != y.device:
         return False
     (x_begin, x_end), (y_begin, y_end) = _ends(x), _ends(y)

@@ -11,8 +11,8 @@ import torch
 
 from fedkern.ops._core.loading import REBUILD, Unavailable
 
-# By major version of CUDA, the oldest driver for Linux that serves a runtime of that version, as NVIDIA's release notes
-# have it under "CUDA minor version compatibility".
+# By major version of CUDA, the oldest Linux driver for a runtime of that version. NVIDIA's release notes have it
+# under "CUDA minor version compatibility".
 DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 
 # Lowest compute capability that Triton says it supports: 80 for 8.0.
@@ -20,7 +20,7 @@ OLDEST_OF_TRITON = 80
 
 
 def driver_for(core: ModuleType) -> str:
-    """Return the NVIDIA driver that ``core`` (``fedkern._cuda``) needs, for example "525.60.13 or newer"."""
+    """Return the NVIDIA driver that ``core`` needs, for example "525.60.13 or newer"."""
     major = core.versions()[0] // 1000
     return f"{DRIVERS[major]} or newer" if major in DRIVERS else f"one for CUDA {major}.0 or newer"
 

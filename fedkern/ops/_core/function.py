@@ -38,7 +38,7 @@ def handed_out(gradients: Sequence[Tensor | None], saved: Sequence[Tensor | None
 
 
 def saved_tensors(ctx: Context) -> tuple[Any, ...]:
-    """Return ``ctx.saved_tensors`` for kernels, in every backward pass that calls a kernel.
+    """Return the saved tensors for kernels.
 
     Hooks on saved tensors may return negative views, whose memory has the opposite sign.
     """

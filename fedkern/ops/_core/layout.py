@@ -12,24 +12,24 @@ from torch import Tensor, nn
 from fedkern.ops._core.private_torch import functorch_active
 
 NARROW = 16
-"""Input channels from which the gradient of a strided 1x1 convolution is safe.  With fewer, oneDNN's (torch 2.13, 2.14)
+"""Input channels from which the gradient of a strided 1x1 convolution is safe. With fewer, oneDNN's (torch 2.13, 2.14)
 writes past its memory where maps are channels-last."""
 
 
 def dense_stride(x: Tensor) -> tuple[int, ...]:
-    """Return the tensor's strides, or those of a dense copy in its order if it has gaps or overlaps."""
+    """Return the tensor's strides, or a dense copy's if there are gaps or overlaps."""
     return torch.empty_like(x, device="meta", memory_format=torch.preserve_format).stride()
 
 
 def plain_strides(x: Tensor) -> Tensor:
-    """Return ``x`` with the strides of a new tensor, also along axes of size 1, where ``contiguous()`` keeps others."""
+    """Return ``x`` with a new tensor's strides, also along axes of size 1, where ``contiguous()`` keeps others."""
     return x.contiguous().flatten().view(x.shape)
 
 
 def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Tensor:
-    """Compute ``F.conv2d``, whose settings are pairs here, with a gradient that is safe for all widths (``NARROW``)."""
+    """Compute ``F.conv2d``, with settings in pairs and a gradient that is safe for all widths (``NARROW``)."""
     narrow = weight.shape[1] < NARROW and weight.shape[2:].numel() == 1 and groups == 1
     if narrow and max(stride) > 1 and padding in ((0, 0), "valid"):
         x, stride = x[..., :: stride[0], :: stride[1]], 1
@@ -69,7 +69,7 @@ def group_normed(x: Tensor, groups: int, scale: Tensor, shift: Tensor, eps: floa
 
 
 def _laid_out(x: Tensor) -> Tensor:
-    """Return ``x`` as a view whose strides name its layout, as do those of its gradient."""
+    """Return ``x`` as a view whose strides name its layout."""
     if x.stride(1) != 1:
         return plain_strides(x)
     return plain_strides(x.movedim(1, -1)).movedim(-1, 1)

@@ -33,8 +33,6 @@ def numbers_tensor(values: Sequence[float], device: torch.device | str = "cpu") 
 
 
 class Mapped(Protocol):
-    """First argument of a batching rule."""
-
     @property
     def batch_size(self) -> int: ...
 
@@ -58,16 +56,16 @@ def register(
         implementation: computes the results of real tensors on the CPU and on CUDA.
         fake: gives the results' shapes, dtypes and strides on fake tensors.
         setup_context, backward: the gradient, as ``torch.library.register_autograd`` takes it.
-        vmap: the batching rule, as ``torch.library.register_vmap`` takes it.  ``vmap`` and ``backward`` must call
+        vmap: the batching rule, as ``torch.library.register_vmap`` takes it. ``vmap`` and ``backward`` must call
             operators through the functions that :func:`register` returned for them, since further transforms may be
-            active around them.  None: all transforms of torch.func run through the reference.
-        reference: the same computation in PyTorch's own operations.  Forward-mode AD runs through it, since a custom
+            active around them. None: all transforms of torch.func run through the reference.
+        reference: the same computation in PyTorch's own operations. Forward-mode AD runs through it, since a custom
             operator would silently drop the tangents.
         public: names of the operators that call this one, for the error of vmap where there is neither a rule nor a
             reference; default: ``name``.
 
     Returns:
-        A function that calls the operator.  Under torch.func transforms it calls an ``autograd.Function`` around the
+        A function that calls the operator. Under torch.func transforms it calls an ``autograd.Function`` around the
         operator, because torch.library's own gradients refuse transforms (torch 2.11 to 2.13).
     """
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -141,17 +139,17 @@ def second_derivative(
 
 
 def fold_mapped(x: Tensor, axis: int | None, count: int) -> Tensor:
-    """Move the mapped axis into the batch, ``[V * B, ...]``, or repeat an unmapped tensor ``[B, ...]`` V times."""
+    """Move the mapped axis, or V repetitions, into the batch: ``[V * B, ...]``."""
     return mapped_first(x, axis, count).flatten(0, 1)
 
 
 def mapped_first(x: Tensor, axis: int | None, count: int) -> Tensor:
-    """Move the mapped axis to the front, ``[V, ...]``, or repeat an unmapped tensor V times."""
+    """Move the mapped axis, or V repetitions, to the front: ``[V, ...]``."""
     return x.expand(count, *x.shape) if axis is None else x.movedim(axis, 0)
 
 
 def laid_out(result: Tensor | None, like: Tensor) -> Tensor:
-    """Return ``result`` with the dtype and strides of the fake result ``like``, or ``like`` for None."""
+    """Return ``result`` in the form of the fake result ``like``, or ``like`` for None."""
     if result is None:
         return like
     return result if (result.dtype, result.stride()) == (like.dtype, like.stride()) else like.copy_(result)

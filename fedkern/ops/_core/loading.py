@@ -25,10 +25,7 @@ class Unavailable(Exception):
 
 
 class Unsuited(Unavailable):
-    """No compiled core runs on this kind of machine, or with this torch.
-
-    A user has not chosen this and is warned once (:func:`warn_once`).
-    """
+    """No compiled core runs on this kind of machine, or with this torch: warned of once, since no user chose it."""
 
 
 class Slower(UserWarning):
@@ -37,12 +34,11 @@ class Slower(UserWarning):
 
 @functools.cache
 def warn_once(sentence: str) -> None:
-    """Warn with ``sentence``, once in a process."""
     warnings.warn(sentence, Slower, stacklevel=2)
 
 
 def unsupported_machine() -> str:
-    """Return the kind of a machine that the compiled cores do not support, or "" on Linux on x86-64."""
+    """Return the kind of a machine without compiled cores, or "" on Linux on x86-64."""
     system, machine = platform.system(), platform.machine()
     return "" if system == "Linux" and machine in {"x86_64", "AMD64"} else f"{system} on {machine}"
 
@@ -93,7 +89,7 @@ def load_triton(module: str) -> ModuleType:
         )
     try:
         return importlib.import_module(f"fedkern.ops.{module}")
-    except Exception as error:  # another Triton may lack what the kernels' decorators read
+    except Exception as error:  # the kernels' decorators read what another Triton may not have
         raise Unavailable(f"fedkern.ops.{module} does not load ({error})") from error
 
 

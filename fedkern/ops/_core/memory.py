@@ -21,7 +21,7 @@ from torch import Tensor
 HUGE = 4 << 20
 
 # Bytes from which results get memory from the Cache below. malloc reuses smaller blocks while they are still in a
-# processor's cache. With memory from elsewhere blend takes a fifth longer at 4 MB; at 16 MB it takes the same time.
+# processor's cache. With other memory blend takes a fifth longer at 4 MB; at 16 MB it takes the same time.
 KEPT = 16 << 20
 
 # Default of FEDKERN_CACHE_MB: megabytes of freed memory that are kept, at most, for later results.
@@ -62,7 +62,7 @@ class Cache:
         self._marks = True
 
     def storage(self, size: int) -> torch.UntypedStorage:
-        """Return a storage of ``size`` bytes, whose memory comes back when nothing refers to the storage any more."""
+        """Return a storage of ``size`` bytes, whose memory comes back when nothing refers to it any more."""
         memory = self._take(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
         view = np.frombuffer(memory, np.uint8, size)
         back = _Lent(view, self._returned.append)
@@ -93,7 +93,7 @@ class Cache:
         return memory
 
     def free(self) -> list[mmap.mmap]:
-        """Return the kept memory, oldest first, after giving back all above ``limit`` bytes."""
+        """Return the kept memory, oldest first, after giving back all above the limit."""
         while self._returned:
             try:
                 back = self._returned.popleft()
@@ -144,13 +144,13 @@ def cache() -> Cache:
 def empty_cache() -> None:
     """Give the memory that is kept for large CPU results back to the system.
 
-    Fresh memory costs as much time as writing a result into it.  So results of 16 MB and more get memory of their own,
-    which is kept for later results when they are freed: at most 1 GB, or ``FEDKERN_CACHE_MB`` megabytes (0 keeps none).
-    Kept memory is marked as free, so the system takes its pages by itself where it runs short.  Limits on address space
+    Fresh memory costs as much time as writing a result into it. So the memory of results of 16 MB and more is kept for
+    later results when they are freed: at most 1 GB, or ``FEDKERN_CACHE_MB`` megabytes (0 keeps none).
+    Kept memory is marked as free, so the system takes its pages when it runs short. Limits on address space
     (``ulimit -v``, strict overcommit) count kept memory until this function gives it back.
 
     The storage of such a result cannot be resized (``untyped_storage().resize_()``, ``resize_()``, ``out=`` with a
-    result of another size).  The storage of its ``clone()`` can.
+    result of another size). The storage of its ``clone()`` can.
 
     Raises:
         ValueError: ``FEDKERN_CACHE_MB`` is not a number of megabytes.
@@ -190,9 +190,9 @@ def _move_to_cache(tensor: Tensor, bytes_: int) -> bool:
 
 
 def place_values(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return ``values`` as a tensor on ``device``.
+    """Return ``values`` as a tensor on ``device``, filled in on a GPU.
 
-    On a GPU the values are filled in: a copy from the host would wait and end the capture of a CUDA graph.
+    A copy from the host would wait and end the capture of a CUDA graph.
     """
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)

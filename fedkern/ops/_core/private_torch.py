@@ -31,7 +31,7 @@ def _find(name: str) -> Any:
 
 
 PYTREE_NODES: dict[Any, Any] = _find("utils._pytree.SUPPORTED_NODES")
-"""How containers are taken apart and made again, by type: Python's own, and those that libraries register."""
+"""Functions that flatten and unflatten containers, by type: Python's types, and types that libraries register."""
 REGISTER_NODE = "torch.utils._pytree.register_pytree_node"
 """The function that registers another type, for messages."""
 
@@ -39,7 +39,7 @@ sdp_order: Callable[[], list[int]] = _find("_C._get_sdp_priority_order")
 set_sdp_order: Callable[[list[int]], Any] = _find("_C._set_sdp_priority_order")
 """The order in which attention on a GPU tries its kernels; torch sets it by a context manager alone."""
 
-# Names that tell what is between a call and its tensors' memory.
+# What stands between a call and its tensors' memory.
 
 is_tracing: Callable[[], bool] = _find("_C._is_tracing")
 """Whether ``torch.jit.trace`` is recording."""
@@ -73,10 +73,10 @@ is_wrapped: Callable[[Tensor], bool] = _find("_C._functorch.is_functorch_wrapped
 """Whether a tensor belongs to a torch.func transform."""
 
 unwrapped: Callable[[Tensor], Tensor] = _find("_C._functorch.get_unwrapped")
-"""What a tensor holds that belongs to a torch.func transform."""
+"""The tensor inside a tensor of a torch.func transform."""
 
 outlived: Callable[[Tensor], bool] = _find("_C._functorch.is_dead_tensor_wrapper")
-"""Whether a tensor outlived its torch.func transform.  Autograd and the dispatcher unwrap it; its pointer raises."""
+"""Whether a tensor outlived its torch.func transform. Autograd and the dispatcher unwrap it; its pointer raises."""
 
 _find("autograd.forward_ad._current_level")
 forward_ad: Any = torch.autograd.forward_ad
@@ -103,7 +103,7 @@ def recording() -> Iterator[None]:
 
 
 saved_hooks: Callable[[bool], Any] = _find("_C._autograd._top_saved_tensors_default_hooks")
-"""The hooks of saved tensors that are active, as those of torch.utils.checkpoint; None without any."""
+"""The active hooks of saved tensors, such as torch.utils.checkpoint's, or None."""
 
 WithoutTorchFunction: Any = _find("_C.DisableTorchFunctionSubclass")
 """A context in which subclasses of Tensor are taken as tensors."""
@@ -122,7 +122,7 @@ graph_is_retained: Callable[[], bool] = _find("_C._autograd._get_current_graph_t
 """Whether the backward pass under way may be repeated; True outside of one."""
 
 throw_on_data_ptr: Callable[[Tensor], None] = _find("_C._set_throw_on_mutable_data_ptr")
-"""Has every read of a tensor's address raise, as of torch's fake tensors."""
+"""Make every read of a tensor's address raise, as for torch's fake tensors."""
 increment_version: Callable[[Sequence[Tensor]], None] = _find("_C._increment_version")
 """Takes several tensors; torch.autograd.graph.increment_version adds a check to each call."""
 
@@ -140,14 +140,14 @@ _run_backward: Callable[..., Any] = _find("autograd.Variable._execution_engine.r
 
 
 def backward(loss: Tensor) -> None:
-    """Call ``loss.backward()``, for a scalar without the engine's checks, which take 45 us of a training step."""
+    """Call ``loss.backward()``, for a scalar without the engine's checks (45 us of a step)."""
     if type(loss) is Tensor and not loss.dim():
         _run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
     else:
         Tensor.backward(loss)
 
 
-# What is tried at its first use, because with another meaning it would compute wrong numbers.
+# Names that are tried at their first use: with another meaning they would compute wrong numbers.
 
 
 def _name_change(name: str) -> str:
@@ -193,14 +193,14 @@ class _Table(ctypes.Structure):
     ]
 
 
-# With a prototype of its own: the functions of ctypes.pythonapi are shared by all of the process.
+# With a separate prototype: the functions of ctypes.pythonapi are shared by all of the process.
 _POINTER = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )
 
 
 def _samples() -> list[Tensor]:
-    """Return tensors to try the table on, none under a transform or mode, which would make other tensors."""
+    """Return tensors to try the table on, none under a transform or mode."""
     if dispatch_modes() or functorch_active():
         return []
     with torch.inference_mode(False):

@@ -194,7 +194,7 @@ def check_mask(mask: Tensor, teachers: Tensor) -> None:
 
 
 def mask_weights(weights: Tensor | None, mask: Tensor, teachers: Tensor) -> Tensor:
-    """Return weights that are 0 for masked classes, which replaces a mask, since masks are not mapped."""
+    """Return weights that are 0 for masked classes: masks are not mapped."""
     shares = torch.ones((), device=mask.device) if weights is None else weights
     return torch.where(mask.reshape(len(mask), 1, -1, *[1] * (teachers.dim() - 3)), shares, 0).expand(teachers.shape)
 
@@ -202,7 +202,7 @@ def mask_weights(weights: Tensor | None, mask: Tensor, teachers: Tensor) -> Tens
 def without_unknown(teachers: Tensor, weights: Tensor | None, mask: Tensor | None) -> Tensor:
     """Set NaN and a dtype's largest numbers to -inf in classes of weight 0.
 
-    Values of a teacher in classes that it does not know must not reach its softmax over known classes.
+    A teacher's values there must not reach its softmax over known classes.
     """
     by_class = weights is not None and weights.dim() > 2 and weights.shape[2] > 1
     if not (by_class or mask is not None) or not teachers.numel():

@@ -39,18 +39,18 @@ def normalised_weights(weights: Tensor | None, class_mask: Tensor | None, teache
 
 
 def _skip_rows(teachers: Tensor, share: Tensor) -> Tensor:
-    """Zero the rows of ``teachers`` whose shares are all 0, so that no value there reaches a gradient."""
+    """Zero the rows of share 0, so that no value there reaches a gradient."""
     return torch.where((share == 0).all(2, keepdim=True), 0, teachers)
 
 
 def _weighted_sum(share: Tensor, rows: Tensor) -> Tensor:
-    """Compute Σ share · rows over the teachers, for rows ``[K, B, *positions]``, which may be infinite at share 0."""
+    """Compute Σ share · rows over the teachers, where rows may be infinite at share 0."""
     share = share.squeeze(2)
     return (share * torch.where(share == 0, 0, rows)).sum(0)
 
 
 def log_mixture(log_p: Tensor, share: Tensor) -> Tensor:
-    """Compute log Σ share · p over the teachers: ``-inf`` only where every p of positive share is exactly 0."""
+    """Compute log Σ share · p over the teachers, ``-inf`` only if every p of positive share is 0."""
     counts = share > 0
     peak = torch.where(counts, log_p, -math.inf).amax(0).detach()
     peak = torch.where(peak == -math.inf, 0, peak)
@@ -60,7 +60,7 @@ def log_mixture(log_p: Tensor, share: Tensor) -> Tensor:
 
 
 def mixed_logits(logits: Tensor, share: Tensor) -> Tensor:
-    """Compute Σ share · logits over the teachers: ``-inf`` where a teacher of positive share has ``-inf``."""
+    """Compute Σ share · logits over the teachers, ``-inf`` if a teacher of positive share has it."""
     counts = share > 0
     masked = (counts & (logits == -math.inf)).any(0)
     finite = torch.where((logits == -math.inf) | ~counts, 0, logits)
@@ -104,7 +104,7 @@ def _finite(student: Tensor, teachers: Tensor, share: Tensor, temperature: float
 
 
 def _flat_log_mixture(teachers: Tensor, share: Tensor, temperature: float) -> Tensor:
-    """Compute T log Σ share · p over the teachers, up to a constant of the row, ``-inf`` as in :func:`log_mixture`."""
+    """Compute T log Σ share · p over the teachers, up to a constant of the row."""
     over, count = flat_log_softmax(teachers, temperature, 2)
     over = over - temperature * (count / count.amax(0)).log()
     counts = (share > 0) & (over > -math.inf)

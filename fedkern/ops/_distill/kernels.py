@@ -30,7 +30,6 @@ class Divergence(NamedTuple):
     """Arguments of kl_div, of dual_kl (with ``peer``, a second student), or of entropy (without a student).
 
     Attributes:
-        teacher: logits ``[B, C, *positions]``, as the students'; for entropy the only logits.
         weight: one value per row. A row of weight 0 contributes exactly 0, whatever it holds.
         reverse: KL(student ‖ teacher).
         reduction: a number of ``REDUCTIONS``.
@@ -108,12 +107,10 @@ _KEPT = 16
 class DistillKernels(Launcher):
     """The distill operators of ``fedkern._cpu`` and ``fedkern._cuda``, also the base of Triton's launcher.
 
-    Arguments have been checked. Sums and losses are computed in float32 (float64 where an input is float64) and rounded
-    once. Logits are ``[B, C, *positions]``, those of K teachers ``[K, B, C, *positions]``, and rows are ``[B,
-    *positions]``, of any strides. A gradient has the memory format of its tensor.
-
-    ``reduction`` is a number of ``REDUCTIONS``. "none" gives a value per row, the others a scalar. "batchmean" divides
-    loss and gradients by the number of rows; an empty batch gives 0.
+    Sums and losses are computed in float32 (float64 where an input is float64) and rounded once. Logits are ``[B, C,
+    *positions]``, those of K teachers ``[K, B, C, *positions]``, and rows are ``[B, *positions]``, of any strides. A
+    gradient has the memory format of its tensor. ``reduction`` is a number of ``REDUCTIONS``; "batchmean" divides loss
+    and gradients by the number of rows, and an empty batch gives 0.
 
     If :attr:`fused` or :meth:`ensemble_fused` is true and the result is a scalar, autograd has the forward pass compute
     gradients for a grad_output of 1, into ``gradients``, and calls :meth:`scale_gradients` in the backward pass.
@@ -122,10 +119,9 @@ class DistillKernels(Launcher):
 
     Weights of ensemble_kl may also be ``[K]`` if :attr:`short_weights` is true, unless they require a gradient.
 
-    On the CPU a row's gradient costs little while the row is in the cache, and the host can read grad_output. On a GPU
-    reading it would wait, and reading, scaling and writing a gradient takes as much traffic as computing it from the
-    logits, except for a student beside K teachers. The numbers that a gradient needs of a whole row (``statistics``)
-    are few and can be kept.
+    On the CPU a row's gradient costs little while the row is in the cache. On a GPU reading grad_output would wait, and
+    reading, scaling and writing a gradient takes as much traffic as computing it from the logits, except for a student
+    beside K teachers. The numbers that a gradient needs of a whole row (``statistics``) are few and can be kept.
     """
 
     # The cores read weights [K] for every row through a stride of 0, and have kernels of infinite temperature.
@@ -166,7 +162,7 @@ class DistillKernels(Launcher):
         raw_loss: Tensor | None = None,
         statistics: Tensor | None = None,
     ) -> Tensor:
-        """Compute kl_div, dual_kl or entropy, in the promoted dtype of the logits.
+        """Compute kl_div, dual_kl or entropy.
 
         ``raw_loss`` receives the rows' unweighted losses, 0 where the weight is 0.
         """
@@ -218,10 +214,7 @@ class DistillKernels(Launcher):
         result: Tensor | None,
         statistics: Tensor | None,
     ) -> None:
-        """Write the gradients, the rows' unweighted losses and the result, where they are not None.
-
-        ``statistics`` is written if no gradient is, and read otherwise.
-        """
+        """Write the outputs that are not None, and ``statistics`` if there is no gradient (else read)."""
         student, peer, teacher, weight, temperature, reverse, reduction = call
         to_student, to_peer, to_teacher = gradients
         self._distill(
@@ -247,10 +240,7 @@ class DistillKernels(Launcher):
     def ensemble_forward(
         self, call: Ensemble, gradients: Gradients = NO_GRADIENTS, statistics: Tensor | None = None
     ) -> Any:
-        """Compute ensemble_kl or js_div, in the promoted dtype of student and teachers.
-
-        For consensus, return the entropy of the mixture and the weighted mean of the entropies.
-        """
+        """Compute ensemble_kl, js_div, or consensus, which has two results."""
         student, teachers, _, _, _, mix, _, reduction = call
         dtype = result_dtype(student, None, teachers)
         by_class = student is not None and _by_class(call)
@@ -292,10 +282,7 @@ class DistillKernels(Launcher):
         results: Pair,
         statistics: Tensor | None,
     ) -> None:
-        """Write the gradients of student, teachers and weights, and the results, where they are not None.
-
-        Only consensus has two results. ``statistics`` is as in :meth:`_divergence`.
-        """
+        """Write the outputs that are not None, and ``statistics`` as in :meth:`_divergence`."""
         student, teachers, weights, class_mask, temperature, mix, log_probs, reduction = call
         to_student, to_teachers, to_weights = gradients
         (grad, second_grad), (result, second_result) = grads, results

@@ -36,13 +36,13 @@ class Loss:
         differentiable: number of tensor arguments, from the first on, that have gradients.
         settings: the other arguments with their types; the last one is the reduction.
         results: number of results.
-        axes: each tensor's axis of the batch, such as 1 of ``[K, B, C, *positions]``; None without such an axis.
+        axes: each tensor's axis of the batch, or None.
         call: function from tensors and settings to the call that kernels take.
         kernel: function from the call to its kernel, or None for the reference.
         method: the kernel's methods are ``<method>_forward`` and ``<method>_backward``.
         skips: tensors at the beginning of the call that the operator does not have.
         reference: the loss in plain PyTorch.
-        dtype: function from the tensors to the dtype of the results.
+        dtype: function from the tensors to the results' dtype.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Loss:
 
 
 def define_loss(loss: Loss) -> Operation:
-    """Register the operators of ``loss``, and return the function that calls the loss."""
+    """Register the operators of ``loss``, and return the function that calls it."""
     count, differentiable, results = len(loss.tensors), loss.differentiable, loss.results
     named = [f"Tensor{'?' if name.endswith('?') else ''} {name.rstrip('?')}" for name in loss.tensors]
     # A temperature travels as a tensor under a compiler, which would compile every number anew.
@@ -173,7 +173,6 @@ def define_loss(loss: Loss) -> Operation:
         return (*back, *[None] * (len(settings) + differentiable))
 
     def vmap_backward(info: library.Mapped, in_dims: tuple[int | None, ...], *inputs: Any) -> Arguments:
-        """Differentiate rows with separate losses, as under all transforms."""
         _, _, settings, needs = split(inputs)
         folded = fold_tensors(inputs, in_dims, (*[0] * results, *loss.axes), info.batch_size)
         gradients = gradients_of(*folded, *settings, *needs)
@@ -228,7 +227,7 @@ def unfold_batch(x: Tensor, axis: int, count: int) -> Tensor:
 
 
 def place_gradients(gradients: Sequence[Tensor | None], inputs: Optionals, needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Return results of a gradient operator in the inputs' layout, empty where no gradient is wanted."""
+    """Return gradients in the inputs' layout, empty where not wanted."""
     device = next(t.device for t in inputs if t is not None)
     return tuple(
         torch.empty(0, device=device) if x is None or not need else library.laid_out(gradient, torch.empty_like(x))

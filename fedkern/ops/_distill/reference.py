@@ -149,7 +149,7 @@ def result_dtype(student: Tensor | None, peer: Tensor | None, teacher: Tensor) -
 
 
 def reduce_rows(rows: Tensor, weight: Tensor | None, reduction: int) -> Tensor:
-    """Weight and reduce row losses, where a row of weight 0 contributes exactly 0, whatever it holds."""
+    """Weight and reduce row losses, with exactly 0 for a row of weight 0, whatever it holds."""
     if weight is not None:
         rows = torch.where(weight == 0, 0, rows * weight)
     if reduction == NONE:
@@ -159,5 +159,5 @@ def reduce_rows(rows: Tensor, weight: Tensor | None, reduction: int) -> Tensor:
 
 
 def mask_rows(logits: Tensor, weight: Tensor | None) -> Tensor:
-    """Zero the rows of ``logits`` with weight 0, so that no value there reaches a gradient."""
+    """Zero the rows of weight 0, so that no value there reaches a gradient."""
     return logits if weight is None else torch.where((weight == 0).unsqueeze(1), 0, logits)

@@ -31,25 +31,25 @@ def fuse_concat(
     """Concatenate M feature maps along the channels, with batch norm and ReLU in the same pass.
 
     ``out[:, o + c] = act(scale[o + c] * features[m][:, c] + shift[o + c])`` with ``o`` the channels of the maps before
-    map m (FuseFL's fusion, arXiv 2410.20380).  The same takes three passes with ``torch.cat``, a batch norm in
+    map m (FuseFL's fusion, arXiv 2410.20380). The same takes three passes with ``torch.cat``, a batch norm in
     evaluation mode (``scale = gamma / sqrt(var + eps)``, ``shift = beta - scale * mean``) and a ReLU.
 
     Args:
         features: M >= 1 maps ``[B, C_m, *S]`` (feature vectors ``[B, C_m]`` too), fp32, bf16, fp16 or fp64, of one
-            dtype, device, batch and position shape.  The result is channels-last if all maps are.
+            dtype, device, batch and position shape. The result is channels-last if all maps are.
         scale, shift: ``[sum of C_m]``, of any of these dtypes; None for 1 and 0.
         activation: ``"relu"`` or None.
 
     Returns:
-        ``[B, sum of C_m, *S]``.  fp32, bf16 and fp16 are computed in fp32 and rounded once.
+        ``[B, sum of C_m, *S]``. fp32, bf16 and fp16 are computed in fp32 and rounded once.
 
     Differentiable in features, scale and shift; sums over batch and positions run in a fixed order, so that gradients
-    have the same bits every time.  Works under torch.compile (one node) and for second derivatives; torch.func
+    have the same bits every time. Works under torch.compile (one node) and for second derivatives; torch.func
     transforms use the reference.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device or shape is wrong.
-        RuntimeError: a forced backend cannot serve the call.
+        RuntimeError: a forced backend does not support the call.
     """
     return _dispatch("fuse_concat", features, scale, shift, activation, False)
 
@@ -67,7 +67,7 @@ def fuse_mean(
         activation: ``"relu"`` or None.
 
     Returns:
-        ``[B, C, *S]``.  fp32, bf16 and fp16 are computed in fp32 and rounded once.
+        ``[B, C, *S]``. fp32, bf16 and fp16 are computed in fp32 and rounded once.
 
     Gradients, transforms and errors are those of :func:`fuse_concat`.
     """

@@ -155,7 +155,7 @@ class FusedBlocks(nn.Module):
 
 
 class GroupedLinear(nn.Module):
-    """M linear layers on the parts of ``[B, M * in]``, with a weight ``[M * out, in]``."""
+    """M linear layers on the parts of ``[B, M * in]``, weight ``[M * out, in]``."""
 
     def __init__(self, count: int, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -178,7 +178,6 @@ def _split(joined: Tensor, count: int, shape: torch.Size) -> list[Tensor]:
 
 
 def _describe(block: nn.Module) -> dict[str, Any]:
-    """Return what equal blocks share: classes, plain attributes, and the form of parameters and buffers."""
     if not isinstance(block, nn.Module):
         raise TypeError(f"blocks must hold modules, not {type(block).__name__}")
     described: dict[str, Any] = {}
@@ -229,7 +228,7 @@ def _check_forward(block: nn.Module) -> None:
 
 
 def _widen(fused: nn.Module, members: Sequence[nn.Module]) -> nn.Module:
-    """Replace the layers of ``fused``, a copy of the first block, by grouped twins of all M layers, and return it."""
+    """Replace the layers of ``fused``, a copy of the first block, by grouped twins."""
     count = len(members)
     layers = [dict(block.named_modules()) for block in members]
     for name, layer in [*fused.named_modules()]:

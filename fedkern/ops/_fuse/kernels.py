@@ -126,7 +126,7 @@ class FuseKernels(Launcher):
         return targets
 
     def _pieces(self, grad: Tensor, channels: int, needs: Sequence[bool], channels_last: bool) -> list[Tensor | None]:
-        """Allocate maps of one shape at once: many small allocations would each fault on every page."""
+        """Allocate all maps at once: many small allocations would each fault on every page."""
         batch, _, *positions = grad.shape
         order = (batch, *positions, channels) if channels_last else (batch, channels, *positions)
         block = self.fresh(grad.new_empty((sum(needs), *order)))

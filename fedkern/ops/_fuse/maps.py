@@ -10,10 +10,7 @@ from torch import Tensor
 
 
 def order_of(feature: Tensor) -> int:
-    """Return the order of ``[B, C, *S]`` in memory: 1 if channels are adjacent, -1 if positions are, 0 if both.
-
-    A map in neither order counts as -1: it will be copied.
-    """
+    """Return a map's order in memory: 1 if channels are adjacent, -1 if positions are or neither, 0 if both."""
     shape, strides = feature.shape, feature.stride()
     channels = shape[1]
     if channels == 1 or math.prod(shape[2:]) == 1:
@@ -24,7 +21,7 @@ def order_of(feature: Tensor) -> int:
 
 
 def position_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
-    """Return the one stride that leads through all positions ``*S`` of a map, or None."""
+    """Return the one stride through all positions ``*S`` of a map, or None."""
     step = None
     size = 1
     for axis in range(len(shape) - 1, 1, -1):
@@ -39,7 +36,7 @@ def position_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
 
 
 def wants_channels_last(features: Sequence[Tensor]) -> bool:
-    """Return whether the result is channels-last: every map fits that order, and at least one map fits no other."""
+    """Return whether the result is channels-last: every map fits, and at least one fits nothing else."""
     for feature in features:
         if not feature.is_contiguous():
             break

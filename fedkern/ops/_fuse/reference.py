@@ -17,7 +17,7 @@ class FuseCall(NamedTuple):
     Attributes:
         scale, shift: ``[sum of C_m]``, of any of the four dtypes.
         channels: the C_m.
-        channels_last: layout of the result, that of :func:`fedkern.ops._fuse.maps.wants_channels_last`.
+        channels_last: layout of the result.
     """
 
     scale: Tensor | None
@@ -66,7 +66,7 @@ def fuse_mean_reference(
 def fuse_backward_reference(
     grad: Tensor, features: Sequence[Tensor] | None, out: Tensor | None, call: FuseCall, needs: FuseNeeds
 ) -> FuseGradients:
-    """Return the gradients by differentiable operations, with sums over batch and positions in fp64."""
+    """Return the gradients by differentiable operations, with sums in fp64."""
     scale, shift, relu, mean, channels, _ = call
     need_features, need_scale, need_shift = needs
     wide = grad.to(compute_dtype(grad.dtype))

@@ -50,7 +50,6 @@ def concat_kernel(
     maps, starts, channels, firsts, scale, shift, out, count, outer, step, width,
     COMPUTE: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write each map's blocks into its channels of ``out``, which has ``width`` channels."""
     m = tl.program_id(0) % count
     channel0, number = starts_of(firsts, m, COUNT), starts_of(channels, m, COUNT)
     inner = number * step
@@ -68,7 +67,7 @@ def mean_map_kernel(
     COMPUTE: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, COUNT: tl.constexpr, MEMBERS: tl.constexpr,
     BLOCK: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Compute a block of the mean over the maps, in ascending order, with ``sum_before`` from earlier launches."""
+    """Compute a block of the mean, with ``sum_before`` from earlier launches."""
     inner = tl.cast(width, tl.int64) * step
     element, _, place, mask = _places(tl.program_id(0), inner, outer * inner, WIDE, BLOCK)
     member = tl.arange(0, MEMBERS)
@@ -91,7 +90,7 @@ def mean_map_kernel(
 @triton.jit
 def _pass_gradient(grad, at_grad, maps, at_map, out, scale, shift, channel, mask, all_maps,
             COMPUTE: tl.constexpr, RELU: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
-    """Return the gradient by the activation's input, and the map's values (without ``maps``: the gradient again)."""
+    """Return the gradient by the activation's input, and the map's values (or the gradient)."""
     g = tl.load(grad + at_grad, mask=mask, other=0).to(COMPUTE)
     if MEAN:
         g = g / all_maps
@@ -113,10 +112,7 @@ def back_kernel(
     COMPUTE: tl.constexpr, WIDE: tl.constexpr, RELU: tl.constexpr, MEAN: tl.constexpr, COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write each map's gradient.
-
-    Adjacent programs take different maps, so that a mean's gradient is read once.
-    """
+    """Write each map's gradient, by adjacent programs, so that a mean's gradient is read once."""
     m = tl.program_id(0) % count
     channel0, number = starts_of(firsts, m, COUNT), starts_of(channels, m, COUNT)
     inner = number * step
@@ -138,7 +134,7 @@ def sums_kernel(
     COMPUTE: tl.constexpr, RELU: tl.constexpr, MEAN: tl.constexpr, LAST: tl.constexpr, COUNT: tl.constexpr,
     CHANNELS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Sum over batch and ``span`` positions for scale and shift, fp64 ``[splits, total]`` (LAST: channels-last)."""
+    """Sum over batch and ``span`` positions for scale and shift, fp64 ``[splits, total]``."""
     program = tl.program_id(0)
     m = program % count
     tile, split = program // count % tiles, (program // count // tiles).to(tl.int64)

@@ -93,7 +93,7 @@ def check_memory(written: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *
 
 
 def is_folded(tensor: Tensor) -> bool:
-    """Return whether two elements of ``tensor``, which has at most two axes, lie at the same address."""
+    """Return whether two elements of a tensor of at most two axes lie at the same address."""
     axes = [(size, step) for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
     if not tensor.numel() or not axes:
         return False

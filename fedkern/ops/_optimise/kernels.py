@@ -32,9 +32,9 @@ class Call(NamedTuple):
     1, and ``anchor`` and ``correction`` one ``[P]`` for all rows.
 
     Attributes:
-        first, second: the velocity of SGD with momentum (``first``), or both moments of AdamW; updated.
+        first, second: SGD's velocity (``first``), or AdamW's moments; updated.
         gradient_sum: the raw gradients are added to this tensor.
-        lr: one learning rate for all M, or one per row: a list, or for tensors on a GPU fp64 ``[M]`` there.
+        lr: one learning rate, or one per row: a list, or on a GPU fp64 ``[M]``.
         max_norm: largest norm of each row's gradient; None: no clipping.
         zero: whether to set ``gradients`` to zero.
         adamw: None for SGD.
@@ -67,8 +67,6 @@ class Call(NamedTuple):
 
 
 class OptimiseKernels(Launcher):
-    """sgd_step and adamw_step of a compiled core."""
-
     def __init__(self, core: ModuleType) -> None:
         super().__init__(core)
         # For empty_like, which takes two thirds of the time of empty(()).

@@ -70,32 +70,32 @@ def sgd_step(
     6. ``v = momentum v + g``; without momentum ``v = g``.
     7. ``θ -= lr v``.
 
-    The step takes one pass over memory, or two with ``max_norm``, which needs the norm first.  ``gradients`` are not
-    changed unless ``zero`` is set.  In fp32 and fp64 on the CPU, a step without clipping has the same bits as torch's
-    own operations at the same ISA level.  The bits do not depend on the number of threads.
+    The step takes one pass over memory, or two with ``max_norm``, which needs the norm first. ``gradients`` are not
+    changed unless ``zero`` is set. In fp32 and fp64 on the CPU, a step without clipping has the same bits as torch's
+    own operations at the same ISA level. The bits do not depend on the number of threads.
 
     Args:
-        parameters: θ ``[P]``, or ``[M, P]`` for M models side by side; fp32, fp64, bf16 or fp16, any strides.  bf16 and
+        parameters: θ ``[P]``, or ``[M, P]`` for M models side by side; fp32, fp64, bf16 or fp16, any strides. bf16 and
             fp16 are computed in fp32 and rounded once.
         gradients: g, of the same shape, dtype and device, as all tensors here.
-        velocity: v, updated in place; zeros at the start.  Required with ``momentum``, None without.
+        velocity: v, updated in place; zeros at the start. Required with ``momentum``, None without.
         lr: the learning rate, not negative; for ``[M, P]`` also one for each row, as a list or a floating tensor.
             The values of a tensor on a GPU are not checked.
         momentum, weight_decay, proximal: not negative.
-        anchor: the parameters that ``proximal`` pulls towards; required with ``proximal``.  For ``[M, P]`` also one
+        anchor: the parameters that ``proximal`` pulls towards; required with ``proximal``. For ``[M, P]`` also one
             ``[P]`` for all rows.
-        correction: added to the gradient.  For ``[M, P]`` also one ``[P]`` for all rows.
+        correction: added to the gradient. For ``[M, P]`` also one ``[P]`` for all rows.
         gradient_sum: the raw gradients are added to this tensor.
         max_norm: largest norm of the gradient (of each row), above 0; None: no clipping.
         zero: set ``gradients`` to zero afterwards, which saves the training loop a pass.
 
     Returns:
-        :class:`StepResult`.  NaN and infinities spread as in torch; ``finite`` reports them.  The step has no gradient.
+        :class:`StepResult`. NaN and infinities spread as in torch; ``finite`` reports them. The step has no gradient.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, a written tensor shares
             memory with another tensor, or a tensor requires a gradient outside of ``torch.no_grad()``.
-        RuntimeError: a forced backend cannot serve the call.
+        RuntimeError: a forced backend does not support the call.
     """
     call = _new(Call, (
         parameters, gradients, velocity, None, anchor, correction, gradient_sum, lr, momentum, weight_decay, proximal,
@@ -137,7 +137,7 @@ def adamw_step(
 ) -> StepResult:
     """Take a step of AdamW (arXiv 1711.05101) in place, as ``torch.optim.AdamW`` does.
 
-    The gradient g is prepared by steps 1 to 4 of :func:`sgd_step`.  Then, with moments m and v and step number t:
+    The gradient g is prepared by steps 1 to 4 of :func:`sgd_step`. Then, with moments m and v and step number t:
 
     - ``θ *= 1 - lr weight_decay``
     - ``m += (1 - beta1) (g - m)`` and ``v = beta2 v + (1 - beta2) g^2``
@@ -152,7 +152,7 @@ def adamw_step(
         eps: not negative.
         weight_decay: not negative.
 
-    On the CPU the moments have the bits of torch's own.  Torch's square root, which comes from MKL and is not correctly
+    On the CPU the moments have the bits of torch's own. Torch's square root, which comes from MKL and is not correctly
     rounded, leaves one in some hundred parameters an ulp away.
 
     Returns:
@@ -231,7 +231,7 @@ def _take(
 
 
 def _compute(call: Call) -> tuple[Tensor, Tensor]:
-    """Take the step on tensors ``[P]`` or ``[M, P]`` of any strides, by the selected kernel or the reference."""
+    """Take the step on tensors of any strides, by the selected kernel or the reference."""
     with torch.no_grad():
         flat = call.parameters.dim() == 1
         copies: list[tuple[Tensor, Tensor]] = []
@@ -256,7 +256,7 @@ def _compute(call: Call) -> tuple[Tensor, Tensor]:
     return (finite[0], squared[0]) if flat else (finite, squared)
 
 
-# The same operator for torch.compile and opcheck.  Numbers travel as tensors: a schedule compiles nothing anew.
+# The same operator for torch.compile and opcheck. Numbers travel as tensors: a schedule compiles nothing anew.
 
 
 def _implementation(zero: bool, parameters: Tensor, *others: Any) -> tuple[Tensor, Tensor]:

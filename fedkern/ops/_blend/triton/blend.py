@@ -100,7 +100,7 @@ def backward_kernel(
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write the gradients of all samples that used a background row, and the row's gradient, their sum."""
+    """Write the gradients of all users of a background row, and the row's, their sum."""
     row, column = _tile(columns, ROWS, COLUMNS)
     valid = row < rows
     if order is None:
@@ -150,7 +150,7 @@ def alpha_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Compute <grad, foreground - background> of every sample over ``span`` of its columns, in fp64."""
+    """Compute <grad, foreground - background> over ``span`` columns of each sample, in fp64."""
     program = tl.program_id(0)
     row = (program // splits).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = (program % splits).to(tl.int64)

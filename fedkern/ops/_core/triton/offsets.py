@@ -21,7 +21,6 @@ def encode_number(number: int) -> int:
 
 
 def encode_numbers(numbers: Iterable[int]) -> tuple[int, ...]:
-    """Encode numbers with :func:`encode_number`, as kernel parameters."""
     return pad_parameters(map(encode_number, numbers), encode_number(0))
 
 

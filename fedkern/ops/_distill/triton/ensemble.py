@@ -44,7 +44,7 @@ def ensemble(
     results: Pair,
     statistics: Tensor | None = None,
 ) -> None:
-    """Implement :meth:`fedkern.ops._distill.kernels.DistillKernels._ensemble` in Triton."""
+    """Implement :meth:`~fedkern.ops._distill.kernels.DistillKernels._ensemble`."""
     student, teachers, weights, _, temperature, mix, log_probs, _ = call
     log_probs = log_probs and temperature == 1
     if student is None or mix == MEAN:
@@ -72,7 +72,7 @@ def ensemble(
 
 
 def stack(grads: Pair, call: Ensemble, log_probs: bool, gradients: Gradients, results: Pair) -> None:
-    """Compute js_div, consensus, and ensemble_kl's mean of divergences, with weights ``[K, B, *positions]``."""
+    """Compute js_div, consensus, and ensemble_kl's mean of divergences."""
     student, logits, weights, _, temperature, mix, _, reduction = call
     grad, more_grad = grads
     rows = row_count(logits[0])

@@ -35,10 +35,9 @@ def _pair(x, x_top, x_log, y, y_top, y_log, scale, TERMS: tl.constexpr):
 
 @triton.jit
 def log_ratio_of(y, y_top, y_log, x, x_top, x_log, scale):
-    """Compute ``log q - log p`` from the difference of the logits, which keeps its digits between nearly equal rows.
+    """Compute ``log q - log p`` from the logits' difference, which keeps its digits between nearly equal rows.
 
-    The difference of distant rows has only the digits of their distance. There the row with the larger maximum is moved
-    by a multiple of 8, which is exact.
+    Of distant rows, the row with the larger maximum is first moved by a multiple of 8, which is exact.
     """
     distance = y_top - x_top
     move = tl.where(tl.abs(distance) < 1e30, tl.floor(distance * 0.125 + 0.5) * 8, 0.0)
@@ -65,7 +64,7 @@ def pair_of(log_p, log_q, u, TERMS: tl.constexpr):
 
 @triton.jit
 def _by_p(p, u, value):
-    """Return the derivative by the logits of p, where ``value`` is the row's divergence."""
+    """Return the derivative by the logits of p."""
     return tl.where(p == 0, 0.0, -p * (u + value[:, None]))
 
 

@@ -20,7 +20,7 @@ def members_kernel(
     stride, outer_stride, row_stride, class_stride,
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Store the maximum of each teacher's row and the logarithm of its sum of exponentials, ``[K, rows]``."""
+    """Store the maximum of each teacher's row and the log of its sum of exponentials, ``[K, rows]``."""
     program = tl.program_id(0)
     k, group = (program // groups).to(tl.int64), (program % groups).to(tl.int64)
     inside = group % tiles * ROWS + tl.arange(0, ROWS)
@@ -36,7 +36,6 @@ def members_kernel(
 @triton.jit
 def _raw(weights, at_weight, weight_column, class_mask, mask_column, k, weight_stride, mask_stride, column, mask,
          COMPUTE: tl.constexpr):  # fmt: skip
-    """Return the weights of teacher k before normalisation, 0 for masked classes."""
     raw = tl.zeros(mask.shape, COMPUTE) + 1.0
     if weights is not None:
         place = k * weight_stride + at_weight[:, None] + (column * weight_column)[None, :]
@@ -65,7 +64,7 @@ def share_of(raw, total, count):
 
 @triton.jit
 def _statistics(tops, logs, row, valid, k, all_rows, LOG_PROBS: tl.constexpr, COMPUTE: tl.constexpr):
-    """Return results of :func:`members_kernel` for teacher k (one k, or one per row), zeros if x is log p already."""
+    """Return results of :func:`members_kernel` for teacher k, or zeros if x is log p already."""
     top = tl.zeros(row.shape, COMPUTE)
     log_total = tl.zeros(row.shape, COMPUTE)
     if not LOG_PROBS:
@@ -157,7 +156,7 @@ def mixture_kernel(
     COMPUTE: tl.constexpr, TERMS: tl.constexpr, LOGITS: tl.constexpr, LOG_PROBS: tl.constexpr,
     BY_CLASS: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Compute KL(mixture || student), or its gradients, for ``to_weights`` per class (BY_CLASS) or per row."""
+    """Compute KL(mixture || student), or its gradients."""
     program = tl.program_id(0)
     batch, inside, valid, row = rows_of(program, tiles, inner, ROWS)
     t = double_of(temperature, COMPUTE)
@@ -230,7 +229,7 @@ def mixture_kernel(
         if to_teachers is not None or to_weights is not None:
             for k_ in range(count):
                 k = tl.cast(k_, tl.int64)
-                # Stage 0 sums over the row: the softmax's correction and the weights' gradient.  Stage 1 uses the sums.
+                # Stage 0 sums over the row: the softmax's correction and the weights' gradient. Stage 1 uses the sums.
                 inner_sum = tl.zeros([ROWS], COMPUTE)
                 by_weight = tl.zeros([ROWS], COMPUTE)
                 used = tl.zeros([ROWS], COMPUTE)

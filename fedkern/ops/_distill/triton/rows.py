@@ -34,7 +34,7 @@ BESIDE = 32
 
 @triton.jit
 def rows_of(tile, tiles, inner, ROWS: tl.constexpr):
-    """Return a tile's rows: batch, places inside the batch, mask of existing rows, and places among all rows."""
+    """Return a tile's rows: batch, places in the batch, mask, and places among all rows."""
     # Products with strides need 64 bits; the division does not, and is several times as fast in 32 bits.
     batch = (tile // tiles).to(tl.int64)
     inside = (tile % tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -43,7 +43,7 @@ def rows_of(tile, tiles, inner, ROWS: tl.constexpr):
 
 @triton.jit
 def piece(begin, last, valid, COLUMNS: tl.constexpr):
-    """Return the classes of a tile, from ``begin`` on, and the mask of its elements before ``last``."""
+    """Return the classes of a tile from ``begin`` on, and the mask of elements before ``last``."""
     column = (begin + tl.arange(0, COLUMNS)).to(tl.int64)
     return column, valid[:, None] & (column < last)[None, :]
 
@@ -67,7 +67,7 @@ def load_tile(x, offset, class_stride, column, mask, classes, COMPUTE: tl.conste
 
 @triton.jit
 def softmax_of(x, scale):
-    """Return the maximum of each row and the logarithm of its sum of exponentials."""
+    """Return each row's maximum and the logarithm of its sum of exponentials."""
     top = tl.max(x, axis=1)
     return top, tl.log(tl.sum(tl.exp((x - top[:, None]) * scale), axis=1))
 
@@ -128,7 +128,7 @@ def gather(tops, totals, row, valid, splits, scale, SPLITS: tl.constexpr):
 
 @triton.jit
 def expm1_less(u, TERMS: tl.constexpr):
-    """Compute ``e**u - 1 - u`` for ``|u| < 1/2`` by its series, without the cancellation."""
+    """Compute ``e**u - 1 - u`` for ``|u| < 1/2`` by its series."""
     sum_ = tl.zeros_like(u) + 1.0
     for k in tl.static_range(TERMS, 2, -1):
         sum_ = sum_ * (u * (1.0 / k)) + 1.0
@@ -147,7 +147,7 @@ def log1p(r, TERMS: tl.constexpr):
 
 @triton.jit
 def store_total(total, program, values, valid, count, MEAN: tl.constexpr):
-    """Store the program's part of the loss: the sum of its rows' ``values`` in fp64, over ``count`` if MEAN."""
+    """Store the sum of the program's ``values`` in fp64, over ``count`` if MEAN."""
     sum_ = tl.sum(tl.where(valid, values, 0.0).to(tl.float64), axis=0)
     if MEAN:
         sum_ = sum_ / count
@@ -228,7 +228,7 @@ def row_steps_of(x: Tensor | None) -> Steps | None:
 
 
 def make_readable(x: Tensor, gradient: Tensor | None = None, axis: int = 1) -> Tensor:
-    """Return ``x``, copied if no single stride leads through its positions, or if its :func:`make_writable` differs."""
+    """Return ``x``, copied if no single stride leads through its positions, or the gradient's differ."""
     if gradient is not None and x.stride() != gradient.stride():
         return torch.empty_like(gradient, dtype=x.dtype).copy_(x)
     return x if x.dim() == axis + 1 or steps_of(x, axis) is not None else x.contiguous()

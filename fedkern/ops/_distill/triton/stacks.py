@@ -1,4 +1,4 @@
-"""ensemble_kl in Triton: the work of its launchers before and after a launch."""
+"""ensemble_kl in Triton: work before and after a launch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fedkern.ops._distill.triton.rows import (
 
 
 class Mixture(NamedTuple):
-    """Call of ensemble_kl with a mixture: its tensors as kernels read them, and memory for their results."""
+    """Tensors of a call of ensemble_kl with a mixture, and memory for its results."""
 
     compute: torch.dtype
     plan: Rows
@@ -76,7 +76,7 @@ class Mixture(NamedTuple):
 
     @property
     def mean(self) -> bool:
-        """Return whether the only program divides its sum itself, so that :func:`finish` is not needed."""
+        """Return whether the only program divides its sum itself, without :func:`finish`."""
         return self.total is not None and self.total.dim() == 0
 
     @property
