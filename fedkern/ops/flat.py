@@ -658,6 +658,7 @@ def _flatten_group(entries: list[Entry], mixed: bool, personal: Collection[str])
             taken.append((tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), name))
             end += tensor.numel()
         ends[kind(entry)] = end
+    # Tensors that overlap in part can share no place in the vector.
     taken.sort()
     for (_, stop, name), (start, _, next_name) in itertools.pairwise(taken):
         if start < stop:
@@ -673,6 +674,7 @@ def _flatten_group(entries: list[Entry], mixed: bool, personal: Collection[str])
             slot = Slot(entry[2], entry[3], kind(entry), strides[id(entry[3])], offset)
             slot.tensor.data = _view_of(vector, slot)
             slots.append(slot)
+    # A group's vector begins at its first tensor, past the zeros of alignment.
     parts, before = [], 0
     for name in _KINDS:
         begin = min((slot.offset for slot in slots if slot.kind == name and slot.offset >= before), default=before)

@@ -261,6 +261,7 @@ class Accumulator:
     def _check_state(self, state: Mapping[str, Any]) -> tuple[int, float, torch.dtype | None]:
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a dict made by state_dict(), not {type(state).__name__}")
+        # A state of another kind is refused for its entries, before values are read.
         numbers = ("size", "exact", "count", "weight", "dtype")
         for name in numbers:
             if name not in state:
@@ -282,6 +283,7 @@ class Accumulator:
             raise ValueError(f"the state must {'not ' if name in state else ''}have the entry {show_value(name)!r}")
         for name, form in forms.items():
             _check_entry(state[name], name, *form)
+        # Numbers that no sum of vectors has would give wrong means.
         count, weight = _whole(state, "count"), check_weight(state["weight"], "the state's weight")
         if exact:
             # The units are the exact sum. "weight" is a rounded copy on which no result depends.

@@ -130,6 +130,7 @@ class BlendKernels(_Launcher):
 
         Only alpha's gradient reads the maps. The maps' gradients get the result's ``strides``; None: those of ``grad``.
         """
+        # A gradient in the result's layout needs no copy.
         alpha, value, index, background_rows = call
         shape, count, sums = grad.shape, grad.numel(), 1
         to_front = to_back = per_sample = start = order = None
@@ -150,6 +151,7 @@ class BlendKernels(_Launcher):
             for gradient in (to_front, to_back):
                 if gradient is not None:
                     self.fresh(gradient)
+        # A GPU sums alpha's gradient in chunks, added below in a fixed order.
         if needs[2]:
             if self.gpu:
                 sums = self.core.blend_chunks(count // max(shape[0], 1))

@@ -34,6 +34,7 @@ def check_tensors(inputs: Inputs, settings: Settings) -> None:
             f"weight must have shape [out, {x.shape[1]}, 3, 3] or [out, {x.shape[1]}, 1, 1], nine taps or one for each "
             f"channel of x, but has {list(weight.shape)}"
         )
+    # Rows and columns of the convolution's result, before pooling.
     height, width = (-(-size // stride) for size in x.shape[2:])
     if pool > min(height, width):
         raise ValueError(f"x must have at least {stride + 1} rows and columns with pool=2, but has {list(x.shape)}")
@@ -56,6 +57,7 @@ def check_tensors(inputs: Inputs, settings: Settings) -> None:
             raise ValueError("mean and variance must both be given, or both be None")
         if mean is None and not training:
             raise ValueError("mean and variance must be given with training=False")
+    # Vectors may be fp32 beside 16-bit maps, except for the convolution's bias.
     free = _converts(x)
     _check_like(weight, "weight", x, free)
     vectors: dict[str, Any] = {"scale": scale, "shift": shift, "mean": mean, "variance": variance, "bias": bias}

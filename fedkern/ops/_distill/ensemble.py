@@ -97,6 +97,7 @@ def ensemble_kl(
             check_tensor(weights, "weights")
             if weights.dim() == student.dim() + 1:
                 weights = weights.movedim(dim if dim < 0 else dim + 1, 2)
+    # The core's check in one step; all other checks only if it fails.
     tensors = (student, teachers) if weights is None else (student, teachers, weights)
     kernel: DistillKernels | None = select_ordinary("ensemble_kl", *tensors)
     ordinary = kernel is not None and 3 <= teachers.dim() <= MAX_DIMS + 1
@@ -109,6 +110,7 @@ def ensemble_kl(
         temperature = check_temperature(temperature)
     code = check_reduction(reduction)
     mixture = _mixture(mix, mode)
+    # Weights [K] stay short for kernels that read them with a stride of 0.
     short = False
     if weights is not None:
         check_values(weights)
@@ -125,6 +127,7 @@ def ensemble_kl(
     tensors = (student, teachers, *tensors[2:])
     log_probs = bool(log_probs)
 
+    # Under compilers and transforms the operator of torch.library; class masks are not mapped.
     if not ordinary or is_flat(temperature):
         if not eager(*tensors, *(() if class_mask is None else (class_mask,))):
             if class_mask is not None and not torch.compiler.is_compiling() and is_wrapped(class_mask):

@@ -220,6 +220,7 @@ class TritonFuse:
             empty_map((batch, count, *positions), channels_last, grad) if need else None
             for count, need in zip(channels, need_features, strict=True)
         ]
+        # Without elements no kernel runs, and sums are zeros.
         total, width = sum(channels), grad.shape[1]
         if not grad.numel() or not batch * math.prod(positions):
             zeros = torch.zeros(total, dtype=torch.float64, device=device)
@@ -234,6 +235,7 @@ class TritonFuse:
         # Without ReLU only scale's gradient needs the maps.
         seen = maps if relu else None
         indices = [m for m, target in enumerate(targets) if target is not None]
+        # Only maps that want a gradient are launched.
         for group in _groups(len(indices)):
             members = indices[group]
             outputs = [x for x in (targets[m] for m in members) if x is not None]

@@ -56,6 +56,7 @@ class TritonDistill(DistillKernels):
         if student is None:
             self._entropy(grad, teacher, reduction, gradients[2], result)
             return
+        # Kernels need a single stride through the positions: other tensors are copied.
         compute, device = compute_dtype(dtype), student.device
         targets, (to_student, to_peer, to_teacher) = gradients, (make_writable(x) for x in gradients)
         gradients = (to_student, to_peer, to_teacher)
@@ -69,6 +70,7 @@ class TritonDistill(DistillKernels):
         second = teacher if peer is None else peer
         logit_steps = [known_steps(x) for x in (teacher, student, second)]
         by_row = [row_steps_of(weight), row_steps_of(grad) if reduction == NONE else ALL_ROWS]
+        # Batches and positions become one axis if all tensors allow.
         plan, steps = plan_rows(
             teacher, [*logit_steps, *(s for s in by_row if s is not None)], 2 if peer is None else 3, compute
         )
@@ -146,6 +148,7 @@ class TritonDistill(DistillKernels):
         logits, grad = make_readable(logits, gradient), make_rows_readable(grad)
         by_row = row_steps_of(grad) if reduction == NONE else ALL_ROWS
         assert by_row is not None
+        # Batches and positions become one axis if both tensors allow.
         plan, (steps, g_steps) = plan_rows(logits, [known_steps(logits), by_row], 1, compute)
         count = rows if reduction == BATCHMEAN else 1
 
@@ -170,6 +173,7 @@ class TritonDistill(DistillKernels):
                 finish(total, result, count)
             hand_over((gradient,), (target,))
             return
+        # Rows split among programs: statistics first, then the rows' entropies, which the gradient needs.
         parts = _statistics([logits], [steps], plan, 1.0, compute)
         losses = torch.empty(rows, plan.splits, dtype=compute, device=device)
         run(None, losses, None, parts)

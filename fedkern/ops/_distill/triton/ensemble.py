@@ -79,6 +79,7 @@ def stack(grads: Pair, call: Ensemble, log_probs: bool, gradients: Gradients, re
     if not rows:
         zero_all(*results, *gradients)
         return
+    # Kernels need a single stride through the positions: other tensors are copied.
     compute, device = compute_dtype(result_dtype(student, None, logits)), logits.device
     targets, (to_student, to_logits, to_weights) = gradients, gradients
     to_student, to_logits = make_writable(to_student), make_writable(to_logits, 2)
@@ -103,6 +104,7 @@ def stack(grads: Pair, call: Ensemble, log_probs: bool, gradients: Gradients, re
     t_steps, s_steps, w_steps, g_steps, m_steps, b_steps = steps
     tops, logs = _members(logits, t_steps, plan, temperature, compute, log_probs)
     totals = [totals_of(result, reduction, plan) for result in results]
+    # js_div is at most log K, which rounding must not exceed.
     bound = math.log(len(logits)) if mix == JS else math.inf
     launch(
         stack_kernel, plan.groups, device, student, logits, weights, grad, more_grad, tops, logs, *gradients,

@@ -97,6 +97,7 @@ def divergence_kernel(
     start = split * span
     last = tl.minimum(start + span, classes)
 
+    # Normalisers of all softmaxes: of rows held whole, of parts, or by a scan.
     column, mask = piece(start, last, valid, COLUMNS)
     if WHOLE:
         x = load_tile(teacher, at_teacher, teacher_column, column, mask, classes, COMPUTE)
@@ -167,6 +168,7 @@ def divergence_kernel(
         if total is not None:
             store_total(total, program, loss, valid, count, MEAN)
 
+    # Gradients: T² cancels one 1 / T of the logits' scale, which leaves T.
     if to_teacher is not None or to_student is not None or to_peer is not None:
         factor = by_row * t / count.to(COMPUTE)
         if grad is not None:

@@ -86,6 +86,7 @@ def stack_kernel(
     at_weight = batch * weight_outer + inside * weight_row
     at_by = batch * by_outer + inside * by_row
 
+    # Normalisers of the weights and of the student.
     weight_sum = tl.zeros([ROWS], COMPUTE)
     for k_ in range(count):
         weight_sum += _row_weight(weights, at_weight, tl.cast(k_, tl.int64), weight_stride, valid, COMPUTE, ROWS)
@@ -191,6 +192,7 @@ def stack_kernel(
             place = at_student[:, None] + (column * student_column)[None, :]
             tl.store(to_student + place, narrow((t * factor)[:, None] * sum_, to_student), mask=mask)
 
+    # Stage 0 sums over the row, for the softmax's correction and the weights; stage 1 uses the sums.
     if to_teachers is not None or to_weights is not None:
         for k_ in range(count):
             k = tl.cast(k_, tl.int64)

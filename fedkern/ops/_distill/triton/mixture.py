@@ -120,6 +120,7 @@ def _mix(
                 far = tl.where((share > 0) & ~near, 1.0, far)
                 d = tl.where((share > 0) & near, d, 0.0)
                 relative += share * (d + expm1_less(d, TERMS))
+    # -inf where a teacher of positive share masks the class, or all probabilities are 0.
     if LOGITS:
         result = tl.where(peak == 0, float("-inf"), (origin + sum_) * scale)
         log_ratio = sum_ * scale
@@ -211,6 +212,7 @@ def mixture_kernel(
     if total is not None:
         store_total(total, program, t * t * value, valid, count_rows, MEAN)
 
+    # The mixture's tiles are computed again: memory holds one tile at a time.
     if to_student is not None or to_teachers is not None or to_weights is not None:
         factor = ones_or(grad, batch, inside, grad_outer, grad_row, valid, COMPUTE) / count_rows.to(COMPUTE)
         if to_student is not None:
