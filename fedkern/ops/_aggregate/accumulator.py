@@ -24,8 +24,8 @@ _UNIT = 1 << 1074
 _WEIGHT_BYTES = 280
 # Products of larger weights and finite fp32 numbers may overflow.
 _LARGE_WEIGHT = 2.0**895
-_MOST_EXACT = 2**31 - 1
-_MOST_ELEMENTS = 2**48
+_MAX_EXACT = 2**31 - 1
+_MAX_ELEMENTS = 2**48
 
 
 class Accumulator:
@@ -53,7 +53,7 @@ class Accumulator:
     """
 
     def __init__(self, size: int, exact: bool = False, *, device: torch.device | str | None = None) -> None:
-        self.size = size = check_count(size, "size", 0, _MOST_ELEMENTS)
+        self.size = size = check_count(size, "size", 0, _MAX_ELEMENTS)
         self.exact = exact
         try:
             self.device = torch.empty(0, device=device).device
@@ -111,8 +111,8 @@ class Accumulator:
             total = self.weight + value
             if total == float("inf"):
                 raise ValueError("weight makes the sum of the weights overflow; scale the weights down")
-            if self.exact and self._count == _MOST_EXACT:
-                raise OverflowError(f"an exact accumulator takes at most {_MOST_EXACT} vectors")
+            if self.exact and self._count == _MAX_EXACT:
+                raise OverflowError(f"an exact accumulator takes at most {_MAX_EXACT} vectors")
             if self.exact and value > _LARGE_WEIGHT:
                 self._check_products(vector, value)
             if value:
@@ -162,8 +162,8 @@ class Accumulator:
             )
         lower, higher = sorted((self, other), key=id)  # a fixed order: two merges cannot deadlock
         with lower._lock, higher._lock:
-            if self._count + other._count > _MOST_EXACT:
-                raise OverflowError(f"an exact accumulator takes at most {_MOST_EXACT} vectors")
+            if self._count + other._count > _MAX_EXACT:
+                raise OverflowError(f"an exact accumulator takes at most {_MAX_EXACT} vectors")
             try:
                 total = (self._units + other._units) / _UNIT
             except OverflowError:
@@ -293,7 +293,7 @@ class Accumulator:
                 raise ValueError("the state's units must be a sum of weights that a float can hold") from None
             if not math.isclose(total, weight, rel_tol=1e-6):
                 raise ValueError(f"the state's weight must be that of its units, {total:g}, not {weight:g}")
-        if count < 0 or (exact and count > _MOST_EXACT) or (not count and weight):
+        if count < 0 or (exact and count > _MAX_EXACT) or (not count and weight):
             raise ValueError(f"the state's count must be that of vectors of weight {weight:g}, not {show_value(count)}")
         codes = {number: dtype for dtype, number in backend.DTYPES.items()}
         code = _whole(state, "dtype")

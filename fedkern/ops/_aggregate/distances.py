@@ -27,7 +27,7 @@ from fedkern.ops._aggregate.plain import PlainAggregate
 from fedkern.ops._aggregate.robust_reference import (
     FAR,
     FAR_BESIDE_SMOOTHING,
-    MOST_FROM_DISTANCES,
+    MAX_FROM_DISTANCES,
     geometric_median_reference,
     krum_scores_reference,
     stack_piece,
@@ -46,7 +46,7 @@ _MOST_APART = 1e8
 _HELD = 1 << 22
 
 # The largest integer that operators of torch.library take.
-_MOST_ITERATIONS = 2**63 - 1
+_MAX_ITERATIONS = 2**63 - 1
 
 # Up to this many vectors Krum's scores are summed in Python.
 FEW = 20
@@ -148,13 +148,13 @@ def geometric_median(
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
         RuntimeError: a forced backend does not support the call.
     """
-    iterations = min(check_count(iterations, "iterations", 0), _MOST_ITERATIONS)
+    iterations = min(check_count(iterations, "iterations", 0), _MAX_ITERATIONS)
     check_number(tolerance, "tolerance")
     check_number(smoothing, "smoothing", above=True)
     kernel: AggregateKernels | None = None
     if not isinstance(weights, Tensor):
         kernel = select_ordinary("aggregate", vectors, torch.is_grad_enabled())
-    if kernel is not None and kernel.host and count_of(vectors) <= MOST_FROM_DISTANCES:
+    if kernel is not None and kernel.host and count_of(vectors) <= MAX_FROM_DISTANCES:
         count = count_of(vectors)
         numbers = [1.0] * count if weights is None else near_one(kernel.numbers(weights, count))
         return _median_from_distances(kernel, vectors, numbers, iterations, tolerance, smoothing)
@@ -255,7 +255,7 @@ def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolera
     kernel = select(vectors)
     if type(kernel) is PlainAggregate:
         return geometric_median_reference(vectors, weight_tensor, iterations, tolerance, smoothing)
-    if kernel.host and count <= MOST_FROM_DISTANCES:
+    if kernel.host and count <= MAX_FROM_DISTANCES:
         return _median_from_distances(kernel, vectors, weight_tensor.tolist(), iterations, tolerance, smoothing)
     if not iterations:
         return _mean(vectors, weight_tensor / weight_tensor.sum())
@@ -265,7 +265,7 @@ def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolera
     # On a GPU the host reads no result: all iterations run, and a flag keeps the shares once they have settled.
     used = weight_tensor > 0
     products: Tensor | None = None
-    if count <= MOST_FROM_DISTANCES:
+    if count <= MAX_FROM_DISTANCES:
         both_used = used & used[:, None]
         distances = torch.where(both_used, kernel.squared_distances(vectors), 0.0).sqrt_()
         middle = torch.where(used, distances @ weight_tensor, math.inf).argmin(0, keepdim=True)

@@ -33,7 +33,7 @@ _empty_like = torch.empty_like
 
 # Longest vector, in elements, that stays in a CPU core's caches between its norm and its scaling (csrc/bindings).
 SHORT = 16384
-MOST_ITERATIONS = 100_000  # of one kernel, which cannot be interrupted
+MAX_ITERATIONS = 100_000  # of one kernel, which cannot be interrupted
 
 
 class AggregateKernels(PlainAggregate, Launcher):
@@ -155,7 +155,7 @@ class AggregateKernels(PlainAggregate, Launcher):
     def geometric_shares(
         self, vectors: Vectors, weights: Tensor, iterations: int, tolerance: float, smoothing: float
     ) -> Tensor | None:
-        if self.host or count_of(vectors) > self.core.aggregate_sorted or iterations > MOST_ITERATIONS:
+        if self.host or count_of(vectors) > self.core.aggregate_sorted or iterations > MAX_ITERATIONS:
             return None
         settings = iterations, tolerance, smoothing
         numbers, shares = self._weights(weights), self._per_vector(count_of(vectors), weights)

@@ -20,7 +20,7 @@ from fedkern.ops._aggregate.reference import (
 from fedkern.ops._aggregate.rules import ServerCall
 
 # Sums of squares below this have lost digits to the end of fp64's range (csrc/bindings/cpu_aggregate_privacy.cpp).
-_LEAST_SQUARE = 1e-280
+_MIN_SQUARE = 1e-280
 
 
 class PlainAggregate:
@@ -138,7 +138,7 @@ class PlainAggregate:
         factors = (max_norm / squares.sqrt()).clamp_max_(1.0)
         if rows_or_stack(vectors)[0].dtype != torch.float64 or not size_of(vectors):
             return factors
-        outside = (squares < _LEAST_SQUARE) | squares.isinf()
+        outside = (squares < _MIN_SQUARE) | squares.isinf()
         if outside.device.type == "cpu" and not bool(outside.any()):
             return factors
         largest = torch.stack([vector.abs().max() for vector in vectors])

@@ -19,7 +19,7 @@ HALF = 2.0**-40
 
 # Up to this many vectors the geometric median is found from their pairwise distances alone. They take one pass over
 # the vectors with M / 2 differences per element; every iteration on the vectors themselves would take two passes.
-MOST_FROM_DISTANCES = 128
+MAX_FROM_DISTANCES = 128
 
 # Distances of a vector from the others, in multiples of theirs and of ``smoothing``, beyond which the weighted mean is
 # no start.
@@ -98,7 +98,7 @@ def geometric_median_reference(
         return wide[0].to(vectors[0].dtype)
     shares = weight_tensor / weight_tensor.sum()
     if iterations:
-        if len(vectors) <= MOST_FROM_DISTANCES:
+        if len(vectors) <= MAX_FROM_DISTANCES:
             radii = squared_distances_reference(wide).sqrt()
             radii = radii[(radii @ weight_tensor).argmin()]
         else:

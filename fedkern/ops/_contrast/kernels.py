@@ -21,9 +21,9 @@ from fedkern.ops._core.launch import Launcher
 # Most bytes of similarities that a call holds whole. Reading them again costs less than multiplying again, until
 # fresh memory costs more than either (measured: at D = 128 both take the same, at D = 512 holding saves a fifth).
 HELD = 16 << 20
-# Bytes of a tile of more similarities; a tile has at least LEAST_ROWS rows, enough for fast products.
+# Bytes of a tile of more similarities; a tile has at least MIN_ROWS rows, enough for fast products.
 TILE = 4 << 20
-LEAST_ROWS = 128
+MIN_ROWS = 128
 
 # Templates for empty_like, which takes two thirds of the time of empty(()).
 _SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in DTYPES}
@@ -161,6 +161,6 @@ def _fits(batch: _Batch) -> bool:
 
 def _tiles(x: Tensor) -> Iterator[tuple[int, int]]:
     count = x.shape[0]
-    rows = max(LEAST_ROWS, TILE // max(count * x.element_size(), 1))
+    rows = max(MIN_ROWS, TILE // max(count * x.element_size(), 1))
     for begin in range(0, count, rows):
         yield begin, min(rows, count - begin)

@@ -14,7 +14,7 @@ from fedkern.ops._core import backend
 from fedkern.ops._core.private_torch import increment_version
 
 # Longest text of a value in an error message: a number may have thousands of digits.
-_MOST_CHARACTERS = 80
+_MAX_CHARACTERS = 80
 
 # Most steps of the exact search for shared memory, which tensors of two axes rarely need. A search that needs more
 # counts as shared memory.
@@ -25,7 +25,7 @@ def show_value(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 64:
         return f"an integer of {value.bit_length()} bits"
     text = str(value)
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]}..."
 
 
 def python_number(value: object) -> Any:

@@ -21,7 +21,7 @@ _grad_enabled, _is_compiling = torch.is_grad_enabled, torch.compiler.is_compilin
 _new = tuple.__new__
 
 # Whole numbers up to here are exact in a float.
-MOST_STEPS = 2**53
+MAX_STEPS = 2**53
 
 
 # ``max_norm`` in a tensor, where there is no None.
@@ -162,7 +162,7 @@ def adamw_step(
         TypeError, ValueError, RuntimeError: as :func:`sgd_step`.
     """
     numbers = None
-    if type(step) is int and 0 < step <= MOST_STEPS and not _is_compiling():
+    if type(step) is int and 0 < step <= MAX_STEPS and not _is_compiling():
         numbers = _numbers(betas, step, eps)
     call = _new(Call, (
         parameters, gradients, first, second, anchor, correction, gradient_sum, lr, 0.0, weight_decay, proximal,
@@ -177,7 +177,7 @@ def adamw_step(
     check_parameters(parameters)
     check_like(first, "first", parameters)
     check_like(second, "second", parameters)
-    step = check_count(step, "step", 1, MOST_STEPS)
+    step = check_count(step, "step", 1, MAX_STEPS)
     adamw = (check_betas(betas), step, check_number(eps, "eps"))
     return _take("adamw_step", call, 0.0, {}, adamw)
 

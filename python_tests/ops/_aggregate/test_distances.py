@@ -97,7 +97,7 @@ def median_in_fp64(vectors: list[Tensor], weights: list[float]) -> Tensor:
 @pytest.mark.parametrize("limit", [0, 128], ids=["iterated", "from distances"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_minority_moves_the_geometric_median_far(backend, limit, dtype, monkeypatch):
-    monkeypatch.setattr(aggregate_distances, "MOST_FROM_DISTANCES", limit)
+    monkeypatch.setattr(aggregate_distances, "MAX_FROM_DISTANCES", limit)
     cases = itertools.product(((4, 1), (10, 1), (10, 4), (21, 9)), (1e3, 6e4, 3e6, 1e9, 1e12, 1e30))
     for (count, attackers), far in thin_out([case for case in cases if dtype != torch.float16 or case[1] < 6.5e4]):
         vectors, weights = make_vectors(count, 40, torch.float32, count), make_weights("counts", count)
@@ -203,7 +203,7 @@ def test_geometric_median_is_the_least_sum_of_distances(backend: str, kind: str)
 @pytest.mark.parametrize("limit", [0, 128], ids=["iterated", "from distances"])
 def test_geometric_median_against_weiszfeld(backend: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways take the same steps, however many."""
-    monkeypatch.setattr(aggregate_distances, "MOST_FROM_DISTANCES", limit)
+    monkeypatch.setattr(aggregate_distances, "MAX_FROM_DISTANCES", limit)
     for dtype, iterations in thin_out(list(itertools.product(DTYPES, (0, 1, 4, 30)))):
         vectors = make_vectors(9, 200, dtype, 5)
         weights = make_weights("zeros", 9)

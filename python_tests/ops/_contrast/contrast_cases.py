@@ -34,7 +34,7 @@ def choose(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for module in (contrast_kernels, contrast_tiled):
             monkeypatch.setattr(module, "HELD", 0)
             monkeypatch.setattr(module, "TILE", 1 << 14)
-        monkeypatch.setattr(contrast_kernels, "LEAST_ROWS", 7)
+        monkeypatch.setattr(contrast_kernels, "MIN_ROWS", 7)
     if way == "onednn":
         monkeypatch.setattr(contrast_products, "ONEDNN", 0)
 
