@@ -37,7 +37,7 @@ from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.settings.run_format import stored_code
 from fedkern.settings.stored import check_regular, load_settings
 from fedkern.tasks.figure_names import short_title
-from fedkern.usercode.code_identity import differences, digest, fold_table, is_unchanged
+from fedkern.usercode.code_identity import digest, find_changes, fold_table, is_unchanged
 
 COMPARISONS = Path("comparisons")
 """Folder of comparisons without ``out``."""
@@ -233,7 +233,7 @@ class Runner:
         if reason := describe_difference(stored, config.replace(identity=identity, **found)):
             tables = stored_code(folder)
             words = [
-                text for group in tables.keys() & code for text in differences(tables[group], fold_table(code[group]))
+                text for group in tables.keys() & code for text in find_changes(tables[group], fold_table(code[group]))
             ]
             raise UserError(
                 f"{folder} was made with {reason}{f' ({first_of(words, 3)})' if words else ''}: name another --out, or "

@@ -126,6 +126,6 @@ class Finished:
             sequence = network.encode_image(images)
             if kind == "mean":
                 return sequence[:, 1:].mean(1)
-            return network.image_align.first(sequence) if kind == "token" else network.project_image(sequence)
+            return network.image_align.first_token(sequence) if kind == "token" else network.project_image(sequence)
 
         return torch.cat([of(images) for images in self.images(split)])

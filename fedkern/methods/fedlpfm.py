@@ -49,7 +49,7 @@ from fedkern.models.teachers import prompts as templates
 from fedkern.models.teachers.prompts import DEFAULT
 from fedkern.models.teachers.teacher import Teacher, trained_teacher
 from fedkern.models.teachers.teacher_cache import LogitsCache
-from fedkern.models.teachers.teacher_training import FINETUNE_LR, PROBE_LR, Recipe, load_or_pretrain, tune
+from fedkern.models.teachers.teacher_training import FINETUNE_LR, PROBE_LR, Recipe, load_or_pretrain, tune_copy
 from fedkern.process.device_copies import send
 from fedkern.typed_option import option
 
@@ -74,7 +74,7 @@ class FedLPFM(LocalTraining):
             "frozen teachers, separated by commas: pretrained[:MODEL/WIDTH], clip:PATH_OR_NAME, efficientnet-lite0, "
             "logits:FILE, FILE.py:NAME, MODULE:NAME",
             path=named_teachers.absolute,
-            code=named_teachers.code,
+            code=named_teachers.list_code,
         )
         lam: float = option(0.5, "weight of the distillation loss; 0 is FedAvg", low=0, name="lambda")
         temperature: float = option(1.0, "temperature of the distillation loss", above=0, infinite=True)
@@ -130,7 +130,7 @@ class FedLPFM(LocalTraining):
             raise UserError("A fine-tuned teacher is kept as its logits alone: take teacher_view=cached.")
         if math.isinf(o.temperature) and o.divergence != "kl":
             raise UserError('Method option "temperature" may be inf with divergence=kl alone.')
-        if o.prompts != DEFAULT and all(spec.kind != "clip" for spec in named_teachers.parse(o.teacher)):
+        if o.prompts != DEFAULT and all(spec.kind != "clip" for spec in named_teachers.parse_teachers(o.teacher)):
             raise UserError(
                 f'Method option "prompts" is for CLIP, and the teacher is {o.teacher}: leave it out, or take '
                 "teacher=clip:FOLDER."
@@ -279,7 +279,7 @@ class FedLPFM(LocalTraining):
         rng = client.rng(f"teacher-{o.teacher_tuning}/{index}", BEFORE)
         probes = o.teacher_tuning == "probe"
         lr = o.tuning_lr or (PROBE_LR if probes else FINETUNE_LR)
-        tuned, logits = tune(teacher, images, client.labels, rng, head_only=probes, epochs=o.tuning_epochs, lr=lr)
+        tuned, logits = tune_copy(teacher, images, client.labels, rng, head_only=probes, epochs=o.tuning_epochs, lr=lr)
         if probes:
             heads = client.state.setdefault("teacher_heads", {})
             heads[index] = {name: value.cpu() for name, value in tuned.state_dict().items()}
@@ -310,7 +310,7 @@ class FedLPFM(LocalTraining):
         if hasattr(self, "_teachers"):
             return
         o = self.options
-        specs = named_teachers.expand(named_teachers.parse(o.teacher), build)
+        specs = named_teachers.expand_pretrained(named_teachers.parse_teachers(o.teacher), build)
         if o.teachers > len(specs):
             raise UserError(
                 f"{o.teachers} teachers per client need as many backbones, but teacher={o.teacher} names "

@@ -16,7 +16,7 @@ from fedkern.methods.method_registry import CLASS, GIVEN, METHODS, short_name
 from fedkern.methods.options import Options
 from fedkern.typed_option import Value
 from fedkern.usercode import named_code
-from fedkern.usercode.code_identity import PLAIN, differences, digest, fold_table, identity_table, is_unchanged
+from fedkern.usercode.code_identity import PLAIN, digest, find_changes, fold_table, identity_table, is_unchanged
 from fedkern.usercode.hook_checks import check_hooks
 
 _MISSING = object()
@@ -74,7 +74,7 @@ def check_class(
         )
     table = identity_table({"method": GIVEN[name]})
     if not is_unchanged(sha256 or "", digest(table)) and "method" not in trusted:
-        words, again = differences(stored, fold_table(table)), 'trusted=["method"] to fedkern.load'
+        words, again = find_changes(stored, fold_table(table)), 'trusted=["method"] to fedkern.load'
         raise named_code.refuse_changed(f"the class {GIVEN[name].__name__}", folder, words, again)
 
 

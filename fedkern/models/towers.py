@@ -78,11 +78,11 @@ class PairNetwork(nn.Module):
 
     def project_image(self, sequence: Tensor) -> Tensor:
         """Map the output of :meth:`encode_image` to unit vectors ``[B, 128]``."""
-        return _unit(self.image_head(self.image_align.first(sequence)))
+        return _unit(self.image_head(self.image_align.first_token(sequence)))
 
     def project_text(self, sequence: Tensor, mask: Tensor) -> Tensor:
         """Map the output of :meth:`encode_text` and the tokens' mask bool ``[B, L]`` to unit vectors ``[B, 128]``."""
-        return _unit(self.text_head(self.text_align.first(sequence, mask)))
+        return _unit(self.text_head(self.text_align.first_token(sequence, mask)))
 
     def image_embedding(self, images: Tensor) -> Tensor:
         """Map normalised images fp32 ``[B, C, H, W]`` to unit vectors ``[B, 128]``."""

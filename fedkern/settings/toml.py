@@ -19,7 +19,7 @@ def dumps(table: Mapping[str, object]) -> str:
     return "\n\n".join(parts).rstrip() + "\n"
 
 
-def line(key: str, value: object) -> str:
+def format_line(key: str, value: object) -> str:
     return f"{_key(key)} = {_value(value)}"
 
 

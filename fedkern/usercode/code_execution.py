@@ -52,7 +52,7 @@ def module_name(file: str, source: bytes) -> str:
     return "_".join(("fedkern_file", re.sub(r"[^0-9A-Za-z]", "_", Path(file).stem), *digits))
 
 
-def run(module: str, file: str = "", source: bytes = b"") -> ModuleType:
+def run_module(module: str, file: str = "", source: bytes = b"") -> ModuleType:
     """Import a module, or execute ``source``, perhaps an older content of the file, once under the module's name.
 
     Raises:

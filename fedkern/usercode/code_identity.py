@@ -115,12 +115,12 @@ def digest(table: Mapping[str, str]) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest() if table else ""
 
 
-def left_out(table: Mapping[str, str]) -> list[str]:
+def list_uncompared(table: Mapping[str, str]) -> list[str]:
     texts = {path: text.removeprefix(NOT_COMPARED) for path, text in table.items() if text.startswith(NOT_COMPARED)}
     return [f"`{path}` ({reason})" for path, reason in texts.items()]
 
 
-def only_code(table: Mapping[str, str]) -> dict[str, str]:
+def select_code(table: Mapping[str, str]) -> dict[str, str]:
     """Return the rows of functions and classes, which no training changes."""
     return {path: text for path, text in table.items() if text.startswith(("code ", "class "))}
 
@@ -137,7 +137,7 @@ def is_unchanged(stored: str | None, current: str) -> bool:
     return stored in (None, current) or stored in _CHANGED.get(current, ())
 
 
-def differences(old_table: Mapping[str, str], new_table: Mapping[str, str]) -> list[str]:
+def find_changes(old_table: Mapping[str, str], new_table: Mapping[str, str]) -> list[str]:
     """Describe the differences of two tables, readable values first, without rows below a new or missing path."""
     paths = {path for path in {*old_table, *new_table} if old_table.get(path) != new_table.get(path)}
     changed_values, other_changes = [], []

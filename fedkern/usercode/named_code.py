@@ -12,7 +12,7 @@ from typing import Any
 from fedkern.errors import UserError, first_of, suggest_name
 from fedkern.files import filesystem
 from fedkern.usercode import plugin_files
-from fedkern.usercode.code_execution import module_name, run
+from fedkern.usercode.code_execution import module_name, run_module
 from fedkern.usercode.code_identity import digest, identity_table, module_identity
 
 FORMS = "FILE.py:NAME or MODULE:NAME"
@@ -117,9 +117,9 @@ def load(named: Named, subject: str) -> tuple[Any, str]:
             code = plugin_files.read_code(file, f"{subject} {named}")
             identity, name = code.identity, module_name(named.file, code.source)
             plugin_files.forget_changed(file, code, name)
-            module = run(name, named.file, code.source)
+            module = run_module(name, named.file, code.source)
         else:
-            module = run(named.module)
+            module = run_module(named.module)
             # os.path has another name in its spec, as has __main__ of python -m.  A running notebook has no spec.
             spec = getattr(module, "__spec__", None)
             thing = getattr(module, named.name, None)

@@ -29,9 +29,9 @@ from fedkern.errors import UserError, first_of
 from fedkern.files.filesystem import cache_folder, check_text, expand
 from fedkern.usercode import code_execution, plugin_files
 from fedkern.usercode.code_execution import module_name
-from fedkern.usercode.code_identity import differences, module_identity
+from fedkern.usercode.code_identity import find_changes, module_identity
 from fedkern.usercode.named_code import refuse_changed, refuse_untrusted, trust
-from fedkern.usercode.registry import REGISTRIES, Registry, docstring
+from fedkern.usercode.registry import REGISTRIES, Registry, read_docstring
 
 GROUP = "fedkern.plugins"
 """Group of the entry points that name plugins of installed packages."""
@@ -218,10 +218,10 @@ def _check_apart(plugin: Plugin) -> None:
 def _run(plugin: Plugin, name: str) -> None:
     try:
         if plugin.source is None:
-            code_execution.run(name)
+            code_execution.run_module(name)
         else:
             sys.modules.pop(name, None)  # perhaps executed as a network's code, without a record of its entries
-            code_execution.run(name, plugin.name, plugin.source)
+            code_execution.run_module(name, plugin.name, plugin.source)
     except UserError as error:
         raise UserError(f"The plugin {plugin.name} cannot be loaded: {error}") from None
     except (Exception, SystemExit) as error:
@@ -305,7 +305,7 @@ def names_of_run(table: Registry[Any], stored: Mapping[str, str]) -> list[str]:
 def describe_plugins(kind: str) -> dict[str, str]:
     """Return the first docstring lines, by name, of a kind's classes from plugins."""
     names = [name for plugin in _LOADED.values() for name in plugin.added.get(kind, ())]
-    return {name: docstring(_tables()[kind][name]).splitlines()[0] for name in names}
+    return {name: read_docstring(_tables()[kind][name]).splitlines()[0] for name in names}
 
 
 def identify_loaded(stored: Mapping[str, str]) -> dict[str, str]:
@@ -352,7 +352,7 @@ def _differences(name: str, path: Path | None, identity: str, source: bytes | No
         code = plugin_files.read_code(path, f"The plugin {path}", source)
         old, new = plugin_files.parse_identity(identity) or old, code.hashes
     tables = ({str(Path(name).parent / part) if part else name: table[part] for part in table} for table in (old, new))
-    return [_short(text) for text in differences(*tables)]
+    return [_short(text) for text in find_changes(*tables)]
 
 
 def _short(identity: str) -> str:

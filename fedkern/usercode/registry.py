@@ -47,7 +47,7 @@ class Registry(dict[str, Entry]):
             holder = self._code(self[name])
             by = "" if holder is None else f" by {name_of(holder)}"
             raise ValueError(f'{self.kind} "{name}" is already registered{by}')
-        description = docstring(code).partition("\n")[0].strip() or otherwise
+        description = read_docstring(code).partition("\n")[0].strip() or otherwise
         if not description:
             raise TypeError(f"{name_of(code)} needs a docstring: its first line describes the {self.kind} to the user")
         return description
@@ -66,7 +66,7 @@ def name_of(code: object) -> str:
     return str(getattr(code, "__qualname__", type(code).__qualname__))
 
 
-def docstring(thing: Any) -> str:
+def read_docstring(thing: Any) -> str:
     """Return the docstring of a function or class, read from its source under ``-OO``, or ""."""
     if thing.__doc__ or sys.flags.optimize < 2:
         return inspect.cleandoc(thing.__doc__ or "")

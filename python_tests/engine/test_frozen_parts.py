@@ -11,7 +11,7 @@ import fedkern
 from fedkern import models
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
-from fedkern.models.state.freezing import freeze, freeze_bn_after, train_mode
+from fedkern.models.state.freezing import freeze_bn_after, freeze_parameters, train_mode
 from fedkern.tasks import CLASSIFICATION
 from python_tests import own_networks, smallest
 from python_tests.own_networks import Small
@@ -122,7 +122,7 @@ def test_a_network_of_fedkerns_own(make_data, tmp_path, model):
     frozen = {name for name, value in start.state_dict().items() if torch.equal(value, own[name])}
     assert frozen == {name for name in own if name.startswith("layer1.")}
     thawed, images = copy.deepcopy(start), torch.rand(4, 3, 8, 8)
-    freeze(start, ["layer1.*"], model)
+    freeze_parameters(start, ["layer1.*"], model)
     for network in (start, train_mode(start), thawed.train()):
         freeze_bn_after(network.get_submodule("layer1"))
         network(images).square().sum().backward()

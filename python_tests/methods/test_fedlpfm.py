@@ -22,7 +22,7 @@ from fedkern.methods.fedlpfm import teacher_mflops
 from fedkern.methods.protocol import BEFORE
 from fedkern.models.precision import compute_in
 from fedkern.models.teachers.teacher import teacher_of
-from fedkern.models.teachers.teacher_training import tune
+from fedkern.models.teachers.teacher_training import tune_copy
 from fedkern.settings.stored import load_settings
 from python_tests.hearing import Hearing
 from python_tests.interrupted import KillAt, outcome, play_killed
@@ -167,7 +167,7 @@ def test_tuned_teachers_are_measured_on_the_validation_split(tuning, data, make_
     for k in range(3):
         client, teacher = Client(bench, k, {}), method._teachers[0]
         rng, own = client.rng(f"teacher-{tuning}/0", BEFORE), [batch.inputs for batch in client.in_order()]
-        tuned, _ = tune(teacher, own, client.labels, rng, head_only=tuning == "probe", epochs=5, lr=0.05)
+        tuned, _ = tune_copy(teacher, own, client.labels, rng, head_only=tuning == "probe", epochs=5, lr=0.05)
         logits = tuned(teacher.features(images)) if tuning == "probe" else tuned(images)
         right.append(float((logits.argmax(1) == split.labels).double().mean()))
     metrics = summary["metrics"]

@@ -19,7 +19,7 @@ from fedkern.models.cost import measure_cost
 from fedkern.models.teachers import named_teachers, teacher_cache
 from fedkern.models.teachers.teacher import Teacher, teacher_of, trained_teacher
 from fedkern.models.teachers.teacher_cache import LogitsCache, image_keys, read_file, stored_logits
-from fedkern.models.teachers.teacher_training import Recipe, load_or_pretrain, pretrain, tune
+from fedkern.models.teachers.teacher_training import Recipe, load_or_pretrain, pretrain, tune_copy
 
 MEAN, STD = (0.4,), (0.3,)
 CLASSES = ("a", "b", "c")
@@ -352,7 +352,7 @@ def test_tuning_starts_from_the_zero_shot_teacher_and_leaves_it_alone(kind: str)
     def run_tuning(epochs: int, lr: float) -> torch.Tensor:
         rng, probes = np.random.default_rng(0), kind == "probe"
         batches = public.images.split(7)
-        module, logits = tune(teacher, batches, public.labels, rng, head_only=probes, epochs=epochs, lr=lr)
+        module, logits = tune_copy(teacher, batches, public.labels, rng, head_only=probes, epochs=epochs, lr=lr)
         torch.testing.assert_close(module(teacher.features(public.images) if probes else public.images), logits)
         return logits
 
@@ -378,7 +378,7 @@ def make_teacher(spec: named_teachers.Spec, folder: Path, public: Public | None 
 
 
 def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    larger = named_teachers.expand(named_teachers.parse("pretrained, pretrained:cnn/3"), build)
+    larger = named_teachers.expand_pretrained(named_teachers.parse_teachers("pretrained, pretrained:cnn/3"), build)
     assert [str(spec) for spec in larger] == [
         "pretrained:resnet8/32", "pretrained:cnn/64", "pretrained:resnet8/64", "pretrained:cnn/3"
     ]  # fmt: skip
@@ -389,9 +389,9 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module.bright = lambda images: images.mean((2, 3)).expand(-1, 3)  # type: ignore[attr-defined]
     module.mine = counting()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "teachers_of_a_test", module)
-    (spec,) = named_teachers.parse("teachers_of_a_test:bright")
+    (spec,) = named_teachers.parse_teachers("teachers_of_a_test:bright")
     assert make_teacher(spec, tmp_path).logits(torch.ones(2, 1, 8, 8)).tolist() == [[1.0] * 3] * 2
-    assert make_teacher(named_teachers.parse("teachers_of_a_test:mine")[0], tmp_path) is module.mine
+    assert make_teacher(named_teachers.parse_teachers("teachers_of_a_test:mine")[0], tmp_path) is module.mine
 
 
 @pytest.mark.parametrize(("text", "sentence"), [
@@ -408,7 +408,7 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 ])  # fmt: skip
 def test_names_that_mean_nothing(tmp_path: Path, text: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        make_teacher(named_teachers.parse(text)[0], tmp_path, Public())
+        make_teacher(named_teachers.parse_teachers(text)[0], tmp_path, Public())
 
 
 def test_no_public_images(tmp_path: Path) -> None:

@@ -26,12 +26,12 @@ from fedkern.usercode.code_identity import (
     LIMIT,
     NODES,
     content_hash,
-    differences,
     digest,
+    find_changes,
     fold_table,
     identity_table,
     is_unchanged,
-    left_out,
+    list_uncompared,
     note_change,
 )
 
@@ -161,8 +161,8 @@ def test_a_change_is_told_and_an_equal_object_is_equal(kind):
     make = KINDS[kind]
     before = table(make(1))
     assert table(make(1)) == before
-    assert differences(before, table(make(2)))
-    assert left_out(before) == []
+    assert find_changes(before, table(make(2)))
+    assert list_uncompared(before) == []
 
 
 TOLD = """
@@ -181,13 +181,13 @@ def test_a_table_is_the_same_in_another_process():
 
 
 def test_words_name_what_has_changed():
-    words = differences(table(Holder(2.0)), table(Holder(3.0)))
+    words = find_changes(table(Holder(2.0)), table(Holder(3.0)))
     assert words == ["`x._value` changed from 2.0 to 3.0"]
     before, second = (run_code(f"def made(a):\n    return a + {n}") for n in (1, 2))
-    assert differences(table(before), table(second)) == ["`x` changed"]
-    assert differences(table(Holder(1)), table(Holder(Holder(1)))) == ["`x._value` changed from 1 to Holder"]
-    assert differences({"a": "1"}, {"b": "1"}) == ["`a` is gone", "`b` is new"]
-    assert differences(table(nn.ReLU()), table(before)) == ["`x` changed"]  # not the Python of its bytecode
+    assert find_changes(table(before), table(second)) == ["`x` changed"]
+    assert find_changes(table(Holder(1)), table(Holder(Holder(1)))) == ["`x._value` changed from 1 to Holder"]
+    assert find_changes({"a": "1"}, {"b": "1"}) == ["`a` is gone", "`b` is new"]
+    assert find_changes(table(nn.ReLU()), table(before)) == ["`x` changed"]  # not the Python of its bytecode
 
 
 def test_lines_and_docstrings_of_classes_do_not_count():
@@ -218,7 +218,7 @@ def test_a_module_that_code_imports_by_itself_counts_by_its_file(tmp_path, monke
     before = table(function)
     assert before["x.imported_inside_a_test"].endswith(content_hash(file.read_bytes()))
     file.write_text("a = 2")
-    assert differences(before, table(function))
+    assert find_changes(before, table(function))
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_a_module_that_code_imports_by_itself_counts_by_its_file(tmp_path, monke
     ids=range(11),
 )
 def test_what_is_not_compared_is_listed(thing, said):
-    (listed,) = left_out(table(thing))
+    (listed,) = list_uncompared(table(thing))
     assert said in listed
 
 
@@ -251,7 +251,7 @@ def test_an_object_that_raises_at_everything_is_walked():
     kind = type("Raising", (), {f"__{name}__": fails for name in names})
     things = kind(), kind()
     things[1].value = 2
-    assert differences(*map(table, things)) == ["`x.value` is new"]
+    assert find_changes(*map(table, things)) == ["`x.value` is new"]
 
 
 def test_what_a_call_leaves_in_functools_and_in_modes_of_torch_does_not_count():
@@ -267,7 +267,7 @@ def test_cycles_end():
     holder._value = {"self": holder, "list": second}
     second.append(second)
     assert table(holder)["x._value['self']"] == "same as x"
-    assert left_out(table(holder)) == []
+    assert list_uncompared(table(holder)) == []
 
 
 def test_weights_and_code_can_be_left_out():
@@ -284,7 +284,7 @@ def test_a_large_table_is_stored_as_few_rows_that_tell_as_much():
     second = {**rows, "x.150.0.p": "0.2"}
     assert len(rows) > 600
     assert len(fold_table(rows, 250)) <= 250
-    assert differences(fold_table(rows, 250), fold_table(second, 250)) == ["`x.150` changed"]
+    assert find_changes(fold_table(rows, 250), fold_table(second, 250)) == ["`x.150` changed"]
     assert fold_table({"a": "1"}) == {"a": "1"}
 
 

@@ -14,7 +14,7 @@ from fedkern.data.sources.items import ALONE, Items, cannot_keep, draw_rows, ten
 from fedkern.data.sources.row_store import RowStore
 from fedkern.data.types import FederatedData
 from fedkern.streams import GENERATORS, stream
-from fedkern.usercode.code_identity import digest, identity_table, left_out
+from fedkern.usercode.code_identity import digest, identity_table, list_uncompared
 
 HASHED, HASHED_IN_ALL = 64, 2000
 """Most items read for the fingerprint per data set, and in all (but at least two per set)."""
@@ -90,7 +90,7 @@ def inspect_items(dataset: Items, samples: int = HASHED) -> Sight:
         dataset.draws.update(seeded.draws)
         return inspect_items(dataset, samples)
     piles_threads = len({*threads[:3]}) == 3 and threads[:3] == sorted(threads[:3])
-    return Sight(dataset.name, value.digest(), is_steady, piles_threads, tuple(left_out(tables[0])), hashes)
+    return Sight(dataset.name, value.digest(), is_steady, piles_threads, tuple(list_uncompared(tables[0])), hashes)
 
 
 def items_per_set(sets: int) -> int:

@@ -22,7 +22,7 @@ from fedkern.models.network_registry import check_gives, list_added
 from fedkern.models.precision import cast_frozen
 from fedkern.models.pretrained.weight_files import load_by_name
 from fedkern.models.state import personal_parts
-from fedkern.models.state.freezing import freeze
+from fedkern.models.state.freezing import freeze_parameters
 from fedkern.models.users.hooked import find_taps
 from fedkern.settings.config import RunConfig
 from fedkern.tasks.user_tasks import user_module
@@ -74,7 +74,7 @@ class Networks:
         if config.plan is not None:
             apply_plan(user_module(network), config.plan)
         if config.freeze is not None:
-            freeze(user_module(network), config.freeze.split(","), self.model_name)
+            freeze_parameters(user_module(network), config.freeze.split(","), self.model_name)
         if config.keeps_parts:
             personal_parts.keep(user_module(network), self._personal(network), self.model_name)
         return network

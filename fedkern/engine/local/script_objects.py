@@ -18,10 +18,10 @@ from fedkern.errors import UserError, first_of, format_value
 from fedkern.methods import method_registry
 from fedkern.methods.base import LocalTraining
 from fedkern.methods.roles import Client
-from fedkern.models.users.user_models import check_module, unwrap
+from fedkern.models.users.user_models import check_module, unwrap_module
 from fedkern.settings.config import RunConfig
 from fedkern.tasks.user_tasks import user_module
-from fedkern.usercode.code_identity import digest, identity_table, only_code
+from fedkern.usercode.code_identity import digest, identity_table, select_code
 from fedkern.usercode.named_code import INSTANCE
 
 _PARTS = ("client_update", "loss", "terms", "adjust_gradient", "draw", "prepare")
@@ -79,7 +79,7 @@ class ScriptObjects:
         for name in _UNREAD.get(replacing, ()):
             if settings.get(name) is not None or (name == "optimizer" and optimizer is not None):
                 raise UserError(f"{name} has no effect beside a function {replacing}, which decides it: set it there.")
-        return cls(None if isinstance(network, str) else unwrap(network), train, optimizer, {})
+        return cls(None if isinstance(network, str) else unwrap_module(network), train, optimizer, {})
 
     @property
     def functions(self) -> bool:
@@ -100,7 +100,7 @@ class ScriptObjects:
         current = self.code(config, data)
         for name, table in current.items() if self.began is not None else ():
             before = self.began.setdefault(name, table)  # type: ignore[union-attr]
-            if only_code(before) != only_code(table):
+            if select_code(before) != select_code(table):
                 self.began[name] = table  # type: ignore[index]
         return current if self.began is None else {name: self.began[name] for name in current}
 

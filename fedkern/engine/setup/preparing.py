@@ -37,7 +37,7 @@ from fedkern.privacy.disclosure import Disclosure
 from fedkern.settings import run_data
 from fedkern.settings.config import RunConfig
 from fedkern.settings.provenance import files_identity
-from fedkern.usercode.code_identity import digest, left_out
+from fedkern.usercode.code_identity import digest, list_uncompared
 
 
 def make_context(
@@ -124,7 +124,7 @@ def make_context(
 
 
 def _not_compared(code: Mapping[str, Mapping[str, str]], sight: Sight | None) -> list[str]:
-    paths = [path for table in code.values() for path in left_out(table)]
+    paths = [path for table in code.values() for path in list_uncompared(table)]
     paths += [] if sight is None else sight.left_out
     return [f"A run that goes on does not compare {first_of(paths, 3)}."] if paths else []
 

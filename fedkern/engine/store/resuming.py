@@ -28,7 +28,7 @@ from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.settings.run_format import read_code
 from fedkern.settings.stored import load_settings, make_portable
 from fedkern.usercode import named_code, plugin_files, plugins
-from fedkern.usercode.code_identity import differences, digest, fold_table, is_unchanged
+from fedkern.usercode.code_identity import digest, find_changes, fold_table, is_unchanged
 
 MOVABLE = ("data_options.boxes", "data_options.detector_cache")
 """Paths that may be changed by hand in config.toml: the data are compared instead."""
@@ -185,12 +185,12 @@ def same_code(
     for group, (sha256, subject, name) in groups.items():
         table = code.get(group, {})
         if (sha256 or group in stored_code or entry is not None) and not is_unchanged(sha256 or "", digest(table)):
-            words = differences(stored_code[group], fold_table(table)) if group in stored_code else []
+            words = find_changes(stored_code[group], fold_table(table)) if group in stored_code else []
             words = ([f"{began} then, {current} now"] if group == "training" and began != current else []) + words
             changed.append((subject, name, words))
     if named_code.parse(config.model) is not None and stored.model_sha256 not in (None, config.model_sha256):
         files = (plugin_files.parse_identity(str(sha256)) for sha256 in (stored.model_sha256, config.model_sha256))
-        changed.append((f"the network {config.model}", config.model, differences(*files)))
+        changed.append((f"the network {config.model}", config.model, find_changes(*files)))
     warnings = []
     for subject, name, words in changed:
         if not named_code.trusts(trusted, name):

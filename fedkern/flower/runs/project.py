@@ -170,7 +170,7 @@ clientapp = "fedkern.flower.runs.client_app:app"
     def _table(rows: Mapping[str, tuple[object, str]]) -> str:
         lines = []
         for key, (value, comment) in rows.items():
-            line = toml.line(key, value)
+            line = toml.format_line(key, value)
             lines.append(f"{line}  # {' '.join(comment.split())}" if comment and len(line) < _WIDE else line)
         return "".join(f"{line}\n" for line in lines)
 

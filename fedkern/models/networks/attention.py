@@ -41,7 +41,7 @@ class TransformerLayer(nn.Module):
         return self.project(attended.transpose(1, 2).flatten(2))
 
     @autocasts
-    def first(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def first_token(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the first token ``[B, d]`` of :meth:`forward`'s result without computing the other tokens.
 
         A single query needs neither keys nor values of the other tokens.  With ``k = W x + b`` its scores are ``(q W)

@@ -14,7 +14,7 @@ from fedkern.errors import UserError, suggest_name
 N = TypeVar("N", bound=nn.Module)
 
 
-def freeze(module: nn.Module, patterns: Sequence[str], text: str) -> None:
+def freeze_parameters(module: nn.Module, patterns: Sequence[str], text: str) -> None:
     parameters = dict(module.named_parameters())
     for name in match_names(module, patterns, [*parameters], "--freeze", f"parameter of {text}"):
         parameters[name].requires_grad_(False)

@@ -45,7 +45,7 @@ class Spec:
         return self.source if self.kind == CODE else f"{self.kind}:{self.source}" if self.source else self.kind
 
 
-def parse(text: str) -> list[Spec]:
+def parse_teachers(text: str) -> list[Spec]:
     specs = []
     for word in text.split(","):
         kind, _, source = word.strip().partition(":")
@@ -66,7 +66,7 @@ def parse(text: str) -> list[Spec]:
 def absolute(text: str) -> str:
     """Return the list with absolute paths, except for names and paths with commas."""
     words = []
-    for spec in parse(text):
+    for spec in parse_teachers(text):
         paths = {
             "clip": filesystem.absolute_folder, "logits": filesystem.absolute, LITE: filesystem.absolute,
             CODE: named_code.absolute,
@@ -76,25 +76,25 @@ def absolute(text: str) -> str:
     return ",".join(words)
 
 
-def code(text: str) -> list[str]:
+def list_code(text: str) -> list[str]:
     """Return the teachers in a list that are Python code, which is imported and so run."""
-    return [str(spec) for spec in parse(text) if spec.kind == CODE]
+    return [str(spec) for spec in parse_teachers(text) if spec.kind == CODE]
 
 
 _EXAMPLES = {"clip": "clip:openai/clip-vit-base-patch32", "logits": "logits:FILE"}
 
 
-def expand(specs: Sequence[Spec], build: Callable[..., nn.Module]) -> list[Spec]:
+def expand_pretrained(specs: Sequence[Spec], build: Callable[..., nn.Module]) -> list[Spec]:
     """Replace plain ``pretrained`` by up to three networks that are larger than the run's."""
     result: list[Spec] = []
     for spec in specs:
         if spec.kind != "pretrained" or spec.source:
             result.append(spec)
             continue
-        smallest = size(build())
+        smallest = count_parameters(build())
         larger: list[Spec] = []
         for model, width in LARGER:
-            if len(larger) < CHOICES and size(build(model=model, width=width)) > smallest:
+            if len(larger) < CHOICES and count_parameters(build(model=model, width=width)) > smallest:
                 larger.append(Spec("pretrained", f"{model}/{width}"))
         if not larger:
             model, width = LARGER[-1]
@@ -170,5 +170,5 @@ class Teachers:
         return teacher_of(thing, str(spec), len(self.classes), self.device, identity)
 
 
-def size(network: nn.Module) -> int:
+def count_parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())

@@ -116,7 +116,7 @@ def load_or_pretrain(
     cache.write("weights", identity, lambda: tensors)
 
 
-def tune(
+def tune_copy(
     teacher: Teacher,
     batches: Iterable[Tensor],
     labels: Tensor,

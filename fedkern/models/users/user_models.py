@@ -371,7 +371,7 @@ def load_maker(named: Named) -> Own:
     return Own(source, str(named), named=named, sha256=digest)
 
 
-def unwrap(module: Any) -> Any:
+def unwrap_module(module: Any) -> Any:
     """Return the module inside of DataParallel and torch.compile, for the names of its state dict."""
     while isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(module, "_orig_mod"):
         module = module._orig_mod if hasattr(module, "_orig_mod") else module.module

@@ -55,10 +55,10 @@ def test_pooled_statistics_are_those_of_all_samples_together(sides):
     for phase in PHASES:
         exchange(pooling, server, clients, phase)
     network = server.build().train()
-    everything = [client.batch(np.arange(client.samples)) for client in clients]
+    batches = [client.batch(np.arange(client.samples)) for client in clients]
     features = {
-        "image_head": [network.image_align.first(network.encode_image(b.inputs)) for b in everything],
-        "text_head": [network.text_align.first(network.encode_text(b.targets), b.targets.mask) for b in everything],
+        "image_head": [network.image_align.first_token(network.encode_image(b.inputs)) for b in batches],
+        "text_head": [network.text_align.first_token(network.encode_text(b.targets), b.targets.mask) for b in batches],
     }
     for head, parts in features.items():
         layers = getattr(network, head)

@@ -17,7 +17,7 @@ def test_the_first_token_is_that_of_the_whole_layer(norm_first, width, heads, ma
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / width**0.5
     tokens = torch.randn(3, 7, width, generator=generator, dtype=torch.float64, requires_grad=True)
     mask = torch.arange(7) < torch.tensor([[7], [4], [1]]) if masked else None
-    full, token = layer(tokens, mask)[:, 0], layer.first(tokens, mask)
+    full, token = layer(tokens, mask)[:, 0], layer.first_token(tokens, mask)
     assert torch.allclose(token, full, rtol=1e-12, atol=1e-12)
     upstream = torch.randn(full.shape, generator=generator, dtype=torch.float64)
     inputs = [tokens, *layer.parameters()]
