@@ -24,7 +24,7 @@ class Absent:
 Implementation = Callable[[], Any] | Absent
 
 
-def folded(module: nn.Module) -> nn.Module:
+def fold_norms(module: nn.Module) -> nn.Module:
     """Return a copy in eval mode whose batch norms are in the convolutions registered right before them."""
     made = copy.deepcopy(module).eval()
     for owner in list(made.modules()):

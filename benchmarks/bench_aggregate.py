@@ -45,7 +45,7 @@ def foreach_add(vectors: list[Tensor], weights: list[float], out: Tensor) -> Cal
     return run
 
 
-def compiled(vectors: list[Tensor], weights: list[float], out: Tensor) -> Callable[[], Tensor]:
+def compile_mean(vectors: list[Tensor], weights: list[float], out: Tensor) -> Callable[[], Tensor]:
     """Average in one pass over the vectors, written into ``out``."""
     shares = [weight / sum(weights) for weight in weights]
 
@@ -73,7 +73,7 @@ def test_weighted_mean(node: str, count: int, size: int, threads: int) -> None:
         "fedkern": lambda: ops.weighted_mean(vectors, weights, out=out),
         "add_": add_loop(vectors, weights, spare),
         "_foreach_add_": foreach_add(vectors, weights, spare),
-        "compile": compiled(vectors, weights, spare),
+        "compile": compile_mean(vectors, weights, spare),
     }
     bytes_ = (count + 1) * size * 4
     case = f"M={count} P={size:,} into out="
@@ -90,7 +90,7 @@ def test_sixteen_bits(node: str, dtype: torch.dtype, threads: int) -> None:
     runs = {
         "fedkern": lambda: ops.weighted_mean(vectors, weights, out=out),
         "add_": add_loop(vectors, weights, spare),
-        "compile": compiled(vectors, weights, spare),
+        "compile": compile_mean(vectors, weights, spare),
     }
     case = f"M=10 P=11,000,000 {str(dtype).removeprefix('torch.')}"
     compare(node, "aggregate", case, runs, model_bytes=11 * 22_000_000, copy=True, threads=threads)

@@ -32,7 +32,7 @@ def loop(images: Tensor, boxes: Tensor, keep: bool) -> Tensor:
     return out
 
 
-def masked(images: Tensor, boxes: Tensor, keep: bool) -> Tensor:
+def erase_masked(images: Tensor, boxes: Tensor, keep: bool) -> Tensor:
     """Erase all pixels of all boxes at once."""
     x1, y1, x2, y2 = (side.unsqueeze(-1) for side in boxes.unbind(-1))
     x = torch.arange(images.shape[3], device=images.device) + 0.5
@@ -53,11 +53,11 @@ SMALL, MEDIUM, LARGE = (8, 3, 32, 32), (64, 3, 64, 64), (64, 3, 224, 224)
 def test_boxes(node: str, keep: bool, shape: tuple[int, ...], threads: int) -> None:
     images, boxes = inputs(shape)
     ours: Callable[..., Tensor] = ops.keep_boxes if keep else ops.erase_boxes
-    compiled = torch.compile(masked, dynamic=False)
+    compiled = torch.compile(erase_masked, dynamic=False)
     runs: dict[str, Callable[[], Tensor]] = {
         "fedkern": lambda: ours(images, boxes),
         "loop of slices": lambda: loop(images, boxes, keep),
-        "mask": lambda: masked(images, boxes, keep),
+        "mask": lambda: erase_masked(images, boxes, keep),
         "compile": lambda: compiled(images, boxes, keep),
     }
     case = f"{list(shape)}{' keep' if keep else ''}"

@@ -57,7 +57,7 @@ def eager_js(stack: Tensor, weights: Tensor) -> Tensor:
     return mixture - mean
 
 
-def joined(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+def join(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
     """Return both results of consensus as one loss."""
 
     def loss(*arguments: Any) -> Tensor:
@@ -137,7 +137,7 @@ def test_consensus(node: str, shape: tuple[int, ...], threads: int) -> None:
         node,
         "consensus",
         f"{shape}",
-        contest(joined(ops.consensus), joined(eager_consensus), [stack], torch.rand(shape[0]) + 0.1),
+        contest(join(ops.consensus), join(eager_consensus), [stack], torch.rand(shape[0]) + 0.1),
         model_bytes=2 * 4 * stack.numel(),
         copy=True,
         threads=threads,

@@ -34,7 +34,7 @@ CASES = (
 SECONDS = 600
 
 
-def asked(task: str, rule: str, model: str, clients: int, *words: str) -> Any:
+def ask(task: str, rule: str, model: str, clients: int, *words: str) -> Any:
     """Return the answer of flower_replies.py, or skip the test without an environment."""
     folder = harness.SETTINGS.environments.get("flower")
     if folder is None:
@@ -57,9 +57,9 @@ def test_a_round(node: str, case: tuple[str, str, int, int], threads: int) -> No
     if refusal:
         pytest.fail(refusal, pytrace=False)
     name = f"{rule} of {clients} × {model}"
-    samples = asked("time", rule, model, clients, "--threads", str(threads), "--pairs", "11")
+    samples = ask("time", rule, model, clients, "--threads", str(threads), "--pairs", "11")
     measured, _ = harness.summarise(samples, OURS)
-    peaks = {variant: asked("memory", rule, model, clients, "--variant", variant) for variant in samples}
+    peaks = {variant: ask("memory", rule, model, clients, "--variant", variant) for variant in samples}
     models = ", ".join(f"{variant} {rise / size:.1f}" for variant, rise in peaks.items())
     backend, core = machines.served_by("cpu")
     row = Comparison(
@@ -73,7 +73,7 @@ def test_a_round(node: str, case: tuple[str, str, int, int], threads: int) -> No
 
 def test_krum_ranks_small_updates() -> None:
     """Updates have a standard deviation of 1e-5 beside weights of 0.05, in 20 rounds of 10 clients."""
-    wrong = asked("ranking", "Krum", "LeNet", 10, "--pairs", "20")
+    wrong = ask("ranking", "Krum", "LeNet", 10, "--pairs", "20")
     print(f"Krum chose another client than fp64 in so many of 20 rounds: {wrong}")
     assert wrong[OURS] == 0
     assert wrong[THEIRS] > 0, "Flower ranks rightly here: the page's table of differences says otherwise"

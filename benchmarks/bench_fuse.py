@@ -40,7 +40,7 @@ def eager_mean(maps: Sequence[Tensor], norm: Norm) -> Tensor:
     return eager(maps, norm).unflatten(1, (len(maps), -1)).mean(1)
 
 
-def fused(maps: Sequence[Tensor], norm: Norm) -> Tensor:
+def fuse(maps: Sequence[Tensor], norm: Norm) -> Tensor:
     return ops.fuse_concat(maps, norm.scale, norm.shift, "relu")
 
 
@@ -98,7 +98,7 @@ def test_fuse_concat(node: str, count: int, layout: str, backward: bool, threads
         grad = torch.randn(64, 64 * count, 32, 32).contiguous(memory_format=LAYOUTS[layout])
         make = training(maps, norm, grad)
     case = f"M={count} {list(shape)} {layout}, {'forward + backward' if backward else 'forward'}"
-    runs = implementations(fused, eager, make)
+    runs = implementations(fuse, eager, make)
     bytes_ = (5 if backward else 2) * size
     compare(node, "fuse_concat", case, runs, model_bytes=bytes_, copy=True, pairs=9, threads=threads)
 

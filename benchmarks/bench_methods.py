@@ -213,7 +213,7 @@ def missing(variant: str, before: Path | None, device: str = "cpu") -> str:
     return ""
 
 
-def checked(before: Path) -> Path:
+def check_checkout(before: Path) -> Path:
     """Return the folder of another checkout whose ``import fedkern`` finds its own package and core.
 
     Raises:
@@ -384,7 +384,7 @@ def _measure(
         words += ["--workers", "1"] if one_core else []
     working = folder / "empty"  # python -m looks for modules in the working folder first
     working.mkdir()
-    with gpu_use.watched() if device == "cuda" else nullcontext() as use:
+    with gpu_use.watch() if device == "cuda" else nullcontext() as use:
         cost = processes.run([sys.executable, "-m", *words], environment(name, before), working)
     rounds = read_rounds(name, folder)
     row.main, figure = main_figure(rounds)
@@ -576,7 +576,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"left out without --data-root: {', '.join(left_out)}")
     data_root = str(Path(args.data_root).resolve()) if args.data_root else None
     machine = machines.machine(args.device)
-    before = checked(args.before) if args.before else None
+    before = check_checkout(args.before) if args.before else None
     rows = []
     for case in cases:
         rows.append(

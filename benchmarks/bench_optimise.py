@@ -30,18 +30,18 @@ class Case:
         torch.manual_seed(0)
         self.start = torch.randn(size)
 
-    def held(self, count: int) -> list[Tensor]:
+    def allocate(self, count: int) -> list[Tensor]:
         """Return the parameters, the gradients, and states of zeros."""
         return [self.start.clone(), 0.01 * self.start, *(torch.zeros_like(self.start) for _ in range(count))]
 
     def sgd(self) -> Callable[[], Tensor]:
-        theta, g, v = self.held(1)
+        theta, g, v = self.allocate(1)
         step = partial(ops.sgd_step, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, zero=True)
         return lambda: step(theta, g, v).squared_norm
 
     def eager_sgd(self) -> Callable[[], Tensor]:
         """Return the expressions of the engine's training loop."""
-        theta, g, v = self.held(1)
+        theta, g, v = self.allocate(1)
 
         def run() -> Tensor:
             squared = torch.dot(g, g)
@@ -54,7 +54,7 @@ class Case:
         return run
 
     def compiled_sgd(self) -> Callable[[], Tensor]:
-        theta, g, v = self.held(1)
+        theta, g, v = self.allocate(1)
 
         def step(theta: Tensor, g: Tensor, v: Tensor) -> Tensor:
             squared = g.square().sum()
@@ -70,7 +70,7 @@ class Case:
         return self._optim(lambda leaf: torch.optim.SGD([leaf], LR, MOMENTUM, weight_decay=DECAY, **kind))
 
     def adamw(self) -> Callable[[], Tensor]:
-        theta, g, moment, second = self.held(2)
+        theta, g, moment, second = self.allocate(2)
         step = 0
 
         def run() -> Tensor:
@@ -84,7 +84,7 @@ class Case:
         return run
 
     def eager_adamw(self) -> Callable[[], Tensor]:
-        theta, g, moment, second = self.held(2)
+        theta, g, moment, second = self.allocate(2)
         step = 0
 
         def run() -> Tensor:
@@ -105,7 +105,7 @@ class Case:
         return self._optim(lambda leaf: torch.optim.AdamW([leaf], LR, BETAS, EPS, DECAY, **kind))
 
     def _optim(self, make: Callable[[torch.nn.Parameter], torch.optim.Optimizer]) -> Callable[[], Tensor]:
-        theta, g = self.held(0)
+        theta, g = self.allocate(0)
         leaf = torch.nn.Parameter(theta)
         leaf.grad = g
         optimizer = make(leaf)

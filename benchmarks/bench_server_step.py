@@ -30,12 +30,12 @@ class Case:
         self.vectors = [self.global_ + 0.01 * torch.randn(size) for _ in range(count)]
         self.settings = DEFAULTS["adam"]
 
-    def held(self, count: int) -> list[Tensor]:
+    def allocate(self, count: int) -> list[Tensor]:
         """Return memory of the model's size."""
         return [torch.zeros_like(self.global_) for _ in range(count)]
 
     def fedkern(self) -> Callable[[], Tensor]:
-        state, second, out = self.held(3)
+        state, second, out = self.allocate(3)
         return lambda: (
             ops.server_step(self.global_, self.vectors, self.weights, "adam", first=state, second=second, out=out).model
         )
@@ -53,8 +53,8 @@ class Case:
 
     def eager(self) -> Callable[[], Tensor]:
         _, rate, beta1, beta2, tau = self.settings
-        deltas = self.held(len(self.vectors))
-        mean, moment, second, root, out = self.held(5)
+        deltas = self.allocate(len(self.vectors))
+        mean, moment, second, root, out = self.allocate(5)
 
         def run() -> Tensor:
             self.look(deltas, mean)
@@ -65,9 +65,9 @@ class Case:
 
         return run
 
-    def compiled(self) -> Callable[[], Tensor]:
+    def compile_step(self) -> Callable[[], Tensor]:
         shares, (_, rate, beta1, beta2, tau) = self.shares, self.settings
-        moment, second, out = self.held(3)
+        moment, second, out = self.allocate(3)
 
         def step(global_: Tensor, vectors: list[Tensor], moment: Tensor, second: Tensor, out: Tensor) -> Any:
             deltas = [vector - global_ for vector in vectors]
@@ -96,7 +96,7 @@ def test_adam(node: str, count: int, size: int, threads: int) -> None:
     runs = {
         "fedkern": case.fedkern(),
         "eager": case.eager(),
-        "compile in place": case.compiled(),
+        "compile in place": case.compile_step(),
     }
     compare(
         node,

@@ -114,7 +114,7 @@ def forest(tool: method_gains.Tool) -> Chart:
     """Return the paired differences of a method over all settings played."""
     rows: list[Row] = []
     for setting in dict.fromkeys(contest.setting for contest in tool.contests):
-        played = [contest for contest in tool.contests if contest.setting == setting and contest.made]
+        played = [contest for contest in tool.contests if contest.setting == setting and contest.commits]
         rows += [Row(setting)] * bool(played)
         for contest in played:
             mean, low, high = contest.ends()

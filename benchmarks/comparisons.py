@@ -200,7 +200,7 @@ def write_results(
         path = _path(folder, group, device, machine)
         if not anew and _refusal(path, machine):
             raise ValueError(_refusal(path, machine))
-        kept = [] if anew else [row for row in _kept(path, rows) if exists(row)]
+        kept = [] if anew else [row for row in _keep(path, rows) if exists(row)]
         content = {"machine": machine, "results": [row.record() for row in [*kept, *rows]]}
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -214,13 +214,13 @@ def processor(machine: Mapping[str, Any]) -> str:
     return str(machine.get("gpu") or machine.get("cpu") or "unknown")
 
 
-def spoken(machine: Mapping[str, Any]) -> str:
+def name_machine(machine: Mapping[str, Any]) -> str:
     """Return the processor as pages say it: "Intel(R) Xeon(R) Processor" of two cores is "Intel Xeon, 2 cores"."""
     name = " ".join(NOISE.sub(" ", processor(machine)).split())
     return f"{name}, {machine['cores']} cores" if "cores" in machine else name
 
 
-def dated(machine: Mapping[str, Any]) -> str:
+def name_date(machine: Mapping[str, Any]) -> str:
     """Return the day of a measurement and its commit, as captions end."""
     commit = machine["commit"]
     return f"{machine['time'][:10]}{', commit unrecorded' if commit == UNRECORDED else f' at commit `{commit}`'}."
@@ -252,7 +252,7 @@ def _refusal(path: Path, machine: dict[str, Any]) -> str:
     return difference and f"{path.name}: {difference}; --anew starts the file again, without the rows it holds"
 
 
-def _kept(path: Path, rows: Sequence[Comparison]) -> list[Comparison]:
+def _keep(path: Path, rows: Sequence[Comparison]) -> list[Comparison]:
     if not path.exists():
         return []
     tests, keys = {row.test for row in rows}, {row.key for row in rows}

@@ -98,7 +98,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     _collected.update(_name(item) for item in own_items if item.path.name not in named)
     wanted: set[str] | None = None
     if harness.SETTINGS.floors is not None:
-        wanted = {node for node, floor in harness.SETTINGS.floors.rows.items() if floor.held}
+        wanted = {node for node, floor in harness.SETTINGS.floors.rows.items() if floor.can_hold}
     elif config.getoption("--shown") or config.getoption("--set-floors"):
         wanted = {node for node, _, _ in shown.nodes()}
     if wanted is not None:

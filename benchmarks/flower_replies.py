@@ -128,7 +128,7 @@ def variants(rule: str) -> list[str]:
     return [*LOW_MEMORY, THEIRS] if rule in ("FedAvg", "FedAdam") else [OURS, THEIRS]
 
 
-def handed(replies: list[Message], begin: list[float], clock: Callable[[], float]) -> Iterator[Message]:
+def hand_out(replies: list[Message], begin: list[float], clock: Callable[[], float]) -> Iterator[Message]:
     """Yield the replies, one after another, and note when the first is asked for."""
     begin.append(clock())
     while replies:
@@ -148,7 +148,7 @@ def times(rule: str, name: str, clients: int, pairs: int) -> dict[str, list[floa
             replies = [reply(arrays.copy(), node) for node, arrays in enumerate(records)]
             judged = strategy(variant, rule, start, clients)
             begin = [clock()] if variant == THEIRS else []
-            arrays, _ = judged.aggregate_train(1, replies if variant == THEIRS else handed(replies, begin, clock))
+            arrays, _ = judged.aggregate_train(1, replies if variant == THEIRS else hand_out(replies, begin, clock))
             # Flower begins when the last reply is there; all of them are there here.
             seconds = clock() - begin[0]
             assert arrays is not None
@@ -162,13 +162,13 @@ def peak(rule: str, name: str, clients: int, variant: str) -> int:
     """Return the highest rise of resident memory, from before the first reply."""
     start, made = record(model(name, 0)), record(model(name, 1))
 
-    def fetched() -> Iterator[Message]:
+    def fetch() -> Iterator[Message]:
         for node in range(clients):
             yield reply(fresh(made), node)
 
     def run() -> None:
         # Flower's grid collects the replies of a round before it gives them to the strategy.
-        replies: Iterable[Message] = list(fetched()) if variant == THEIRS else fetched()
+        replies: Iterable[Message] = list(fetch()) if variant == THEIRS else fetch()
         judged = strategy(variant, rule, start, clients)
         assert judged.aggregate_train(1, replies)[0] is not None
 

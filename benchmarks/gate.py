@@ -57,7 +57,7 @@ class Floor:
         return FACTOR * max(self.ratios)
 
     @property
-    def held(self) -> bool:
+    def can_hold(self) -> bool:
         """Return whether sound kernels reach the floor so often that the gate can hold the row."""
         return sum(ratio >= self.lowest for ratio in self.ratios) >= OFTEN * len(self.ratios)
 
@@ -175,15 +175,15 @@ class Others:
     """Meter of the share of the processors that other processes take."""
 
     def __init__(self) -> None:
-        self._start = self._spent()
+        self._start = self._read_seconds()
 
     def share(self) -> float:
         """Return the share since this meter was made, 0 where the system does not tell."""
-        busy, total, ours = (b - a for a, b in zip(self._start, self._spent(), strict=True))
+        busy, total, ours = (b - a for a, b in zip(self._start, self._read_seconds(), strict=True))
         return max(0.0, (busy - ours) / total) if total else 0.0
 
     @staticmethod
-    def _spent() -> tuple[float, float, float]:
+    def _read_seconds() -> tuple[float, float, float]:
         """Return busy and total seconds of all processors, and this process's own."""
         ours = sum(os.times()[:2])
         if not STAT.exists():

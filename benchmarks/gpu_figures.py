@@ -22,7 +22,7 @@ MEAN = "mean round with the first"
 
 
 def _caption(machine: Mapping[str, Any]) -> Lines:
-    return [f"{machine['gpu']}, torch {machine['torch']}, CUDA {machine['cuda']}, {comparisons.dated(machine)}", ""]
+    return [f"{machine['gpu']}, torch {machine['torch']}, CUDA {machine['cuda']}, {comparisons.name_date(machine)}", ""]
 
 
 def kernel_table(rows: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]] = ()) -> str:

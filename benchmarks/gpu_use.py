@@ -30,7 +30,7 @@ class Use:
 
 
 @contextlib.contextmanager
-def watched(index: int = 0, interval: float = SAMPLE_SECONDS) -> Iterator[Use]:
+def watch(index: int = 0, interval: float = SAMPLE_SECONDS) -> Iterator[Use]:
     """Sample a GPU ten times a second during the block, and once at its end.
 
     Args:

@@ -54,7 +54,7 @@ def machine(device: str) -> dict[str, Any]:
         info["gpu"] = torch.cuda.get_device_name()
         info["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
         info["cuda"] = torch.version.cuda
-    forced = _forced()
+    forced = _read_forced()
     if forced:
         info["backend"] = forced
     for package in ("triton", "liger_kernel", "numpy"):
@@ -74,7 +74,7 @@ def chip(path: Path = CPUINFO, caches: Path = CACHES) -> dict[str, str]:
     return info
 
 
-def _forced() -> str | None:
+def _read_forced() -> str | None:
     from fedkern.ops._core.backend import forced_backend
 
     return forced_backend()
@@ -85,7 +85,7 @@ def served_by(device: str) -> tuple[str, str]:
 
     The backend is the forced one, else the first that can serve; "reference" where none does.
     """
-    forced = _forced()
+    forced = _read_forced()
     if forced:
         return forced, _core_of(forced) or ""
     names = [name for name in (("cuda", "triton") if device == "cuda" else ("cpu",)) if _core_of(name) is not None]

@@ -62,13 +62,13 @@ class Meter(Listener):
         if not self.start:
             self.start = time.time() - self._since
             self.start_cpu = time.process_time()
-            self._last, self._used, self._written = time.perf_counter(), time.process_time(), _written()
+            self._last, self._used, self._written = time.perf_counter(), time.process_time(), _count_written()
 
     def on_round(self, record: Mapping[str, Any]) -> None:
         number = int(record["round"])
         if number not in self._marks:
             return
-        rounds, written = number - self._round, _written()
+        rounds, written = number - self._round, _count_written()
         files = [path.stat().st_size for path in self._out.rglob("*") if path.is_file()]
         self.rows.append(
             {
@@ -90,7 +90,7 @@ def _resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _written() -> int:
+def _count_written() -> int:
     """Return the bytes that this process has handed to the system to write."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("wchar")))

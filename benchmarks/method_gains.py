@@ -32,7 +32,7 @@ class Contest:
     rival_sample: Sample | None
 
     @property
-    def made(self) -> list[str]:
+    def commits(self) -> list[str]:
         """Return commit and day of both, where both are played."""
         return [] if self.own is None or self.rival_sample is None else [self.own.made, self.rival_sample.made]
 
@@ -53,7 +53,7 @@ class Contest:
         """Return the row of the table of differences."""
         assert self.own is not None
         mean, low, high = (decimal(value, 1 if self.own.scale == 100 else 2, "+") for value in self.ends())
-        return [self.setting, self.form, self.rival, f"{mean} [{low}, {high}]", "; ".join(dict.fromkeys(self.made))]
+        return [self.setting, self.form, self.rival, f"{mean} [{low}, {high}]", "; ".join(dict.fromkeys(self.commits))]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Tool:
     alternatives: str
 
 
-def reproduced(paper: str, cell: str) -> Sample | None:
+def read_sample(paper: str, cell: str) -> Sample | None:
     """Return a cell's figure in the results of a study, or None where it was not played."""
     row = read_rows(paper).get(cell) if (RESULTS / f"{paper}.json").exists() else None
     if row is None or row["ours"] is None:
@@ -85,14 +85,14 @@ def contests(
 ) -> list[Contest]:
     """Return every form beside every rival in every setting, with cells by their names in the tables."""
     return [
-        Contest(setting, form, reproduced(paper, prefix + own), rival, reproduced(paper, prefix + theirs))
+        Contest(setting, form, read_sample(paper, prefix + own), rival, read_sample(paper, prefix + theirs))
         for setting, prefix in settings.items()
         for rival, theirs in rivals.items()
         for form, own in forms.items()
     ]
 
 
-def sent(paper: str, cell: str, clients: int) -> float:
+def count_sent(paper: str, cell: str, clients: int) -> float:
     """Return megabytes of a client in both directions, the mean of a cell's runs."""
     return float(read_rows(paper)[cell]["bytes"]) / clients / 1e6
 
@@ -101,7 +101,7 @@ def differences(name: str = "") -> list[str]:
     """Return the table of paired differences, of one method or of all, without unplayed cells."""
     rows = [
         [f"[{tool.name}]({tool.page})", *contest.cells()]
-        for tool in tools() if name in ("", tool.name) for contest in tool.contests if contest.made
+        for tool in tools() if name in ("", tool.name) for contest in tool.contests if contest.commits
     ]  # fmt: skip
     header = ["method", "setting", "form", "compared with", "difference [95 % interval]", "commit, day"]
     return table(header, rows).split("\n")
@@ -164,7 +164,7 @@ def _fedlpfm() -> Tool:
 
 
 def _fediod() -> Tool:
-    sizes = [f"{sent('fediod', f'MNIST: {name}', clients=5):,.1f}" for name in ("FedIOD", "FedAvg in ten rounds")]
+    sizes = [f"{count_sent('fediod', f'MNIST: {name}', clients=5):,.1f}" for name in ("FedIOD", "FedAvg in ten rounds")]
     settings = {f"{data}, Dirichlet 0.1": f"{data}: " for data in ("MNIST", "CIFAR-10")}
     names = ("FedAvg in ten rounds", "FedDF with counts", "DENSE with counts", "ensemble with counts")
     return Tool(

@@ -51,7 +51,7 @@ def megabytes(count: float, digits: int = 3) -> str:
     return f"{count / 1e6:.{digits}f}"
 
 
-def closed(row: Mapping[str, Any], start: Mapping[str, Any], goal: Mapping[str, Any]) -> str:
+def gap_share(row: Mapping[str, Any], start: Mapping[str, Any], goal: Mapping[str, Any]) -> str:
     """Return the share of the gap between ``start`` and ``goal`` that a row closes, over the seeds of all three.
 
     Empty where the gap's own 95 % interval, paired by seed, holds 0.
@@ -65,7 +65,7 @@ def closed(row: Mapping[str, Any], start: Mapping[str, Any], goal: Mapping[str, 
     return f"{100 * (own - low) / (high - low):.0f} %".replace("-", "−")
 
 
-def reproduced(paper: str, *tables: str, goal: str = "", rates: bool = False) -> Lines:
+def list_cells(paper: str, *tables: str, goal: str = "", rates: bool = False) -> Lines:
     """Return the cells of a paper's tables as ``reproduce --json`` gave them: fractions in per cent, intervals of 95 %.
 
     ``goal`` names a cell of another table.  Rows then say what share of the gap from their baseline to it they close.
@@ -79,12 +79,12 @@ def reproduced(paper: str, *tables: str, goal: str = "", rates: bool = False) ->
         gap = "" if row["gap"] is None else f"{points(row['gap'])} to {baseline}"
         if row["gap_low"] is not None:
             gap += f" [{points(row['gap_low'])}, {points(row['gap_high'])}]"
-        share = [closed(row, by_name[row["baseline"]], by_name[goal]) if row["baseline"] else ""] if goal else []
+        share = [gap_share(row, by_name[row["baseline"]], by_name[goal]) if row["baseline"] else ""] if goal else []
         cells_of_row = [percent(mean(seeds)) if seeds else "not played", ", ".join(map(percent, seeds)), gap, *share]
         rows.append([name, *cells_of_row, *([rate(row)] if rates else [])])
     header = [", ".join(tables), "mean", "seeds", "difference, paired by seed", *(["share of the gap"] if goal else []),
               *(["learning rate, chosen"] if rates else [])]  # fmt: skip
-    return [*table(header, rows).split("\n"), *made(paper, shown)]
+    return [*table(header, rows).split("\n"), *commits_of(paper, shown)]
 
 
 def rate(row: Mapping[str, Any]) -> str:
@@ -94,9 +94,9 @@ def rate(row: Mapping[str, Any]) -> str:
     return f"{row['command'].rpartition('--lr ')[2]}, in the older study at a tie of 0.5"
 
 
-def made(paper: str, rows: Sequence[Mapping[str, Any]]) -> Lines:
+def commits_of(paper: str, rows: Sequence[Mapping[str, Any]]) -> Lines:
     """Return the commits and days of rows, below a blank line, or nothing where no row is played."""
-    lines = [figure.made for row in rows if by_seed(row) and (figure := method_gains.reproduced(paper, row["name"]))]
+    lines = [figure.made for row in rows if by_seed(row) and (figure := method_gains.read_sample(paper, row["name"]))]
     return ["", f"Commit and day: {'; '.join(dict.fromkeys(lines))}."] if lines else []
 
 
@@ -118,7 +118,7 @@ def command(method: str, digits: int = 1, scale: float = 100.0, unit: str = "%")
     """Return the page's command, its result, and how long it took."""
     text = COMMANDS[method].text()
     row = load("page_commands").get(method, {})
-    lines = ["```bash", _wrapped(text), "```"]
+    lines = ["```bash", _wrap(text), "```"]
     if row.get("command") != text:
         return lines  # not run in these words
     gave = f"It gave {scale * row['figure']:.{digits}f} {unit}"
@@ -127,7 +127,7 @@ def command(method: str, digits: int = 1, scale: float = 100.0, unit: str = "%")
     return [*lines, "", f"{gave}."]
 
 
-def _wrapped(text: str, width: int = 112) -> str:
+def _wrap(text: str, width: int = 112) -> str:
     lines = [""]
     for word in text.replace(" --", "\n--").split("\n"):
         if lines[-1] and len(lines[-1]) + len(word) > width:
@@ -145,7 +145,7 @@ def _fedgid() -> Page:
     tables = {}
     for name, cells in GID_GAPS.items():
         goal = f"FedAvg without a tie: {cells.split()[0]}"
-        tables[f"fedgid {name}"] = partial(reproduced, "fedgid", cells, goal=goal, rates=True)
+        tables[f"fedgid {name}"] = partial(list_cells, "fedgid", cells, goal=goal, rates=True)
     return Page("docs/fedgid.md", {**tables, "fedgid command": partial(command, "fedgid")})
 
 
@@ -188,8 +188,8 @@ def fuse_table() -> Lines:
 def _fusefl() -> Page:
     return Page(
         "docs/fusefl.md",
-        {"fusefl upload and memory": partial(reproduced, "fusefl", "upload and memory"),
-         "fusefl as published and calibrated": partial(undated, fuse_table),
+        {"fusefl upload and memory": partial(list_cells, "fusefl", "upload and memory"),
+         "fusefl as published and calibrated": partial(mark_undated, fuse_table),
          "fusefl command": partial(command, "fusefl")},
     )  # fmt: skip
 
@@ -219,7 +219,7 @@ def lpfm_foundation() -> Lines:
     rows = []
     for method in dict.fromkeys(name.partition(": ")[2] for name in results):
         rows.append([method, *(mean_and_gap(results[f"{split}: {method}"]) for split in splits)])
-    return [*table(["method", *splits], rows).split("\n"), *made("fedlpfm", [*results.values()])]
+    return [*table(["method", *splits], rows).split("\n"), *commits_of("fedlpfm", [*results.values()])]
 
 
 def mean_and_gap(row: Mapping[str, Any]) -> str:
@@ -246,7 +246,7 @@ def _fedlpfm() -> Page:
     return Page(
         "docs/fedlpfm.md",
         {"fedlpfm teacher from elsewhere": lpfm_foundation, "fedlpfm cost at inference": lpfm_inference,
-         "fedlpfm teacher of public images": partial(undated, lpfm_table),
+         "fedlpfm teacher of public images": partial(mark_undated, lpfm_table),
          "fedlpfm command": partial(command, "fedlpfm")},
     )  # fmt: skip
 
@@ -304,8 +304,8 @@ def iod_options() -> Lines:
 def _fediod() -> Page:
     return Page(
         "docs/fediod.md",
-        {"fediod MNIST with class counts": partial(reproduced, "fediod", "MNIST"),
-         "fediod CIFAR with class counts": partial(reproduced, "fediod", "CIFAR-10"),
+        {"fediod MNIST with class counts": partial(list_cells, "fediod", "MNIST"),
+         "fediod CIFAR with class counts": partial(list_cells, "fediod", "CIFAR-10"),
          "fediod options changed alone": iod_options, "fediod privacy": iod_privacy,
          "fediod command": partial(command, "fediod")},
     )  # fmt: skip
@@ -331,7 +331,7 @@ def dra_noisy(*tables: str) -> Lines:
         cells += [interval(row, "ours") or "not played", interval(row, "gap")]
     heads = [head for name in tables for head in (name, "difference, paired by seed")]
     text = table(["minority, figure", *heads], [[name, *cells] for name, cells in rows_by_name.items()])
-    return [*text.split("\n"), *made("feddra", shown)]
+    return [*text.split("\n"), *commits_of("feddra", shown)]
 
 
 def _feddra() -> Page:
@@ -408,21 +408,21 @@ RUNS, MANY_CLIENTS = f"methods_{MACHINE}", f"many_clients_{OTHER_MACHINE}"
 
 def caption(machine: Mapping[str, Any]) -> Lines:
     """Return when, where and of which commit a table was measured, and a blank line."""
-    return [f"{comparisons.spoken(machine)}, {comparisons.dated(machine)}", ""]
+    return [f"{comparisons.name_machine(machine)}, {comparisons.name_date(machine)}", ""]
 
 
-def undated(make: Callable[[], Lines]) -> Lines:
+def mark_undated(make: Callable[[], Lines]) -> Lines:
     """Return the table of a study, below a line that says what its results do not."""
     return ["Date and commit of the studies: unrecorded.", "", *make()]
 
 
-def shortened(row: bench_methods.Row) -> str:
+def describe_length(row: bench_methods.Row) -> str:
     """Return the rounds and epochs of a shortened run of its method's default run."""
     usual = RunConfig.make(row.method)
     return ", ".join(f"{n} of {getattr(usual, name)} {name.replace('_', ' ')}" for name, n in row.settings.items())
 
 
-def earned(row: bench_methods.Row) -> dict[str, str]:
+def make_run_row(row: bench_methods.Row) -> dict[str, str]:
     """Return a whole run's seconds, and the shares of kernels, processes and start-up in its lead, by column."""
     plain, ours, one_core = bench_methods.PLAIN, bench_methods.OURS, bench_methods.ONE_CORE
 
@@ -434,7 +434,7 @@ def earned(row: bench_methods.Row) -> dict[str, str]:
 
     return {
         "run": f"`{row.method}`",
-        "of the default": shortened(row),
+        "of the default": describe_length(row),
         "plain PyTorch": seconds(median(row.seconds[plain])),
         "fedkern": seconds(median(row.seconds[ours])),
         "fedkern with bf16": seconds(median(row.seconds["bf16"])),
@@ -457,7 +457,7 @@ def whole_runs() -> Lines:
     """Return the table of default runs, and the rows that end at other accuracies."""
     content = load(RUNS, comparisons.RESULTS)
     runs = [bench_methods.Row(**row) for row in content["cases"] if row["setting"] == "default"]
-    rows = [earned(row) for row in runs]
+    rows = [make_run_row(row) for row in runs]
     unequal = [
         f"{cells['run']} compares runs that end at different accuracies: {cells['ends at: plain PyTorch']} in plain "
         f"PyTorch, {cells['ends at: fedkern']} in fedkern."
@@ -627,7 +627,7 @@ def compressed_uploads() -> Lines:
                 percent([run["metrics"]["accuracy"] for run in runs.values()]),
                 "" if label == WHOLE else percent(gaps),
                 "" if label in fewer else percent([run["late"] for run in runs.values()]),
-                stopped(plain_runs, traffic["up"]) if label in COMPRESSIONS else "",
+                find_accuracy(plain_runs, traffic["up"]) if label in COMPRESSIONS else "",
             ])  # fmt: skip
     header = ["uploads", "`--buffers`", "lr", "MB up", "MB down", "accuracy", "minus none", "last rounds",
               "none, as many bytes"]  # fmt: skip
@@ -641,7 +641,7 @@ def chosen_rate(row: Mapping[str, Any]) -> str:
     return found[1] if found else ""
 
 
-def stopped(runs: Mapping[str, Mapping[str, Any]], sent: float) -> str:
+def find_accuracy(runs: Mapping[str, Mapping[str, Any]], sent: float) -> str:
     """Return the accuracy of runs in the first round that has uploaded so many bytes, the same for every seed."""
     curves = [run["curve"] for run in runs.values()]
     at = next(place for place, count in enumerate(curves[0]["bytes_up"]) if count >= sent)
@@ -663,7 +663,7 @@ def _uploads() -> Page:
 NETWORKS = ("McMahan's CNN", "VGG-11/16, batch norm", "ResNet-8/16", "ResNet-18/16", "MobileNetV2")
 
 
-def accelerated(machine: str) -> Lines:
+def list_accelerated(machine: str) -> Lines:
     """Return five networks' training steps beside plain PyTorch, on one core."""
     (recorded,) = (file for file in read_results(comparisons.RESULTS)["guest"] if file.name.endswith(machine))
     times = {row.case: row.speedup["eager"] for row in recorded.rows}
@@ -673,7 +673,7 @@ def accelerated(machine: str) -> Lines:
 
 
 def _readme() -> Page:
-    return Page("README.md", {"accelerate": partial(accelerated, MACHINE)}, part="The five methods")
+    return Page("README.md", {"accelerate": partial(list_accelerated, MACHINE)}, part="The five methods")
 
 
 def privacy_audit() -> Lines:

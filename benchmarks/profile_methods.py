@@ -60,7 +60,7 @@ ROUNDS = 2
 # -- regions -----------------------------------------------------------------------------------------------------------
 
 
-def marked(function: Callable[..., Any], region: str) -> Callable[..., Any]:
+def mark_function(function: Callable[..., Any], region: str) -> Callable[..., Any]:
     """Return the function as a region of the profile."""
     from torch.profiler import record_function
 
@@ -73,7 +73,7 @@ def marked(function: Callable[..., Any], region: str) -> Callable[..., Any]:
 
 
 def mark(path: str, region: str) -> None:
-    """Put :func:`marked` in the place of the function at "module:name" or "module:Class.name".
+    """Put :func:`mark_function` in the place of the function at "module:name" or "module:Class.name".
 
     Raises:
         AttributeError: there is no such function any more.
@@ -87,13 +87,13 @@ def mark(path: str, region: str) -> None:
     if region == STEP:  # a function that makes the one that counts
 
         @functools.wraps(function)
-        def made(*args: Any, **kwargs: Any) -> Any:
+        def make(*args: Any, **kwargs: Any) -> Any:
             steps = function(*args, **kwargs)
-            return steps._replace(step=marked(steps.step, region))
+            return steps._replace(step=mark_function(steps.step, region))
 
-        setattr(holder, last, made)
+        setattr(holder, last, make)
     else:
-        setattr(holder, last, marked(function, region))
+        setattr(holder, last, mark_function(function, region))
 
 
 def mark_all() -> None:
@@ -140,7 +140,7 @@ def part_of(name: str, ours: Iterable[str] = ()) -> str | None:
     return None
 
 
-def divided(events: Iterable[Any], ours: Iterable[str] = ()) -> dict[str, float]:
+def divide(events: Iterable[Any], ours: Iterable[str] = ()) -> dict[str, float]:
     """Return seconds by part: every event's own time, of the thread of the whole run.
 
     Args:
@@ -190,22 +190,22 @@ def child(words: Sequence[str], started: float, out: Path) -> int:
     mark_all()
     begun = time.time()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        code = marked(run.main, WHOLE)(list(words))
+        code = mark_function(run.main, WHOLE)(list(words))
     ended = time.time()
     if code == 0:
-        seconds = divided(profiler.events(), functions_of_ours())
+        seconds = divide(profiler.events(), functions_of_ours())
         seconds[START] += begun - started
         out.write_text(json.dumps({"seconds": ended - started, "parts": seconds, "torch": torch.__version__}))
     return code
 
 
-def shortened(case: Case) -> Case:
+def shorten(case: Case) -> Case:
     """Return the case with fewer rounds: events take memory."""
     settings = {**case.settings, **({} if case.method == "fusefl" else {"rounds": ROUNDS})}
     return Case(case.method, case.setting, {**settings, **SHORTER.get(case.method, {})}, case.options)
 
 
-def profiled(case: Case) -> dict[str, Any]:
+def profile_case(case: Case) -> dict[str, Any]:
     """Return seconds of a run, in all, by part, and without the profiler."""
     environment = {**bench_methods.environment(bench_methods.OURS, None), "OMP_WAIT_POLICY": "PASSIVE"}
     with tempfile.TemporaryDirectory(prefix="profile-") as made:
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the run that is measured ends too
     machine = machines.machine("cpu")
     path = args.results / f"profile_{comparisons.slug(machine)}.json"
-    runs = [profiled(shortened(case)) for case in CASES if case.setting == "default" and case.method in args.methods]
+    runs = [profile_case(shorten(case)) for case in CASES if case.setting == "default" and case.method in args.methods]
     content = json.dumps({"machine": machine, "runs": runs}, indent=1)
     if not args.dry:
         args.results.mkdir(parents=True, exist_ok=True)

@@ -46,10 +46,10 @@ def hash_of(folder: Path, core: str, name: str) -> str:
     files = rf"^(?:cpu/|cuda/|bindings/(?:cpu_|cuda_)?|include/fedkern/)(?:{names})(?:_\w+)?\.\w+$"
     shared = r"^bindings/(?:cpu|cuda|cpu_tensors)\.cpp$"  # register functions, ask whether tensors suit them
     without = f"{files}|{shared}"
-    return source_hash(folder, core, re.compile("|".join([without, *_unused(folder, core, re.compile(without))])))
+    return source_hash(folder, core, re.compile("|".join([without, *_list_unused(folder, core, re.compile(without))])))
 
 
-def _unused(folder: Path, core: str, without: re.Pattern[str]) -> list[str]:
+def _list_unused(folder: Path, core: str, without: re.Pattern[str]) -> list[str]:
     """Return headers that no file of the core includes, as patterns."""
     texts = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*.[ch]*")}
     texts = {name: text for name, text in texts.items() if not without.search(name)}

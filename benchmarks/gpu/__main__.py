@@ -40,8 +40,8 @@ def main(words: Sequence[str] | None = None) -> int:
     if facts is None and not args.list:
         parser.error(ABSENT)
     all_stages = plan(facts["capability"] if facts else "9.0", out, args.data_root)
-    chosen = [stage for stage in all_stages if not args.stages or any(_meant(stage, word) for word in args.stages)]
-    unknown = [word for word in args.stages if not any(_meant(stage, word) for stage in all_stages)]
+    chosen = [stage for stage in all_stages if not args.stages or any(_means(stage, word) for word in args.stages)]
+    unknown = [word for word in args.stages if not any(_means(stage, word) for stage in all_stages)]
     if unknown:
         parser.error(f"there is no stage {unknown[0]!r}: --list names them")
     if args.packed is not None and args.packed.exists() and not (out / RECORD).exists():
@@ -70,7 +70,7 @@ def main(words: Sequence[str] | None = None) -> int:
     return int(bool(failed or left))
 
 
-def _meant(stage: Stage, word: str) -> bool:
+def _means(stage: Stage, word: str) -> bool:
     return stage.name == word or stage.name.startswith(f"{word} ")
 
 

@@ -47,11 +47,11 @@ def main(words: Sequence[str] | None = None) -> int:
         setting.write(case, Path(folder))
         task = Task.load(folder)
         if args.traced:
-            print(traced(case, task, args.out))
+            print(trace_rounds(case, task, args.out))
             return 0
         facts = {"case": case.case, **contest(task, args.device)}
     (args.out / f"{args.model}.json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(told(facts))
+    print(describe(facts))
     return 0
 
 
@@ -67,7 +67,7 @@ def contest(task: Task, device: str) -> dict[str, dict[str, float]]:
     return facts
 
 
-def traced(case: Setting, task: Task, out: Path) -> str:
+def trace_rounds(case: Setting, task: Task, out: Path) -> str:
     """Play two rounds in this process, the second under the profiler, and return the trace's figures in one line."""
     setting.register(case.model)
     shutil.rmtree(out / "run", ignore_errors=True)  # what an end of time has left of an earlier one
@@ -75,7 +75,7 @@ def traced(case: Setting, task: Task, out: Path) -> str:
     return trace.conclude(case.case, [], out / "run" / TRACE, out)
 
 
-def told(facts: dict[str, Any]) -> str:
+def describe(facts: dict[str, Any]) -> str:
     """Return the figures in one line."""
     figures = ", ".join(
         f"{name} {1e3 * facts['first'][name]:.0f} ms and {1e3 * seconds:.1f} ms ({100 * facts['accuracy'][name]:.1f} %)"

@@ -47,7 +47,7 @@ def main(words: Sequence[str]) -> int:
 
 def call(words: Sequence[str]) -> int:
     """Call each operator twice, the second time with the counters on."""
-    made = [make()[0] for row, make in kernels.asked(words, ["cuda"]) if row["dtype"] == "fp32" and not row["odd"]]
+    made = [make()[0] for row, make in kernels.list_rows(words, ["cuda"]) if row["dtype"] == "fp32" and not row["odd"]]
     with ops.use_backend("cuda"):
         for counted in (False, True):
             torch.cuda.synchronize()

@@ -117,7 +117,7 @@ class Lines(Playing):
 
     def _note(self, stage: Stage, entry: dict[str, Any]) -> None:
         super()._note(stage, entry)
-        (self.out / TABLE).write_text("\n".join(told(self.out, self.facts, self.done)) + "\n")
+        (self.out / TABLE).write_text("\n".join(make_tables(self.out, self.facts, self.done)) + "\n")
         pack(self.out, self.archive, KINDS, MOST)
 
 
@@ -155,7 +155,7 @@ def main(words: Sequence[str] | None = None) -> int:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-def told(out: Path, facts: Mapping[str, Any], done: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def make_tables(out: Path, facts: Mapping[str, Any], done: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return all findings of the lines, as tables."""
     rows = [[name, entry["outcome"], f"{entry['seconds']:.0f}", entry["last"]] for name, entry in done.items()]
     text = [", ".join(map(str, facts.values())), "", table(["line", "outcome", "s", "said last"], rows)]

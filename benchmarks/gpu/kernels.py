@@ -42,11 +42,11 @@ Made = tuple[Callable[[], Any], int]
 """A call, and the fewest bytes that it must move."""
 
 
-def drawn(*shape: int, dtype: torch.dtype, leaf: bool = False) -> Tensor:
+def draw(*shape: int, dtype: torch.dtype, leaf: bool = False) -> Tensor:
     return torch.randn(shape, device=DEVICE).to(dtype).requires_grad_(leaf)
 
 
-def trained(loss: Callable[..., Tensor], leaves: Sequence[Tensor], constants: Sequence[Any] = ()) -> Callable[[], Any]:
+def train(loss: Callable[..., Tensor], leaves: Sequence[Tensor], constants: Sequence[Any] = ()) -> Callable[[], Any]:
     """Return a call forward and backward, with gradients of ones for outputs that are no scalars."""
     loss_value = loss(*leaves, *constants)
     outer = torch.ones_like(loss_value)
@@ -60,31 +60,31 @@ def vectors(size: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], M
 
     def several(call: Callable[[list[Tensor]], Any], moved: int) -> Callable[[], Made]:
         def make() -> Made:
-            held = [drawn(size, dtype=dtype) for _ in range(CLIENTS)]
+            held = [draw(size, dtype=dtype) for _ in range(CLIENTS)]
             return lambda: call(held), moved * bytes_of
 
         return make
 
     def mean() -> Made:
-        held, out = [drawn(size, dtype=dtype) for _ in range(CLIENTS)], drawn(size, dtype=dtype)
+        held, out = [draw(size, dtype=dtype) for _ in range(CLIENTS)], draw(size, dtype=dtype)
         return lambda: ops.weighted_mean(held, weights, out=out), (CLIENTS + 1) * bytes_of
 
-    def stacked() -> Made:
-        held, out = drawn(CLIENTS, size, dtype=dtype), drawn(size, dtype=dtype)
+    def stack() -> Made:
+        held, out = draw(CLIENTS, size, dtype=dtype), draw(size, dtype=dtype)
         return lambda: ops.weighted_mean(held, weights, out=out), (CLIENTS + 1) * bytes_of
 
     def server(rule: str, states: int) -> Made:
-        held, model = [drawn(size, dtype=dtype) for _ in range(CLIENTS)], drawn(size, dtype=dtype)
+        held, model = [draw(size, dtype=dtype) for _ in range(CLIENTS)], draw(size, dtype=dtype)
         kept = dict(zip(("first", "second"), (torch.zeros(size, device=DEVICE) for _ in range(states)), strict=False))
         moved = (CLIENTS + 2) * bytes_of + 2 * 4 * states * size
         return lambda: ops.server_step(model, held, weights, rule, out=model, **kept), moved
 
-    def added(exact: bool) -> Made:
-        total, vector = ops.Accumulator(size, exact=exact, device=DEVICE), drawn(size, dtype=dtype)
+    def add(exact: bool) -> Made:
+        total, vector = ops.Accumulator(size, exact=exact, device=DEVICE), draw(size, dtype=dtype)
         return lambda: total.add(vector, 2.0), (50 if exact else 16) * size + bytes_of
 
-    def stepped(states: int) -> Made:
-        held = [drawn(size, dtype=dtype) for _ in range(2)] + [
+    def step(states: int) -> Made:
+        held = [draw(size, dtype=dtype) for _ in range(2)] + [
             torch.zeros(size, dtype=dtype, device=DEVICE) for _ in range(states)
         ]
         call = (
@@ -95,13 +95,13 @@ def vectors(size: int, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], M
         return call, 2 * (2 + states) * bytes_of
 
     yield "weighted_mean", mean
-    yield "weighted_mean stack", stacked
+    yield "weighted_mean stack", stack
     yield "server_step", partial(server, "mean", 0)
     yield "server_step adam", partial(server, "adam", 2)
-    yield "accumulator", partial(added, False)
-    yield "accumulator exact", partial(added, True)
-    yield "sgd_step", partial(stepped, 1)
-    yield "adamw_step", partial(stepped, 2)
+    yield "accumulator", partial(add, False)
+    yield "accumulator exact", partial(add, True)
+    yield "sgd_step", partial(step, 1)
+    yield "adamw_step", partial(step, 2)
     yield "trimmed_mean", several(lambda held: ops.trimmed_mean(held, 2), CLIENTS + 1)
     yield "median", several(ops.median, CLIENTS + 1)
     yield "geometric_median", several(ops.geometric_median, 2 * CLIENTS + 1)
@@ -116,10 +116,10 @@ def batches(batch: int, size: int, dtype: torch.dtype) -> Iterator[tuple[str, Ca
     moved = batch * size * dtype.itemsize
 
     def blend(gradient: bool, index: bool) -> Made:
-        x, y = (drawn(batch, size, dtype=dtype, leaf=gradient) for _ in range(2))
+        x, y = (draw(batch, size, dtype=dtype, leaf=gradient) for _ in range(2))
         chosen = torch.randperm(batch, device=DEVICE) if index else None
         call = partial(ops.blend, alpha=0.3, index=chosen)
-        return (trained(call, [x, y]), 6 * moved) if gradient else (lambda: call(x, y), 3 * moved)
+        return (train(call, [x, y]), 6 * moved) if gradient else (lambda: call(x, y), 3 * moved)
 
     yield "blend", partial(blend, False, False)
     yield "blend index", partial(blend, False, True)
@@ -133,21 +133,21 @@ def losses(rows: int, classes: int, dtype: torch.dtype) -> Iterator[tuple[str, C
     experts = 4
 
     def one(loss: Callable[..., Tensor], leaves: int, constants: int) -> Made:
-        tensors = [drawn(rows, classes, dtype=dtype, leaf=i < leaves) for i in range(leaves + constants)]
-        return trained(loss, tensors[:leaves], tensors[leaves:]), (2 * leaves + constants) * moved
+        tensors = [draw(rows, classes, dtype=dtype, leaf=i < leaves) for i in range(leaves + constants)]
+        return train(loss, tensors[:leaves], tensors[leaves:]), (2 * leaves + constants) * moved
 
     def ensemble(temperature: float = 2.0, **kind: str) -> Made:
-        student, teachers = drawn(rows, classes, dtype=dtype, leaf=True), drawn(experts, rows, classes, dtype=dtype)
+        student, teachers = draw(rows, classes, dtype=dtype, leaf=True), draw(experts, rows, classes, dtype=dtype)
         return (
-            trained(partial(ops.ensemble_kl, temperature=temperature, **kind), [student], [teachers]),
+            train(partial(ops.ensemble_kl, temperature=temperature, **kind), [student], [teachers]),
             (2 + experts) * moved,
         )
 
     def jensen() -> Made:
-        return trained(ops.js_div, [drawn(2, rows, classes, dtype=dtype, leaf=True)]), 4 * moved
+        return train(ops.js_div, [draw(2, rows, classes, dtype=dtype, leaf=True)]), 4 * moved
 
-    def agreed() -> Made:
-        logits = drawn(experts, rows, classes, dtype=dtype)
+    def agree() -> Made:
+        logits = draw(experts, rows, classes, dtype=dtype)
         return lambda: ops.consensus(logits), experts * moved
 
     yield "kl_div", partial(one, lambda s, t: ops.kl_div(s, t, 2.0), 1, 1)
@@ -160,7 +160,7 @@ def losses(rows: int, classes: int, dtype: torch.dtype) -> Iterator[tuple[str, C
     yield "ensemble_kl logits", partial(ensemble, mix="logits")
     yield "ensemble_kl mean_of_kl", partial(ensemble, mode="mean_of_kl")
     yield "js_div", jensen
-    yield "consensus", agreed
+    yield "consensus", agree
 
 
 def maps(shape: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Made]]]:
@@ -168,29 +168,29 @@ def maps(shape: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[str, Callab
     batch, channels = shape[:2]
     moved = torch.Size(shape).numel() * dtype.itemsize
 
-    def boxed(call: Callable[..., Tensor]) -> Made:
-        images = drawn(*shape, dtype=dtype)
+    def box(call: Callable[..., Tensor]) -> Made:
+        images = draw(*shape, dtype=dtype)
         boxes = torch.tensor([[[4.0, 4.0, 20.0, 20.0]]], device=DEVICE, dtype=dtype).expand(batch, 1, 4).contiguous()
         read = int(call(torch.ones_like(images), boxes, 0.0).count_nonzero())  # pixels that are replaced are not
         return lambda: call(images, boxes, 0.5), moved + read * dtype.itemsize
 
-    def fused(call: Callable[..., Tensor], out: int, gradient: bool) -> Made:
+    def fuse(call: Callable[..., Tensor], out: int, gradient: bool) -> Made:
         width = 2 * channels
-        tensors = [drawn(*shape, dtype=dtype, leaf=gradient) for _ in range(2)]
-        tensors += [drawn(width, dtype=dtype, leaf=gradient) for _ in range(2)]
+        tensors = [draw(*shape, dtype=dtype, leaf=gradient) for _ in range(2)]
+        tensors += [draw(width, dtype=dtype, leaf=gradient) for _ in range(2)]
 
-        def joined(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        def join(x: Tensor, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
             return call([x, y], scale, shift, "relu")
 
         if not gradient:
-            return lambda: joined(*tensors), (2 + out) * moved
-        return trained(joined, tensors), (2 * (2 + out) + 2) * moved
+            return lambda: join(*tensors), (2 + out) * moved
+        return train(join, tensors), (2 * (2 + out) + 2) * moved
 
-    yield "erase_boxes", partial(boxed, ops.erase_boxes)
-    yield "keep_boxes", partial(boxed, ops.keep_boxes)
+    yield "erase_boxes", partial(box, ops.erase_boxes)
+    yield "keep_boxes", partial(box, ops.keep_boxes)
     for name, call, out in (("fuse_concat", ops.fuse_concat, 2), ("fuse_mean", ops.fuse_mean, 1)):
-        yield name, partial(fused, call, out, False)
-        yield f"{name} gradient", partial(fused, call, out, True)
+        yield name, partial(fuse, call, out, False)
+        yield f"{name} gradient", partial(fuse, call, out, True)
 
 
 def features(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], Made]]]:
@@ -198,8 +198,8 @@ def features(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], Made]]
     for size, rows in (("small", 256), ("large", 8192)):
 
         def make(rows: int = rows) -> Made:
-            embeddings = [drawn(rows, 128, dtype=dtype, leaf=True) for _ in range(2)]
-            return trained(ops.contrastive, embeddings), 4 * rows * 128 * dtype.itemsize
+            embeddings = [draw(rows, 128, dtype=dtype, leaf=True) for _ in range(2)]
+            return train(ops.contrastive, embeddings), 4 * rows * 128 * dtype.itemsize
 
         yield "contrastive", size, make
 
@@ -247,7 +247,7 @@ def main(words: Sequence[str] | None = None) -> int:
     args.results.mkdir(parents=True, exist_ok=True)
     clock, table = CudaClock(torch.device(DEVICE)), Table(args.results / FILE)
     failed = False
-    for row, make in asked(args.operators, args.backends):
+    for row, make in list_rows(args.operators, args.backends):
         if args.missing and table.has(row):
             continue
         torch.manual_seed(0)
@@ -258,11 +258,11 @@ def main(words: Sequence[str] | None = None) -> int:
             failed = True
             row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
         table.add(row)
-        print(told(row), flush=True)
+        print(describe(row), flush=True)
     return int(failed)
 
 
-def asked(words: Sequence[str], backends: Sequence[str]) -> Iterator[tuple[dict[str, Any], Callable[[], Made]]]:
+def list_rows(words: Sequence[str], backends: Sequence[str]) -> Iterator[tuple[dict[str, Any], Callable[[], Made]]]:
     """Yield the rows to fill, and functions that make the call of each, without odd ones of the reference.
 
     Args:
@@ -305,7 +305,7 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("operator", "size", "dtype", "odd", "backend"))
 
 
-def told(row: dict[str, Any]) -> str:
+def describe(row: dict[str, Any]) -> str:
     head = f"{row['operator']:24} {row['size']:8} {row['dtype']} {'odd' if row['odd'] else '   '} {row['backend']:9}"
     if "failed" in row:
         return f"{head} {row['failed']}"

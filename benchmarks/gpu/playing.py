@@ -56,21 +56,21 @@ class Playing:
             stages: in their order.
             again: whether to play passed stages too.
         """
-        stages = sorted(stages, key=self._begun)
+        stages = sorted(stages, key=self._has_begun)
         for i, stage in enumerate(stages):
-            if not again and self._passed(stage):
+            if not again and self._has_passed(stage):
                 continue
             left = None if self._end is None else self._end - time.monotonic() - self.patience
             if left is not None and left < min(LEAST, stage.seconds):
-                return [stage for stage in stages[i:] if again or not self._passed(stage)]
+                return [stage for stage in stages[i:] if again or not self._has_passed(stage)]
             limit = stage.seconds if left is None else min(stage.seconds, left)
             self._note(stage, self._run(stage, limit, cut=limit < stage.seconds))
         return []
 
-    def _begun(self, stage: Stage) -> bool:
+    def _has_begun(self, stage: Stage) -> bool:
         return not stage.ready and self.done.get(stage.name, {}).get("code") == self.code
 
-    def _passed(self, stage: Stage) -> bool:
+    def _has_passed(self, stage: Stage) -> bool:
         if stage.ready:
             return not subprocess.run(stage.ready, cwd=ROOT, capture_output=True, check=False).returncode
         known = self.done.get(stage.name, {})

@@ -25,11 +25,11 @@ def main(words: Sequence[str]) -> int:
     out = Path(words[words.index("--out") + 1])
     asked = ["--resume", str(out)] if (out / NAME).exists() else list(words)
     code = wait(subprocess.Popen([sys.executable, "-m", "fedkern.run", *asked]))
-    print(reached(words[0], out))
+    print(describe(words[0], out))
     return code
 
 
-def reached(method: str, out: Path) -> str:
+def describe(method: str, out: Path) -> str:
     """Return one line on how far a run has come."""
     records = read_metrics(out) if (out / METRICS).exists() else []
     if not records:

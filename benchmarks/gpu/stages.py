@@ -55,7 +55,7 @@ def plan(capability: str, out: Path, data_root: str | None) -> list[Stage]:
     """
     stages = [build(capability), doctor(), tests(), *repeats(), kernels(out), *operators(out)]
     stages += [*sanitizers(), *rounds(out), *traces(out), *methods(out, data_root)]
-    return stages + ([] if data_root is None else published(out, data_root))
+    return stages + ([] if data_root is None else plan_published(out, data_root))
 
 
 def build(capability: str) -> Stage:
@@ -199,7 +199,7 @@ PUBLISHED = {"fusefl": (FUSEFL, 900), "fediod": (FEDIOD, 1200), "fedgid": (FEDGI
 """Settings of the methods' papers by method, and seconds after which a stage stops; its run goes on the next time."""
 
 
-def published(out: Path, data_root: str) -> list[Stage]:
+def plan_published(out: Path, data_root: str) -> list[Stage]:
     """Return runs at published scale: FedIOD's teachers come first, because their ensemble bounds its student."""
     return [
         Stage(

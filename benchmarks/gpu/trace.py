@@ -46,7 +46,7 @@ def waits(events: Iterable[Event]) -> list[Event]:
     ]
 
 
-def covered(events: Iterable[Event], begin: float, end: float) -> float:
+def measure_cover(events: Iterable[Event], begin: float, end: float) -> float:
     """Return the microseconds of [begin, end] in which an event went on, for events sorted by their beginnings."""
     total, reached = 0.0, begin
     for event in events:
@@ -98,7 +98,7 @@ def figures(events: Sequence[Event]) -> dict[str, Any]:
         pair[1] += event["dur"] / 1e6
     return {
         "seconds": (end - begin) / 1e6,
-        "busy": covered(device, begin, end) / (end - begin) if device else None,
+        "busy": measure_cover(device, begin, end) / (end - begin) if device else None,
         "kernels": sum(event["cat"] == "kernel" for event in events),
         "waits": dict(sorted(counts.items(), key=lambda item: -item[1][1])),
     }

@@ -62,7 +62,7 @@ def subset(dataset: common.Images, rows: Tensor) -> common.Images:
     return common.Images(dataset.images[rows], *(column[rows] for column in dataset.columns), augment=dataset.augment)
 
 
-def trimmed(ids: Tensor, mask: Tensor) -> Tokens:
+def trim(ids: Tensor, mask: Tensor) -> Tokens:
     """Return a batch of texts, padded no further than its longest one needs."""
     length = int(mask.sum(1).max())
     return Tokens(ids[:, :length], mask[:, :length])
@@ -71,7 +71,7 @@ def trimmed(ids: Tensor, mask: Tensor) -> Tokens:
 def on(batches: Iterable[Sequence[Tensor]], device: torch.device) -> Iterator[tuple[Tensor, Tokens]]:
     """Yield the batches of a loader, on the device, after reading the lengths of the texts."""
     for images, ids, mask in batches:
-        yield images.to(device, non_blocking=True), trimmed(ids, mask).to(device)
+        yield images.to(device, non_blocking=True), trim(ids, mask).to(device)
 
 
 def steps(dataset: common.Images, batch_size: int, count: int, device: torch.device) -> Iterator[tuple[Tensor, Tokens]]:

@@ -49,13 +49,13 @@ class Fused(nn.Module):
         self.levels = nn.ModuleList(nn.ModuleList(level) for level in levels)
         self.head = head
 
-    def joined(self, x: Tensor) -> Tensor:
+    def join(self, x: Tensor) -> Tensor:
         for level in self.levels:
             x = torch.cat([branch(x) for branch in level], dim=1)
         return x
 
     def features(self, x: Tensor) -> Tensor:
-        return self.joined(x).unflatten(1, (len(self.levels[-1]), -1)).mean(1)
+        return self.join(x).unflatten(1, (len(self.levels[-1]), -1)).mean(1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
@@ -88,7 +88,7 @@ def loss_of(model: nn.Module, images: Tensor, labels: Tensor, *, fused: Fused | 
     if fused is None:
         return F.cross_entropy(model(images), labels)
     with torch.no_grad():
-        inputs = fused.joined(images)
+        inputs = fused.join(images)
     return F.cross_entropy(model(inputs), labels)
 
 
@@ -107,7 +107,7 @@ def class_statistics(
     return result
 
 
-def pooled(clients: Sequence[Sequence[tuple[int, Tensor, Tensor]]]) -> list[tuple[int, Tensor, Tensor]]:
+def pool(clients: Sequence[Sequence[tuple[int, Tensor, Tensor]]]) -> list[tuple[int, Tensor, Tensor]]:
     """Return the same over all clients together: count, mean and covariance."""
     result = []
     for parts in zip(*clients, strict=True):
@@ -192,7 +192,7 @@ def main() -> None:
     plain = [common.Images(data.images, *data.columns) for data in federation.clients]
     uncalibrated = model
     model = copy.deepcopy(model)
-    statistics = pooled([class_statistics(model, data, classes, args.device) for data in plain])
+    statistics = pool([class_statistics(model, data, classes, args.device) for data in plain])
     model.head = calibrate(head, statistics, args)
     figures = common.evaluate(model, federation.tests)
     before = common.evaluate(uncalibrated, federation.tests)

@@ -70,7 +70,7 @@ def audit(one: Tensor, other: Tensor, *, confidence: float = 0.99) -> Audit:
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), not {confidence}")
-    x, y = (_checked(scores, name) for scores, name in ((one, "one"), (other, "other")))
+    x, y = (_check(scores, name) for scores, name in ((one, "one"), (other, "other")))
     if len(x) != len(y):
         raise ValueError(f"one and other must have the same number of runs, not {len(x)} and {len(y)}")
     half, level = len(x) // 2, (1 - confidence) / 2
@@ -150,7 +150,7 @@ def _least_negatives(epsilon: Callable[[float], float], false_positives: float) 
     return limit
 
 
-def _checked(scores: Tensor, name: str) -> np.ndarray:
+def _check(scores: Tensor, name: str) -> np.ndarray:
     if scores.dim() != 1 or len(scores) < 4:
         raise ValueError(f"{name} must be scores [n] of at least four runs, not {list(scores.shape)}")
     values = scores.detach().cpu().double().numpy()

@@ -216,13 +216,13 @@ def draws(change: Callable[..., dict[str, Any]]) -> Iterator[None]:
         yield
 
 
-def halved(**settings: Any) -> dict[str, Any]:
+def halve_noise(**settings: Any) -> dict[str, Any]:
     """Return the settings with half the noise that is booked."""
     return {**settings, "noise": settings["noise"] / 2}
 
 
 @contextmanager
-def unsampled() -> Iterator[None]:
+def stop_sampling() -> Iterator[None]:
     """Disable sampling: the canary's shard always serves, and every sample is in every batch."""
     right = Client.rng
 
@@ -251,21 +251,21 @@ def measure(mechanism: Mechanism, repeats: int) -> dict[str, Any]:
 
     The defect is half the noise, or no sampling where there was some; ``half`` is then the result of half the noise.
     """
-    figures = audited(mechanism, repeats)
+    figures = run_audit(mechanism, repeats)
     sampled = any(rate < 1 for rows in figures["ledger"].values() for _, _, rate, _ in rows)
-    with unsampled() if sampled else draws(halved):
-        wrong = audited(mechanism, repeats)
+    with stop_sampling() if sampled else draws(halve_noise):
+        wrong = run_audit(mechanism, repeats)
     defect = "sampling left out" if sampled else "half the noise"
     caught = {"defect": defect, "lower": wrong["lower"], "claimed": wrong["claimed"]}
     row = {"mechanism": mechanism.name, **figures, "caught": caught}
     if sampled:
-        with draws(halved):
-            half = audited(mechanism, repeats)
+        with draws(halve_noise):
+            half = run_audit(mechanism, repeats)
         row["half"] = {"lower": half["lower"], "claimed": half["claimed"]}
     return row
 
 
-def audited(mechanism: Mechanism, repeats: int) -> dict[str, Any]:
+def run_audit(mechanism: Mechanism, repeats: int) -> dict[str, Any]:
     """Return an audit's figures, the claimed mu at its false positives, and the ledger of one repeat."""
     scores, ledger = mechanism.runs(repeats, -1.0)
     shifted, _ = mechanism.runs(repeats, 1.0)

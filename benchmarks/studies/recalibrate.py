@@ -101,7 +101,7 @@ def recalibrate(folder: Path, wanted: Sequence[Classifier], *, batch: int = 500)
         head = calibrate(heads[classifier.pool], seen[classifier.pool, classifier.covariance], draw, options)
         with torch.no_grad():
             accuracies[classifier.name] = {
-                name: float((head(_pooled(x, classifier.pool)).argmax(1) == y).double().mean())
+                name: float((head(_pool(x, classifier.pool)).argmax(1) == y).double().mean())
                 for name, (x, y) in tests.items()
             }
     return accuracies
@@ -110,11 +110,11 @@ def recalibrate(folder: Path, wanted: Sequence[Classifier], *, batch: int = 500)
 def _statistics(classifier: Classifier, head: nn.Linear, clients: list[tuple[Tensor, Tensor]]) -> ClassStatistics:
     statistics = ClassStatistics(head.out_features, head.in_features, diagonal=classifier.covariance == "diagonal")
     for x, labels in clients:
-        statistics.add(_pooled(x, classifier.pool), labels)
+        statistics.add(_pool(x, classifier.pool), labels)
     return statistics
 
 
-def _pooled(features: Tensor, pool: Pool) -> Tensor:
+def _pool(features: Tensor, pool: Pool) -> Tensor:
     return features.mean(1) if pool == "mean" else features.flatten(1)
 
 

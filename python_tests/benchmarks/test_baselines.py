@@ -41,7 +41,7 @@ def test_server_steps() -> None:
 
 def test_looks_at_the_deltas() -> None:
     case = bench_server_step.Case(COUNT, SIZE)
-    norms, cosines = case.look(case.held(COUNT), case.held(1)[0])
+    norms, cosines = case.look(case.allocate(COUNT), case.allocate(1)[0])
     step = ops.server_step(case.global_, case.vectors, case.weights)
     torch.testing.assert_close(torch.stack(norms), step.norms.float())
     torch.testing.assert_close(torch.stack(cosines), step.cosines.float())
@@ -58,7 +58,7 @@ def test_boxes(keep: bool) -> None:
     images, boxes = bench_boxes.inputs((5, 3, 17, 17))
     expected = ops.keep_boxes(images, boxes) if keep else ops.erase_boxes(images, boxes)
     assert 0 < (expected == 0).sum() < expected.numel()
-    for found in (bench_boxes.loop(images, boxes, keep), bench_boxes.masked(images, boxes, keep)):
+    for found in (bench_boxes.loop(images, boxes, keep), bench_boxes.erase_masked(images, boxes, keep)):
         assert torch.equal(found, expected)
 
 
@@ -69,7 +69,7 @@ def test_folded_modules(block: BasicBlock) -> None:
             torch.nn.init.normal_(layer.running_mean)  # type: ignore[arg-type]
             torch.nn.init.uniform_(layer.running_var, 0.5, 2.0)  # type: ignore[arg-type]
     block.eval()
-    before, made = copy.deepcopy(block.state_dict()), baselines.folded(block)
+    before, made = copy.deepcopy(block.state_dict()), baselines.fold_norms(block)
     assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in made.modules())
     x = torch.randn(2, 4, 6, 6)
     torch.testing.assert_close(made(x), block(x), rtol=1e-4, atol=1e-5)

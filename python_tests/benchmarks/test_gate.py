@@ -53,8 +53,8 @@ def test_what_processes_say_together(outcomes: list[str], joint: str) -> None:
 def test_what_processes_saw_is_joined_and_rows_that_sound_kernels_miss_are_not_held() -> None:
     joined = FLOOR.after(gate.Floor("eager", (1.9,), (0.9,)))
     assert joined == gate.Floor("eager", (1.9, 2.0, 2.2), (0.9, 1.0, 1.1))
-    assert joined.held
-    assert not gate.Floor("eager", (3.0,), (1.0,)).after(joined).held
+    assert joined.can_hold
+    assert not gate.Floor("eager", (3.0,), (1.0,)).after(joined).can_hold
     assert FLOOR.after(gate.Floor("copy", (9.0,), (1.0,))) == FLOOR
 
 

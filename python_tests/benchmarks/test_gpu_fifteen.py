@@ -152,7 +152,7 @@ def test_kernels_and_the_reference(small, known, tmp_path) -> None:
             assert kernels.main(words) == 0
     content = json.loads((tmp_path / "results" / kernels.FILE).read_text())
     assert all("seconds" in row for row in content["rows"])
-    found = "\n".join(fifteen.told(tmp_path, known, {}))
+    found = "\n".join(fifteen.make_tables(tmp_path, known, {}))
     cells = next(line for line in found.splitlines() if line.startswith("| `median` |")).split(" | ")
     brackets = r"\d+ % \(\d+ %\)" if known is H200 else r"\d+ %"
     assert all(re.fullmatch(brackets, cell) for cell in cells[2:6])

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from benchmarks import charts, method_gains, page, pages
-from benchmarks.method_gains import Contest, Sample, reproduced
+from benchmarks.method_gains import Contest, Sample, read_sample
 from benchmarks.studies.run import read_study
 
 
@@ -47,25 +47,25 @@ def test_losses_have_two_digits():
 
 
 def test_what_is_not_played_is_left_out(monkeypatch):
-    assert contest(sample(0.5), None).made == []
-    monkeypatch.setattr(method_gains, "reproduced", lambda paper, cell: None)
+    assert contest(sample(0.5), None).commits == []
+    monkeypatch.setattr(method_gains, "read_sample", lambda paper, cell: None)
     assert len(method_gains.differences()) == 2
 
 
 def test_a_reproduced_cell_is_read_by_seed(results):
-    assert reproduced("mine", "a") is None  # there is no file
+    assert read_sample("mine", "a") is None  # there is no file
     row = {"name": "a", "figure": "accuracy", "ours": 0.6, "values": "0=0.5 3=0.7", "fedkern": "0.1.0 abc1234"}
     loss = {**row, "name": "b", "figure": "worst_client_loss", "date": "2026-01-02"}
     results("mine", rows=[row, loss, {**row, "name": "c", "ours": None}])
-    assert reproduced("mine", "a") == Sample({0: 0.5, 3: 0.7}, 100, "`abc1234`, no day")
-    assert reproduced("mine", "b") == Sample({0: -0.5, 3: -0.7}, 1, "`abc1234`, 2026-01-02")
-    assert reproduced("mine", "c") is None
-    assert reproduced("mine", "d") is None
+    assert read_sample("mine", "a") == Sample({0: 0.5, 3: 0.7}, 100, "`abc1234`, no day")
+    assert read_sample("mine", "b") == Sample({0: -0.5, 3: -0.7}, 1, "`abc1234`, 2026-01-02")
+    assert read_sample("mine", "c") is None
+    assert read_sample("mine", "d") is None
 
 
 def test_cells_are_those_of_the_papers(monkeypatch):
     asked = []
-    monkeypatch.setattr(method_gains, "reproduced", lambda paper, cell: asked.append((paper, cell)))
+    monkeypatch.setattr(method_gains, "read_sample", lambda paper, cell: asked.append((paper, cell)))
     method_gains.tools()
     assert {paper for paper, _ in asked} == {"fedgid", "fusefl", "fedlpfm", "fediod", "feddra"}
     for paper, cell in asked:

@@ -107,7 +107,7 @@ def test_feddra_has_the_loss_of_fedkern():
     ours, _ = method.loss(model.train(), data, make_received(globally))
     args = argparse.Namespace(mu=3.0, lambda1=1.0)
     padded = Tokens(*(torch.nn.functional.pad(part, (0, 2)) for part in data.targets))
-    theirs = feddra.loss_of(model, data.inputs, feddra.trimmed(*padded), globally=globally, args=args)
+    theirs = feddra.loss_of(model, data.inputs, feddra.trim(*padded), globally=globally, args=args)
     same_loss_and_gradients(theirs, ours, model)
 
 
@@ -174,7 +174,7 @@ def test_fusefl_pools_statistics_exactly():
     stub = SimpleNamespace(features=lambda rows: rows)
     parts = [common.Images(features[rows], labels[rows]) for rows in (slice(0, 7), slice(7, 40))]
     for c, (count, mean, covariance) in enumerate(
-        fusefl.pooled([fusefl.class_statistics(stub, part, 2, CPU) for part in parts])
+        fusefl.pool([fusefl.class_statistics(stub, part, 2, CPU) for part in parts])
     ):
         own = features[labels == c]
         assert count == len(own)
@@ -336,7 +336,7 @@ def record_commands(monkeypatch):
 def test_on_a_gpu_all_variants_are_sent_there_and_it_is_watched(tmp_path, monkeypatch):
     asked = record_commands(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bench_methods.gpu_use, "watched", lambda: nullcontext(Use([30.0, 50.0], 7_000_000)))
+    monkeypatch.setattr(bench_methods.gpu_use, "watch", lambda: nullcontext(Use([30.0, 50.0], 7_000_000)))
     case = Case("fedavg", "default", {"rounds": 1})
     found = bench_methods.measure(case, ("plain", "fedkern", "bf16"), 2, before=None, data_root=None, device="cuda")
     assert [command[command.index("--device") + 1] for command in asked] == ["cuda"] * 6

@@ -187,9 +187,9 @@ def test_a_row_tells_the_share_of_the_gap_that_it_closes(monkeypatch):
     ]
     monkeypatch.setattr(page_figures, "read_rows", lambda name: {row["name"]: row for row in rows})
     cells = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in page_figures.reproduced("x", "tied", goal="goal")
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in page_figures.list_cells("x", "tied", goal="goal")
     ]
     assert [line[0] for line in cells[2:]] == ["goal", "FedAvg", "half", "once", "worse", "open"]
     assert [line[-1] for line in cells[2:]] == ["", "", "50 %", "", "−10 %", ""]
-    assert len(page_figures.reproduced("x", "tied")) == 2 + 5
-    assert "%" not in "".join(page_figures.reproduced("x", "noisy", goal="goal"))  # the gap's interval holds 0
+    assert len(page_figures.list_cells("x", "tied")) == 2 + 5
+    assert "%" not in "".join(page_figures.list_cells("x", "noisy", goal="goal"))  # the gap's interval holds 0

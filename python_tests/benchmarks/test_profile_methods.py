@@ -58,7 +58,7 @@ def test_every_event_counts_once_for_its_region_or_its_operator():
         Event("aten::mkldnn_convolution", 100e6, Event("aten::convolution", 0, run)),
         Event("aten::relu", 1e9, None, thread=2),
     ]  # fmt: skip
-    found = profile_methods.divided(events, {"KLBackward"})
+    found = profile_methods.divide(events, {"KLBackward"})
     expected = {
         PYTHON: 1, EVALUATE: 32, BATCHES: 33, BACKWARD: 44, NORM: 50, OTHER: 60, OURS: 70, STEP: 80, PRODUCTS: 90,
         FORWARD: 100,
@@ -77,7 +77,7 @@ def test_what_is_marked_is_there(path):
 
 
 def test_a_run_passes_what_is_marked(monkeypatch, tmp_path):
-    simulate = profile_methods.marked(fedkern.simulate, WHOLE)  # everything is imported before it is marked
+    simulate = profile_methods.mark_function(fedkern.simulate, WHOLE)  # everything is imported before it is marked
     for path in (*REGIONS, *(f"fedkern.ops:{name}" for name in OPERATORS)):
         module, _, name = path.partition(":")
         holder = importlib.import_module(module)
@@ -91,7 +91,7 @@ def test_a_run_passes_what_is_marked(monkeypatch, tmp_path):
             "fedavg", data="digits", model="mlp", train_samples=60, clients=2, rounds=1, local_steps=1, workers=1,
             threads=1, grad_cam=0, out=tmp_path / "run", progress=False, pictures=False,
         )  # fmt: skip
-    found = profile_methods.divided(profiler.events(), set())
+    found = profile_methods.divide(profiler.events(), set())
     assert [part for part in (LOAD, BATCHES, STEP, EVALUATE, OURS, KEEP) if not found[part]] == []
 
 

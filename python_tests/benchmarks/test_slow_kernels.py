@@ -45,7 +45,7 @@ FLOORS = gate.read_floors()
 def steadiest_of_each_family() -> list[str]:
     """Return from every benchmark file the gated row with the least spread between processes."""
     rows = sorted(FLOORS.rows, key=lambda node: min(FLOORS.rows[node].ratios) / max(FLOORS.rows[node].ratios))
-    return sorted({node.partition("::")[0]: node for node in rows if FLOORS.rows[node].held}.values())
+    return sorted({node.partition("::")[0]: node for node in rows if FLOORS.rows[node].can_hold}.values())
 
 
 def run_gate(node: str, slowed: bool, path: Path) -> subprocess.CompletedProcess[str]:
