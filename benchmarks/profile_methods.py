@@ -42,7 +42,7 @@ REGIONS = {
     "fedkern.engine.parts.checkpointing:Checkpointing.round_end": KEEP,
     "fedkern.engine.rounds.client_states:ClientStates._write": KEEP,
     "fedkern.engine.local.training:stepper": STEP,
-    "fedkern.models.networks.conv_norm_layers:run": OURS,
+    "fedkern.models.networks.conv_norm_layers:run_conv_norm": OURS,
 }
 """Functions whose time is one part, as module:name, where a run looks them up; of `stepper` it is the step."""
 OPERATORS = (

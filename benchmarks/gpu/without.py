@@ -14,7 +14,7 @@ from fedkern.engine.local import lanes, training
 from fedkern.run import main as play
 
 PARTS: dict[str, tuple[Any, str, Any]] = {
-    "graphs": (training, "replayable", lambda *_: False), "lanes": (lanes, "MOST", 1),
+    "graphs": (training, "is_replayable", lambda *_: False), "lanes": (lanes, "MOST", 1),
 }  # fmt: skip
 """What to put in whose place."""
 

@@ -217,10 +217,10 @@ def test_runs_are_runs(name, monkeypatch) -> None:
     assert effective_config(parse_run(words)).rounds == 12
     assert ("without" in name) == (part != "nothing")
     played = []
-    monkeypatch.setattr(without, "play", lambda given: played.append((given, training.replayable, lanes.MOST)) or 0)
+    monkeypatch.setattr(without, "play", lambda given: played.append((given, training.is_replayable, lanes.MOST)) or 0)
     for module, attribute, _ in without.PARTS.values():
         monkeypatch.setattr(module, attribute, getattr(module, attribute))  # taken back afterwards
-    before = training.replayable
+    before = training.is_replayable
     assert without.main([part, *words]) == 0
     ((given, used, lane_limit),) = played
     assert given == words
