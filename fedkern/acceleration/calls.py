@@ -202,11 +202,7 @@ def call_parts(module: nn.Module, function: Callable[..., object], *args: object
 
 @contextmanager
 def override_calls(**how: Any) -> Iterator[None]:
-    """Change calls in this thread within the block.
-
-    Args:
-        how: another ``serve``, which computes chains, a ``record`` of convolutions, or a ``recorder`` of a rehearsal.
-    """
+    """Change calls in this thread: another ``serve`` for chains, a ``record``, or a ``recorder`` of a rehearsal."""
     vars(_thread).update(how)
     try:
         yield
@@ -270,8 +266,8 @@ class Convolution:
     """``_conv_forward`` of a convolution, whose result waits if an operator may compute it.
 
     Attributes:
-        plan: for the number of a mode of gradients of a mode of calls (:data:`MODES`), the steps that the result waits
-            for: a digit, or a letter from ``a`` if only convolutions and sums take the last result.
+        plan: for each mode of gradients of each mode of calls, the steps that the result waits for: a digit, or a
+            letter from ``a`` if only convolutions and sums take the last result.
     """
 
     def __init__(self, layer: nn.Module, settings: tuple[object, ...], plan: Mapping[int, str] | None = None) -> None:

@@ -36,10 +36,8 @@ class Site:
     """Call of a convolution.
 
     Attributes:
-        noted: the tensors with their versions.
         last: whether torch's layers would give its result, and what follows, channels-last.
         opens: whether only convolutions and sums take the chain's result, which may have an operator's layout.
-        grad: whether gradients were enabled.
         moved: elements that an operator's call had to copy into another layout.
     """
 
@@ -64,7 +62,6 @@ class Norm:
     """Arguments of a batch norm, or with ``groups`` of a group norm.
 
     Attributes:
-        noted: the tensors with their versions.
         counted: whether the running statistics are updated already, or need no update.
     """
 
@@ -123,7 +120,6 @@ class Node:
 
     Attributes:
         parent, step: the node before and the function of its value, as the network's author wrote it.
-        value: the result, once it is computed.
         taken: whether a function took the value, so that others may hold a view of it.
     """
 

@@ -21,7 +21,7 @@ Weights = Sequence[float] | Tensor
 
 
 def check_vectors(vectors: Vectors) -> tuple[Tensor, int]:
-    """Return a tensor with the vectors' dtype, device and last dimension P, and the count M."""
+    """Return a tensor with the vectors' dtype, device and last dimension, and the count M."""
     if isinstance(vectors, Tensor):
         check_floating(vectors, "vectors")
         if vectors.dim() != 2 or not vectors.shape[0]:
@@ -102,7 +102,7 @@ def check_weights(weights: Tensor | Iterable[float], count: int) -> tuple[list[f
     Weights of a sum below :data:`TINY` are scaled: their products with the vectors would be subnormal.
 
     Raises:
-        TypeError: the weights have no order (a set, a generator), or a weight is not a number.
+        TypeError: the weights have no order (a set, a generator), or are no numbers.
         ValueError: the number of weights, a weight or the sum is wrong.
     """
     if isinstance(weights, Tensor):

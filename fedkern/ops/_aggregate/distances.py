@@ -203,9 +203,9 @@ def _krum(kernel: PlainAggregate, vectors: Vectors, byzantine: int, keep: int) -
 
 
 def _shares(scores: Tensor, keep: int) -> Tensor:
-    """Return 1 for the vectors that Krum keeps and 0 for the others, all NaN if a kept score is infinite.
+    """Return 1 for the vectors that Krum keeps, else 0, all NaN if a kept score is infinite.
 
-    The host reads nothing: on a GPU it would wait, and end the capture of a CUDA graph.
+    On a GPU the host would wait for a value, and end the capture of a CUDA graph.
     """
     ascending, order = scores.sort(stable=True)
     shares = torch.zeros_like(scores).index_fill_(0, order[:keep], 1.0)
@@ -345,8 +345,8 @@ def _weiszfeld(
 def _products(kernel: PlainAggregate, vectors: Vectors, centre: Tensor, radii: Tensor, scale: Tensor) -> Tensor:
     """Return the products ``<x_m - centre, x_k - centre>``, fp64 ``[M, M]``, from distances.
 
-    The vectors, at distances ``radii``, are first drawn to ``scale`` at most: beside a vector 1e8 times as far away as
-    the others, no digit of their products would be left.
+    Vectors are first drawn to ``scale`` at most: beside one 1e8 times as far away no digit of their products would be
+    left.
     """
     factors = (scale / radii).clamp_max_(1.0)
     count, size = len(radii), len(centre)

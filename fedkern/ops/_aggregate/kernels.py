@@ -39,8 +39,8 @@ MAX_ITERATIONS = 100_000  # of one kernel, which cannot be interrupted
 class AggregateKernels(PlainAggregate, Launcher):
     """:class:`PlainAggregate`, which specifies the methods, on a compiled core.
 
-    Plain PyTorch (inherited) computes on a GPU: ``server_step`` of more than 128 vectors, distances between more than
-    64, and medians and trimmed means of more than 64 vectors or of weighted fp64.
+    On a GPU plain PyTorch computes ``server_step`` of more than 128 vectors, distances between more than 64, and
+    medians and trimmed means of more than 64 vectors or of weighted fp64.
     """
 
     def __init__(self, core: ModuleType) -> None:
@@ -187,7 +187,7 @@ class AggregateKernels(PlainAggregate, Launcher):
         return results
 
     def _call(self, function: Callable[..., bool], vectors: Vectors, *others: Any) -> None:
-        """Call a function of the core with the vectors, or with copies if it cannot walk their strides.
+        """Call a function of the core with the vectors, or with copies of unsuitable strides.
 
         CPU kernels take unit strides (``weighted_mean`` any), GPU kernels any stride that all vectors share.
         """

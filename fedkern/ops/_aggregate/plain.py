@@ -26,9 +26,9 @@ _MIN_SQUARE = 1e-280
 class PlainAggregate:
     """Interface of the aggregation kernels, implemented by the references.
 
-    ``vectors`` are M >= 1 tensors ``[P]`` or one ``[M, P]``, of one dtype and device and any strides; P may be 0.
-    Results are new and contiguous unless an argument receives them. Sums are taken in fp64, in a fixed order. An
-    ``out`` has unit stride and any of the four dtypes, and overlaps no input unless stated.
+    ``vectors`` are M >= 1 tensors ``[P]`` or one ``[M, P]``, of one dtype and device and any strides; P may be 0. Sums
+    are taken in fp64, in a fixed order. Results are new and contiguous unless an ``out`` receives them, of unit stride,
+    any of the four dtypes, and without overlap unless stated.
 
     Attributes:
         host: whether the host may look at results; on a GPU it would wait for them.
@@ -53,7 +53,6 @@ class PlainAggregate:
         add_reference(total, vector, weight)
 
     def accumulated_mean(self, total: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
-        """Divide ``total`` by ``weight``, into ``out`` or a new tensor of that dtype."""
         target = _target(out, total)
         if target.dtype == torch.float64:
             return torch.div(total, weight, out=target)
@@ -64,7 +63,6 @@ class PlainAggregate:
         exact_add_reference(digits, top, vector, weight)
 
     def exact_mean(self, digits: Tensor, top: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
-        """Divide the digits' sum by ``weight``, into ``out`` or a new tensor of that dtype."""
         target = _target(out, top)
         exact_mean_reference(digits, top, weight, target)
         return target
@@ -73,8 +71,8 @@ class PlainAggregate:
         """Perform one round of a server optimiser, where ``call.out`` may be ``call.global_``.
 
         Returns:
-            ``out`` or a new model, and with ``similarities`` the M norms of the deltas and their cosines to the mean
-            delta, fp64 (else empty).
+            ``out`` or a new model, and with ``similarities`` the deltas' norms and cosines to the mean delta, fp64
+            ``[M]``.
         """
         target = _target(call.global_.dtype if call.out is None else call.out, call.global_)
         return target, *robust.server_step_reference(call, target)
@@ -152,8 +150,7 @@ class PlainAggregate:
     def scale_and_noise(self, vectors: Vectors, factors: Tensor, deviation: float, seed: int, offset: int) -> Tensor:
         """Compute ``factors[m] * x_m + deviation * normal(seed, offset + m * P + j)``, ``[M, P]``.
 
-        ``factors``: fp64 ``[M]`` on the vectors' device; ``seed`` and ``offset`` lie in [0, 2^64). The normal numbers
-        are philox's, to the rounding of log, sine and cosine in fp32.
+        ``factors``: fp64 ``[M]`` on the vectors' device; ``seed`` and ``offset`` lie in [0, 2^64).
         """
         return torch.stack(list(robust.scale_and_noise_reference(vectors, factors, deviation, seed, offset)))
 

@@ -33,7 +33,7 @@ def weighted_mean_reference(
 def countable(vectors: Tensor, weights: Tensor) -> Tensor:
     """Return the mask ``[...]`` of the ``vectors [..., P]`` that can be multiplied by ``weights [...]``.
 
-    A non-finite vector of weight 0 is masked out. A finite one is not: its weight has a derivative.
+    Only a non-finite vector of weight 0 is masked out: a finite one gives its weight a derivative.
     """
     return (weights != 0) | vectors.isfinite().all(-1)
 

@@ -117,9 +117,9 @@ def geometric_median_reference(
 def start_shares(radii: Tensor, weights: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     """Return the scale of a geometric median, and the shares of its iterations' start.
 
-    The scale is the distance within which more than half of the weight lies; ``radii`` are the distances from a point
-    among most vectors. The shares are the weights, unless a vector lies :data:`FAR` times the scale away: it would pull
-    the mean so far that 100 iterations may not lead back.
+    The scale is the distance within which more than half of the weight lies, of ``radii`` from a point among most
+    vectors. Distant vectors (:data:`FAR` times the scale) start with small shares: 100 iterations may not lead back
+    from their mean.
     """
     used = weights > 0
     order = torch.where(used, radii, math.inf).argsort(stable=True)

@@ -94,8 +94,8 @@ class _Launcher(Launcher):
 class BlendKernels(_Launcher):
     """blend of both compiled cores.
 
-    Tensors have been checked and lie on one device. A core returns False, and does nothing, if the samples have gaps or
-    differ in layout: asking in Python would take longer than a small blend.
+    A core returns False, and does nothing, if the samples have gaps or differ in layout: asking in Python would take
+    longer than a small blend.
     """
 
     def forward(self, foreground: Tensor, background: Tensor, call: BlendCall) -> Tensor:
@@ -189,8 +189,7 @@ class BoxesKernels(_Launcher):
     def fill(self, images: Tensor, boxes: Tensor, fill: Tensor, keep: bool, out: Tensor) -> None:
         """Write ``images`` to ``out``, with ``fill`` for pixels inside any box or (``keep``) outside all boxes.
 
-        ``fill`` is ``[1 or B, C]`` of the images' dtype. ``out`` is new, its samples dense. A box with a NaN is empty
-        on a GPU, a ValueError on the CPU.
+        ``fill`` is ``[1 or B, C]``, ``out`` new and dense. A box with a NaN is empty on a GPU, a ValueError on the CPU.
         """
         boxes, fill = self.wide(boxes).contiguous(), fill.contiguous()
         if self.core.fill_boxes(images, boxes, fill, keep, self.fresh(out), self.at(out)):

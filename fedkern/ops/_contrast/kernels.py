@@ -41,8 +41,7 @@ class _Batch(NamedTuple):
 class CpuContrast(Launcher):
     """contrastive of ``fedkern._cpu``, with the methods of :class:`TiledContrast`.
 
-    Sums are taken in float32 (float64 for a float64 input) and rounded once. On CUDA no method reads a tensor's value,
-    which would synchronise.
+    Sums are taken in float32 (float64 for a float64 input) and rounded once.
     """
 
     def __init__(self, core: ModuleType) -> None:

@@ -40,8 +40,8 @@ class TiledContrast:
     def look(self, pairs: Pairs, tile: Tensor, begin: int, pieces: Tensor, partners: Tensor) -> None:
         """Read the square blocks of a tile from row ``begin``, a multiple of the block size.
 
-        Writes the tile's part of ``partners [B]``, the pairs' similarities, and of ``pieces [2, blocks, 2 B]``, the
-        maxima and sums of blocks: for the B rows by blocks of columns, then for the B columns by blocks of rows.
+        Writes its part of ``partners [B]``, the pairs' similarities, and of ``pieces [2, blocks, 2 B]``, the blocks'
+        maxima and sums: for the B rows by blocks of columns, then for the B columns by blocks of rows.
         """
         raise NotImplementedError
 

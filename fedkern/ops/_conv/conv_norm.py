@@ -125,8 +125,7 @@ def choose_norm_kernel(inputs: Inputs, settings: Settings) -> ConvKernels | None
 def compute_conv_norm(kernel: ConvKernels, inputs: Inputs, settings: Settings) -> Tensor:
     """Compute :func:`conv_norm` with the kernel of :func:`choose_norm_kernel`, without checks of the settings.
 
-    Batch statistics subtract a bias again, so that it changes only the running mean and has a gradient of zeros. As in
-    torch's batch norm, autograd does not count changes of the running statistics.
+    Batch statistics subtract a bias again: it only changes the running mean, and has a gradient of zeros.
     """
     x, weight, scale, shift, bias, residual = inputs
     if not x.is_contiguous(memory_format=_CHANNELS_LAST):  # the weight is channels-last

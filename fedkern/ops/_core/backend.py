@@ -263,7 +263,7 @@ def trust_fork() -> None:
 
     Otherwise the core computes on one thread: OpenMP threads do not survive a fork, and a parallel region would wait
     for them. torch's operators do wait, and hang, so a fork also sets torch to one thread (``torch.set_num_threads``
-    raises this), but not before fedkern is imported.
+    raises this).
     """
     with contextlib.suppress(Unavailable):
         cpu_core().trust_fork()
@@ -289,11 +289,7 @@ def is_intercepted() -> bool:
 
 
 def needs_reference(operator: str, *, has_rules: bool = False) -> bool:
-    """Return whether only the reference works: in forward-mode AD, or a transform of torch.func without rules.
-
-    Raises:
-        RuntimeError: another backend was forced.
-    """
+    """Return whether only the reference works: in forward-mode AD, or a transform of torch.func without rules."""
     is_forward = _forward_ad._current_level >= 0
     if _is_compiling():
         return bool(is_forward)
@@ -365,8 +361,8 @@ def eager(*tensors: Tensor) -> bool:
 def select_ordinary(operator: str, *arguments: object) -> Any | None:
     """Return the core's launcher for an ordinary call, or None, where :func:`select` decides.
 
-    Nothing intercepts an ordinary call, and the check ``fits`` accepts its arguments. On small tensors :func:`select`
-    takes longer than a kernel.
+    Nothing intercepts an ordinary call, and ``fits`` accepts its arguments. On small tensors :func:`select` takes
+    longer than a kernel.
     """
     if is_intercepted():  # first of all: a compiler would guard on everything that is looked up below
         return None
@@ -375,11 +371,7 @@ def select_ordinary(operator: str, *arguments: object) -> Any | None:
 
 
 def settle_choice(operator: str, device: str) -> bool:
-    """Make the choice that :func:`select_ordinary` looks up, and return whether it was missing.
-
-    Raises:
-        RuntimeError: a backend was forced and cannot take tensors on ``device``.
-    """
+    """Make the choice that :func:`select_ordinary` looks up, and return whether it was missing."""
     if (operator, device) in _chosen:
         return False
     _choose(operator, device)

@@ -1,4 +1,4 @@
-"""Checks that the visible GPUs can run the compiled kernels, when a backend is chosen and not per call.
+"""Checks that the visible GPUs can run the compiled kernels, when a backend is chosen.
 
 All visible GPUs have to qualify: a check of the tensor's own GPU would be needed in every call.
 """

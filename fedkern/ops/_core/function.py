@@ -52,8 +52,7 @@ def saved_tensors(ctx: Context) -> tuple[Any, ...]:
 class EagerFunction(torch.autograd.Function):
     """``autograd.Function`` whose ``call`` skips the Python code of ``apply``.
 
-    ``apply`` looks for torch.func transforms and tensors that outlived one, as long as a small kernel takes. The caller
-    must know that there are none (:func:`fedkern.ops._core.backend.eager`).
+    ``apply`` looks for torch.func transforms as long as a small kernel takes. The caller must know that there are none.
     """
 
     call: ClassVar[Callable[..., Tensor]]

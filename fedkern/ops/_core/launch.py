@@ -17,8 +17,7 @@ _threads = torch.get_num_threads
 class Launcher:
     """Calls of one compiled core by a family of operators.
 
-    Both cores take tensors as they are (csrc/bindings/exchange.h), None for an absent one, and :meth:`at` as the last
-    argument.
+    Both cores take tensors as they are (csrc/bindings/exchange.h), and :meth:`at` as the last argument.
 
     Attributes:
         core: ``fedkern._cpu`` or ``fedkern._cuda``.

@@ -46,8 +46,8 @@ class SafeConv2d(nn.Conv2d):
 def apply_norm(norm: Callable[..., Tensor], x: Tensor, *settings: Any, **named: Any) -> Tensor:
     """Call a batch norm of PyTorch's, with the gradient in the layout of the map.
 
-    PyTorch 2.13 chooses by the strides of axes of size 1, which say nothing about the layout, how it reads the gradient
-    of a batch of one, or of maps of one row or column.
+    PyTorch 2.13 reads the gradient of a batch of one, or of maps of one row or column, by the strides of axes of size
+    1, which say nothing about the layout.
     """
     if isinstance(x, Tensor) and x.dim() == 4 and not torch.jit.is_tracing():
         batch, _, height, width = x.shape

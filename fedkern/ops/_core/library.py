@@ -22,8 +22,7 @@ Result = TypeVar("Result")
 def number_tensor(value: float) -> Tensor:
     """Convert ``value`` to a 0-d fp64 tensor on the CPU, by multiplication.
 
-    Under torch.compile a changing number is a symbol, which torch turns into a computation of tensors; a float argument
-    would compile anew for every value.
+    torch.compile turns this into a computation of tensors; a float argument would compile anew for every value.
     """
     return torch.ones((), dtype=torch.float64, device="cpu") * value
 
@@ -164,9 +163,8 @@ def differentiate_reference(
 ) -> tuple[Tensor | None, ...]:
     """Return the reference's gradients, for second derivatives (``twice``) with a graph of their own.
 
-    Kernels compute first derivatives only. A recorded backward pass (``create_graph=True``) differentiates the
-    reference instead, by views of the saved ``inputs``: an input that was made of another is no part of the reference,
-    and its own graph is neither followed nor freed.
+    Kernels compute first derivatives only. A recorded backward pass differentiates the reference instead, by views of
+    the saved ``inputs``: an input that was made of another keeps its own graph.
     """
     with recording():
         views = [

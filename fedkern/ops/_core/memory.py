@@ -46,11 +46,9 @@ _mark = operator.methodcaller("madvise", getattr(mmap, "MADV_FREE", 0))
 class Cache:
     """Memory of freed large results, kept for later results of the same size.
 
-    The system hands out fresh memory page by page and zeroed. Even with huge pages this takes as long as a kernel takes
-    to write the memory, without them ten times as long. ``malloc`` keeps no block of more than 32 MB, and 64 MB at
-    most.
-
-    Kept memory is marked as free: the system takes its pages when it runs short of memory.
+    The system hands out fresh memory zeroed: even with huge pages this takes as long as a kernel takes to write the
+    memory, without them ten times as long. ``malloc`` keeps no block of more than 32 MB, and 64 MB at most. Kept memory
+    is marked as free: the system takes its pages when it runs short of memory.
     """
 
     def __init__(self, limit: int) -> None:

@@ -93,7 +93,7 @@ def recording() -> Iterator[None]:
     """Let autograd record a graph inside an operator's implementation.
 
     The dispatcher excludes autograd before it calls an implementation, and ``torch.enable_grad`` alone does not bring
-    it back: a backward operator that differentiates the reference would find no graph under ``torch.compile``.
+    it back.
     """
     keys, excluded = torch._C.DispatchKey, _excluded()
     for key in (keys.AutogradCPU, keys.AutogradCUDA, keys.ADInplaceOrView):
@@ -212,7 +212,7 @@ def exchange_table() -> object:
     """Return the capsule with torch's table of functions for C extensions, tried on a small tensor.
 
     A core reads tensors through this table alone, so that one build works with every torch whose table is of DLPack's
-    major version 1 (torch 2.11 and newer).
+    major version 1.
 
     Raises:
         Unsuited: this torch has no such table, or the table describes tensors otherwise.

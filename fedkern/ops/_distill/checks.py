@@ -127,10 +127,7 @@ def _check_kind(weights: Tensor, stack: Tensor) -> Tensor:
 
 
 def _near_one(weights: Tensor) -> Tensor:
-    """Divide fp64 ``weights [K, ...]`` by the largest of the K: beside fp32 logits they are cast to fp32.
-
-    A constant factor changes neither shares nor their derivatives.
-    """
+    """Divide fp64 ``weights [K, ...]`` by the largest of the K: beside fp32 logits they are cast to fp32."""
     if weights.dtype is not torch.float64:
         return weights
     largest = weights.detach().amax(0)

@@ -1,8 +1,7 @@
 """Autograd functions of the distill family.
 
-The forward pass of a ``fused`` kernel also computes the gradients for a grad_output of 1, while the row is cached. With
-reduction "none", whose grad_output is rarely 1, and otherwise, the backward pass computes them from the logits and
-statistics of the forward pass.
+The forward pass of a ``fused`` kernel also computes the gradients for a grad_output of 1, while the row is cached.
+Otherwise, and with reduction "none", whose grad_output is rarely 1, the backward pass computes them.
 """
 
 from __future__ import annotations

@@ -137,8 +137,8 @@ class DistillKernels(Launcher):
     def scale_gradients(self, gradients: tuple[Tensor | None, ...], grad: Tensor) -> tuple[Tensor | None, ...] | None:
         """Return ``gradients`` (computed for a grad_output of 1) times the scalar ``grad``.
 
-        The tensors are the same if ``grad`` is 1, or on a GPU, unless the graph is retained. None makes the caller use
-        ``..._backward``: 16-bit gradients would be rounded twice and underflow before a loss scale lifts them.
+        A GPU scales them in place, unless the graph is retained. None makes the caller use ``..._backward``: 16-bit
+        gradients would be rounded twice and underflow before a loss scale lifts them.
         """
         if self.gpu:
             times = torch.mul if graph_is_retained() else Tensor.mul_
@@ -229,8 +229,8 @@ class DistillKernels(Launcher):
     def ensemble_fused(self, student: Tensor | None, needs: Sequence[bool]) -> bool:
         """Return whether ensemble_forward computes the needed gradients of student, teachers and weights.
 
-        On a GPU only the student's: reading all teachers again is several times its traffic, their own gradients' no
-        more than scaling them. A 16-bit gradient would underflow before a loss scale lifts it.
+        On a GPU only the student's: reading all teachers again is several times its traffic. A 16-bit gradient would
+        underflow before a loss scale lifts it.
         """
         if needs[2]:
             return False

@@ -35,13 +35,11 @@ class Loss:
         tensors: names of the tensor arguments; a question mark after an optional one.
         differentiable: number of tensor arguments, from the first on, that have gradients.
         settings: the other arguments with their types; the last one is the reduction.
-        results: number of results.
         axes: each tensor's axis of the batch, or None.
         call: function from tensors and settings to the call that kernels take.
         kernel: function from the call to its kernel, or None for the reference.
         method: the kernel's methods are ``<method>_forward`` and ``<method>_backward``.
         skips: tensors at the beginning of the call that the operator does not have.
-        reference: the loss in plain PyTorch.
         dtype: function from the tensors to the results' dtype.
     """
 

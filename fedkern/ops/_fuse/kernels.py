@@ -23,9 +23,9 @@ _LARGE = HUGE // 8  # elements; fresh() compares bytes
 class FuseKernels(Launcher):
     """``fuse_concat`` and ``fuse_mean`` of both compiled cores.
 
-    Arguments are checked, tensors strided and not negated. Maps have shape ``[B, C_m, *S]``, one dtype and any strides.
-    Products and sums are taken in fp32 (fp64 for fp64 maps) and rounded once. A core that cannot read a map's layout
-    returns False, and is called again with copies. On a GPU plain PyTorch computes a mean of more than 48 maps.
+    Maps have shape ``[B, C_m, *S]``, one dtype and any strides. Products and sums are taken in fp32 (fp64 for fp64
+    maps) and rounded once. A core that cannot read a map's layout returns False, and is called again with copies. On a
+    GPU plain PyTorch computes a mean of more than 48 maps.
 
     Attributes:
         views: whether parts of the result's gradient are returned as views of it.

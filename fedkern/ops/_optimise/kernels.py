@@ -27,9 +27,8 @@ class AdamW(NamedTuple):
 class Call(NamedTuple):
     """Checked step of M optimisers, whose fields csrc/bindings/optimise_call.h reads in this order.
 
-    Tensors are ``[M, P]`` of one dtype and device, with unit stride along P and without overlap where they are written
-    to; ``anchor`` and ``correction`` may be expanded along M. For the compiled cores they may also be ``[P]`` with M =
-    1, and ``anchor`` and ``correction`` one ``[P]`` for all rows.
+    Tensors are ``[M, P]`` with unit stride along P and without overlap where they are written to. For the compiled
+    cores they may also be ``[P]`` with M = 1, and ``anchor`` and ``correction`` one ``[P]`` for all rows.
 
     Attributes:
         first, second: SGD's velocity (``first``), or AdamW's moments; updated.

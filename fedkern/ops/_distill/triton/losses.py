@@ -23,8 +23,8 @@ from fedkern.ops._distill.triton.rows import (
 def _pair(x, x_top, x_log, y, y_top, y_log, scale, TERMS: tl.constexpr):
     """Compute KL(p || q) for the logits x of p and y of q, class by class: ``p (e^u - 1 - u)``, ``u = log q - log p``.
 
-    No term is negative, and nothing cancels between nearly equal rows: u comes from the logits' difference. An error e
-    in the sums of exponentials changes the divergence only by e^2, since ``sum p (e^u - 1)`` vanishes.
+    No term is negative, and nothing cancels between nearly equal rows. An error e in the sums of exponentials changes
+    the divergence only by e^2, since ``sum p (e^u - 1)`` vanishes.
 
     Returns the terms, ``q - p`` (the derivative by y), and u and p for :func:`_by_p` (the derivative by x).
     """
@@ -79,12 +79,11 @@ def divergence_kernel(
     COMPUTE: tl.constexpr, TERMS: tl.constexpr, REVERSE: tl.constexpr, MEAN: tl.constexpr,
     WHOLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Compute losses of rows, gradients, or both: the outputs that are not None.
+    """Compute the losses of rows and the gradients that are not None.
 
     ``losses`` and ``raw`` take the weighted and unweighted losses of each row's part, ``total`` the fp64 sum of the
-    program's weighted losses, divided by ``count`` if MEAN. If rows have several parts (``splits``), ``tops`` and
-    ``totals`` hold the results of :func:`statistics_kernel` for teacher, student and peer, and ``values`` the rows'
-    divergences.
+    program's weighted losses, over ``count`` if MEAN. For rows in several parts (``splits``), ``tops`` and ``totals``
+    come from :func:`statistics_kernel`, for teacher, student and peer, and ``values`` are the rows' divergences.
     """
     program = tl.program_id(0)
     split = program % splits

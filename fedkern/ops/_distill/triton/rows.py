@@ -280,10 +280,8 @@ def plan_rows(logits: Tensor, steps: Sequence[Steps], tensors: int, compute: tor
     """Cut rows into tiles, and merge batches and positions into one axis if the strides of all tensors allow.
 
     Args:
-        logits: gives the shape.
         steps: strides of every tensor that takes part.
         tensors: tiles of logits that a program holds at once; the more, the smaller. Mixtures count as four.
-        compute: the computing dtype.
     """
     shape = logits.shape
     outer, classes, inner = shape[0], shape[1], shape[2:].numel()
