@@ -107,8 +107,8 @@ _KEPT = 16
 class DistillKernels(Launcher):
     """The distill operators of ``fedkern._cpu`` and ``fedkern._cuda``, also the base of Triton's launcher.
 
-    Sums and losses are computed in float32 (float64 where an input is float64) and rounded once. Logits are ``[B, C,
-    *positions]``, those of K teachers ``[K, B, C, *positions]``, and rows are ``[B, *positions]``, of any strides. A
+    Logits are ``[B, C, *positions]``, those of K teachers ``[K, B, C, *positions]``, and rows are ``[B, *positions]``,
+    of any strides. Sums and losses are computed in float32 (float64 where an input is float64) and rounded once. A
     gradient has the memory format of its tensor. ``reduction`` is a number of ``REDUCTIONS``; "batchmean" divides loss
     and gradients by the number of rows, and an empty batch gives 0.
 

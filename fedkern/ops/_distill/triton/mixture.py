@@ -83,9 +83,9 @@ def _mix(
     """Return a tile of the mixture: log-probabilities, or (LOGITS) its logits over the temperature.
 
     Also returns the sum of the weights and (RELATIVE) three tiles that compare the mixture ``m`` with the softmax ``q``
-    of the logits ``y``: the mask of elements ``near`` q, and for these ``log(m / q)`` and ``m / q - 1 = sum_k w_k (p_k
-    / q - 1)``, from the logits' differences, which keep their digits. With LOGITS, ``m / q`` is known up to a factor
-    for the row.
+    of the logits ``y``: the mask of elements ``near`` q, and for these ``log(m / q)`` and ``m / q - 1``. Both come from
+    ``sum_k w_k (p_k / q - 1)`` and the logits' differences, which keep their digits. With LOGITS, ``m / q`` is known up
+    to a factor for the row.
     """
     total = _sum_of_weights(weights, at_weight, weight_column, class_mask, mask_column, count, weight_stride,
                             mask_stride, column, mask, COMPUTE)  # fmt: skip
