@@ -143,9 +143,8 @@ F = TypeVar("F", bound=Callable[..., nn.Module])
 def register_model(name: str) -> Callable[[F], F]:
     """Decorate a class or function that makes a network, so that ``--model NAME`` and ``RunConfig.make`` know it.
 
-    The function is called with those of the arguments ``classes``, ``channels``, ``image_size``, ``width`` and ``seed``
-    that its signature has.  It returns an ``nn.Module`` with logits ``[B, classes]`` (``[B, classes, H, W]`` for
-    segmentation).
+    The function gets the arguments ``classes``, ``channels``, ``image_size``, ``width`` and ``seed`` if its signature
+    has them.  It returns an ``nn.Module`` with logits ``[B, classes]`` (``[B, classes, H, W]`` for segmentation).
 
     Args:
         name: letters, digits, ``_``, ``-`` and ``.``; no other model may have it.

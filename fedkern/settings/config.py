@@ -159,7 +159,7 @@ class RunConfig(Fingerprints, ExecutionSettings, TrainingSettings, PrivacySettin
         return {name: value for name, value in table.items() if value is not None}
 
     def to_publish(self) -> Values:
-        """Return :meth:`to_dict`, with private records without hashes and sizes of data.
+        """Return :meth:`to_dict`, without hashes and sizes of data if records are private.
 
         A hash would confirm a guess of the last unknown label.
         """

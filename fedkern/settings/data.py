@@ -27,8 +27,8 @@ PARTS = {"backdoor_target": "backdoor_clients", "backdoor_size": "backdoor_clien
 class DataSettings(Section):
     """Settings of the data.
 
-    ``unset`` are those of `DATA_DEPENDENT` that nobody gave, ``asked`` those that the user gave, which the run must
-    use, ``common`` those that a comparison gives to all its methods (None in a single run).
+    ``unset`` names the settings of `DATA_DEPENDENT` that nobody gave, ``asked`` the settings that the user gave and the
+    run must use, ``common`` the settings that a comparison gives to all its methods (None in a single run).
     """
 
     data: str = option(

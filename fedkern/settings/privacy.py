@@ -1,4 +1,4 @@
-"""Settings of privacy: of whole clients by noise on the server's mean, of samples, and of what is recorded."""
+"""Settings of privacy: of whole clients by noise on the server's mean, of samples, and of the records."""
 
 from __future__ import annotations
 

@@ -64,5 +64,5 @@ class Section(OptionTable):
         return {name: value for name, value in vars(self).items() if name not in OF_METHOD}
 
     def given_flags(self, *names: str) -> Iterator[str]:
-        """Yield the flags of those settings that are not at neutral values."""
+        """Yield the flags of the settings that are not at neutral values."""
         return (flag(name) for name in names if getattr(self, name) not in ("mean", None, 0, _NEUTRAL.get(name)))

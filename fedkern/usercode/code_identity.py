@@ -569,7 +569,7 @@ def _code_hash(code: CodeType) -> str:
 def _package(module: str, kind: type | None = None) -> str | None:
     """Return name and version of a module's package, None for a user's, "" for Python's, torch's and fedkern's.
 
-    ``kind`` is a class: those made by ``exec`` claim to be of ``builtins``.
+    ``kind`` is a class of the module: classes made by ``exec`` claim to be of ``builtins``.
     """
     top = module.partition(".")[0]
     if top == "builtins" and kind is not None:

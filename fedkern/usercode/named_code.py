@@ -106,7 +106,7 @@ def load(named: Named, subject: str) -> tuple[Any, str]:
         subject: subject of the error messages, such as ``"the teacher"``.
 
     Returns:
-        The object, and the identity of its file, with those that it imports from its own folder, or of its module.
+        The object, and the identity of its file with all imports from the file's folder, or of its module.
 
     Raises:
         UserError: there is no such file, module or name, or the code raises an exception.

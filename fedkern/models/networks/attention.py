@@ -67,7 +67,7 @@ class TransformerLayer(nn.Module):
         return self.narrow(F.gelu(self.widen(tokens)))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map tokens fp32 ``[B, N, d]``, with attention to those where ``mask`` (bool ``[B, N]``) is True."""
+        """Map tokens fp32 ``[B, N, d]``, with attention to the tokens where ``mask`` (bool ``[B, N]``) is True."""
         if self.norm_first:
             tokens = tokens + self._attend(self.norm1(tokens), mask)
             return tokens + self._fed(self.norm2(tokens))

@@ -14,8 +14,8 @@ from fedkern.ops._core.layout import apply_norm
 class PatchDiscriminators(nn.Module):
     """K discriminators that tell real images from generated ones patch by patch (FedIOD, arXiv 2312.14478).
 
-    A discriminator is a 4x4 convolution of stride 2 to ``ndf`` channels with LeakyReLU 0.2, more to ``2 ndf``, ... (at
-    most ``8 ndf``) with batch norm by batch statistics and LeakyReLU, and a 1x1 convolution to one logit.
+    A discriminator has a 4x4 convolution of stride 2 to ``ndf`` channels with LeakyReLU 0.2, further ones to twice the
+    channels (at most ``8 ndf``) with batch norm by batch statistics and LeakyReLU, and a 1x1 convolution to one logit.
     Discriminator k has the rows ``k * n`` to ``(k + 1) * n`` of every parameter's first axis.
 
     Args:

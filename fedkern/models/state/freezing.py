@@ -23,7 +23,7 @@ def freeze_parameters(module: nn.Module, patterns: Sequence[str], text: str) -> 
 
 
 def match_names(module: nn.Module, patterns: Sequence[str], names: Sequence[str], flag: str, kind: str) -> set[str]:
-    """Return those of ``names`` that match a pattern of ``flag``, called ``kind`` in the error."""
+    """Return the ``names`` that match a pattern of ``flag``, called ``kind`` in the error."""
     selection: set[str] = set()
     for pattern in patterns:
         matches = [name for name in names if fnmatchcase(name, pattern)]

@@ -39,7 +39,7 @@ def clip_teacher(
     """Return a frozen CLIP that classifies by prompts: logits ``s cos(v, u_c)``.
 
     ``v`` is the image feature, ``u_c`` the normalised mean of the normalised text features of the class's prompts
-    (prompt ensembling), ``s`` CLIP's own logit scale.  ``mean`` and ``std`` are those of the input images.
+    (prompt ensembling), ``s`` CLIP's own logit scale.  The input images are normalised by ``mean`` and ``std``.
     """
     name, source = f"clip:{model}", Pretrained(model, "CLIP")
     texts = read_prompts(prompts or DEFAULT, classes)
