@@ -55,7 +55,7 @@ ENVIRONMENT = (
 )  # fmt: skip
 """What a variant does not inherit: every one has its own defaults."""
 
-COMMON: Mapping[str, Any] = {"grad_cam": 0}  # a figure for fedkern's report that nobody else draws
+COMMON: Mapping[str, Any] = {"grad_cam": 0}  # a figure for fedkern's report that no other program draws
 IMAGES = {"data": "cifar10", "train_samples": 5000, "clients": 10, "partition": "iid", "model": "resnet8"}
 LARGE_STEPS = {**IMAGES, "local_epochs": 1}
 

@@ -133,7 +133,7 @@ def compare(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     if "torch._dynamo" in sys.modules:
-        # Past its limit of shapes per function torch.compile runs it eagerly, and says so to nobody here.
+        # Past its limit of shapes per function torch.compile runs it eagerly, and does not say so.
         torch._dynamo.reset()
     try:
         with _plain_defaults():

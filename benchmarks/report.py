@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks import gate, sources
 from benchmarks.comparisons import RESULTS, Comparison, Recorded, processor, read_results
 
-# Source hashes as the present csrc/ makes them, see sources.hashes ("": nobody knows).
+# Source hashes as the present csrc/ makes them, see sources.hashes ("": unknown).
 Cores = Mapping[str, str]
 SCATTERS = "~"  # before a number
 TITLE = "README.md"

@@ -51,7 +51,7 @@ for _name in ("benchmarks", "python_tests"):
     (Path(_LINKS.name) / _name).symlink_to(Path(__file__).resolve().parents[1] / _name)
 sys.path.append(_LINKS.name)
 
-# Random tests try other cases every day; whoever repeats a failure gives the day's number.
+# Random tests try other cases every day; FEDKERN_SEED repeats a failure by its day's number.
 os.environ.setdefault("FEDKERN_SEED", str(datetime.datetime.now(datetime.UTC).toordinal()))
 
 # Without a GPU Triton's kernels are tested in its interpreter, which must be asked for before anything imports Triton
@@ -59,7 +59,7 @@ os.environ.setdefault("FEDKERN_SEED", str(datetime.datetime.now(datetime.UTC).to
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Not the teachers that whoever runs the tests has, nor what an earlier session left.
+# Neither the teachers of this user nor leftovers of an earlier session.
 _CACHE = tempfile.TemporaryDirectory(prefix="fedkern-tests-cache-", ignore_cleanup_errors=True)
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 os.environ.pop("FEDKERN_CACHE_DIR", None)

@@ -78,7 +78,7 @@ def test_machines_are_compared_by_what_moves_ratios() -> None:
 
 
 def test_others_are_seen_and_this_process_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of ten seconds of two processors others took two, one of them the host.
+    """Others took two of ten seconds of two processors, one of them the host.
 
     This process took four.
     """

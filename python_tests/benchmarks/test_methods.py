@@ -148,7 +148,7 @@ def test_fediod_has_the_losses_of_fedkern():
     ],
 )
 def test_a_run_of_whole_batches_ends_where_fedkern_ends(method, settings, options, tmp_path, monkeypatch):
-    """With one batch a client only the data and the first weights are drawn, and these are the same."""
+    """Only the data and the first weights are drawn with one batch per client, and these are the same."""
     model = "resnet8" if method == "fusefl" else "cnn"
     config = RunConfig.make(
         method, data="digits", train_samples=60, clients=3, partition="iid", batch_size=64, model=model, width=4,
@@ -240,7 +240,7 @@ def test_what_the_plain_method_does_not_compute_is_refused(given, word, tmp_path
 
 
 def test_plain_variants_compute_without_the_kernels(monkeypatch):
-    """Their networks are fedkern's, which would call operators."""
+    """The plain variants use fedkern's networks, which would call operators."""
     monkeypatch.setenv("FEDKERN_BACKEND", "cpu")
     for name in ("plain", "plain one core"):
         assert bench_methods.environment(name, None)["FEDKERN_BACKEND"] == "reference"

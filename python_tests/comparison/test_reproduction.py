@@ -309,7 +309,7 @@ def test_cells_without_data_are_said_beforehand(paper):
 def test_data_that_cannot_be_cut_so_are_no_reason_for_other_cells(paper):
     made = paper(PAPER.replace("fedavg {digits}", "fedavg {digits} --train-samples 90000"))
     made.plan(made.select(["loss"]))
-    assert not made.absent  # of a cell that nobody asked for
+    assert not made.absent  # of a cell that was not requested
     made.plan(made.select())
     assert list(made.absent) == ["average"]
     assert "90000" in made.absent["average"] or "90,000" in made.absent["average"]

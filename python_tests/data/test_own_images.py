@@ -409,7 +409,7 @@ def test_a_run_on_ones_own_masks(tmp_path):
     assert "accuracy" not in metrics
 
 
-# Tables from elsewhere
+# Tables of other systems
 
 
 def listed_images(root, header, line, rows=20):

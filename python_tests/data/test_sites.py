@@ -114,7 +114,7 @@ def test_a_single_site_is_no_partition(tmp_path):
 
 
 def test_a_site_that_is_drawn_into_the_held_out_sets_as_a_whole(tmp_path):
-    """Both patients of the site are also patients of other sites, and are held out."""
+    """The site's two patients are also patients of other sites, and are held out."""
     line = "{i}.png,{label},{site},{i}"
     root = table(tmp_path, "path,label,site,patient", line=line)
     data = open_set("csv", root)

@@ -93,7 +93,7 @@ def test_a_window_is_kept_in_prediction_evaluation_and_export(scans, tmp_path):
     ("pairs", {"crop": 8}), ("pairs", {"crop": 8, "size": 16}), ("pairs", {"size": 16}), ("segmentation", {"size": 16}),
 ])  # fmt: skip
 def test_other_images_are_seen_in_the_size_of_the_run(data, given, tmp_path):
-    """Also where the run's network sees parts of images."""
+    """One case is a network that sees parts of the images."""
     rng = np.random.default_rng(0)
     for name in ("images", "masks"):
         (tmp_path / name).mkdir()

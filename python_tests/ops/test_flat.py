@@ -238,7 +238,7 @@ def test_a_pickle_holds_every_tensor_once() -> None:
 
 
 def test_the_storage_is_torchs_own() -> None:
-    """It can be freed and resized again, as FSDP does with its parameters, and every tensor follows."""
+    """The storage can be freed and resized again, as FSDP does with its parameters, and every tensor follows."""
     module = net()
     flat = FlatParameters(module)
     before = flat.vector.clone()
@@ -770,7 +770,7 @@ def test_a_state_dict_still_views_the_module() -> None:
 
 
 def test_a_state_dict_is_walked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its parts' hooks would take quadratic time."""
+    """Hooks of the module's parts would take quadratic time."""
     inner = net()
     FlatParameters(inner)
     walked = []

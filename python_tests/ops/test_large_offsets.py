@@ -45,7 +45,7 @@ def far_apart(x: Tensor, memory: Tensor, place: int) -> Tensor:
 @pytest.mark.parametrize("axis", [0, -1])
 @each_operator
 def test_inputs_far_apart(operator: Operator, axis: int, memory: Tensor) -> None:
-    """This includes the backward pass."""
+    """The test covers the forward and the backward pass."""
     if operator.only_cpu:
         pytest.skip("its kernel takes dense maps of fp32 alone")
     near = operator.inputs(HALF)

@@ -115,7 +115,7 @@ def test_tensors_that_outlived_a_transform(operator: Operator) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @each_operator
 def test_fake_and_meta_tensors(operator: Operator, dtype: torch.dtype) -> None:
-    """Their pointer is null: shapes, dtypes and strides, of gradients too, must come without looking."""
+    """Fake tensors have null pointers: shapes, dtypes and strides, of gradients too, must come without reading them."""
     inputs = operator.inputs(dtype)
     expected = run(operator, inputs, operator.gradient)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -150,7 +150,7 @@ def test_inference_mode(operator: Operator) -> None:
 
 @each_differentiable
 def test_gradients_may_be_changed_while_their_graph_is_retained(operator: Operator) -> None:
-    """This includes gradients taken on the way forward that only wait to be asked for."""
+    """Some gradients are computed in the forward pass and only wait to be asked for."""
     inputs = [x.requires_grad_() for x in operator.inputs()]
     results = operator.results(*inputs)
     loss = results[0] if results[0].dim() == 0 else sum(x.sum() for x in results)

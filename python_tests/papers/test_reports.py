@@ -189,7 +189,7 @@ def test_wrong_tables_of_reports(tmp_path, change, options, words):
 
 @pytest.mark.parametrize("partition", ["attribute", "stratified"])
 def test_feddra_learns_from_reports(tmp_path, partition):
-    """This is the real path: a CSV file of radiographs and reports, with hospitals as clients or labels shared out."""
+    """Radiographs and reports come from a CSV file, with hospitals or shared-out labels as clients."""
     root = write_reports(tmp_path / "set", rows=60)
     config = RunConfig.make("feddra", data=REPORTS, data_root=str(root), partition=partition, clients=2, rounds=1,
                             local_steps=2, batch_size=4, width=8, client_test=0.2, options={"alignment_steps": 1},

@@ -92,7 +92,7 @@ def test_figures_leave_out_labels_without_a_definition():
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0]])
 def test_no_figure_follows_from_logits_that_are_nan(order):
-    """This holds for any order of the images, which would otherwise rank NaNs."""
+    """The order of the images, which would rank NaNs, does not matter."""
     scores = torch.full((4, 2), math.nan)
     scores[:, 1] = torch.tensor([1.0, 2.0, math.inf, -math.inf])
     labels = torch.tensor([[0, 0], [0, 1], [1, 1], [1, 0]], dtype=torch.uint8)[order]

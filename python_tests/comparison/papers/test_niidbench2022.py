@@ -60,7 +60,7 @@ def test_fewer_parties_than_digits_are_refused():
 
 def test_cells_play_the_papers_settings():
     paper = published.read_paper("niidbench2022")
-    for cell in paper.cells:  # nobody has read the paper's own table
+    for cell in paper.cells:  # the table in the paper itself is unread
         assert (cell.published is None) == ("FedProx" in cell.name)  # whose published mu is the best of four
         assert cell.published is None or "Flower's baseline" in cell.source
         words = " ".join(paper.words(cell.command))

@@ -164,7 +164,7 @@ def test_nothing_is_said_of_eight_bits(tmp_path):
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
 @pytest.mark.parametrize("colour", ["grey", "rgb"])
 def test_a_negative_looks_as_in_a_viewer(tmp_path, mode, compression, colour):
-    """In half of the files 0 is white, as in radiographs of the kind MONOCHROME1."""
+    """White is 0 in half of the files, as in radiographs of the kind MONOCHROME1."""
     levels = np.rint(RAMP * {"L": 255, "I;16": 4095}.get(mode, 1))
     stored = {"1": RAMP > 0.5, "L": levels.astype(np.uint8), "I;16": levels.astype(np.uint16), "F": np.float32(RAMP)}[
         mode

@@ -54,7 +54,7 @@ def test_an_image_is_turned_as_its_orientation_says(suffix, orientation, tmp_pat
 
 
 def test_a_large_jpeg_is_turned_too(tmp_path):
-    """Its size is known before it is decoded at a fraction."""
+    """The size is known before the image is decoded at a fraction."""
     path = save(scene(960, 640), tmp_path / "large.jpg", 6, quality=95)
     images, sizes = read(path)
     expected = ImageOps.exif_transpose(Image.open(path)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)

@@ -122,7 +122,7 @@ def test_missing_values_count_as_empty_in_every_column(tmp_path, name, value):
     assert data.client_names is None
     assert said == [f"Cells of list.csv that count as empty: {value} (110)."]
     patients = [number for split in data.clients for number in split.patients.tolist()]
-    assert len(set(patients)) == len(patients)  # an image of nobody named stands alone
+    assert len(set(patients)) == len(patients)  # an image without a name stands alone
 
 
 @pytest.mark.parametrize("name", ["csv", "pairs"])

@@ -82,7 +82,7 @@ def test_dirichlet_skew_grows_as_alpha_falls_and_the_minimum_holds() -> None:
 
 
 def test_dirichlet_stops_giving_to_clients_that_hold_their_share() -> None:
-    # Balanced: nobody may hold more than its fair share plus one whole class; plain: somebody does, for some seed.
+    # Balanced: no client may hold more than its fair share plus one whole class; plain: one does, for some seed.
     largest_class = np.bincount(LABELS).max()
     fair = len(LABELS) / 10
     balanced = [max(map(len, partition("dirichlet:0.1", LABELS, 10, seed))) for seed in range(20)]
@@ -204,7 +204,7 @@ def test_partition_like_follows_the_training_proportions() -> None:
     assert_partition(parts, len(labels))
     made = np.stack([np.bincount(labels[part], minlength=3) for part in parts])
     np.testing.assert_array_equal(made[:, 0], [300, 100, 0])
-    np.testing.assert_array_equal(made[:, 1], [100, 100, 100])  # held by nobody: shared out equally
+    np.testing.assert_array_equal(made[:, 1], [100, 100, 100])  # held by no client: shared out equally
     np.testing.assert_array_equal(made[:, 2], [50, 50, 900])
 
 

@@ -50,7 +50,7 @@ def test_a_federation_of_images_and_texts(data):
 
 
 def test_labels_of_colours_are_those_of_the_captions(data):
-    """These are the same canvases, whose texts name the subject's colour first.
+    """The canvases are the same, and their texts name the subject's colour first.
 
     The prompts use every client's words.
     """

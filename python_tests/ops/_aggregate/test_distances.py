@@ -38,7 +38,7 @@ def test_distances_of_long_vectors(backend: str) -> None:
 
 
 def test_near_equal_vectors(backend: str) -> None:
-    """They differ in one last bit at a length of 1e4: squares of norms would differ in no digit."""
+    """The vectors differ in one last bit at a length of 1e4, so squares of norms would differ in no digit."""
     vector = make_vectors(1, 1000, torch.float32)[0] * 300
     raised, third = vector.clone(), vector.clone()
     raised[7] = torch.nextafter(vector[7], torch.tensor(math.inf))
@@ -59,7 +59,7 @@ def test_distances_neither_overflow_nor_vanish(backend: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_an_infinity_in_all_vectors_keeps_none_apart(backend: str, dtype: torch.dtype, sign: int) -> None:
-    """With a causal mask among the buffers, the results are those without it."""
+    """A causal mask among the buffers changes no result."""
     for size in (5, 300, 1100):
         finite = make_vectors(7, size, dtype, size)
         finite[0] = finite[0] * 100
@@ -202,7 +202,7 @@ def test_geometric_median_is_the_least_sum_of_distances(backend: str, kind: str)
 
 @pytest.mark.parametrize("limit", [0, 128], ids=["iterated", "from distances"])
 def test_geometric_median_against_weiszfeld(backend: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways take the same steps, however many."""
+    """The two ways take the same steps, however many."""
     monkeypatch.setattr(aggregate_distances, "MAX_FROM_DISTANCES", limit)
     for dtype, iterations in thin_out(list(itertools.product(DTYPES, (0, 1, 4, 30)))):
         vectors = make_vectors(9, 200, dtype, 5)

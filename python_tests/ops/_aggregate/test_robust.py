@@ -135,7 +135,7 @@ def test_integer_weights_repeat_a_vector(backend: str) -> None:
 
 
 def test_ties_are_trimmed_in_the_order_of_the_vectors(backend: str) -> None:
-    """Of two equal smallest values the first vector's goes, and of two equal largest ones the last vector's."""
+    """The first vector loses a tie for the smallest value, and the last one a tie for the largest."""
     vectors = torch.tensor([[1.0], [1.0], [5.0], [9.0], [9.0]])
     assert trimmed_mean(vectors, 1, [100, 1, 1, 1, 100]).item() == 5.0
     assert trimmed_mean(vectors, 1, [0, 100, 1, 1, 0]).item() == pytest.approx((100 + 5 + 9) / 102)

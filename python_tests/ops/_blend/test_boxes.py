@@ -151,7 +151,7 @@ def test_fill_keeps_the_sign_of_zero() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16])
 def test_boxes_of_several_dtypes_keep_their_coordinates(dtype: torch.dtype) -> None:
-    """In any order fractions stay, and so do places that the narrower dtype cannot hold."""
+    """The order of the dtypes changes no fraction, and no place that the narrower dtype cannot hold."""
     images = torch.rand(3, 1, 4, 4100)
     narrow, wide = torch.tensor([[1, 0, 3, 2]]), torch.tensor([[300.5, 0.5, 301.75, 3.0], [4097.0, 1.0, 4099.0, 2.0]])
     rows = [narrow.to(dtype), wide, narrow.new_full((1, 4), 2**24 + 1)]

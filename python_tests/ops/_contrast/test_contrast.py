@@ -37,7 +37,7 @@ def test_loss_and_gradients(backend: str, case: dict[str, Any], monkeypatch: pyt
 @pytest.mark.parametrize(("way", "temperature"), [("held", 0.07), ("tiles", 0.07), ("held", 0.004)])
 @pytest.mark.parametrize("name", KERNELS)
 def test_more_than_a_chunk(name: str, way: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There are several chunks of rows and strips of columns, and softmaxes of one exponential and of two."""
+    """The case has several chunks of rows and strips of columns, and softmaxes of one exponential and of two."""
     case = {"pairs": 1061, "size": 9, "dtype": torch.float32, "temperature": temperature, "length": 1.0}
     settings = {"learnt": True, "layout": "contiguous", "needs": "both", "way": way, "grad": 1.0}
     with using(name):
@@ -110,7 +110,7 @@ def test_a_loss_scale_lifts_float16_gradients(backend: str) -> None:
 
 
 def test_second_derivatives_in_a_dispatch_mode() -> None:
-    """In such a mode the eager path's gradients come from an operator of their own."""
+    """The eager path's gradients come from an operator of their own in such a mode."""
     x, y = leaves(5, 3, torch.float64)
     with Calls():
         assert torch.autograd.gradgradcheck(ops.contrastive, (x, y), fast_mode=True)

@@ -197,7 +197,7 @@ ENDS = [{"pool": 2}, {"residual": True}, {"residual": True, "relu": False}, {"re
 @pytest.mark.parametrize("norm", [{"training": True}, {"training": False}, {"groups": 2}], ids=str)
 @pytest.mark.parametrize(("stride", "side", "shape"), NOT_FINITE)
 def test_what_is_not_finite_spreads_as_in_torch(name, norm, stride, side, shape):
-    """This holds forward and backward.
+    """Forward and backward pass spread infinities and NaN.
 
     A position that does not depend on an infinity stays a number.
     """

@@ -121,7 +121,7 @@ def test_maps_of_any_strides() -> None:
 
 
 def test_vectors_with_strides() -> None:
-    """For them torch's own gradient of channels-last maps is wrong (2.13), and the reference avoids it."""
+    """Torch's own gradient of channels-last maps is wrong for such vectors (2.13), and the reference avoids it."""
     for training in (True, False):
         given = arguments()
         for name in ("scale", "shift", "mean", "variance"):
@@ -255,7 +255,7 @@ def test_second_derivatives(end: dict[str, Any]) -> None:
 @pytest.mark.parametrize("channels", [8, 12])
 @pytest.mark.parametrize("end", ENDS, ids=str)
 def test_a_frozen_convolution_keeps_neither_map_nor_weight(end: dict[str, Any], channels: int, name: str) -> None:
-    """Both may change before the backward pass, even to infinities or NaN, like torch's layers."""
+    """Map and weight may change before the backward pass, even to infinities or NaN, as in torch's layers."""
     given, settings = split(end, batch=3, channels=channels, height=5, width=8)
     for frozen in ("x", "weight", "bias"):
         given[frozen] = None if given[frozen] is None else given[frozen].detach()
@@ -283,7 +283,7 @@ def test_a_frozen_convolution_keeps_neither_map_nor_weight(end: dict[str, Any], 
 
 
 def test_a_residual_and_statistics_may_change() -> None:
-    """Their values do not matter to the gradients."""
+    """The values of residual and statistics do not matter to the gradients."""
     given = arguments(residual=True)
     for training in (True, False):
         grad = grad_for(given, training=training)
@@ -353,7 +353,7 @@ def test_autocast_runs_the_convolution_in_16_bits(norm: dict[str, int]) -> None:
 
 @pytest.mark.exhaustive
 def test_compiled() -> None:
-    """There is no graph break, statistics and gradients included.
+    """The graph does not break, statistics and gradients included.
 
     The compiler sees the reference's own layers.
     """

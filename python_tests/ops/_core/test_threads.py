@@ -86,7 +86,7 @@ def test_bits_do_not_depend_on_threads(name: str) -> None:
 
 @pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
 def test_bits_do_not_depend_on_the_isa_level() -> None:
-    """This holds for operators that sum nothing along a vector, or in fp64."""
+    """The operators sum nothing along a vector, or sum in fp64."""
     for operator in OPERATORS:
         if operator.name.split()[0] in SAME_AT_EVERY_LEVEL:
             check_same_bits(operator, [(name, torch.get_num_threads()) for name in KERNELS])

@@ -32,7 +32,7 @@ def test_weights_of_every_shape_beside_positions(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-60, 1e-300, 5e-324, 1e38, 1.5e308])
 def test_float64_weights_of_any_scale(backend: str, scale: float, dtype: torch.dtype) -> None:
-    """Their shares, and the gradients of the weights, are those of small numbers."""
+    """Shares and gradients of the weights are those of small numbers."""
     student, teachers = logits(4, 5).to(dtype), logits(3, 4, 5, seed=1).to(dtype)
     plain = torch.tensor([1.0, 0.0, 1.0] if scale > 1e308 or scale < 1e-320 else [1.0, 0.25, 0.5], dtype=torch.float64)
 

@@ -66,7 +66,7 @@ def test_every_temperature_keeps_its_digits(backend: str, call: str, dtype: torc
 
 @pytest.mark.parametrize("call", CALLS)
 def test_gradients_keep_their_digits(backend: str, call: str) -> None:
-    """They are the limit's, less than 1e-7 away at such temperatures."""
+    """The gradients are those of the limit, less than 1e-7 away at such temperatures."""
     generator = torch.Generator().manual_seed(2)
     tensors = [torch.randn(shape, generator=generator) for shape in ((5, 20), (3, 5, 20))]
 

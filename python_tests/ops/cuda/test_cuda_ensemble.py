@@ -205,7 +205,7 @@ def test_the_students_gradient_is_there_after_the_forward_pass(device, mix, coun
     teachers = teachers.to(device)
     leaf = student.detach().to(device).requires_grad_()
     loss = ops.ensemble_kl(leaf, teachers, None, 2.0, **MIXES[mix][0])
-    teachers.data.fill_(math.nan)  # nobody reads them again
+    teachers.data.fill_(math.nan)  # they are not read again
     (before,) = torch.autograd.grad(3 * loss, leaf, retain_graph=True)
     (once,) = torch.autograd.grad(loss, leaf, retain_graph=True)
     (last,) = torch.autograd.grad(3 * loss, leaf)
@@ -216,7 +216,7 @@ def test_the_students_gradient_is_there_after_the_forward_pass(device, mix, coun
 
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_loss_scale_lifts_gradients_of_16_bits(device: torch.device, mix: str) -> None:
-    """Without a scale they are multiples of 6e-8, as they would be in the forward pass."""
+    """Gradients without a scale are multiples of 6e-8, as they would be in the forward pass."""
     generator = torch.Generator().manual_seed(3)
     student = torch.randn(512, 10, generator=generator).half()
     teachers = (student + 1e-2 * torch.randn(3, 512, 10, generator=generator)).half()
