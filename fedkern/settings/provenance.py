@@ -64,34 +64,34 @@ def code_identity(config: RunConfig) -> dict[str, str]:
     return {name: value for name, value in hashes.items() if value is not None}
 
 
-def other_data(config: RunConfig, other: RunConfig) -> list[str]:
+def other_data(config: RunConfig, peer: RunConfig) -> list[str]:
     """Return the parts in which two runs' data differ under the same settings."""
-    hashes, other_hashes = config.identity, other.identity
-    if config.data != other.data or config.data_options != other.data_options:
+    hashes, peer_hashes = config.identity, peer.identity
+    if config.data != peer.data or config.data_options != peer.data_options:
         return []
-    partly = any(getattr(config, name) != getattr(other, name) for name in _READ_IN_PART)
-    names = [name for name in OF_DATA if name in hashes and name in other_hashes and not (partly and name == "images")]
-    return [name for name in names if hashes[name] != other_hashes[name]]
+    partly = any(getattr(config, name) != getattr(peer, name) for name in _READ_IN_PART)
+    names = [name for name in OF_DATA if name in hashes and name in peer_hashes and not (partly and name == "images")]
+    return [name for name in names if hashes[name] != peer_hashes[name]]
 
 
-def other_code(config: RunConfig, other: RunConfig) -> list[str]:
+def other_code(config: RunConfig, peer: RunConfig) -> list[str]:
     """Return the settings that name the same code or file in two runs, but with other content."""
-    settings, other_settings = settings_by_name(config), settings_by_name(other)
-    identity, other_identity = code_identity(config), code_identity(other)
+    settings, peer_settings = settings_by_name(config), settings_by_name(peer)
+    identity, peer_identity = code_identity(config), code_identity(peer)
 
     def is_same(name: str) -> bool:
         setting = "model" if name == "layout" else name
-        is_comparable = config.method == other.method or not name.startswith(("options.", "method"))
-        return is_comparable and (name.startswith("plugins.") or settings.get(setting) == other_settings.get(setting))
+        is_comparable = config.method == peer.method or not name.startswith(("options.", "method"))
+        return is_comparable and (name.startswith("plugins.") or settings.get(setting) == peer_settings.get(setting))
 
-    changed = [name for name, text in identity.items() if other_identity.get(name, text) != text and is_same(name)]
+    changed = [name for name, text in identity.items() if peer_identity.get(name, text) != text and is_same(name)]
     return list(dict.fromkeys("model" if name == "layout" else name for name in changed))
 
 
-def describe_difference(config: RunConfig, other: RunConfig) -> str:
+def describe_difference(config: RunConfig, peer: RunConfig) -> str:
     """Describe the differences in data and code of two runs, or return ""."""
-    parts = [f"different data ({', '.join(data)})"] if (data := other_data(config, other)) else []
-    code = [_in_words(name, config) for name in other_code(config, other)]
+    parts = [f"different data ({', '.join(data)})"] if (data := other_data(config, peer)) else []
+    code = [_in_words(name, config) for name in other_code(config, peer)]
     return " and ".join([*parts, *([f"another {', '.join(code)}"] if code else [])])
 
 
