@@ -181,11 +181,11 @@ class Client(Node, Protocol):
 
     @property
     def labels(self) -> Tensor:
-        """Labels of the client's training samples in their order, as the task has them (int64 [n] of classes)."""
+        """Targets of all training samples in their order, int64 [n] for classes."""
 
     @property
     def known(self) -> Tensor:
-        """Mask of the training samples whose label is known, bool [n]."""
+        """Number of known targets (samples or, of a segmentation, pixels), an int64 scalar of at least 1."""
 
     state: dict[str, Any]
     round_cache: dict[str, Any]
