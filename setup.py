@@ -30,17 +30,29 @@ if int(setuptools.__version__.partition(".")[0]) < SETUPTOOLS:
 WITHOUT = "FEDKERN_CPU=0 installs fedkern without the compiled core, plain PyTorch then serves"
 
 
-def switch(name: str) -> str:
-    """Return the environment variable ``name``, one of auto (where it is unset), 0 and 1."""
-    value = os.environ.get(name) or "auto"
-    if value not in ("auto", "0", "1"):
-        sys.exit(f"fedkern: {name} is {value!r}; it takes auto, 0 or 1")
+def switch(name: str, *choices: str) -> str:
+    """Return the environment variable ``name``, one of auto (where it is unset) and ``choices``, by default 0 and 1."""
+    value, choices = os.environ.get(name) or "auto", ("auto", *(choices or ("0", "1")))
+    if value not in choices:
+        sys.exit(f"fedkern: {name} is {value!r}; it takes {', '.join(choices[:-1])} or {choices[-1]}")
     return value
+
+
+def switch_cuda() -> str:
+    """Return whether to build the CUDA core: 0, 1 (must succeed), or auto (where nvcc works) if a GPU is visible.
+
+    ``FORCE_CUDA=1`` means 1, as in torchvision.
+    """
+    value = switch("FEDKERN_CUDA")
+    if value == "auto" and os.environ.get("FORCE_CUDA") == "1":
+        return "1"
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()  # the second under Windows
+    return "0" if value == "auto" and not has_gpu else value
 
 
 def core_wanted() -> bool:
     """Says whether the compiled core is to be built; without it no compiler is needed."""
-    cpu, cuda = switch("FEDKERN_CPU"), switch("FEDKERN_CUDA")
+    cpu, cuda = switch("FEDKERN_CPU"), switch_cuda()
     made_for = sys.platform == "linux" and platform.machine() == "x86_64"
     if cpu == "1" or (cpu == "auto" and made_for):
         return True
@@ -115,7 +127,7 @@ class CMakeBuild(build_ext):
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         for notes in build.glob("CMakeFiles/[0-9]*"):
             shutil.rmtree(notes)
-        cuda = switch("FEDKERN_CUDA")
+        cuda = switch_cuda()
         configure = [
             cmake,
             *("-S", str(root / "csrc"), "-B", str(build), "-G", "Ninja"),
@@ -124,6 +136,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11}",
             f"-DFEDKERN_CUDA={cuda}",
+            f"-DFEDKERN_ISA={switch('FEDKERN_ISA', 'all')}",
             f"-DFEDKERN_OUTPUT_DIR={destination}",
         ]
         # Ninja's own choice, two jobs more than cores, takes an eighth longer: compilers live on caches.

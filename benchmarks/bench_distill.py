@@ -46,10 +46,7 @@ def test_kl_div(node: str, shape: tuple[int, int], threads: int) -> None:
         node,
         "kl_div",
         f"{shape} T=2",
-        {
-            **contest(ops.kl_div, eager_kl, student, teacher, 2.0),
-            "Liger-Kernel": liger_kl(student[0], teacher, 2.0),
-        },
+        {**contest(ops.kl_div, eager_kl, student, teacher, 2.0), "Liger-Kernel": liger_kl(student[0], teacher, 2.0)},
         model_bytes=3 * 4 * teacher.numel(),
         copy=True,
         threads=threads,

@@ -362,14 +362,7 @@ def measure(
 
 
 def _measure(
-    row: Row,
-    case: Case,
-    name: str,
-    folder: Path,
-    seed: int,
-    before: Path | None,
-    data_root: str | None,
-    device: str,
+    row: Row, case: Case, name: str, folder: Path, seed: int, before: Path | None, data_root: str | None, device: str
 ) -> None:
     if case.boxes:
         write_boxes(folder / "boxes.json")

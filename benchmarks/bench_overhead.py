@@ -83,10 +83,4 @@ def test_call(node: str, name: str, threads: int) -> None:
     call = CALLS[name]
     tensors = inputs(call)
     runs = {"fedkern": lambda: call.run(*tensors), "one eager operator": lambda: tensors[0] + 1}
-    compare(
-        node,
-        "overhead",
-        f"{name} {list(call.shapes[0])} without gradient",
-        runs,
-        threads=threads,
-    )
+    compare(node, "overhead", f"{name} {list(call.shapes[0])} without gradient", runs, threads=threads)

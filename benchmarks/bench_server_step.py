@@ -93,11 +93,7 @@ class Case:
 @pytest.mark.parametrize(("count", "size"), [(10, 11_000_000), (50, 1_000_000), (10, 100_000)])
 def test_adam(node: str, count: int, size: int, threads: int) -> None:
     case = Case(count, size)
-    runs = {
-        "fedkern": case.fedkern(),
-        "eager": case.eager(),
-        "compile in place": case.compile_step(),
-    }
+    runs = {"fedkern": case.fedkern(), "eager": case.eager(), "compile in place": case.compile_step()}
     compare(
         node,
         "server_step",

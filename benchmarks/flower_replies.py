@@ -35,12 +35,7 @@ from fedkern.flower import strategies
 
 OURS, THEIRS = "fedkern", "Flower"
 LOW_MEMORY = {OURS: False, "fedkern low memory": True}
-SETTINGS: dict[str, dict[str, Any]] = {
-    "FedAvg": {},
-    "FedAdam": {},
-    "FedMedian": {},
-    "Krum": {"num_malicious_nodes": 2},
-}
+SETTINGS: dict[str, dict[str, Any]] = {"FedAvg": {}, "FedAdam": {}, "FedMedian": {}, "Krum": {"num_malicious_nodes": 2}}
 
 
 def resnet18() -> dict[str, tuple[int, ...]]:

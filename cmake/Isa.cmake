@@ -1,12 +1,23 @@
 # ISA levels of the CPU core. Each operator file is compiled once per level into namespace fedkern::<level>; isa.cpp
 # picks a level at run time, so no file without such flags may be compiled for more than the baseline.
+set(FEDKERN_ISA "auto" CACHE STRING "all levels, or auto: those of this machine but portable, of which AVX2 has no need")
 set(FEDKERN_ISA_LEVELS portable avx2 avx512)
 set(FEDKERN_FLAGS_portable "")
 set(FEDKERN_FLAGS_avx2 -mavx2 -mfma -mf16c)
 set(FEDKERN_FLAGS_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512)
 if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set(FEDKERN_ISA_LEVELS portable)
+elseif(FEDKERN_ISA STREQUAL "auto" AND EXISTS /proc/cpuinfo)
+  file(STRINGS /proc/cpuinfo flags REGEX "^flags" LIMIT_COUNT 1)
+  if(NOT "${flags} " MATCHES " avx2 ")
+    set(FEDKERN_ISA_LEVELS portable)
+  elseif("${flags} " MATCHES " avx512f .*avx512dq .*avx512bw .*avx512vl ")
+    set(FEDKERN_ISA_LEVELS avx2 avx512)
+  else()
+    set(FEDKERN_ISA_LEVELS avx2)
+  endif()
 endif()
+message(STATUS "fedkern: kernels for ${FEDKERN_ISA_LEVELS}")
 
 # -ffast-math would flush denormals for the whole process at link time, and contraction breaks error-free
 # transformations: kernels that want a fused multiply-add ask for it by name.

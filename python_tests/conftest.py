@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 
@@ -212,6 +213,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Mark as ``exhaustive`` also the cases that ``@pytest.mark.sampled`` leaves out.  As many cases remain as its
     argument says, or as the longest axis of the test's parameters has values, and these go through all axes at once.
     Short axes are crossed as far as there is room: of two dtypes and two backends each meets each.
+
+    ``FEDKERN_TESTS_SHARE=3`` leaves another third of the exhaustive tests for each day of ``FEDKERN_SEED``.
     """
     groups = defaultdict(list)
     folder = Path(__file__).parent / "benchmarks"
@@ -238,3 +241,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item, case in zip(group, cases, strict=True):
             if case not in sample:
                 item.add_marker(pytest.mark.exhaustive)
+    share, day = int(os.environ.get("FEDKERN_TESTS_SHARE", "1")), int(os.environ["FEDKERN_SEED"])
+    for item in items:
+        if item.get_closest_marker("exhaustive") and (crc32(item.nodeid.encode()) + day) % share:
+            item.add_marker(pytest.mark.slow)

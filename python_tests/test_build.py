@@ -96,11 +96,9 @@ def test_the_cuda_core_is_loaded_for_cuda_tensors_alone() -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_cuda_core_is_built_where_nvcc_is() -> None:
-    if shutil.which("nvcc") is None or os.environ.get("FEDKERN_CUDA") == "0":
-        pytest.skip("no nvcc on PATH, or FEDKERN_CUDA=0")
-    if subprocess.run(["nvcc", "--version"], capture_output=True).returncode:
-        pytest.skip("nvcc does not run")
+def test_cuda_core_is_built_from_these_sources() -> None:
+    if os.environ.get("FEDKERN_CUDA") != "1":
+        pytest.skip("FEDKERN_CUDA is not 1")
     module = loading.load_core("_cuda")
     assert module.source_hash() == loading.source_hash(ROOT / "csrc", "_cuda")
 

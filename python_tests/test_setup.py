@@ -25,7 +25,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Return the names of setup.py, with no switch set and nothing built."""
     setuptools = pytest.importorskip("setuptools")
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-    for name in ("FEDKERN_CPU", "FEDKERN_CUDA", "CXX"):
+    for name in ("FEDKERN_CPU", "FEDKERN_CUDA", "FEDKERN_ISA", "FORCE_CUDA", "CXX"):
         monkeypatch.delenv(name, raising=False)
     return runpy.run_path(str(ROOT / "setup.py"))
 
@@ -66,6 +66,20 @@ def test_other_processors_than_x86_have_no_core(script: Any, monkeypatch: Any, c
 def test_unknown_values_are_named(script: Any, monkeypatch: Any, name: str) -> None:
     monkeypatch.setenv(name, "yes")
     assert read_refusal(script["core_wanted"]) == f"fedkern: {name} is 'yes'; it takes auto, 0 or 1"
+    monkeypatch.setenv("FEDKERN_ISA", "avx")
+    assert (
+        read_refusal(lambda: script["switch"]("FEDKERN_ISA", "all"))
+        == "fedkern: FEDKERN_ISA is 'avx'; it takes auto or all"
+    )
+
+
+@pytest.mark.parametrize(("gpus", "force", "cuda"), [([], "", "0"), ([], "1", "1"), (["nvidia0"], "", "auto")])
+def test_the_cuda_core_is_built_for_a_gpu_or_on_request(
+    script: Any, monkeypatch: Any, gpus: Any, force: str, cuda: str
+):
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(gpus))
+    monkeypatch.setenv("FORCE_CUDA", force)
+    assert script["switch_cuda"]() == cuda
 
 
 def test_the_cuda_core_alone_cannot_be_had(script: Any, monkeypatch: Any) -> None:
@@ -117,11 +131,11 @@ def test_a_failing_build_names_the_ways_out(script: Any, monkeypatch: Any, tmp_p
     monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, 1))
     pytest.importorskip("pybind11")
     command = script["CMakeBuild"].__new__(script["CMakeBuild"])
-    told = read_refusal(lambda: command.cmake(tmp_path / "fedkern"))
-    assert "FEDKERN_CUDA=0 leaves out the CUDA core, FEDKERN_CPU=0 installs fedkern without" in told
-    monkeypatch.setenv("FEDKERN_CUDA", "0")
-    told = read_refusal(lambda: command.cmake(tmp_path / "fedkern"))
-    assert "FEDKERN_CUDA=0 leaves" not in told
+    for cuda, hints in (("1", 1), ("0", 0)):
+        monkeypatch.setenv("FEDKERN_CUDA", cuda)
+        told = read_refusal(lambda: command.cmake(tmp_path / "fedkern"))
+        hint = "FEDKERN_CUDA=0 leaves out the CUDA core, FEDKERN_CPU=0 installs fedkern without"
+        assert told.count(hint) == hints
 
 
 ODD = "it's an ünusual, odd folder"
@@ -145,7 +159,7 @@ def test_a_checkout_and_an_environment_may_lie_anywhere(tmp_path: Path) -> None:
     if shutil.which("nvcc") and os.environ.get("FEDKERN_CUDA") != "0":
         objects += ["CMakeFiles/cuda_kernels.dir/cuda/device.cu.o", "CMakeFiles/_cuda.dir/bindings/cuda.cpp.o"]
     else:
-        objects += ["CMakeFiles/_cpu.dir/bindings/cpu.cpp.o"]
+        objects += ["CMakeFiles/_cpu.dir/Unity/unity_cpu_cxx.cxx.o"]
     for step in (command, ["ninja", "-C", checkout / "build", *objects]):
         one_architecture = {**os.environ, "CUDAARCHS": "80-real"}  # the one architecture that is asked for
         done = subprocess.run(step, capture_output=True, text=True, timeout=300, env=one_architecture)

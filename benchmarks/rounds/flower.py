@@ -34,10 +34,7 @@ def client_app(folder: str, threads: int) -> ClientApp:
         module.load_state_dict(message.content["arrays"].to_torch_state_dict())
         client = int(context.node_config["partition-id"])
         task.train(module, client, int(message.content["config"]["server-round"]) - 1)
-        content = {
-            "arrays": ArrayRecord(module.state_dict()),
-            "metrics": MetricRecord({"num-examples": task.samples}),
-        }
+        content = {"arrays": ArrayRecord(module.state_dict()), "metrics": MetricRecord({"num-examples": task.samples})}
         return Message(content=RecordDict(content), reply_to=message)
 
     return app

@@ -7,6 +7,7 @@
 
 namespace fedkern {
 
+const char* source_hash();
 void bind_blend(py::module_&);
 void bind_contrast(py::module_&);
 void bind_conv(py::module_&);
@@ -47,8 +48,10 @@ void choose(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
+  if (available().empty()) throw py::import_error(
+        "it was compiled for processors with AVX2, which this one lacks: install fedkern on this machine, or with FEDKERN_ISA=all");
   module.doc() = "Compiled CPU kernels of fedkern; use them through fedkern.ops.";
-  module.def("source_hash", [] { return FEDKERN_SOURCE_HASH; });
+  module.def("source_hash", source_hash);
   module.def("isa", [] { return kNames[static_cast<int>(active_isa())]; });
   module.def("available_isas", available);
   module.def("set_isa", choose);

@@ -89,7 +89,7 @@ FuseCall call_of(const MapView& one, std::int64_t channels, std::size_t maps, bo
 }
 
 // False, and nothing is done, where a map or a vector cannot be read as it is. `last`: maps are worked on channels-last.
-bool forward(const py::sequence& features, py::handle out, py::handle scale, py::handle shift, bool last, bool relu, bool mean, int threads) {
+bool fuse_forward(const py::sequence& features, py::handle out, py::handle scale, py::handle shift, bool last, bool relu, bool mean, int threads) {
   const MapView to(out);
   std::vector<FuseMap> maps;
   const FuseMap result = map_of(to, last);
@@ -105,8 +105,8 @@ bool forward(const py::sequence& features, py::handle out, py::handle scale, py:
   return true;
 }
 
-// As forward. `features` and `out` may be None, and targets, which have `channels`; `partial` is for fedkern._cuda.
-bool backward(py::handle grad, const py::object& features, py::handle out, const py::sequence& targets, const py::sequence& channels,
+// As fuse_forward. `features` and `out` may be None, and targets, which have `channels`; `partial` is for fedkern._cuda.
+bool fuse_backward(py::handle grad, const py::object& features, py::handle out, const py::sequence& targets, const py::sequence& channels,
               py::handle scale, py::handle shift, py::handle grad_scale, py::handle grad_shift, py::handle /*partial*/, bool last, bool relu,
               bool mean, int threads) {
   const MapView from(grad);
@@ -159,8 +159,8 @@ bool backward(py::handle grad, const py::object& features, py::handle out, const
 
 void bind_fuse(py::module_& module) {
   module.def("fuse_reads", [](py::handle map, bool last) { return reads(MapView(map), last); });
-  module.def("fuse_forward", forward);
-  module.def("fuse_backward", backward);
+  module.def("fuse_forward", fuse_forward);
+  module.def("fuse_backward", fuse_backward);
 }
 
 }  // namespace fedkern

@@ -15,7 +15,9 @@ bool isa_supported(Isa isa) {
     case Isa::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
+#if defined(FEDKERN_HAS_portable)
     case Isa::portable: return true;
+#endif
     default: return false;
   }
 }

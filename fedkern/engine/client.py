@@ -346,13 +346,7 @@ class Client(Node):
         return figures
 
     def fit_privately(
-        self,
-        method: Objective,
-        phase: Phase,
-        module: nn.Module,
-        spending: DPSGD,
-        *,
-        rows: np.ndarray | None = None,
+        self, method: Objective, phase: Phase, module: nn.Module, spending: DPSGD, *, rows: np.ndarray | None = None
     ) -> dict[str, float]:
         self.marks |= TRAINED - {"clip"}
         schedule = self._schedule(phase, count_declared(self.samples, rows, spending))

@@ -329,13 +329,7 @@ class Client(Node, Protocol):
         """
 
     def fit_privately(
-        self,
-        method: Objective,
-        phase: Phase,
-        module: nn.Module,
-        spending: DPSGD,
-        *,
-        rows: np.ndarray | None = None,
+        self, method: Objective, phase: Phase, module: nn.Module, spending: DPSGD, *, rows: np.ndarray | None = None
     ) -> dict[str, float]:
         """Train a module like :meth:`fit`, with DP-SGD on the samples at ``rows``.
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -84,7 +85,8 @@ def cuda_core() -> str:
         built = f"built with CUDA {devices.version(core.versions()[0])} for {kinds} and newer"
         return f"{built}; needs NVIDIA's driver {devices.driver_for(core)}"
     except (loading.Unavailable, AttributeError) as error:  # AttributeError: an outdated core
-        return f"none: {error}"
+        built = "; nvcc is here, but no GPU was visible when fedkern was built (FEDKERN_CUDA=1 pip install . builds it)"
+        return f"none: {error}{built * bool(shutil.which('nvcc'))}"
 
 
 def threads() -> dict[str, object]:

@@ -120,11 +120,7 @@ def sum_phases(*tables: Mapping[str, float]) -> dict[str, float]:
 
 
 def constant_figures(
-    records: Iterable[Record],
-    main: str,
-    known: Mapping[str, float | None],
-    confusion: Confusions | None,
-    classes: int,
+    records: Iterable[Record], main: str, known: Mapping[str, float | None], confusion: Confusions | None, classes: int
 ) -> dict[str, float]:
     """Return the main figures of a constant prediction, such as one class everywhere, as far as known.
 

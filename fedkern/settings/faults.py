@@ -30,9 +30,7 @@ class FaultSettings(FederationSettings):
         low=0,
     )
     clip_update_norm: float = option(
-        0.0,
-        "averaging methods: scale a client's update down to at most this Euclidean norm; 0: no limit",
-        low=0,
+        0.0, "averaging methods: scale a client's update down to at most this Euclidean norm; 0: no limit", low=0
     )
     dropout_rate: float = option(
         0.0, "averaging methods: probability that a client fails in a round before its upload", low=0, high=1

@@ -50,9 +50,7 @@ class FederationSettings(DataSettings):
     sample_fraction: float = option(1.0, "fraction of the clients that train in each round", above=0, high=1)
     rounds: int = option(COMMON["rounds"], "communication rounds", low=1, high=100_000)
     compress: str | None = option(
-        None,
-        "averaging methods: compress the clients' updates, with error feedback: topk:share=S or int8",
-        type=str,
+        None, "averaging methods: compress the clients' updates, with error feedback: topk:share=S or int8", type=str
     )
     aggregator: str = option(
         MEAN,

@@ -44,9 +44,7 @@ class ModelSettings(Section):
     )
     init_partial: bool = option(False, "load only the tensors of --init that fit the network, and list the others")
     freeze: str | None = option(
-        None,
-        "parameters of the network that are neither trained nor sent, by name: backbone.*,head.bias",
-        type=str,
+        None, "parameters of the network that are neither trained nor sent, by name: backbone.*,head.bias", type=str
     )
     personal: str | None = option(
         None,

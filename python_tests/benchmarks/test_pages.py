@@ -121,10 +121,7 @@ def test_figures_are_written_where_they_stand(root):
     assert pages.faults(TEXT, PAGE, root) == ['docs/some.md: "b,1.6 %" should be "b,1.5 %"']
 
 
-TABLES = {
-    "fusefl": ("fusefl_calibration", "Dirichlet 0.1: FuseFL"),
-    "fediod": ("fediod_rivals", "MNIST 0.1: FedIOD"),
-}
+TABLES = {"fusefl": ("fusefl_calibration", "Dirichlet 0.1: FuseFL"), "fediod": ("fediod_rivals", "MNIST 0.1: FedIOD")}
 """Cells of tables where they are not the command's own."""
 
 

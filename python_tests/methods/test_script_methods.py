@@ -14,15 +14,7 @@ import torch
 
 import fedkern
 from fedkern.api import read_request
-from fedkern.methods import (
-    FedAvg,
-    FedIOD,
-    FedLPFM,
-    FedProx,
-    method_registry,
-    option,
-    script_methods,
-)
+from fedkern.methods import FedAvg, FedIOD, FedLPFM, FedProx, method_registry, option, script_methods
 from fedkern.run import main
 
 TINY = {"data": "digits", "train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0,

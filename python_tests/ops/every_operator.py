@@ -20,7 +20,7 @@ NO_OPERATORS = {
 
 # Operators of torch.library that no public function calls with ordinary arguments.
 INDIRECT: set[str] = {
-    "fedkern::optimiser_step_and_zero",  # under torch.compile
+    "fedkern::optimiser_step_and_zero"  # under torch.compile
 }
 
 

@@ -22,12 +22,7 @@ class _Image(NamedTuple):
 
 
 def find_copies(
-    data: str,
-    classes: Sequence[str],
-    sets: Sets,
-    pixels: Sequence[bytes],
-    sites: Sequence[str],
-    outside: str,
+    data: str, classes: Sequence[str], sets: Sets, pixels: Sequence[bytes], sites: Sequence[str], outside: str
 ) -> list[str]:
     """Describe images with equal decoded pixels and different names in at most one sentence.
 

@@ -406,7 +406,7 @@ def train_async(
 def _warn(client: Client, error: Exception) -> None:
     client.warn(
         "no-cuda-graph",
-        "The GPU's kernels of a training step are train_async one by one, because they could not be recorded as a CUDA "
+        "The GPU's kernels of a training step are started one by one, because they could not be recorded as a CUDA "
         f"graph ({type(error).__name__}: {str(error).partition(chr(10))[0]}). The results are the same, but later.",
     )
 

@@ -84,13 +84,7 @@ def finished_summary(entry: Entry | None, out: Path, predicted: bool) -> State |
 
 
 def check_place(
-    stored: RunConfig,
-    entry: Entry | None,
-    device: str,
-    out: Path,
-    trusted: Collection[str],
-    *,
-    remote: bool,
+    stored: RunConfig, entry: Entry | None, device: str, out: Path, trusted: Collection[str], *, remote: bool
 ) -> None:
     """Raise UserError if client states are in another place, or kernels or code differ."""
     is_remote = (out / NODES).exists()

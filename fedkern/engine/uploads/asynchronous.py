@@ -20,15 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fedkern.engine.participation import (
-    DAMAGED,
-    Assignment,
-    InFlight,
-    Participation,
-    is_time,
-    local_steps,
-    speed,
-)
+from fedkern.engine.participation import DAMAGED, Assignment, InFlight, Participation, is_time, local_steps, speed
 from fedkern.engine.transport import torchrun_group
 from fedkern.engine.uploads.filters import ExchangeRequest, Filter, register_filter
 from fedkern.errors import UserError

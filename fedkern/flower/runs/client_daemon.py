@@ -56,12 +56,7 @@ class _Gone(Exception):
 
 
 def ask_daemon(
-    header: str,
-    packed: bytes,
-    run_config: UserConfig,
-    node: UserConfig,
-    notice: Notice,
-    stays: float = STAYS,
+    header: str, packed: bytes, run_config: UserConfig, node: UserConfig, notice: Notice, stays: float = STAYS
 ) -> bytes | None:
     """Return the daemon's answer, None if no daemon can be had. Start a daemon if there is none.
 

@@ -74,12 +74,7 @@ class Learner(Generic[N]):
     """Network of the server with an optimiser over all its parameters as one tensor: one kernel a step."""
 
     def __init__(
-        self,
-        module: N,
-        optimise: Callable[[list[Tensor]], SGD | Adam],
-        state: dict[str, Any],
-        key: str,
-        moments: str,
+        self, module: N, optimise: Callable[[list[Tensor]], SGD | Adam], state: dict[str, Any], key: str, moments: str
     ) -> None:
         self._state, self._key, self._moments = state, key, moments
         self._flat = flatten(module)

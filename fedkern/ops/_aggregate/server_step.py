@@ -28,14 +28,7 @@ from fedkern.ops._aggregate.mean import select
 from fedkern.ops._aggregate.rules import DEFAULTS, RULES, ServerCall, ServerRule
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import select_ordinary
-from fedkern.ops._core.checks import (
-    check_device,
-    check_flag,
-    check_number,
-    mark_written,
-    refuse_gradient,
-    share_memory,
-)
+from fedkern.ops._core.checks import check_device, check_flag, check_number, mark_written, refuse_gradient, share_memory
 
 
 class ServerStep(NamedTuple):

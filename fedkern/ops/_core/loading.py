@@ -59,7 +59,8 @@ def load_core(name: str) -> ModuleType:
             raise Unavailable(f"fedkern.{name} was not built") from None
         return core
     except ImportError as error:
-        raise Unavailable(f"fedkern.{name} does not load ({error})") from error
+        failure = Unsuited if "FEDKERN_ISA" in str(error) else Unavailable
+        raise failure(f"fedkern.{name} does not load ({error})") from error
 
 
 def load_triton(module: str) -> ModuleType:

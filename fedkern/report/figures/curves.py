@@ -123,11 +123,7 @@ def set_curves(points: Mapping[str, Points]) -> dict[str, Curve]:
 
 
 def accuracy_panels(
-    records: Sequence[Record],
-    main: str,
-    *,
-    tests: Collection[str] = (),
-    chance: Mapping[str, float] | None = None,
+    records: Sequence[Record], main: str, *, tests: Collection[str] = (), chance: Mapping[str, float] | None = None
 ) -> list[Panel]:
     """Return the main figure on every test set over the rounds, or over the clock of an asynchronous run.
 

@@ -224,11 +224,7 @@ def test_an_unwritable_folder(fails, tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("chosen", "expected"),
-    [
-        ({}, (None, "10000")),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None)),
-        ({"GOMP_SPINCOUNT": "5"}, (None, "5")),
-    ],
+    [({}, (None, "10000")), ({"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None)), ({"GOMP_SPINCOUNT": "5"}, (None, "5"))],
 )
 def test_threads_spin_for_a_moment_unless_told_otherwise(chosen, expected):
     environment = {

@@ -16,7 +16,7 @@ SEAMS = {"parts.part", "uploads.encoders", "uploads.filters"}
 
 KNOWN = {
     # A vector that stays with its client is checked there, by the function that the server checks all others with.
-    "uploads.reduction": {"uploads.declared"},
+    "uploads.reduction": {"uploads.declared"}
 }
 """What single parts and filters know of others, and why."""
 
