@@ -74,9 +74,7 @@ def test_unknown_values_are_named(script: Any, monkeypatch: Any, name: str) -> N
 
 
 @pytest.mark.parametrize(("gpus", "force", "cuda"), [([], "", "0"), ([], "1", "1"), (["nvidia0"], "", "auto")])
-def test_the_cuda_core_is_built_for_a_gpu_or_on_request(
-    script: Any, monkeypatch: Any, gpus: Any, force: str, cuda: str
-):
+def test_cuda_is_built_for_a_gpu_or_on_request(script, monkeypatch, gpus: list[str], force: str, cuda: str) -> None:
     monkeypatch.setattr(Path, "glob", lambda *_: iter(gpus))
     monkeypatch.setenv("FORCE_CUDA", force)
     assert script["switch_cuda"]() == cuda
