@@ -49,16 +49,7 @@ def warn_of_version() -> None:
 
 _check_version()
 
-from flwr.app import (  # noqa: E402
-    Array,
-    ArrayRecord,
-    ConfigRecord,
-    Context,
-    Message,
-    MessageType,
-    MetricRecord,
-    RecordDict,
-)
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict  # noqa: E402
 from flwr.clientapp import ClientApp  # noqa: E402
 from flwr.common.constant import ErrorCode  # noqa: E402
 from flwr.common.logger import log  # noqa: E402
