@@ -82,12 +82,12 @@ class Executor:
         self.calls = [] if calls is None else calls
         self.asked, self.phases, self.encoders = [], [], None
 
-    def answers(self, asker, phase, messages, encoders=None):
+    def answers(self, callee, phase, messages, encoders=None):
         self.encoders = encoders
         self.phases.append(phase)
         for k, message in messages.items():
             self.calls.append(("works", k))
-            self.asked.append((asker, phase.exchange, k))
+            self.asked.append((callee, phase.exchange, k))
             yield self._work(k, message)
 
     def changed_state(self, k):

@@ -53,12 +53,12 @@ class MethodCode:
 class Hooks:
     """Calls of a method's server, or of the pooling of statistics, in an exchange."""
 
-    def __init__(self, asker: str, handler: Any, server: Server, context: RunContext, code: MethodCode) -> None:
-        self.asker, self._asked, self._server, self._context, self._code = asker, handler, server, context, code
+    def __init__(self, callee: str, handler: Any, server: Server, context: RunContext, code: MethodCode) -> None:
+        self.callee, self._asked, self._server, self._context, self._code = callee, handler, server, context, code
 
     @property
     def own(self) -> bool:
-        return self.asker == "method"
+        return self.callee == "method"
 
     def send(self, phase: Phase) -> object:
         with self._context.drawing(self._server, phase), self._code("send"):

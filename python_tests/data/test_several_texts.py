@@ -98,8 +98,8 @@ def test_an_image_of_two_clients_cannot_be_held_out(tmp_path):
 
 def robust(data, **options):
     config = RunConfig.make("feddra", data="pairs", clients=len(data.clients), width=4, options=options)
-    bench = RunContext(config, data)
-    return FedDRA(FedDRA.Options.parse(options)), [Client(bench, k, {}) for k in range(len(data.clients))]
+    context = RunContext(config, data)
+    return FedDRA(FedDRA.Options.parse(options)), [Client(context, k, {}) for k in range(len(data.clients))]
 
 
 @pytest.mark.parametrize("loss_share", [0.1, 0.3, 0.5])

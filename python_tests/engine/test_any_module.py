@@ -173,13 +173,13 @@ def test_fit_is_train_on_a_module(model, kind, make_data, make_config):
     config = make_config(
         model=model, local_epochs=2, weight_decay=1e-3, clip_norm=1.0, augment="crop-flip", lr_decay=0.9
     )
-    bench, phase = RunContext(config, make_data()), Phase(1, "train", "update")
-    message = bench.networks.initial()
-    answer = Client(bench, 1, {}).train(kind(), phase, message)
-    client = Client(bench, 1, {})
+    context, phase = RunContext(config, make_data()), Phase(1, "train", "update")
+    message = context.networks.initial()
+    answer = Client(context, 1, {}).train(kind(), phase, message)
+    client = Client(context, 1, {})
     network = client.network()
     figures = client.fit(kind(), phase, network, message=message)
-    result = Network(network, bench.device).read()
+    result = Network(network, context.device).read()
     for name in message:
         assert torch.equal(result[name], answer[name])
     assert client.report == figures
@@ -187,8 +187,8 @@ def test_fit_is_train_on_a_module(model, kind, make_data, make_config):
 
 
 def test_fit_trains_what_requires_gradients_alone(make_data, make_config):
-    bench = RunContext(make_config(), make_data())
-    client = Client(bench, 0, {})
+    context = RunContext(make_config(), make_data())
+    client = Client(context, 0, {})
     network = client.network()
     network.requires_grad_(False)
     with pytest.raises(ValueError, match="expected a parameter that requires gradients"):
@@ -216,8 +216,8 @@ def test_without_flat_vectors_nothing_was_received(make_data, make_config):
 
 def test_both_sides_see_the_same_networks_and_the_run(make_data, make_public, make_config):
     data = make_public(make_data())
-    bench = RunContext(make_config(), data)
-    client, server = Client(bench, 2, {}), Server(bench)
+    context = RunContext(make_config(), data)
+    client, server = Client(context, 2, {}), Server(context)
     for overrides in ({}, {"width": 3}, {"model": "resnet8"}, {"model": "resnet8", "width": 4, "classes": 7}):
         mine, theirs = client.network(**overrides), server.build(**overrides)
         assert mine is not theirs

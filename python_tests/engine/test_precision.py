@@ -186,23 +186,23 @@ def test_a_run_inside_a_callers_autocast_is_the_same(precision, make_data, make_
 
 
 def test_the_received_network_is_cast_once_and_anew_for_every_message(make_data, make_config):
-    bench = RunContext(make_config(**BF16), make_data())
+    context = RunContext(make_config(**BF16), make_data())
     images = torch.randn(4, 3, 8, 8)
-    message = bench.networks.initial()
+    message = context.networks.initial()
     with compute_in("bf16"):
-        own = bench.networks.get("server")
+        own = context.networks.get("server")
         own.write(message)
         own.eval_mode()
-        frozen = bench.networks.frozen(message, None)
-        assert frozen is bench.networks.frozen(message, None)
+        frozen = context.networks.frozen(message, None)
+        assert frozen is context.networks.frozen(message, None)
         weights = {name: p.dtype for name, p in frozen.named_parameters()}
         assert weights["layer1.0.weight"] == torch.bfloat16
         assert weights["head.weight"] == weights["layer1.1.weight"] == torch.float32
         assert torch.equal(frozen(images), own.module(images))  # what autocast gives that casts at every call
         changed = {**message, "parameters": message["parameters"] * 1.5}
         own.write(changed)
-        assert torch.equal(bench.networks.frozen(changed, None)(images), own.module(images))
-    assert bench.networks.get("frozen").parameters.dtype == torch.float32
+        assert torch.equal(context.networks.frozen(changed, None)(images), own.module(images))
+    assert context.networks.get("frozen").parameters.dtype == torch.float32
 
 
 @pytest.mark.exhaustive

@@ -18,8 +18,8 @@ class RemoteClients(Serial):
     remote = True
     faults: ClassVar[dict] = {}
 
-    def answers(self, asker, phase, messages, encoders=None):
-        for answer in super().answers(asker, phase, messages, encoders):
+    def answers(self, callee, phase, messages, encoders=None):
+        for answer in super().answers(callee, phase, messages, encoders):
             fault = self.faults.get((phase.round, answer.client))
             yield answer if fault is None else Answer(answer.client, **fault)
 

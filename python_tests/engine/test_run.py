@@ -125,9 +125,9 @@ def test_adding_a_client_changes_no_other_clients_draws(make_data, make_config, 
     for key, draws in three.items():
         assert seen[key] == draws
     assert seen[0, 0] != seen[0, 1]
-    bench = RunContext(make_config(), make_data())
+    context = RunContext(make_config(), make_data())
     phase = Phase(0, "train", "update")
-    draws = [Client(bench, k, {}).rng(p, phase).random() for k in (0, 1) for p in ("batches", "background")]
+    draws = [Client(context, k, {}).rng(p, phase).random() for k in (0, 1) for p in ("batches", "background")]
     assert len(set(draws)) == 4
 
 

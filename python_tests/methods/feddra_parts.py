@@ -15,11 +15,11 @@ class Parts:
     """The engine's pieces without its loop."""
 
     def __init__(self, data, config, **options):
-        self.bench = RunContext(config.replace(options=options), data)
+        self.context = RunContext(config.replace(options=options), data)
         self.method = FedDRA(FedDRA.Options.parse(options))
-        self.server = Server(self.bench)
+        self.server = Server(self.context)
         self.method.start(self.server)
-        self.clients = [Client(self.bench, k, {}) for k in range(len(data.clients))]
+        self.clients = [Client(self.context, k, {}) for k in range(len(data.clients))]
 
     def exchange(self, phase, chosen=None):
         sent = self.method.send(self.server, phase)
@@ -32,6 +32,6 @@ class Parts:
 
     def sizes(self):
         """Return the numbers of parameters up to the encoders' end, and after it."""
-        flat = FlatParameters(self.bench.networks.build())
+        flat = FlatParameters(self.context.networks.build())
         begin = min(place.start for name, place in flat.places()["parameters"].items() if name.startswith(PARTS[2:]))
         return begin, len(flat.parameters) - begin

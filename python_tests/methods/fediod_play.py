@@ -19,12 +19,12 @@ class World:
 
     def __init__(self, make_config, data, **options):
         self.config = make_config("fediod", model="cnn", grad_cam=0, options={**TINY, **options})
-        self.bench = RunContext(self.config, data)
+        self.context = RunContext(self.config, data)
         self.method = FedIOD(FedIOD.Options.parse(self.config.options))
-        self.server = Server(self.bench)
-        self.clients = {k: Client(self.bench, k, {}) for k in range(len(data.clients))}
+        self.server = Server(self.context)
+        self.clients = {k: Client(self.context, k, {}) for k in range(len(data.clients))}
         self.method.start(self.server)
-        for number, entry in enumerate(self.method.rounds(self.bench.federation)):
+        for number, entry in enumerate(self.method.rounds(self.context.federation)):
             if entry.one_off:
                 self.play(entry, -1 - number)
 
@@ -55,7 +55,7 @@ class World:
         return messages, answers
 
     def round(self):
-        return next(entry for entry in self.method.rounds(self.bench.federation) if not entry.one_off)
+        return next(entry for entry in self.method.rounds(self.context.federation) if not entry.one_off)
 
 
 def frozen(tree):

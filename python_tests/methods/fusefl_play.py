@@ -20,10 +20,10 @@ class Play:
     """A run by hand: the method, its server and clients, and the messages."""
 
     def __init__(self, config, data, order=None, backwards=False):
-        self.bench = RunContext(config, data)
+        self.context = RunContext(config, data)
         self.method = FuseFL(FuseFL.Options.parse(config.options))
-        self.server = Server(self.bench)
-        self.clients = {k: Client(self.bench, k, {}) for k in range(config.clients)}
+        self.server = Server(self.context)
+        self.clients = {k: Client(self.context, k, {}) for k in range(config.clients)}
         self.order = list(order or self.clients)
         self.backwards = backwards
         self.down, self.up = [], []
@@ -36,11 +36,11 @@ class Play:
         self.down.append(sent)
         self.up.append({k: copy.deepcopy(answers[k]) for k in sorted(answers)})
         order = sorted(answers, reverse=self.backwards)
-        uploads = (Upload(k, self.bench.federation.samples[k], answers[k]) for k in order)
+        uploads = (Upload(k, self.context.federation.samples[k], answers[k]) for k in order)
         self.method.server_update(self.server, phase, uploads)
 
     def go(self):
-        for number, entry in enumerate(self.method.rounds(self.bench.federation)):
+        for number, entry in enumerate(self.method.rounds(self.context.federation)):
             self.round(number, entry.name)
         return self
 

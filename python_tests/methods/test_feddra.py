@@ -33,7 +33,7 @@ def test_the_first_stage_leaves_encoders_as_they_are(parts):
     assert torch.equal(after["parameters"][:encoders], before["parameters"][:encoders])
     assert not torch.equal(after["parameters"][encoders:], before["parameters"][encoders:])
     assert all(len(upload.message["parameters"]) == alignment for upload in uploads)
-    local = p.bench.networks.get("local")
+    local = p.context.networks.get("local")
     assert torch.equal(local.parameters[:encoders], before["parameters"][:encoders])
     assert not local.module.image_encoder.training
     assert local.module.image_head.training
@@ -80,7 +80,7 @@ def test_spliced_replaces_the_ends():
 
 
 def test_the_alignment_modules_are_the_ends_of_the_vectors(parts):
-    network = parts().bench.networks.build()
+    network = parts().context.networks.build()
     names = [name.partition(".")[0] for name, _ in network.named_parameters()]
     assert names == sorted(names, key=PARTS.index)
     assert PARTS[2:] == ALIGNMENT
@@ -106,7 +106,7 @@ def test_plans(options, plan):
 def test_loss_at_a_random_start_and_of_identical_pairs(parts):
     p = parts()
     batch = p.clients[0].batch(np.arange(16))
-    x, y = p.bench.networks.build().train()(batch.inputs, batch.targets)
+    x, y = p.context.networks.build().train()(batch.inputs, batch.targets)
     assert ops.contrastive(x, y).item() < 2 * math.log(16) + 3
     pairs = torch.eye(16)
     assert ops.contrastive(pairs, pairs).item() < 1e-3
@@ -115,14 +115,14 @@ def test_loss_at_a_random_start_and_of_identical_pairs(parts):
 def test_the_local_objective(parts):
     p = parts(mu=3.0, lambda1=2.0)
     batch = dataclasses.replace(p.clients[0].batch(np.arange(8)), phase=JOINT)
-    model, glob = p.bench.networks.build().train(), p.bench.networks.build().eval()
+    model, glob = p.context.networks.build().train(), p.context.networks.build().eval()
     for parameter in glob.parameters():
         parameter.data.mul_(1.1)
     received = types.SimpleNamespace(model=glob, round_cache={}, epochs=1, samples=20, message={})
     loss, seen = p.method.loss(model, batch, received)
     with torch.no_grad():
         (x, y), (zx, zy) = (
-            p.bench.networks.build().train()(batch.inputs, batch.targets),
+            p.context.networks.build().train()(batch.inputs, batch.targets),
             glob(batch.inputs, batch.targets),
         )
     anchor = ((x - zx).square() + (y - zy).square()).mean()
@@ -133,7 +133,7 @@ def test_the_local_objective(parts):
 
 def test_no_gradient_reaches_the_anchors_or_frozen_encoders(parts):
     p = parts()
-    model, glob = p.bench.networks.build().train(), p.bench.networks.build().eval()
+    model, glob = p.context.networks.build().train(), p.context.networks.build().eval()
     received = types.SimpleNamespace(model=glob, round_cache={}, epochs=1, samples=20, message={})
     batch = dataclasses.replace(p.clients[0].batch(np.arange(8)), phase=ALIGN)
     p.method.loss(model, batch, received)[0].backward()

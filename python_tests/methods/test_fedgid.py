@@ -35,8 +35,8 @@ class Scene:
 
     def __init__(self, make_data, make_config, model="cnn", shared=False, phase=PHASE, epochs=1, **options):
         self.method = FedGID(FedGID.Options.parse(options))
-        self.bench = RunContext(make_config("fedgid"), make_data())
-        self.client = Client(self.bench, 0, {})
+        self.context = RunContext(make_config("fedgid"), make_data())
+        self.client = Client(self.context, 0, {})
         self.local = network(1, model, dtype=torch.float64)
         self.frozen = network(1 if shared else 2, model, dtype=torch.float64)
         self.frozen.requires_grad_(False)
@@ -48,7 +48,7 @@ class Scene:
                     layer.running_mean += 0.1 * torch.randn(layer.running_mean.shape, generator=g2)
         self.frozen.eval()
         self.received = Received(self.frozen, phase=phase, epochs=epochs)
-        data = self.bench.samples.of_client(0)
+        data = self.context.samples.of_client(0)
         data.pixels._normalise = _double(data.pixels._normalise)
         rows = np.array([3, 1, 4, 11, 5])
         self.batch = Batch(data.pixels.take(rows), data.labels[rows], rows, phase)

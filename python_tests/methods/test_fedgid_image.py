@@ -33,7 +33,7 @@ IMAGE = {"intervene": "image"}
 def scene(make_data, make_config):
     def make(**options):
         made = Scene(make_data, make_config, **IMAGE, **options)
-        data = made.bench.samples.of_client(0)
+        data = made.context.samples.of_client(0)
         rows = made.batch.indices
         planned = data.batch(rows)
         assert planned.masks is None  # only methods that ask have them

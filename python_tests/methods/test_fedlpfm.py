@@ -144,9 +144,9 @@ def test_operations_of_a_teacher_are_the_same_in_either_precision(data, make_con
 def test_teachers_own_accuracy_is_reported(data, make_config, tmp_path):
     """The figure equals that of the cached teacher, computed by hand."""
     summary = run(small(make_config), out=tmp_path / "run", data=data)
-    bench = RunContext(small(make_config), data)
+    context = RunContext(small(make_config), data)
     method = FedLPFM(FedLPFM.Options.parse({**SMALL, "lambda": 0.5}))
-    method.start(Server(bench))
+    method.start(Server(context))
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (data.form.mean, data.form.std))
     images = (data.tests["ood"].images / 255 - mean) / std
     right = (method._teachers[0].logits(images).argmax(1) == data.tests["ood"].labels).double().mean()
@@ -160,12 +160,12 @@ def test_tuned_teachers_are_measured_on_the_validation_split(tuning, data, make_
     options = {"teacher_tuning": tuning, "tuning_lr": 0.05, "tuning_epochs": 5}
     config = small(make_config, options=options)
     summary = run(config, out=tmp_path / "run", data=data)
-    method, bench, _ = start(data, config)
+    method, context, _ = start(data, config)
     split, right = data.validation, []
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (data.form.mean, data.form.std))
     images = (split.images / 255 - mean) / std
     for k in range(3):
-        client, teacher = Client(bench, k, {}), method._teachers[0]
+        client, teacher = Client(context, k, {}), method._teachers[0]
         rng, own = client.rng(f"teacher-{tuning}/0", BEFORE), [batch.inputs for batch in client.in_order()]
         tuned, _ = tune_copy(teacher, own, client.labels, rng, head_only=tuning == "probe", epochs=5, lr=0.05)
         logits = tuned(teacher.features(images)) if tuning == "probe" else tuned(images)
@@ -177,14 +177,14 @@ def test_tuned_teachers_are_measured_on_the_validation_split(tuning, data, make_
 
 
 def start(data, config):
-    method, bench = FedLPFM(FedLPFM.Options.parse(config.options)), RunContext(config, data)
-    server = Server(bench)
+    method, context = FedLPFM(FedLPFM.Options.parse(config.options)), RunContext(config, data)
+    server = Server(context)
     method.start(server)
-    return method, bench, server
+    return method, context, server
 
 
-def batch_of(bench, client, rows):
-    data = bench.samples.of_client(client)
+def batch_of(context, client, rows):
+    data = context.samples.of_client(client)
     return Batch(data.pixels.take(rows), data.labels[rows], rows, PHASE)
 
 
@@ -193,17 +193,17 @@ def test_cached_and_live_teachers_agree_without_augmentation(tuning, data, make_
     rows, drawn = np.array([5, 0, 12, 7]), {}
     for view in ("cached", "same"):
         options = {"teacher_view": view, "teacher_tuning": tuning, "tuning_lr": 0.05}
-        method, bench, server = start(data, small(make_config, options=options))
-        client = Client(bench, 1, {})
+        method, context, server = start(data, small(make_config, options=options))
+        client = Client(context, 1, {})
         method.client_update(client, PHASE, method.send(server, PHASE))
-        drawn[view] = method.draw(client, batch_of(bench, 1, rows), np.random.default_rng(0))["teacher"]
+        drawn[view] = method.draw(client, batch_of(context, 1, rows), np.random.default_rng(0))["teacher"]
     torch.testing.assert_close(drawn["cached"], drawn["same"], rtol=1e-4, atol=1e-4)
     assert drawn["same"].shape == (4, 3)
 
 
 def test_the_cached_view_is_the_image_before_augmentation(data, make_config):
-    method, bench, server = start(data, small(make_config, augment="crop"))
-    client = Client(bench, 0, {})
+    method, context, server = start(data, small(make_config, augment="crop"))
+    client = Client(context, 0, {})
     method.client_update(client, PHASE, method.send(server, PHASE))
     plain = torch.cat([batch.inputs for batch in client.in_order()])
     torch.testing.assert_close(
@@ -212,12 +212,12 @@ def test_the_cached_view_is_the_image_before_augmentation(data, make_config):
 
 
 def test_the_teacher_neither_changes_nor_travels(data, make_config):
-    method, bench, server = start(data, small(make_config))
+    method, context, server = start(data, small(make_config))
     before = {name: value.clone() for name, value in method._teachers[0].network.state_dict().items()}
-    client, message = Client(bench, 0, {}), method.send(server, PHASE)
+    client, message = Client(context, 0, {}), method.send(server, PHASE)
     upload = method.client_update(client, PHASE, message)
     assert set(upload) == set(message)
-    proxy = bench.networks.get("server")
+    proxy = context.networks.get("server")
     assert message_bytes(upload) == 4 * (proxy.parameters.numel() + proxy.buffers.numel()) + 8 * 3
     for name, value in method._teachers[0].network.state_dict().items():
         assert torch.equal(value, before[name])
@@ -228,9 +228,9 @@ def test_backbones(data, make_config):
     specs = {"teacher": "pretrained:cnn/3,pretrained:cnn/2,pretrained:cnn/4", "teachers": 2}
     drawn = {}
     for backbone in ("consistent", "random", "random-each-round"):
-        method, bench, _ = start(data, small(make_config, options={**specs, "backbone": backbone}))
+        method, context, _ = start(data, small(make_config, options={**specs, "backbone": backbone}))
         drawn[backbone] = [
-            [tuple(method.backbones(Client(bench, k % 3, {}), Phase(r, "train", "update"))) for r in range(8)]
+            [tuple(method.backbones(Client(context, k % 3, {}), Phase(r, "train", "update"))) for r in range(8)]
             for k in range(3)
         ]
     assert {pair for rounds in drawn["consistent"] for pair in rounds} == {(0, 1)}

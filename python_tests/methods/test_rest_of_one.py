@@ -47,8 +47,8 @@ def test_one_public_image_is_too_few(method, options, make_data, make_public, ma
 def critics(make_data, make_config):
     def make(**options):
         given = {**TINY, "critic_layers": 3, **options}  # 8 pixels a side: a last map of one position
-        bench = RunContext(make_config("fediod", options=given), make_data())
-        return Discriminators([Client(bench, k, {}) for k in range(3)], FedIOD.Options.parse(given))
+        context = RunContext(make_config("fediod", options=given), make_data())
+        return Discriminators([Client(context, k, {}) for k in range(3)], FedIOD.Options.parse(given))
 
     return make
 

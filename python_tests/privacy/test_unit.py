@@ -186,8 +186,8 @@ def test_data_without_patients_or_with_a_shared_one_are_refused(federation, make
 
 def client(federation, make_config, options, **settings):
     config = make_config("fediod", privacy_unit="patient", patient_images=3, **settings)
-    bench = RunContext(config, kept_data(config, federation))
-    return Client(bench, 1, {}), IODOptions(noise="seed", **options)
+    context = RunContext(config, kept_data(config, federation))
+    return Client(context, 1, {}), IODOptions(noise="seed", **options)
 
 
 def test_shards_and_hold_outs_have_whole_patients_and_public_sizes(federation, make_config):

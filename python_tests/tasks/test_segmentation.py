@@ -325,15 +325,17 @@ def test_scaffolds_gradient_at_the_received_model_counts_known_pixels():
     half.labels[:3] = IGNORE
     half.labels[5:, :8] = IGNORE
     data = dataclasses.replace(data, clients=(half, data.clients[1]))
-    bench = RunContext(settings("scaffold", clients=2, freeze_bn_after=0), data)  # or every part has its own statistics
-    message, client = bench.networks.initial(), Client(bench, 0, {})
+    context = RunContext(
+        settings("scaffold", clients=2, freeze_bn_after=0), data
+    )  # or every part has its own statistics
+    message, client = context.networks.initial(), Client(context, 0, {})
     found = Scaffold(Scaffold.Options(control="I")).gradient(client, Phase(0, "train", "update"), message)
-    network = Network(bench.networks.build(), torch.device("cpu"))
+    network = Network(context.networks.build(), torch.device("cpu"))
     network.write(message)
     network.fixed = True
     network.train_mode()
     expected = network.gradients
-    pixels = bench.samples.of_client(0)
+    pixels = context.samples.of_client(0)
     pixelwise_loss(network.module(pixels.pixels.take(np.arange(20))), half.labels).backward()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 

@@ -17,7 +17,7 @@ States = Callable[[ClientId], Callable[[], State]]
 """Function of a client id that returns a reader of the client's state at the beginning of the round, callable several
 times within the round."""
 Request = tuple[str, Phase, Message, Encoder | None]
-"""Request to a client: name of the asker, exchange, message, and encoder of the answer."""
+"""Request to a client: name of the object whose ``client_update`` is called, exchange, message, encoder of answers."""
 
 
 @dataclass
@@ -65,12 +65,12 @@ class Executor(Protocol):
     def here(self) -> Any: ...
 
     def answers(
-        self, asker: str, phase: Phase, messages: Messages, encoders: Mapping[ClientId, Encoder] | None = None
+        self, callee: str, phase: Phase, messages: Messages, encoders: Mapping[ClientId, Encoder] | None = None
     ) -> Iterator[Answer]:
         """Yield answers in the order of ``messages``, each as soon as all earlier ones arrived.
 
         Args:
-            asker: name of the object whose ``client_update`` is called, ``"method"``, ``"pooling"`` or ``"figures"``.
+            callee: name of the object whose ``client_update`` is called, ``"method"``, ``"pooling"`` or ``"figures"``.
             encoders: encoders of uploads, applied where the client works, by client.
         """
         ...

@@ -47,10 +47,10 @@ class Ordered:
         self._replies: dict[ClientId, Done] = {}  # waiting for their turn
 
     def answers(
-        self, asker: str, phase: Phase, messages: Messages, encoders: Mapping[ClientId, Encoder] | None = None
+        self, callee: str, phase: Phase, messages: Messages, encoders: Mapping[ClientId, Encoder] | None = None
     ) -> Iterator[Answer]:
         encoders = encoders or {}
-        self._requests = {k: (asker, phase, message, encoders.get(k)) for k, message in messages.items()}
+        self._requests = {k: (callee, phase, message, encoders.get(k)) for k, message in messages.items()}
         for k in messages:
             self._readers.setdefault(k, self._states(k))
         self._todo = list(messages)

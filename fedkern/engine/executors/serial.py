@@ -57,19 +57,19 @@ class Serial:
             self.ask(k, *request)
 
     def answers(
-        self, asker: str, phase: Phase, messages: Messages, encoders: Mapping[ClientId, Encoder] | None = None
+        self, callee: str, phase: Phase, messages: Messages, encoders: Mapping[ClientId, Encoder] | None = None
     ) -> Iterator[Answer]:
         self._context.networks.begin_exchange()
         encoders = encoders or {}
-        count = lanes(self._context, self._handlers[asker]) if len(messages) > 1 else 1
+        count = lanes(self._context, self._handlers[callee]) if len(messages) > 1 else 1
         begun = (
-            self._begin(k, asker, phase, message, encoders.get(k), number % count if count > 1 else None)
+            self._begin(k, callee, phase, message, encoders.get(k), number % count if count > 1 else None)
             for number, (k, message) in enumerate(messages.items())
         )
         yield from side_by_side(begun, count)
 
-    def ask(self, k: ClientId, asker: str, phase: Phase, message: Message, encoder: Encoder | None = None) -> Answer:
-        return self._begin(k, asker, phase, message, encoder)()
+    def ask(self, k: ClientId, callee: str, phase: Phase, message: Message, encoder: Encoder | None = None) -> Answer:
+        return self._begin(k, callee, phase, message, encoder)()
 
     def reply(self, job: Job) -> Done:
         """Do a job, keeping the client's warnings and its exception for its turn."""
@@ -87,7 +87,7 @@ class Serial:
         return Done(answer, self.changed_state(job.client))
 
     def _begin(
-        self, k: ClientId, asker: str, phase: Phase, message: Message, encoder: Encoder | None, lane: int | None = None
+        self, k: ClientId, callee: str, phase: Phase, message: Message, encoder: Encoder | None, lane: int | None = None
     ) -> Callable[[], Answer]:
         """Start a client's work, on a ``lane`` without waiting for the GPU.
 
@@ -105,7 +105,7 @@ class Serial:
         if lane is not None and isinstance(message.get("parameters"), Tensor):
             context.networks.send(message["parameters"])  # sent once, before the lanes that need it
         with (
-            self._problems(answer, asker),
+            self._problems(answer, callee),
             cpu_threads(self._threads),
             context.drawing(client, phase),
             ExitStack() as on,
@@ -114,12 +114,12 @@ class Serial:
                 on.enter_context(context.networks.on_lane(lane))
                 assert context.networks.graphs is not None
                 wait = on.enter_context(context.networks.graphs.ahead())
-            answer.message = self._handlers[asker].client_update(client, phase, message)
+            answer.message = self._handlers[callee].client_update(client, phase, message)
         answer.seconds = time.perf_counter() - start
 
         def finish() -> Answer:
             start = time.perf_counter()
-            with self._problems(answer, asker), cpu_threads(self._threads):
+            with self._problems(answer, callee), cpu_threads(self._threads):
                 # Results of a lane are ready after its event, and later work on this stream may use their memory.
                 if wait is not None:
                     wait()
@@ -130,7 +130,7 @@ class Serial:
                 answer.report = convert_figures(client.report, "client.report", TAKEN) if answer.problem is None else {}
             # The state is checked even after a failure, as the client keeps it.
             problem, client.later, answer.marks = answer.problem, None, client.left_marks()
-            with self._problems(answer, asker):
+            with self._problems(answer, callee):
                 client.check_state()
             answer.problem = problem or answer.problem  # the first
             self._asked += 1
@@ -138,7 +138,7 @@ class Serial:
                 context.tell_attributes(client, self._objects)
             # Encoders read the upload's values, so they run once the GPU is done.
             if answer.problem is None and encoder is not None:
-                with self._problems(answer, asker), cpu_threads(self._threads):
+                with self._problems(answer, callee), cpu_threads(self._threads):
                     sent = self._beside(message, answer.message) if encoder.on_gpu else message
                     leaving = Departure(k, sent, answer.message, client.drift, client.encoded)
                     answer.message, answer.checked = encoder.encode(leaving)
@@ -150,7 +150,7 @@ class Serial:
         return finish
 
     @contextmanager
-    def _problems(self, answer: Answer, asker: str) -> Iterator[None]:
+    def _problems(self, answer: Answer, callee: str) -> Iterator[None]:
         try:
             yield
         except Diverged as problem:

@@ -121,6 +121,6 @@ class Exchange:
             begun.setdefault(asked.phase.round - asked.staleness(k), {})[k] = message
         # Clients that began together work side by side, in the round in which they began.
         return chain.from_iterable(
-            self._executor.answers(asked.hooks.asker, replace(asked.phase, round=round), sent, coded)
+            self._executor.answers(asked.hooks.callee, replace(asked.phase, round=round), sent, coded)
             for round, sent in sorted(begun.items())
         )

@@ -60,9 +60,9 @@ class Loop:
         exchanges = run.pooling.exchanges(entry, record.due)
         record.exchanges = tuple(name for name, _ in exchanges)
         log.begin()
-        for number, (name, asker) in enumerate(exchanges, 1):
+        for number, (name, callee) in enumerate(exchanges, 1):
             progress.exchange, progress.last_exchange = name, number == len(exchanges)
-            begun, hooks = time.perf_counter(), run.hooks[asker]
+            begun, hooks = time.perf_counter(), run.hooks[callee]
             phase = Phase(progress.index, entry.name, name)
             outgoing = hooks.send(phase)
             sent = run.participation.messages(present, partial(hooks.messages, outgoing))

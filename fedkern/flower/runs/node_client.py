@@ -46,7 +46,7 @@ from fedkern.settings.run_data import check_data, complete_settings, data_of_one
 
 PROTOCOL = 9
 """Version of the messages, which both ends must share."""
-ASKERS = ("method", "pooling")
+CALLEES = ("method", "pooling")
 MOST_NAMES, LONGEST_NAME = 256, 200
 """Largest number of a reply's figures and warnings, and longest name of one, in characters."""
 LARGEST_FIGURE = 1e100
@@ -61,7 +61,7 @@ class ClientRequest:
     Attributes:
         run: name of the run, 32 hexadecimal digits.
         attempt: name of the server's process, new for a resumed run.
-        asker: name of the object whose ``client_update`` is called.
+        callee: name of the object whose ``client_update`` is called.
         begin: name of the state that the round begins with.
         oldest: oldest round of the plan whose states the server's checkpoints name.
         threads, client_threads: CPU threads of the run, on which bits depend.
@@ -72,7 +72,7 @@ class ClientRequest:
     run: str
     attempt: str
     client: int
-    asker: str
+    callee: str
     phase: Phase
     version: Version
     begin: Version | None
@@ -97,14 +97,14 @@ class ClientRequest:
             raise Malformed("has a number out of range")
         if not _NAME.fullmatch(table["run"]):
             raise Malformed("names no run")
-        if [type(part) for part in table["phase"]] != [int, str, str] or table["asker"] not in ASKERS:
+        if [type(part) for part in table["phase"]] != [int, str, str] or table["callee"] not in CALLEES:
             raise Malformed("asks for nothing that a client does")
         begin = None if table["begin"] is None else _version(table["begin"])
         return cls(**{**table, "phase": Phase(*table["phase"]), "version": _version(table["version"]), "begin": begin})
 
 
 _HEADER: dict[str, tuple[type, ...]] = {
-    "protocol": (int,), "run": (str,), "attempt": (str,), "client": (int,), "asker": (str,), "phase": (list,),
+    "protocol": (int,), "run": (str,), "attempt": (str,), "client": (int,), "callee": (str,), "phase": (list,),
     "version": (list,), "begin": (list, type(None)), "oldest": (int,), "last": (bool,), "threads": (int,),
     "client_threads": (int,), "plan": (str,), "data": (int, type(None)),
 }  # fmt: skip
@@ -231,13 +231,13 @@ class NodeClients:
         self._serial.take(request.client, folder.read_state(request.begin))
         for header, packed in earlier:
             played = ClientRequest.read(header)
-            self._serial.ask(played.client, played.asker, played.phase, _unpack_message(packed))
+            self._serial.ask(played.client, played.callee, played.phase, _unpack_message(packed))
 
     def _ask(self, request: ClientRequest, message: Message, folder: NodeFolder) -> bytes:
         assert self._serial is not None  # answer
         context, k = self._context, request.client
         context.notices.warnings.clear()
-        answer = self._serial.ask(k, request.asker, request.phase, message)
+        answer = self._serial.ask(k, request.callee, request.phase, message)
         self._places[k] = request.attempt, request.version
         state = self._serial.changed_state(k)
         if state is not None:
@@ -261,7 +261,7 @@ class NodeClients:
         releases.open(request.oldest)
         releases.add(
             request.version.plan,
-            f"{request.phase.exchange} {request.asker}",
+            f"{request.phase.exchange} {request.callee}",
             request.client,
             answer.message if answer.problem is None else DIVERGED,
         )

@@ -101,9 +101,9 @@ class Nodes(Ordered):
         self._pause = _FIRST_PAUSE
         self._waiting.clear()
         packed: dict[int, bytes] = {}
-        for k, (asker, phase, message, encoder) in self._requests.items():
+        for k, (callee, phase, message, encoder) in self._requests.items():
             assert encoder is None  # no filter of a run over Flower has any: an encoder is code, which no node takes
-            request = self._request(k, asker, phase)
+            request = self._request(k, callee, phase)
             self._versions[k] = request.version
             if id(message) not in packed:
                 packed[id(message)] = self._pack_message(message)
@@ -147,14 +147,14 @@ class Nodes(Ordered):
                 f"{method} cannot work over Flower, as what it sends to clients cannot travel: {error}."
             ) from None
 
-    def _request(self, k: ClientId, asker: str, phase: Phase) -> ClientRequest:
+    def _request(self, k: ClientId, callee: str, phase: Phase) -> ClientRequest:
         run = self._run
         name = self._readers[k]().get(STATE)
         version = Version(run.progress.planned + 1, self._sent.get(k, 0))
         self._sent[k] = version.number + 1
         oldest = run.store.checkpoints.oldest(k)
         return ClientRequest(
-            run=self._name, attempt=self._attempt, client=k, asker=asker, phase=phase, version=version,
+            run=self._name, attempt=self._attempt, client=k, callee=callee, phase=phase, version=version,
             begin=None if name is None else Version(*name), oldest=version.plan if oldest is None else oldest,
             last=run.progress.last_exchange, threads=run.context.config.threads,
             client_threads=run.context.config.client_threads, plan=run.context.config.plan or "", data=self._data,

@@ -187,9 +187,9 @@ def test_fediods_teachers_are_judged_on_patients_that_they_do_not_know(patients,
     data = open_set("csv", write(tmp_path))
     own = data.clients[0]
     own = own.subset(torch.nonzero(own.patients == own.patients[0])[:, 0]) if patients == 1 else own
-    bench = RunContext(RunConfig.make("fediod", data="csv", clients=1), replace(data, clients=(own,)))
+    context = RunContext(RunConfig.make("fediod", data="csv", clients=1), replace(data, clients=(own,)))
     trained, out = (
-        own.subset(torch.from_numpy(rows)) for rows in local_teachers.split_holdout(Client(bench, 0, {}), share)
+        own.subset(torch.from_numpy(rows)) for rows in local_teachers.split_holdout(Client(context, 0, {}), share)
     )
     assert len(trained) + len(out) == len(own)
     assert not people(trained) & people(out)
@@ -201,9 +201,9 @@ def test_fediods_teachers_are_judged_on_patients_that_they_do_not_know(patients,
 def test_losses_are_taken_on_patients_that_are_not_trained_on(loss_share, tmp_path):
     data = open_set("pairs", write(tmp_path))
     options = {"loss_share": loss_share}
-    bench = RunContext(RunConfig.make("feddra", data="pairs", clients=3, width=4, options=options), data)
+    context = RunContext(RunConfig.make("feddra", data="pairs", clients=3, width=4, options=options), data)
     method = FedDRA(FedDRA.Options.parse(options))
     for k, split in enumerate(data.clients):
-        kept, judged = method.rows(Client(bench, k, {}))
+        kept, judged = method.rows(Client(context, k, {}))
         assert np.array_equal(np.sort(np.concatenate([kept, judged])), np.arange(len(split)))
         assert_apart(split.subset(torch.from_numpy(kept)), split.subset(torch.from_numpy(judged)))

@@ -52,9 +52,9 @@ def test_a_window_of_every_image(tmp_path):
     for split in (data.validation, *data.tests.values(), holdout.tests["held_out"], *holdout.client_tests):
         assert split.images.shape[2:] == (16, 16)
         assert split.images[:, 0].eq(torch.arange(4, 20)).all()
-    bench = RunContext(RunConfig.make("feddra", data="pairs", data_root=str(tmp_path), clients=3, partition="attribute",
-                                 data_options=options, width=8), data)  # fmt: skip
-    own = bench.samples.of_client(0)
+    settings = {"data": "pairs", "data_root": str(tmp_path), "clients": 3, "partition": "attribute", "width": 8}
+    context = RunContext(RunConfig.make("feddra", data_options=options, **settings), data)
+    own = context.samples.of_client(0)
     rows = np.arange(len(own))
     columns = (own.take(rows) * data.form.std[0] + data.form.mean[0]).mul(255).round()[:, 0, 0, 0]
     assert columns.eq(4).all()

@@ -23,7 +23,7 @@ class Process:
     def forget(self):
         """Forget files, as :class:`~fedkern.messages.packets.PacketStream` does."""
 
-    def ask(self, k, asker, phase, message, encoder=None):
+    def ask(self, k, callee, phase, message, encoder=None):
         if message["x"] is None:
             raise ZeroDivisionError(f"client {k} has nothing to divide by")
         self.sums[k] += message["x"]

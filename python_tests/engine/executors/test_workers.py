@@ -305,8 +305,8 @@ def test_threads_of_clients(workers, make_data, make_config, tmp_path, monkeypat
 def test_batches_side_by_side(precision, make_data, make_config, monkeypatch):
     """Bits and predictions are those of one batch after another, in every precision."""
     monkeypatch.setattr(evaluation, "CPU_BATCH", 3)
-    bench = RunContext(make_config(), make_data(), lambda text: None)
-    network, method = bench.networks.build().eval(), METHODS["fedavg"](METHODS["fedavg"].Options())
+    context = RunContext(make_config(), make_data(), lambda text: None)
+    network, method = context.networks.build().eval(), METHODS["fedavg"](METHODS["fedavg"].Options())
     begun = set()
     forward = type(network).forward
 
@@ -317,7 +317,7 @@ def test_batches_side_by_side(precision, make_data, make_config, monkeypatch):
     monkeypatch.setattr(type(network), "forward", note_thread)
     found = []
     for at_once in (1, 2, 3):
-        sets = Samples(bench.config, bench.data, bench.device, bench.networks).test_sets
+        sets = Samples(context.config, context.data, context.device, context.networks).test_sets
         with compute_in(precision):
             figures = evaluation.evaluate(method, network, sets, nullcontext, at_once, seed=0)
         found.append((figures, {name: data.predictions.tolist() for name, data in sets.items()}))

@@ -479,11 +479,11 @@ def late():
     """
     begin, waiting = Serial._begin, []
 
-    def begin_later(self, k, asker, phase, message, encoder, lane=None):
+    def begin_later(self, k, callee, phase, message, encoder, lane=None):
         if lane is None:
-            return begin(self, k, asker, phase, message, encoder)
+            return begin(self, k, callee, phase, message, encoder)
         done = {}
-        waiting.append(lambda: done.update(finish=begin(self, k, asker, phase, message, encoder, lane)))
+        waiting.append(lambda: done.update(finish=begin(self, k, callee, phase, message, encoder, lane)))
 
         def finish():
             while waiting:
@@ -590,8 +590,8 @@ def passes(sizes, make_data, make_config, kind=FedAvg, exchanges=1, **settings):
 
     The passes are letters: e(ager), r(ecording), p(layed again).
     """
-    bench, tapes, line = RunContext(make_config(**{**SMALL, **settings}), make_data(sizes)), Tapes(), []
-    bench.networks.lane_graphs[0] = tapes
+    context, tapes, line = RunContext(make_config(**{**SMALL, **settings}), make_data(sizes)), Tapes(), []
+    context.networks.lane_graphs[0] = tapes
     method = kind()
     with pytest.MonkeyPatch.context() as patch, use_backend("reference"):
         call, loss = captured.Recorded.__call__, kind.loss
@@ -606,8 +606,8 @@ def passes(sizes, make_data, make_config, kind=FedAvg, exchanges=1, **settings):
         patch.setattr(kind, "loss", note_pass)
         patch.setattr(kind, "replayable", True)
         for i in range(exchanges):
-            client = Client(bench, i % len(sizes), {})
-            method.client_update(client, Phase(i // len(sizes), "train", "update"), bench.networks.initial())
+            client = Client(context, i % len(sizes), {})
+            method.client_update(client, Phase(i // len(sizes), "train", "update"), context.networks.initial())
             line.append(" ")
     return tapes, "".join(line).split()
 
@@ -656,18 +656,18 @@ def test_a_vector_that_many_clients_get_is_sent_once():
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("change", ["precision", "statistics", "method"])
 def test_a_recorded_pass_is_for_a_network_as_it_was(change, make_data, make_config):
-    bench, tapes = RunContext(make_config(**{**SMALL, "model": "resnet8"}), make_data()), Tapes()
-    bench.networks.lane_graphs[0] = tapes
+    context, tapes = RunContext(make_config(**{**SMALL, "model": "resnet8"}), make_data()), Tapes()
+    context.networks.lane_graphs[0] = tapes
     method = FedAvg()
     with use_backend("reference"):
         for i in range(2):
             precision = "bf16" if change == "precision" and i else "fp32"
             if change == "statistics":
-                bench.config = make_config(**{**SMALL, "model": "resnet8", "freeze_bn_after": 1})
+                context.config = make_config(**{**SMALL, "model": "resnet8", "freeze_bn_after": 1})
             if change == "method":
                 method = FedAvg()
             with compute_in(precision):
-                method.client_update(Client(bench, 0, {}), Phase(i, "train", "update"), bench.networks.initial())
+                method.client_update(Client(context, 0, {}), Phase(i, "train", "update"), context.networks.initial())
     assert tapes.recorded == 2
 
 
@@ -735,23 +735,23 @@ def on_the_gpu(config, data, kind, exchanges, graphs):
     """Return answers and figures of clients' exchanges on a GPU, with graphs or without."""
     found = []
     with reproducible(), compute_in(config.precision):
-        bench = RunContext(config, data)
+        context = RunContext(config, data)
         if not graphs:
-            bench.networks.lane_graphs[0] = None
-        message, method, states = bench.networks.initial(), kind(**config.options), [{} for _ in data.clients]
+            context.networks.lane_graphs[0] = None
+        message, method, states = context.networks.initial(), kind(**config.options), [{} for _ in data.clients]
         extra = {"control": torch.zeros_like(message["parameters"])} if kind is METHODS["scaffold"] else {}
         for i in range(exchanges):
             k = i % len(data.clients)
-            client = Client(bench, k, states[k])
+            client = Client(context, k, states[k])
             phase = Phase(i // len(data.clients), "train", "update")
             answer = method.client_update(client, phase, {**message, **extra})
             found.append(({name: value.cpu() for name, value in answer.items()}, dict(client.report)))
             if not extra:
                 message = {name: answer.get(name, value) for name, value in message.items()}
         if graphs:
-            assert bench.networks.graphs._last is not None
-            assert not bench.networks.graphs.off, bench.notices.warnings
-        assert "no-cuda-graph" not in bench.notices.warnings
+            assert context.networks.graphs._last is not None
+            assert not context.networks.graphs.off, context.notices.warnings
+        assert "no-cuda-graph" not in context.notices.warnings
     return found
 
 
@@ -822,13 +822,13 @@ def test_after_a_failed_recording_a_gpu_goes_on(kind, make_data, make_config):
     found = []
     for graphs in (True, False):
         with reproducible():
-            bench = RunContext(config, data)
+            context = RunContext(config, data)
             if not graphs:
-                bench.networks.lane_graphs[0] = None
-            client = Client(bench, 0, {})
-            answer = kind().client_update(client, Phase(0, "train", "update"), bench.networks.initial())
+                context.networks.lane_graphs[0] = None
+            client = Client(context, 0, {})
+            answer = kind().client_update(client, Phase(0, "train", "update"), context.networks.initial())
             found.append((answer, client.report))
-            assert ("no-cuda-graph" in bench.notices.warnings) == graphs
+            assert ("no-cuda-graph" in context.notices.warnings) == graphs
     assert_same(*([trained] for trained in found))
     graph, eager = (on_the_gpu(config, data, FedAvg, 4, graphs) for graphs in (True, False))
     assert_same(graph, eager)

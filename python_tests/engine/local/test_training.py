@@ -25,10 +25,10 @@ PHASE = Phase(0, "train", "update")
 
 
 def one_client(config, data, method=None):
-    bench = RunContext(config, data)
-    message = bench.networks.initial()
-    client = Client(bench, 0, {})
-    return bench, message, client, (method or FedAvg()).client_update(client, PHASE, message)
+    context = RunContext(config, data)
+    message = context.networks.initial()
+    client = Client(context, 0, {})
+    return context, message, client, (method or FedAvg()).client_update(client, PHASE, message)
 
 
 @pytest.mark.sampled(6)
@@ -41,9 +41,9 @@ def test_equals_plain_sgd(model, momentum, weight_decay, clip_norm, make_data, m
     config = make_config(
         model=model, momentum=momentum, weight_decay=weight_decay, clip_norm=clip_norm, local_epochs=2, batch_size=8
     )
-    bench, _, client, answer = one_client(config, data)
+    context, _, client, answer = one_client(config, data)
 
-    oracle = bench.networks.build().to(memory_format=torch.channels_last)
+    oracle = context.networks.build().to(memory_format=torch.channels_last)
     oracle.train()
     optimiser = torch.optim.SGD(oracle.parameters(), lr=config.lr, momentum=momentum, weight_decay=weight_decay)
     split = data.clients[0]
@@ -67,12 +67,12 @@ def test_the_rate_drops_at_epochs_of_the_whole_run(make_data, make_config):
     data = make_data()
 
     def train(round, **more):
-        bench = RunContext(make_config(**settings, **more), data)
+        context = RunContext(make_config(**settings, **more), data)
         phase = Phase(round, "train", "update")
-        answer = Client(bench, 0, {}).train(FedAvg(), phase, bench.networks.initial())
-        network = Client(bench, 0, {}).network()
-        Client(bench, 0, {}).fit(FedAvg(), phase, network)
-        assert torch.equal(Network(network, bench.device).read()["parameters"], answer["parameters"])
+        answer = Client(context, 0, {}).train(FedAvg(), phase, context.networks.initial())
+        network = Client(context, 0, {}).network()
+        Client(context, 0, {}).fit(FedAvg(), phase, network)
+        assert torch.equal(Network(network, context.device).read()["parameters"], answer["parameters"])
         return answer["parameters"]
 
     steps = {"lr_steps": "3,6", "lr_step_factor": 0.5}
@@ -91,11 +91,11 @@ def test_the_rate_drops_at_epochs_of_the_whole_run(make_data, make_config):
 
 
 def test_gradients_are_channels_last_views_of_one_vector(make_data, make_config):
-    bench, message, _, _ = one_client(make_config(), make_data())
-    network = bench.networks.get("local")
+    context, message, _, _ = one_client(make_config(), make_data())
+    network = context.networks.get("local")
     flat = network.gradients
     flat.fill_(0)
-    images = bench.samples.of_client(0).pixels.take(np.arange(4))
+    images = context.samples.of_client(0).pixels.take(np.arange(4))
     assert images.is_contiguous(memory_format=torch.channels_last)
     network.module(images).sum().backward()
     assert flat.abs().sum() > 0
@@ -191,8 +191,8 @@ def test_divergence_in_the_last_step_is_seen(make_data, make_config):
 def test_buffer_policies(policy, make_data, make_config, tmp_path):
     data = make_data()
     summary = run(make_config(buffers=policy, rounds=3), out=tmp_path, data=data)
-    bench = RunContext(make_config(), data)
-    vectors = bench.networks.initial()
+    context = RunContext(make_config(), data)
+    vectors = context.networks.initial()
     size = sum(v.numel() * v.element_size() for k, v in vectors.items() if policy == "average" or k == "parameters")
     assert summary["bytes"]["up"] == 3 * 3 * size
     assert ("no-running-statistics" in summary["diagnostics"]) == (policy != "average")
@@ -207,8 +207,8 @@ def test_buffer_policies(policy, make_data, make_config, tmp_path):
 
 @pytest.mark.parametrize("policy", ["average", "local", "drop"])
 def test_the_global_network_normalises_by_what_it_has(policy, make_data, make_config):
-    bench = RunContext(make_config(buffers=policy), make_data())
-    server = Server(bench)
+    context = RunContext(make_config(buffers=policy), make_data())
+    server = Server(context)
     message = server.initial()
     assert ("buffers" in message) == (policy == "average")
     network = server.network(message)
@@ -253,8 +253,8 @@ def test_training_alone_fixes_statistics_as_fedavg_does(fixed, make_data, make_c
 def test_a_private_model_trains_with_fixed_statistics_too(make_data, make_config):
     data, message = make_data(), None
     for fixed in (None, 0):
-        bench = RunContext(make_config("fml", model="resnet8", freeze_bn_after=fixed), data)
-        client, message = Client(bench, 0, {}), bench.networks.initial()
+        context = RunContext(make_config("fml", model="resnet8", freeze_bn_after=fixed), data)
+        client, message = Client(context, 0, {}), context.networks.initial()
         answer = FML().client_update(client, Phase(0, "train", "update"), message)
         assert torch.equal(answer["buffers"], message["buffers"]) == (fixed is not None)
         fresh = client.network().state_dict()

@@ -50,7 +50,7 @@ class Hooks:
     ``together`` has the answers of a cohort.
     """
 
-    own, asker = True, "method"
+    own, callee = True, "method"
 
     def __init__(self, together=None):
         self._together = together

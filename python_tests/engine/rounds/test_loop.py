@@ -27,12 +27,12 @@ class Hooks:
 
     own = True
 
-    def __init__(self, asker, calls, network=None):
-        self.asker, self._calls, self._network = asker, calls, network
+    def __init__(self, callee, calls, network=None):
+        self.callee, self._calls, self._network = callee, calls, network
         self.phases, self.sends_to, self.serve, self.uploads = [], None, None, []
 
     def send(self, phase):
-        self._calls.append(f"{self.asker} send {phase.exchange}")
+        self._calls.append(f"{self.callee} send {phase.exchange}")
         self.phases.append(phase)
         return {"x": phase.round}
 
@@ -47,7 +47,7 @@ class Hooks:
 
     def server_update(self, phase, uploads):
         arrived = list(uploads)
-        self._calls.append(f"{self.asker} update {phase.exchange} {[upload.client_id for upload in arrived]}")
+        self._calls.append(f"{self.callee} update {phase.exchange} {[upload.client_id for upload in arrived]}")
         self.uploads.append(arrived)
         if self.serve is not None:
             self.serve(phase)

@@ -123,7 +123,7 @@ VARIANCES = {"now": torch.tensor([0.5]), "own": torch.tensor([2.0])}
 
 
 class Hooks:
-    own, asker = True, "method"
+    own, callee = True, "method"
 
     def declare_upload(self, phase, client, message):
         return {"parameters": NOW, "buffers": VARIANCES["now"]}

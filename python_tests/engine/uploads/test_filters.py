@@ -25,7 +25,7 @@ START = torch.tensor([1.0, 2.0, 2.0])
 class Hooks:
     """An exchange in which every client returns the parameters of its message."""
 
-    own, asker = True, "method"
+    own, callee = True, "method"
     on_gpu = ("parameters",)
 
     def declare_upload(self, phase, client, message):

@@ -46,7 +46,7 @@ def node(tmp_path, client=1):
 
 def header(client=1, round=0, run="0" * 32):
     found = {
-        "protocol": PROTOCOL, "run": run, "attempt": "a" * 32, "client": client, "asker": "method",
+        "protocol": PROTOCOL, "run": run, "attempt": "a" * 32, "client": client, "callee": "method",
         "phase": [round, "train", "update"], "version": [round + 1, 0], "begin": None, "oldest": 1, "last": True,
         "threads": 1, "client_threads": 1, "plan": "", "data": None,
     }  # fmt: skip
@@ -258,7 +258,7 @@ def test_what_a_daemon_raises_is_raised_where_it_was_asked(ends, error):
 
 
 def test_nobody_waits_for_an_answer(ends):
-    """A daemon whose asker is killed finishes its work, and hears the next one."""
+    """A daemon whose callee is killed finishes its work, and hears the next one."""
     ours, replies, theirs, requests = ends
     client_daemon.send(ours, {"header": "", "run_config": {}, "node": {}}, PARCEL)
 

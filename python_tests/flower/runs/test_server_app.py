@@ -660,7 +660,7 @@ def test_clients_computed_together_in_one_process_are_alone_on_nodes(tmp_path):
 
 def request(**changed):
     found = {
-        "protocol": node_client.PROTOCOL, "run": "0" * 32, "attempt": "a" * 32, "client": 1, "asker": "method",
+        "protocol": node_client.PROTOCOL, "run": "0" * 32, "attempt": "a" * 32, "client": 1, "callee": "method",
         "phase": [0, "train", "update"], "version": [1, 0], "begin": None, "oldest": 1, "last": True,
         "threads": 1, "client_threads": 1, "plan": "", "data": None,
     }  # fmt: skip
@@ -676,7 +676,7 @@ def test_letters_are_read_back():
 @pytest.mark.parametrize(
     "changed",
     [{"protocol": 1}, {"data": "0"}, {"run": "../../etc"}, {"client": "1"}, {"client": True},
-     {"asker": "__class__"}, {"phase": [0, "train"]}, {"version": [0, 0]}, {"version": [1, -1]}, {"begin": [1]},
+     {"callee": "__class__"}, {"phase": [0, "train"]}, {"version": [0, 0]}, {"version": [1, -1]}, {"begin": [1]},
      {"threads": 0}, {"more": 1}, {"last": 1}],
     ids=str,
 )  # fmt: skip

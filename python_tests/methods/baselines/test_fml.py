@@ -55,8 +55,8 @@ def test_fml_sends_the_proxy_alone_and_keeps_private_models(make_data, make_conf
 
 def test_fml_private_models_begin_apart(make_data, make_config):
     """They differ from the shared model and from each other, and are the same at every call."""
-    bench = RunContext(make_config("fml"), make_data())
-    clients = [Client(bench, k, {}) for k in range(2)]
+    context = RunContext(make_config("fml"), make_data())
+    clients = [Client(context, k, {}) for k in range(2)]
     shared = clients[0].network().state_dict()
     private, second, again = (FML()._private(clients[k]).state_dict() for k in (0, 1, 0))
     weights = [name for name in shared if name.endswith("weight") and shared[name].dim() > 1]

@@ -24,14 +24,14 @@ def train(make_data, make_config, option, **settings):
     Returns the message, the control variate, the answer, the client and the run's context.
     """
     config = make_config("scaffold", lr=LR, momentum=0.0, **settings)
-    bench = RunContext(config, make_data())
-    message = bench.networks.initial()
+    context = RunContext(config, make_data())
+    message = context.networks.initial()
     g = torch.Generator().manual_seed(1)
     size = message["parameters"].numel()
     own, message["control"] = (1e-2 * torch.randn(size, generator=g) for _ in range(2))
-    client = Client(bench, 0, {"control": own.clone()})
+    client = Client(context, 0, {"control": own.clone()})
     answer = Scaffold(Scaffold.Options(control=option)).client_update(client, PHASE, message)
-    return message, own, answer, client, bench
+    return message, own, answer, client, context
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -49,13 +49,13 @@ def test_option_two_is_the_published_quotient_under_plain_sgd(weight_decay, make
 @pytest.mark.parametrize(("settings", "atol"), [({}, 1e-6), ({"model": "resnet8", "freeze_bn_after": 0}, 1e-5)])
 def test_option_one_is_the_gradient_at_the_received_model(settings, atol, make_data, make_config):
     """Fixed statistics are the received ones."""
-    message, _, _, client, bench = train(make_data, make_config, "I", **settings)
-    network = Network(bench.networks.build(), torch.device("cpu"))
+    message, _, _, client, context = train(make_data, make_config, "I", **settings)
+    network = Network(context.networks.build(), torch.device("cpu"))
     network.write(message)
     network.fixed = "freeze_bn_after" in settings
     network.train_mode()
     gradient = network.gradients
-    data = bench.samples.of_client(0)
+    data = context.samples.of_client(0)
     cross_entropy(network.module(data.pixels.take(np.arange(len(data)))), data.labels).backward()
     torch.testing.assert_close(client.state["control"], gradient, rtol=1e-4, atol=atol)
 
@@ -81,8 +81,8 @@ def test_a_variate_that_is_not_finite_is_refused_and_forgotten(make_data, make_c
 
 
 def test_local_steps_are_corrected_by_both_variates(make_data, make_config):
-    message, own, answer, _, bench = train(make_data, make_config, "II", batch_size=20)  # a single step
-    plain = Client(bench, 0, {}).train(FedAvg(), PHASE, {k: v for k, v in message.items() if k != "control"})
+    message, own, answer, _, context = train(make_data, make_config, "II", batch_size=20)  # a single step
+    plain = Client(context, 0, {}).train(FedAvg(), PHASE, {k: v for k, v in message.items() if k != "control"})
     expected = plain["parameters"] - LR * (message["control"] - own)
     torch.testing.assert_close(answer["parameters"], expected, rtol=1e-5, atol=1e-7)
 

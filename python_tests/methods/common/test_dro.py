@@ -92,7 +92,7 @@ def test_adamw_does_not_see_the_weights_of_the_released_code(parts):
         w = losses(p, values)
         sent, _ = p.exchange(JOINT)
         assert [sent[k]["scale"] for k in range(3)] == pytest.approx(w.tolist())
-        results.append(p.server.state["parameters"] - p.bench.networks.initial()["parameters"])
+        results.append(p.server.state["parameters"] - p.context.networks.initial()["parameters"])
     assert np.ptp(w) > 0.4
     # But for gradients that are nothing but rounding (biases before batch norm), which Adam makes as large as any.
     close = (results[0] - results[1]).abs() < 0.01 * results[0].abs().max()

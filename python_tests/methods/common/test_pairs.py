@@ -112,9 +112,9 @@ def test_a_held_out_client_is_reported_and_never_sent_anything(make_pairs, make_
 
 
 def test_a_part_is_trained_alone(make_pairs, make_config):
-    bench = RunContext(make_config(**TINY, local_steps=2), make_pairs())
-    network, client = bench.networks.get("local"), Client(bench, 0, {})
-    message = bench.networks.initial()
+    context = RunContext(make_config(**TINY, local_steps=2), make_pairs())
+    network, client = context.networks.get("local"), Client(context, 0, {})
+    message = context.networks.initial()
 
     class Heads(FedAvg):
         def loss(self, model, batch, received):
@@ -165,10 +165,10 @@ def test_a_limit_of_steps_replaces_epochs(steps, batches, make_data, make_config
 
 def test_adamw_is_torchs(make_data, make_config):
     config = make_config(optimizer="adamw", lr=0.01, weight_decay=0.05, local_steps=4)
-    bench = RunContext(config, make_data())
+    context = RunContext(config, make_data())
     method = Watching()
-    result = Client(bench, 0, {}).train(method, PHASE, bench.networks.initial())
-    network = bench.networks.build().to(memory_format=torch.channels_last)
+    result = Client(context, 0, {}).train(method, PHASE, context.networks.initial())
+    network = context.networks.build().to(memory_format=torch.channels_last)
     adam = torch.optim.AdamW(network.parameters(), lr=0.01, weight_decay=0.05)
     for batch in list(method.batches):
         adam.zero_grad()
@@ -180,9 +180,9 @@ def test_adamw_is_torchs(make_data, make_config):
 
 def test_only_chosen_rows_are_trained_on(make_data, make_config):
     method = Watching()
-    bench = RunContext(make_config(), make_data())
+    context = RunContext(make_config(), make_data())
     rows = torch.tensor([1, 4, 5, 8, 11]).numpy()
-    Client(bench, 0, {}).train(method, PHASE, bench.networks.initial(), rows=rows)
+    Client(context, 0, {}).train(method, PHASE, context.networks.initial(), rows=rows)
     assert {row for batch in method.batches for row in batch.indices.tolist()} == set(rows.tolist())
 
 
@@ -201,10 +201,10 @@ def test_data_without_texts_stay_as_they_were(make_data):
 def test_fixed_statistics_are_trained_with_and_stay(make_pairs, make_config, tmp_path):
     results = {}
     for fixed in (None, 1):
-        bench = RunContext(make_config(**TINY, local_steps=2, freeze_bn_after=fixed), make_pairs())
-        message = bench.networks.initial()
+        context = RunContext(make_config(**TINY, local_steps=2, freeze_bn_after=fixed), make_pairs())
+        message = context.networks.initial()
         for r in range(2):
-            result = Client(bench, 0, {}).train(FedAvg(), Phase(r, "train", "update"), message)
+            result = Client(context, 0, {}).train(FedAvg(), Phase(r, "train", "update"), message)
             results[fixed, r] = result
             assert torch.equal(result["buffers"], message["buffers"]) == (fixed is not None and r >= fixed)
     assert torch.equal(results[None, 0]["parameters"], results[1, 0]["parameters"])

@@ -21,13 +21,13 @@ SETTINGS = {"width": 4, "batch_size": 6, "local_steps": 1, "optimizer": "adamw",
 PHASES = [Phase(0, "train", name) for name in EXCHANGES]
 
 
-def exchange(asker, server, clients, phase):
+def exchange(callee, server, clients, phase):
     """Play an exchange and return the messages to the clients and their answers."""
-    sent, answers = asker.send(server, phase), []
+    sent, answers = callee.send(server, phase), []
     for client in clients:
         message = sent.get(client.id, sent)
-        answers.append(asker.client_update(client, phase, message))
-    asker.server_update(server, phase, iter(Upload(c.id, c.samples, a) for c, a in zip(clients, answers, strict=True)))
+        answers.append(callee.client_update(client, phase, message))
+    callee.server_update(server, phase, iter(Upload(c.id, c.samples, a) for c, a in zip(clients, answers, strict=True)))
     return sent, answers
 
 
@@ -35,10 +35,10 @@ def exchange(asker, server, clients, phase):
 def sides(make_pairs, make_config):
     def make(method, sizes=(20, 13, 9), kind=FedAvg, **options):
         config = make_config(method, **SETTINGS, options=options)
-        bench = RunContext(config, make_pairs(sizes))
-        learner, server = kind(kind.Options.parse(options)), Server(bench)
+        context = RunContext(config, make_pairs(sizes))
+        learner, server = kind(kind.Options.parse(options)), Server(context)
         learner.start(server)
-        return learner, server, [Client(bench, k, {}) for k in range(len(sizes))]
+        return learner, server, [Client(context, k, {}) for k in range(len(sizes))]
 
     return make
 
@@ -120,7 +120,7 @@ def test_feddyn_is_asked_about_the_network_that_it_evaluates(sides):
 def test_when_clients_are_asked(method, entry, evaluated, plan):
     held = Pooling(method).exchanges(entry, evaluated)
     assert [name for name, _ in held] == plan
-    assert all((asker == "method") == (name not in EXCHANGES) for name, asker in held)
+    assert all((callee == "method") == (name not in EXCHANGES) for name, callee in held)
     assert [name for name, _ in Pooling(method, on=False).exchanges(entry, evaluated)] == list(entry.exchanges)
 
 

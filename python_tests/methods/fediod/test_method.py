@@ -92,7 +92,7 @@ def test_an_exchange_changes_what_it_may(world):
     Nothing changes a teacher.
     """
     w = world(**EVERY_TERM)
-    probe = torch.randn(3, *w.bench.data.form.shape)
+    probe = torch.randn(3, *w.context.data.form.shape)
     said = TeacherStack([load_teacher(w.method, client) for client in w.clients.values()]).logits(probe)
     live = None
     for phase in w.phases(w.round(), 0)[:3]:
@@ -126,8 +126,8 @@ def test_a_client_trains_its_discriminator_as_long_as_its_samples_last(world):
     w = world(iterations=6)
     w.play(w.round(), 0)
     assert [client.state["critics"][0]["steps"] for client in w.clients.values()] == [5, 4, 3]
-    assert w.method.options.count_iterations(w.bench.federation) == 6
-    assert FedIOD.Options(batch=4, iterations=0).count_iterations(w.bench.federation) == 5
+    assert w.method.options.count_iterations(w.context.federation) == 6
+    assert FedIOD.Options(batch=4, iterations=0).count_iterations(w.context.federation) == 5
 
 
 def test_nobody_but_the_client_sees_its_networks(world):
@@ -226,7 +226,7 @@ def test_images_of_a_byte_per_channel(make_data, make_config, tmp_path):
 def test_the_student_begins_after_the_warm_up(world):
     """Before that nobody is asked for the student, and its learning rate falls over its own iterations."""
     w = world(warmup=0.5, iterations=4)  # two rounds: eight iterations
-    plan = [entry for entry in w.method.rounds(w.bench.federation) if not entry.one_off]
+    plan = [entry for entry in w.method.rounds(w.context.federation) if not entry.one_off]
     assert [entry.trains for entry in plan] == ["generator", "generator and student"]
     w.server.showing, rates = True, []
     for number in range(2):
@@ -270,11 +270,11 @@ def test_a_saturated_generator_is_told_of(world, bias):
     module = load(flat, w.server.state["generator"])
     module.body[-1].bias.data.fill_(bias)
     w.server.state["generator"] = copy_vectors(flat)
-    rounds = w.bench.federation.rounds
+    rounds = w.context.federation.rounds
     for number in range(rounds):
-        assert "generator-collapsed" not in w.bench.notices.warnings or number >= rounds / 2
+        assert "generator-collapsed" not in w.context.notices.warnings or number >= rounds / 2
         w.play(w.round(), number)
-    assert ("generator-collapsed" in w.bench.notices.warnings) == (bias != 0)
+    assert ("generator-collapsed" in w.context.notices.warnings) == (bias != 0)
     assert (w.server.report["image_spread"] < ALIKE) == (bias != 0)
 
 

@@ -45,7 +45,7 @@ def test_frozen_levels_keep_their_bits(make_data, make_config):
     for mode in ("owner", "batch"):
         play = Play(config_of(make_config, {"blocks": 3, "frozen_bn": mode, "width": "2"}), make_data())
         kept = {}
-        for number, entry in enumerate(play.method.rounds(play.bench.federation)):
+        for number, entry in enumerate(play.method.rounds(play.context.federation)):
             play.round(number, entry.name)
             for level, before in kept.items():
                 assert equal(play.server.state["levels"][level], before)
