@@ -151,8 +151,8 @@ def test_a_rule_of_ones_own(rules, make_data, make_config, tmp_path):
         calls.append((len(vectors), weights.tolist(), row))
         return vectors[row] * (2 if doubled else 1)
 
-    config = make_config("fedavg", aggregator="first:which=3")
-    assert config.aggregator == "first:which=3,doubled=false"
+    config = make_config("fedavg", aggregator="first:row=3")
+    assert config.aggregator == "first:row=3,doubled=false"
     run(config, out=tmp_path / "run", data=make_data(SIZES))
     assert calls == [(5, [float(n) for n in SIZES], 3)] * 2
     uniform = make_config("fedavg", aggregator="first", options={"weighting": "uniform"})

@@ -188,7 +188,7 @@ def test_everything_is_loaded_without_code() -> None:
             keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             if name == "from_pretrained":
                 seen[name] += 1
-                assert keywords[None].startswith(("weights(local=", "without_code(local=")), path
+                assert keywords[None].startswith(("weight_args(local=", "without_code(local=")), path
             elif (owner, name) == ("torch", "load"):
                 seen[name] += 1
                 assert keywords["weights_only"] == "True", path

@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import brentq
 from scipy.stats import binom
 
-from benchmarks.studies import privacy_audit as audited
+from benchmarks.studies import privacy_audit
 from benchmarks.studies.audit import audit, claimed_mu
 from fedkern.privacy import Accountant
 from python_tests.extras import needs_accounting, needs_opacus
@@ -118,13 +118,13 @@ def test_mu_of_a_sampled_release_is_no_less_than_the_best_test_has(false_positiv
 # -- the mechanisms ----------------------------------------------------------------------------------------------------
 
 PLAIN = {
-    "discriminators": (audited.channels(sigma=2.0), 2.0),
-    "discriminators, four releases": (audited.channels(sigma=8.0, releases=4), 1.0),
-    "class counts": (audited.histogram(histogram_noise=1.0), math.sqrt(2)),
+    "discriminators": (privacy_audit.channels(sigma=2.0), 2.0),
+    "discriminators, four releases": (privacy_audit.channels(sigma=8.0, releases=4), 1.0),
+    "class counts": (privacy_audit.histogram(histogram_noise=1.0), math.sqrt(2)),
 }
 TRAINED = {
-    "DP-SGD": (audited.dp_sgd(noise=1.0), 2.0),
-    "DP-SGD, two steps": (audited.dp_sgd(noise=math.sqrt(2), steps=2), 2.0),
+    "DP-SGD": (privacy_audit.dp_sgd(noise=1.0), 2.0),
+    "DP-SGD, two steps": (privacy_audit.dp_sgd(noise=math.sqrt(2), steps=2), 2.0),
 }
 
 
@@ -133,12 +133,12 @@ def check(runs, mu, repeats, share):
 
     The audited bound is below and near mu, and halved noise is caught.
     """
-    mechanism = audited.Mechanism("it", runs)
-    found = audited.audited(mechanism, repeats)
+    mechanism = privacy_audit.Mechanism("it", runs)
+    found = privacy_audit.run_audit(mechanism, repeats)
     assert found["claimed"] == pytest.approx(mu)
     assert share * mu < found["lower"] <= mu
-    with audited.draws(audited.halved):
-        caught = audited.audited(mechanism, repeats)
+    with privacy_audit.draws(privacy_audit.halve_noise):
+        caught = privacy_audit.run_audit(mechanism, repeats)
     assert caught["claimed"] == found["claimed"]
     assert caught["lower"] > 1.5 * mu
 
@@ -161,8 +161,8 @@ def test_noise_that_is_used_twice_is_caught():
     def reuse_noise(max_norm, noise, seed, offset):
         return {"max_norm": max_norm, "noise": noise, "seed": 1, "offset": 0}
 
-    with audited.draws(reuse_noise):
-        found = audited.audited(audited.Mechanism("", runs), REPEATS)
+    with privacy_audit.draws(reuse_noise):
+        found = privacy_audit.run_audit(privacy_audit.Mechanism("", runs), REPEATS)
     assert found["claimed"] == pytest.approx(mu)
     assert found["lower"] > 6
 
@@ -173,24 +173,24 @@ def test_clipping_to_twice_the_norm_is_caught():
     def loose(max_norm, noise, **settings):
         return {"max_norm": 2 * max_norm, "noise": noise / 2, **settings}
 
-    with audited.draws(loose):
-        assert audited.audited(audited.Mechanism("", runs), REPEATS)["lower"] > 1.5 * mu
+    with privacy_audit.draws(loose):
+        assert privacy_audit.run_audit(privacy_audit.Mechanism("", runs), REPEATS)["lower"] > 1.5 * mu
 
 
 @needs_accounting
 @pytest.mark.parametrize(
     ("runs", "repeats"),
     [
-        (audited.channels(sigma=2.0, shards=5), 6000),
-        pytest.param(audited.dp_sgd(noise=1.0, rate=0.25), 4096, marks=needs_opacus),
+        (privacy_audit.channels(sigma=2.0, shards=5), 6000),
+        pytest.param(privacy_audit.dp_sgd(noise=1.0, rate=0.25), 4096, marks=needs_opacus),
     ],
     ids=["shards", "DP-SGD"],
 )
 def test_sampled_mechanisms_stay_within_their_ledgers_and_sampling_left_out_is_caught(runs, repeats):
-    mechanism = audited.Mechanism("", runs)
-    found = audited.audited(mechanism, repeats)
+    mechanism = privacy_audit.Mechanism("", runs)
+    found = privacy_audit.run_audit(mechanism, repeats)
     assert 0 < found["lower"] < found["claimed"]
-    with audited.unsampled():
-        caught = audited.audited(mechanism, repeats)
+    with privacy_audit.stop_sampling():
+        caught = privacy_audit.run_audit(mechanism, repeats)
     assert caught["ledger"] == found["ledger"]
     assert caught["lower"] > caught["claimed"]

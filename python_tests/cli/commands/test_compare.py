@@ -102,10 +102,10 @@ def eventually_gone(group):
 def test_a_killed_and_an_interrupted_run_go_on_with_the_same_command(tmp_path):
     words = ["compare", "fedavg", "fedprox", *TINY[:-1], "20", "--checkpoint-every", "2", "--seeds", "1", "--out"]
     command = [sys.executable, "-m", "fedkern.run", *words, "x", "--jobs", "2"]
-    folders = [Path("x/fedavg_seed=0"), Path("x/fedprox_seed=0")]
+    written = [Path("x/fedavg_seed=0/metrics.jsonl"), Path("x/fedprox_seed=0/config.toml")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        while len(runs := children.read_text().split()) < 2 or not (folders[0] / "metrics.jsonl").exists():
+        while len(runs := children.read_text().split()) < 2 or not all(path.exists() for path in written):
             time.sleep(0.01)
         os.kill(int(runs[1]), signal.SIGSTOP)
         os.kill(int(runs[0]), signal.SIGKILL)
