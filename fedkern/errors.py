@@ -121,7 +121,7 @@ class ClientFailed(RunFailed):
     def __init__(
         self, client: int, description: str, traceback: str = "", when: str = "", label: str = "", exit_code: int = 1
     ) -> None:
-        way = "; mend the method, or leave such clients out with --on-error skip" if exit_code == 1 else ""
+        way = "; mend the code that failed, or leave such clients out with --on-error skip" if exit_code == 1 else ""
         super().__init__(f"Client {label or client} failed{f' {when}' if when else ''}: {description}{way}.")
         self.what, self.traceback = make_printable(description), make_printable(traceback, TRACEBACK)
         self.client, self.when, self.label, self.exit_code = client, when, label, exit_code

@@ -17,7 +17,7 @@ from fedkern.data.sharing.patients import number_patients
 from fedkern.data.types import AnySplit
 from fedkern.engine.batches.reader import Reader
 from fedkern.engine.context import RunContext
-from fedkern.engine.local.network import Network, Part, Trainable
+from fedkern.engine.local.network import Network, NetworkPart, Trainable
 from fedkern.engine.local.private_training import count_declared, train_privately
 from fedkern.engine.local.training import Diverged, EpochBatches, ReceivedMessage, Schedule, train_async
 from fedkern.engine.marks import TRAINED
@@ -157,7 +157,7 @@ class Client(Node):
         received.extras = extras or {}
         self.marks |= TRAINED
         network.fixed = self.statistics_fixed(phase)
-        trained = network if parts is None else Part(network, parts)
+        trained = network if parts is None else NetworkPart(network, parts)
         read_figures = train_async(
             self, method, phase, trained, self._data, received, schedule, rows, graphs=context.networks.graphs,
             first_steps=context.networks.first_steps(phase),
@@ -189,7 +189,7 @@ class Client(Node):
         network.write(message if flat is None else {**message, "parameters": flat})
         return buffers, flat
 
-    def _collect_upload(self, network: Network, trained: Network | Part, start: Tensor | None = None) -> Message:
+    def _collect_upload(self, network: Network, trained: Network | NetworkPart, start: Tensor | None = None) -> Message:
         """Return the vectors to upload, and store personal parts and buffers.
 
         Copies to the host are still under way, as is the norm of an update of ``start`` that stays on the GPU.
@@ -279,8 +279,8 @@ class Client(Node):
             return schedule
         self.report["work_done"] = share
         epoch = len(batch_slices(samples, schedule.batch_size))
-        total = schedule.epochs * epoch if schedule.limit is None else schedule.limit
-        return replace(schedule, limit=max(1, math.floor(share * total)))
+        total = schedule.epochs * epoch if schedule.max_steps is None else schedule.max_steps
+        return replace(schedule, max_steps=max(1, math.floor(share * total)))
 
     def statistics_fixed(self, phase: Phase) -> bool:
         self.marks.add("statistics")
@@ -380,7 +380,12 @@ class Client(Node):
         self, phase: Phase, samples: int, *, steps: int | None = None, epochs: int | None = None,
         first_epoch: int | None = None,
     ) -> Schedule:  # fmt: skip
-        """Return a schedule of ``epochs``, or of as many as ``steps`` begin, by default the run's."""
+        """Decide learning rate and length of an exchange.
+
+        Args:
+            steps: optimiser steps, rounded up to epochs.
+            epochs: local epochs. With neither, the run's settings hold.
+        """
         config, round = self._context.config, max(phase.round, 0)
         limit = config.local_steps if steps is None and epochs is None else steps
         if epochs is None:
@@ -397,9 +402,9 @@ class Client(Node):
             lr, drops = lr * config.lr_step_factor ** sum(drop <= begun for drop in drops), ()
         return Schedule(
             lr=lr, momentum=config.momentum, weight_decay=config.weight_decay, clip_norm=config.clip_norm,
-            epochs=epochs, batch_size=config.batch_size, steps=drops, factor=config.lr_step_factor,
-            first_epoch=round * epochs if first_epoch is None else first_epoch, limit=limit, optimizer=config.optimizer,
-            keep=config.optimizer_state == "keep", make=make,
+            epochs=epochs, batch_size=config.batch_size, drop_epochs=drops, factor=config.lr_step_factor,
+            first_epoch=round * epochs if first_epoch is None else first_epoch, max_steps=limit,
+            optimizer=config.optimizer, keep=config.optimizer_state == "keep", make=make,
         )  # fmt: skip
 
     def in_order(

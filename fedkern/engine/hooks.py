@@ -86,8 +86,8 @@ class Hooks:
     def on_gpu(self) -> tuple[str, ...]:
         """Vectors that may stay on the GPU, as the server only adds them up.
 
-        None for a user-defined ``client_update``, which may compute on the CPU with what ``train`` returned, or for the
-        pooling.
+        Empty for a user-defined ``client_update``, which may compute on the CPU with the result of ``train``, and for
+        the pooling.
         """
         update = getattr(self._asked, "client_update", None)
         # Not __module__, which functools.wraps copies.

@@ -195,7 +195,7 @@ class RunConfig(Fingerprints, ExecutionSettings, TrainingSettings, PrivacySettin
             return frozenset(name for name in self.names() if getattr(self, name) != table[name])
         return frozenset()
 
-    def check_code(self, folder: str | os.PathLike[str], trusted: Collection[str]) -> None:
+    def refuse_untrusted_code(self, folder: str | os.PathLike[str], trusted: Collection[str]) -> None:
         """Raise UserError if a run folder, which may come from anyone, names code that is not ``trusted``."""
         for option, code in self.code():
             if not named_code.trusts(trusted, code):

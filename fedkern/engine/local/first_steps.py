@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from fedkern.engine.local.network import Network, Part, Trainable
+from fedkern.engine.local.network import Network, NetworkPart, Trainable
 from fedkern.errors import UserError, first_of, format_value
 from fedkern.messages.leaves import leaves
 from fedkern.methods.protocol import Batch, Received
@@ -38,7 +38,7 @@ class FirstSteps(Objective):
         self._hooked: set[str] = set()
         self._clears = False  # whether the loss replaces gradients, as model.zero_grad() does
 
-    def watch(self, client: Client, method: Objective, network: Network | Part | Trainable) -> Objective:
+    def watch(self, client: Client, method: Objective, network: Network | NetworkPart | Trainable) -> Objective:
         if not self._left and not self._clears:
             return method
         self._client, self._method, self._network = client, method, network

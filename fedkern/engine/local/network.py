@@ -166,7 +166,7 @@ class Network:
             self.module.requires_grad_(False)
 
 
-class Part:
+class NetworkPart:
     """The trained part of a network: submodules that are neighbours in the network's vectors.
 
     The other submodules stay in eval mode. The method's loss has to keep gradients from them.
@@ -249,7 +249,7 @@ class Trainable:
             parameter.grad = None
 
 
-Trained = Network | Part | Trainable
+Trained = Network | NetworkPart | Trainable
 """Object of a training loop: a flat network, a part of it, or a module."""
 
 

@@ -62,7 +62,7 @@ def train_privately(
     size = count_declared(len(data), rows, spending)
     rows = np.arange(len(data)) if rows is None else rows
     steps_per_epoch = math.ceil(size / schedule.batch_size)
-    steps = steps_per_epoch * schedule.epochs if schedule.limit is None else schedule.limit
+    steps = steps_per_epoch * schedule.epochs if schedule.max_steps is None else schedule.max_steps
     rate = min(1.0, schedule.batch_size / size)
     owners = None if spending.patients is None else np.unique(spending.patients[rows], return_inverse=True)[1]
     count = size // spending.images  # number of samples, or of patients

@@ -52,10 +52,10 @@ class Schedule:
     """Optimiser settings of one exchange.
 
     Attributes:
-        lr: learning rate before any drop.
-        steps: epochs of the whole run, from 0, at each of which the rate is multiplied by ``factor``.
+        lr: learning rate before the drops in ``drop_epochs``; decay by rounds is included.
+        drop_epochs: epochs of the whole run, from 0, at each of which the rate is multiplied by ``factor``.
         first_epoch: the run's epoch with which this exchange begins.
-        limit: optimiser steps of the exchange, whatever number of epochs they take; None: all of ``epochs``.
+        max_steps: optimiser steps of the exchange, whatever number of epochs they take; None: all of ``epochs``.
         optimizer: ``"sgd"``, or ``"adamw"`` with betas of 0.9 and 0.999, reset in every exchange.
         keep: whether the optimiser's state is kept in the client's.
         make: a user's factory of the optimiser, whose learning rates ``lr`` multiplies, or None.
@@ -67,16 +67,16 @@ class Schedule:
     clip_norm: float
     epochs: int
     batch_size: int
-    steps: tuple[int, ...] = ()
+    drop_epochs: tuple[int, ...] = ()
     factor: float = 0.1
     first_epoch: int = 0
-    limit: int | None = None
+    max_steps: int | None = None
     optimizer: str = "sgd"
     keep: bool = False
     make: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
 
     def lr_at(self, epoch: int) -> float:
-        return self.lr * self.factor ** sum(step <= self.first_epoch + epoch for step in self.steps)
+        return self.lr * self.factor ** sum(drop <= self.first_epoch + epoch for drop in self.drop_epochs)
 
 
 @dataclass
@@ -201,11 +201,11 @@ def _steps(
 
 def epochs(count: int, schedule: Schedule, rng: np.random.Generator) -> Iterator[list[np.ndarray]]:
     """Yield the batches of every epoch of an exchange, up to its limit of steps."""
-    if schedule.limit is None:
+    if schedule.max_steps is None:
         for _ in range(schedule.epochs):
             yield batch_plan(count, schedule.batch_size, rng)
         return
-    remaining = schedule.limit
+    remaining = schedule.max_steps
     while remaining > 0:
         plan = batch_plan(count, schedule.batch_size, rng)[:remaining]
         remaining -= len(plan)
@@ -228,7 +228,7 @@ class EpochBatches:
 
     @property
     def complete(self) -> bool:
-        limit = self.schedule.limit
+        limit = self.schedule.max_steps
         return self._epoch + self._amid == self.schedule.epochs if limit is None else self.done == limit
 
     def __iter__(self) -> Iterator[Batch]:
@@ -242,7 +242,7 @@ class EpochBatches:
 
 def batch_sizes(count: int, schedule: Schedule) -> Counter[int]:
     sizes = [part.stop - part.start for part in batch_slices(count, schedule.batch_size)]
-    steps = schedule.epochs * len(sizes) if schedule.limit is None else schedule.limit
+    steps = schedule.epochs * len(sizes) if schedule.max_steps is None else schedule.max_steps
     return Counter(islice(cycle(sizes), steps))
 
 

@@ -35,7 +35,7 @@ class Exchange:
     def lose(self, messages: Mapping[ClientId, Message], absent: Mapping[ClientId, str]) -> None:
         for k, why in absent.items():
             if k in messages:
-                self._leave(k, messages[k])
+                self._tell_sent(k, messages[k])
             self._log.note_lost(k, self._asked.phase.exchange, why)
 
     def uploads(self) -> Iterator[Upload]:
@@ -45,8 +45,8 @@ class Exchange:
         allows, are not yielded.
         """
         uploads = self._each()
-        for part in self._filters:
-            uploads = part.combine(self._asked, uploads, self._log.note)
+        for filter_ in self._filters:
+            uploads = filter_.combine(self._asked, uploads, self._log.note)
         return uploads
 
     def _each(self) -> Iterator[Upload]:
@@ -74,27 +74,27 @@ class Exchange:
     def _take_answer(self, answer: Answer) -> Upload | None:
         """Return an answer's upload, or None if its client is left out."""
         k = answer.client
-        self._leave(k, self._asked.sent[k])
+        self._tell_sent(k, self._asked.sent[k])
         self._log.pass_warnings(answer)
         if self._asked.hooks.own:
             self._log.marks |= answer.marks
         info: dict[str, Any] = {"samples": self._samples[k], **answer.report}
         arrival = Arrival(self._asked, k, answer.message, answer.checked, info)
         if answer.absent or answer.refused or answer.problem is not None:
-            for part in self._filters:
-                part.on_missing(arrival, failed=not answer.absent and answer.problem is not None)
+            for filter_ in self._filters:
+                filter_.on_missing(arrival, failed=not answer.absent and answer.problem is not None)
             self._log.note_missing(answer)
             return None
-        for part in self._filters:
-            if why := part.decode(arrival):
+        for filter_ in self._filters:
+            if why := filter_.decode(arrival):
                 self._log.note_refused(k, why)
                 return None
         self._log.note_done(k, info, answer.seconds)
         return Upload(k, self._samples[k], arrival.message, staleness=self._asked.staleness(k))
 
-    def _leave(self, k: ClientId, message: Message) -> None:
-        for part in self._filters:
-            part.on_sent(self._asked, k, message)
+    def _tell_sent(self, k: ClientId, message: Message) -> None:
+        for filter_ in self._filters:
+            filter_.on_sent(self._asked, k, message)
 
     def _answers(self) -> Iterator[Answer]:
         asked, coded = self._asked, encoders_of(self._filters, self._asked)

@@ -23,7 +23,7 @@ from fedkern.engine.setup import own_model
 from fedkern.engine.setup.run_objects import Request, RunObjects, RunStore
 from fedkern.engine.store import predictions as predictions_file
 from fedkern.engine.store.checkpoints import Entry
-from fedkern.engine.store.resuming import check_settings, same_code
+from fedkern.engine.store.resuming import check_settings, check_user_code
 from fedkern.engine.transport import torchrun_group
 from fedkern.engine.uploads import asynchronous
 from fedkern.errors import UserError, first_of
@@ -98,7 +98,7 @@ def make_context(
     config = config.replace(**training) if training else config
     changed: list[str] = []
     if stored is not None:
-        config, changed = same_code(config, stored, entry, code, out, request.trusted)
+        config, changed = check_user_code(config, stored, entry, code, out, request.trusted)
 
     # Notices come last, when nothing can fail any more.
     for sentence in (

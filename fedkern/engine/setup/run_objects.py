@@ -35,7 +35,7 @@ from fedkern.engine.store.checkpoints import Checkpoints, Entry
 from fedkern.engine.store.data_facts import DataFacts
 from fedkern.engine.store.record_files import Metrics
 from fedkern.engine.store.releases import Releases
-from fedkern.engine.store.resuming import change_rounds, check_same, facts_of
+from fedkern.engine.store.resuming import change_rounds, check_data_and_plan, facts_of
 from fedkern.listeners.listener_group import ListenerGroup
 from fedkern.messages.states import State
 from fedkern.methods.base import Method, Round
@@ -201,7 +201,7 @@ def open_store(run: RunObjects, check_lock: Callable[[], object]) -> None:
         compare_teachers(context, facts["data"])
     else:
         entry = change_rounds(entry, run.request.rounds)
-        check_same(entry, facts, run.plan, store.out)
+        check_data_and_plan(entry, facts, run.plan, store.out)
         facts["code"] = read_code(entry["info"])  # of the run's start
         run.server.state = store.checkpoints.server_state()
         messages = store.checkpoints.messages_in_flight()

@@ -86,7 +86,7 @@ def finished_summary(entry: Entry | None, out: Path, predicted: bool) -> State |
 def check_place(
     stored: RunConfig, entry: Entry | None, device: str, out: Path, trusted: Collection[str], *, remote: bool
 ) -> None:
-    """Raise UserError if client states are in another place, or kernels or code differ."""
+    """Raise UserError if client states are in another place, kernels differ, or the folder names untrusted code."""
     is_remote = (out / NODES).exists()
     if entry is not None and is_remote and not remote:
         raise UserError(
@@ -97,7 +97,7 @@ def check_place(
         raise UserError(f"The run in {out} was not begun over Flower: go on with --resume {shlex.quote(str(out))}.")
     if entry is not None:
         check_kernels(entry["info"], device, out)
-    stored.check_code(out, trusted)
+    stored.refuse_untrusted_code(out, trusted)
 
 
 def check_unedited(stored: RunConfig, entry: Entry, out: Path) -> None:
@@ -150,7 +150,7 @@ def facts_of(context: RunContext, fingerprint: int, out: Path) -> State:
     }
 
 
-def same_code(
+def check_user_code(
     config: RunConfig,
     stored: RunConfig,
     entry: Entry | None,
@@ -159,6 +159,9 @@ def same_code(
     trusted: Collection[str],
 ) -> tuple[RunConfig, list[str]]:
     """Compare the user's method, network, training, loss and metrics with those at the run's start.
+
+    Returns the settings with the stored identities, and a warning for each changed object that is trusted. Raises
+    UserError for other changes, because the run could not have the bits of an uninterrupted one.
 
     Args:
         code: identities of a script's code at its first use in this process, by group.
@@ -194,7 +197,7 @@ def same_code(
     return config.replace(**kept), warnings
 
 
-def check_same(entry: Entry, facts: State, plan: Sequence[Round], out: Path) -> None:
+def check_data_and_plan(entry: Entry, facts: State, plan: Sequence[Round], out: Path) -> None:
     info = entry["info"]
     judged = ("main", "better")
     if info["data"] != facts["data"] or any(info["config"][key] != facts["config"][key] for key in judged):

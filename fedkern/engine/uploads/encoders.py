@@ -82,7 +82,8 @@ class Encoders:
     @property
     def on_gpu(self) -> tuple[str, ...]:
         (_, head), *tail = self.encoders
-        return tuple(name for name in head.on_gpu if all(name in encoder.on_gpu for _, encoder in tail))
+        names = getattr(head, "on_gpu", ())  # a user's encoder may lack it
+        return tuple(name for name in names if all(name in getattr(encoder, "on_gpu", ()) for _, encoder in tail))
 
     def encode(self, leaving: Departure) -> tuple[Any, State | None]:
         message, checked = leaving.message, None

@@ -22,8 +22,8 @@ class ExchangeRequest:
     Attributes:
         phase: the exchange.
         entry: the round in the method's plan.
-        plan: number of the round in the plan.
-        clients: number of clients that the server asks, whoever answers.
+        plan: index of ``entry`` in the plan.
+        clients: number of clients that the server asks, of which only ``participants`` may answer.
         participants: clients among them that are expected to answer.
         hooks: calls of the method, or of the pooling of statistics.
         sent: the message of every participant that gets one.
@@ -43,7 +43,10 @@ class ExchangeRequest:
         return self.phase.round - self.began.get(client, self.phase.round)
 
     def declaration_of(self, client: ClientId) -> Declaration:
-        """Return the declaration of a client's upload, with the sent ``parameters``, from which an update counts."""
+        """Return the declaration of a client's upload.
+
+        Its ``parameters`` is the tensor that the client started from: an update is the upload minus this tensor.
+        """
         sent = self.sent.get(client, {})
         declared = self.hooks.declare_upload(self.phase, client, sent)
         if self.staleness(client) and "parameters" in declared and "parameters" in sent:

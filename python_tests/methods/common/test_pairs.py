@@ -10,7 +10,7 @@ from fedkern.downstream.run_evaluation import evaluate_run
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.local.network import Network, Part
+from fedkern.engine.local.network import Network, NetworkPart
 from fedkern.engine.run import run
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
@@ -136,9 +136,9 @@ def test_a_part_is_trained_alone(make_pairs, make_config):
 def test_parts_must_be_neighbours_and_exist(make_pairs, make_config):
     network = Network(RunContext(make_config(**TINY), make_pairs()).networks.build(), torch.device("cpu"))
     with pytest.raises(ValueError, match="neighbours"):
-        Part(network, ("image_encoder", "text_align"))
+        NetworkPart(network, ("image_encoder", "text_align"))
     with pytest.raises(ValueError, match="given nose"):
-        Part(network, ("nose",))
+        NetworkPart(network, ("nose",))
 
 
 class Watching(FedAvg):
