@@ -650,7 +650,7 @@ def find_accuracy(runs: Mapping[str, Mapping[str, Any]], sent: float) -> str:
 
 def _reproducing() -> Page:
     sections = {"FedAvg rounds to an accuracy on MNIST": partial(verdicts, "mcmahan2017")}
-    return Page("docs/reproducing.md", sections, "Tables played here")
+    return Page("docs/reproducing.md", sections, "Tables run here")
 
 
 def _uploads() -> Page:
