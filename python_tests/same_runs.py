@@ -128,7 +128,7 @@ import json, sys
 from python_tests.flower.node_grid import NodeGrid
 try:
     from fedkern.flower.runs import server_app
-except ImportError:  # a checkout whose Flower has no rooms
+except ImportError:  # a checkout whose Flower package has no subpackages
     from fedkern.flower import server_app
 settings, pairs, out = json.loads(sys.argv[1])
 settings = {**settings, "flower.wait": 0.0, "out": out}

@@ -117,29 +117,29 @@ ORDER = (
     "models", "tasks", "data", "methods", "settings", "listeners", "engine", "downstream", "report", "flower", "api",
     "comparison", "cli", "run",
 )  # fmt: skip
-"""Rooms and loose files of fedkern, from below; those of one text do not import each other."""
+"""Packages and single modules of fedkern, lowest layer first; those of one text do not import each other."""
 
 
-def test_rooms_import_from_below() -> None:
-    """A file that must import from above is in the wrong room (docs/architecture.md)."""
-    floors = {room: floor for floor, rooms in enumerate(ORDER) for room in rooms.split()}
-    assert {name.split(".")[1] for name in modules("fedkern") if "." in name} == floors.keys()
+def test_packages_import_only_from_lower_layers() -> None:
+    """A file that must import from a higher layer is in the wrong package (docs/architecture.md)."""
+    layers = {package: layer for layer, packages in enumerate(ORDER) for package in packages.split()}
+    assert {name.split(".")[1] for name in modules("fedkern") if "." in name} == layers.keys()
     wrong = [
         f"{name} imports {module}"
         for name, names in imports("fedkern").items() if "." in name
         for module in names - {"fedkern"}
-        if name.split(".")[1] != module.split(".")[1] and floors[name.split(".")[1]] <= floors[module.split(".")[1]]
+        if name.split(".")[1] != module.split(".")[1] and layers[name.split(".")[1]] <= layers[module.split(".")[1]]
     ]  # fmt: skip
     assert not wrong
 
 
 def test_tests_lie_as_their_modules_do() -> None:
-    """Tests with the name of one module of their room lie where the module lies in fedkern."""
+    """Tests with the name of one module of their package lie where the module lies in fedkern."""
     misplaced = []
     for path in (ROOT / "python_tests").rglob("test_*.py"):
         place, stem = path.parent.relative_to(ROOT / "python_tests"), path.stem.removeprefix("test_")
-        room = ROOT / "fedkern" / place.parts[0] if place.parts else ROOT / "fedkern" / "none"
-        homes = {path.parent.relative_to(ROOT / "fedkern") for path in room.rglob(f"{stem}.py")}
+        package = ROOT / "fedkern" / place.parts[0] if place.parts else ROOT / "fedkern" / "none"
+        homes = {path.parent.relative_to(ROOT / "fedkern") for path in package.rglob(f"{stem}.py")}
         if len(homes) == 1 and place not in homes:
             misplaced.append(f"{place / path.name}, and the module is in {homes.pop()}")
     assert not misplaced

@@ -16,7 +16,7 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.fingerprints import FINGERPRINTS
 from fedkern.settings.model import check_networks
 from fedkern.settings.stored import load_settings, read_settings
-from fedkern.usercode import plugins as plugin_room
+from fedkern.usercode import plugins as plugin_scope
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Given:
     names: frozenset[str]
 
     def config(self) -> RunConfig:
-        plugin_room.load_installed()
-        loaded = plugin_room.load_given(self.plugins)
+        plugin_scope.load_installed()
+        loaded = plugin_scope.load_given(self.plugins)
         return RunConfig.complete(self.method, self.settings, self.options, self.data_options, loaded)
 
 

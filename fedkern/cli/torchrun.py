@@ -17,15 +17,15 @@ RUNS = ("run", "resume", "extend")
 """Commands that play a run. Any other command is for rank 0 alone."""
 
 
-def play_on_ranks(request: Request, words: Sequence[str], done: Callable[[Request], int]) -> int:
-    """Handle a request with ``done``, under torchrun on all ranks, and return the exit code."""
+def play_on_ranks(request: Request, words: Sequence[str], handle: Callable[[Request], int]) -> int:
+    """Handle a request with ``handle``, under torchrun on all ranks, and return the exit code."""
     launched = torchrun_group.find_rank()
     if launched is None:
-        return done(request)
+        return handle(request)
     if request.command not in RUNS:
-        return done(request) if launched.rank == 0 else 0
+        return handle(request) if launched.rank == 0 else 0
     if launched.size == 1:
-        return done(_again(request, launched))
+        return handle(_again(request, launched))
     from fedkern.cli.backend_check import check_backend
 
     check_backend()
@@ -36,7 +36,7 @@ def play_on_ranks(request: Request, words: Sequence[str], done: Callable[[Reques
             from fedkern.engine.executors import rank
 
             return rank.serve(ranks)
-        code = done(_again(request, launched))
+        code = handle(_again(request, launched))
         ranks.leave(code)
         return code
 

@@ -45,7 +45,7 @@ _OPEN = ("threads", "client_threads")
 """Settings whose default depends on the machine. Unless given, a stored run keeps its own values."""
 
 
-class OtherGrounds(UserError):
+class OtherDataOrCode(UserError):
     """A comparison that would continue with other data or code than its runs so far."""
 
 
@@ -115,7 +115,7 @@ class Runner:
                     result = self.read(cell)
                 except Exception as failure:
                     full = isinstance(failure, OSError) and failure.errno in atomic.FULL
-                    if full or isinstance(failure, OtherGrounds):
+                    if full or isinstance(failure, OtherDataOrCode):
                         raise
                     self._note_failure(cell, failure)
                     outcomes.append(failure)
@@ -174,7 +174,7 @@ class Runner:
         config = config.replace(workers="1") if self.jobs > 1 else config
         play: partial[dict[str, Any]] = partial(
             run, config, out=folder, resume=resume, data=self.data(config), trusted=self._trusted_code(cell),
-            check=partial(check_grounds, self.begun, folder), at_once=self.jobs,
+            check=partial(check_provenance, self.begun, folder), at_once=self.jobs,
         )  # fmt: skip
         if self.jobs > 1:
             return RunProcess(cell, self.out / f"{cell.name}.log", self.script, play)
@@ -241,11 +241,11 @@ class Runner:
             )
 
 
-def check_grounds(begun: list[tuple[Path, RunConfig]], folder: Path, config: RunConfig) -> None:
-    """Note a run in ``begun``, or raise OtherGrounds if its data or code differ from the runs before."""
+def check_provenance(begun: list[tuple[Path, RunConfig]], folder: Path, config: RunConfig) -> None:
+    """Note a run in ``begun``, or raise OtherDataOrCode if its data or code differ from the runs before."""
     for place, before in begun:
         if place != folder and (reason := describe_difference(before, config)):
-            raise OtherGrounds(
+            raise OtherDataOrCode(
                 f"{place} was made with {reason} than this command would run with: name another --out, or put the "
                 "former data and code back."
             )
@@ -267,7 +267,7 @@ def pick_best(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: 
             scores[cell.variant.label] = run.metrics[name], run.config
         elif name not in run.summary["metrics"]:  # else it is NaN, and such a variant is never chosen
             raise UserError(
-                f"--select validation needs a figure on a validation set, and the run in {run.folder} tells none: "
+                f"--select validation needs a figure on a validation set, and the run in {run.folder} has none: "
                 "leave --select out to run every setting with every seed."
             )
 

@@ -114,7 +114,7 @@ def group_runs(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None
     for a repeated seed, for different data under one name and, with ``label``, for different code or files.
     """
     runs = list(runs)
-    check_grounds(runs, code=label is not None)
+    check_provenance(runs, code=label is not None)
     tables: list[tuple[str, dict[str, Any]]] = []
     groups: list[Group] = []
     for run in runs:
@@ -141,7 +141,7 @@ def group_runs(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None
     return groups
 
 
-def check_grounds(runs: Sequence[FoundRun], *, code: bool) -> None:
+def check_provenance(runs: Sequence[FoundRun], *, code: bool) -> None:
     """Raise UserError if runs under one data name have different data or, with ``code``, different code."""
     alike: dict[str, FoundRun] = {}  # a run for all that rest on the same
     for run in runs:

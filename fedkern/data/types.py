@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fedkern.data.forms import ImageForm, Scale
 from fedkern.data.images.full_masks import FullMasks
-from fedkern.data.sources.arrays import Labelled as Pair
-from fedkern.data.sources.arrays import parts_of_arrays
+from fedkern.data.sources.arrays import ArrayPair, parts_of_arrays
 from fedkern.data.sources.datasets import Sets, parts_of_datasets
 from fedkern.data.sources.items import Items
 from fedkern.data.split import Split, describe, rows_of
@@ -313,10 +312,10 @@ class FederatedData:
     @classmethod
     def from_arrays(
         cls,
-        clients: Mapping[str, Pair] | Sequence[Pair],
-        test: Pair | Mapping[str, Pair] | None = None,
+        clients: Mapping[str, ArrayPair] | Sequence[ArrayPair],
+        test: ArrayPair | Mapping[str, ArrayPair] | None = None,
         *,
-        validation: Pair | None = None,
+        validation: ArrayPair | None = None,
         classes: Sequence[str] | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,

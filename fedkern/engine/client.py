@@ -210,14 +210,14 @@ class Client(Node):
             self.drift = Drift(vector, vector._version, to_host_async(torch.linalg.vector_norm(vector - start)))
         return {name: value if name in self.on_gpu else to_host_async(value) for name, value in result.items()}
 
-    # -- a loop of somebody's own ----------------------------------------------------------------------------------
+    # -- user-defined training loops -------------------------------------------------------------------------------
 
     def _epoch_batches(self, phase: Phase) -> EpochBatches:
         if phase not in self._batches_by_phase:
             self._batches_by_phase[phase] = EpochBatches(self, self._data, self._cut_schedule(phase), phase)
         return self._batches_by_phase[phase]
 
-    def left_marks(self) -> frozenset[str]:
+    def collect_marks(self) -> frozenset[str]:
         return frozenset(self.marks | {"epochs" for batches in self._batches_by_phase.values() if batches.complete})
 
     @property

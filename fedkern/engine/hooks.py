@@ -54,7 +54,7 @@ class Hooks:
     """Calls of a method's server, or of the pooling of statistics, in an exchange."""
 
     def __init__(self, callee: str, handler: Any, server: Server, context: RunContext, code: MethodCode) -> None:
-        self.callee, self._asked, self._server, self._context, self._code = callee, handler, server, context, code
+        self.callee, self._handler, self._server, self._context, self._code = callee, handler, server, context, code
 
     @property
     def own(self) -> bool:
@@ -62,12 +62,12 @@ class Hooks:
 
     def send(self, phase: Phase) -> object:
         with self._context.drawing(self._server, phase), self._code("send"):
-            return self._asked.send(self._server, phase)
+            return self._handler.send(self._server, phase)
 
     def messages(self, outgoing: object, clients: Iterable[ClientId]) -> dict[ClientId, Message]:
-        per_client = messages_for(outgoing, clients, getattr(self._asked, "may_skip_clients", False))
+        per_client = messages_for(outgoing, clients, getattr(self._handler, "may_skip_clients", False))
         messages = {k: message for k, message in per_client.items() if message is not None}
-        if type(self._asked).__module__.startswith("fedkern."):
+        if type(self._handler).__module__.startswith("fedkern."):
             return messages
         # A user's server may write into its tensors while clients still have to work.
         copies: dict[int, Any] = {}
@@ -79,7 +79,7 @@ class Hooks:
 
     def declare_upload(self, phase: Phase, client: ClientId, message: Message) -> Declaration:
         with self._code("expects"):
-            declared: Declaration = self._asked.expects(self._server, phase, client, message)
+            declared: Declaration = self._handler.expects(self._server, phase, client, message)
             return declared
 
     @property
@@ -89,10 +89,10 @@ class Hooks:
         Empty for a user-defined ``client_update``, which may compute on the CPU with the result of ``train``, and for
         the pooling.
         """
-        update = getattr(self._asked, "client_update", None)
+        update = getattr(self._handler, "client_update", None)
         # Not __module__, which functools.wraps copies.
         module = getattr(update, "__globals__", {}).get("__name__", "")
-        return tuple(self._asked.reduce) if self.own and module.startswith("fedkern.") else ()
+        return tuple(self._handler.reduce) if self.own and module.startswith("fedkern.") else ()
 
     def cohort_update(
         self, clients: Mapping[ClientId, Client], phase: Phase, sent: Mapping[ClientId, Message]
@@ -101,25 +101,25 @@ class Hooks:
         if not self.own:
             return None
         with self._context.drawing(self._server, phase), self._code("cohort_update"):
-            uploads = self._asked.cohort_update(clients, phase, sent)
+            uploads = self._handler.cohort_update(clients, phase, sent)
             return None if uploads is None else dict(uploads)
 
     def server_update(self, phase: Phase, uploads: Iterator[Upload]) -> None:
         passing = self._code.passing(uploads)
         with self._context.drawing(self._server, phase), self._code("server_update"):
-            self._asked.server_update(self._server, phase, passing)
+            self._handler.server_update(self._server, phase, passing)
         for _ in passing:  # every client works, even where server_update stops reading
             pass
 
     def check_model(self) -> None:
         with self._code("vectors"):
-            vectors = self._asked.vectors(self._server)
+            vectors = self._handler.vectors(self._server)
         check_finite({**self._server.state, **vectors}, self._code.progress.when(), self._context)
 
     def network(self) -> nn.Module | None:
         """Return the network that the method evaluates and saves, in eval mode, or None if there is none yet."""
         with self._code("model"):
-            network: nn.Module | None = self._asked.model(self._server)
+            network: nn.Module | None = self._handler.model(self._server)
         # :meth:`check_model` has checked a flat network.
         if network is not None and not self._context.networks.is_flat(network):
             network.eval()

@@ -30,7 +30,7 @@ from fedkern.settings.section import Values
 from fedkern.settings.training import TrainingSettings
 from fedkern.typed_option import Option
 from fedkern.usercode import named_code
-from fedkern.usercode import plugins as plugin_room
+from fedkern.usercode import plugins as plugin_scope
 
 RESUMABLE = ("data_root", "workers", "cache", "keep_items")
 """Settings that change no bit of a run, so that a resumed run may have others."""
@@ -89,8 +89,8 @@ class RunConfig(Fingerprints, ExecutionSettings, TrainingSettings, PrivacySettin
             plugins: files and modules to load first.  The run stores them, and loaded plugins that it uses.
             **settings: any other field; ``None`` means not given.
         """
-        plugin_room.load_installed()
-        loaded = plugin_room.load_given(plugins)
+        plugin_scope.load_installed()
+        loaded = plugin_scope.load_given(plugins)
         method_registry.get(method)
         names = cls.names()
         for name in settings:
@@ -132,7 +132,7 @@ class RunConfig(Fingerprints, ExecutionSettings, TrainingSettings, PrivacySettin
         all_options = {**default_options, **options}
         all_data_options = given_options(str(base["data"]), data_options)
         rule = str(base.get("aggregator", MEAN)).partition(":")[0].strip()
-        used_plugins = plugin_room.find_used(
+        used_plugins = plugin_scope.find_used(
             {"method": method, "data set": str(base["data"]), "model": str(base["model"]), "aggregator": rule}
         )
         config = {**base, "method": method, "data_options": all_data_options, "plugins": {**plugins, **used_plugins}}

@@ -22,7 +22,7 @@ from fedkern.tasks.partition_statistics import PartitionStatistics
 NAME = "arrays"
 MEAN, STD = 0.5, 0.25
 """Default normalisation of images."""
-Labelled = tuple[Any, Any]
+ArrayPair = tuple[Any, Any]
 SPLITS = frozenset(["train", "training", "val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing"])
 """Names of the splits of a data set."""
 K = TypeVar("K")
@@ -30,9 +30,9 @@ T = TypeVar("T")
 
 
 def parts_of_arrays(
-    clients: Mapping[str, Labelled] | Sequence[Labelled],
-    test: Labelled | Mapping[str, Labelled] | None,
-    validation: Labelled | None,
+    clients: Mapping[str, ArrayPair] | Sequence[ArrayPair],
+    test: ArrayPair | Mapping[str, ArrayPair] | None,
+    validation: ArrayPair | None,
     classes: Sequence[str] | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
@@ -44,7 +44,7 @@ def parts_of_arrays(
     changes: list[float] = []
     if isinstance(clients, str) or not isinstance(clients, Iterable):
         raise UserError(f"clients must be pairs (images, labels), by name or in a list, not {type(clients).__name__}.")
-    pairs: Mapping[Any, Labelled] = clients if isinstance(clients, Mapping) else dict(enumerate(clients))
+    pairs: Mapping[Any, ArrayPair] = clients if isinstance(clients, Mapping) else dict(enumerate(clients))
     named = key_by_text(pairs, "clients", 'clients=[d["train"]]')
     if not named:
         raise UserError("clients must hold at least one client, but is empty.")
@@ -171,7 +171,7 @@ NAMES = {"class": class_names, "pixels": _pixel_names, "labels": _label_names}
 """Functions that name the classes, by kind of labels (`fedkern.tasks.Task.target`)."""
 
 
-def _split(pair: Labelled, name: str, changes: list[float], task: str) -> Split:
+def _split(pair: ArrayPair, name: str, changes: list[float], task: str) -> Split:
     try:
         images, labels = pair
     except (TypeError, ValueError):

@@ -34,7 +34,7 @@ class Serial:
         self._context, self._handlers, self._states, self._threads = context, handlers, states, threads
         self._clients: dict[ClientId, Client] = {}
         self._before: dict[ClientId, Fingerprint] = {}  # fingerprints of states, of clients that have worked since
-        self._asked = 0
+        self._asked_count = 0
         self._objects = context.user_objects()  # before any client has worked
 
     @property
@@ -129,12 +129,14 @@ class Serial:
                     work()
                 answer.report = convert_figures(client.report, "client.report", TAKEN) if answer.problem is None else {}
             # The state is checked even after a failure, as the client keeps it.
-            problem, client.later, answer.marks = answer.problem, None, client.left_marks()
+            problem, client.later, answer.marks = answer.problem, None, client.collect_marks()
             with self._problems(answer, callee):
                 client.check_state()
             answer.problem = problem or answer.problem  # the first
-            self._asked += 1
-            if self._asked & (self._asked - 1) == 0:  # after 1, 2, 4, 8 ... answers: a state may change late
+            self._asked_count += 1
+            if (
+                self._asked_count & (self._asked_count - 1) == 0
+            ):  # after 1, 2, 4, 8 ... answers: a state may change late
                 context.tell_attributes(client, self._objects)
             # Encoders read the upload's values, so they run once the GPU is done.
             if answer.problem is None and encoder is not None:

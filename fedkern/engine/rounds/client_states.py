@@ -41,7 +41,7 @@ class ClientStates:
         if self._progress.last_exchange:
             self.executor.forget(k)  # its state is on disk; its round_cache is needed no more
 
-    def leave_out(self, k: ClientId) -> None:
+    def exclude(self, k: ClientId) -> None:
         """Leave a client out of the rest of the round, with its state from before the round.
 
         Exceptions are a privacy ledger, as releases count in any case, and a round whose earlier exchanges are not

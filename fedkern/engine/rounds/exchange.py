@@ -18,7 +18,7 @@ from fedkern.process.interrupts import check
 
 
 class Exchange:
-    """One exchange."""
+    """One exchange: sends the messages and yields the checked uploads."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class Exchange:
         log: RoundLog,
         samples: Sequence[int],
     ) -> None:
-        self._asked, self._filters, self._executor, self._log = asked, filters, executor, log
+        self._request, self._filters, self._executor, self._log = asked, filters, executor, log
         self._samples = samples
         self.seconds = 0.0
 
@@ -36,7 +36,7 @@ class Exchange:
         for k, why in absent.items():
             if k in messages:
                 self._tell_sent(k, messages[k])
-            self._log.note_lost(k, self._asked.phase.exchange, why)
+            self._log.note_lost(k, self._request.phase.exchange, why)
 
     def uploads(self) -> Iterator[Upload]:
         """Yield the uploads in client order, lazily: the server is done with an upload before it gets the next one.
@@ -46,7 +46,7 @@ class Exchange:
         """
         uploads = self._each()
         for filter_ in self._filters:
-            uploads = filter_.combine(self._asked, uploads, self._log.note)
+            uploads = filter_.combine(self._request, uploads, self._log.note)
         return uploads
 
     def _each(self) -> Iterator[Upload]:
@@ -68,18 +68,18 @@ class Exchange:
             del upload
             if handover:
                 yield handover.pop()
-        if left_out == len(self._asked.participants):
+        if left_out == len(self._request.participants):
             self._log.none_left()
 
     def _take_answer(self, answer: Answer) -> Upload | None:
         """Return an answer's upload, or None if its client is left out."""
         k = answer.client
-        self._tell_sent(k, self._asked.sent[k])
+        self._tell_sent(k, self._request.sent[k])
         self._log.pass_warnings(answer)
-        if self._asked.hooks.own:
+        if self._request.hooks.own:
             self._log.marks |= answer.marks
         info: dict[str, Any] = {"samples": self._samples[k], **answer.report}
-        arrival = Arrival(self._asked, k, answer.message, answer.checked, info)
+        arrival = Arrival(self._request, k, answer.message, answer.checked, info)
         if answer.absent or answer.refused or answer.problem is not None:
             for filter_ in self._filters:
                 filter_.on_missing(arrival, failed=not answer.absent and answer.problem is not None)
@@ -90,14 +90,14 @@ class Exchange:
                 self._log.note_refused(k, why)
                 return None
         self._log.note_done(k, info, answer.seconds)
-        return Upload(k, self._samples[k], arrival.message, staleness=self._asked.staleness(k))
+        return Upload(k, self._samples[k], arrival.message, staleness=self._request.staleness(k))
 
     def _tell_sent(self, k: ClientId, message: Message) -> None:
         for filter_ in self._filters:
-            filter_.on_sent(self._asked, k, message)
+            filter_.on_sent(self._request, k, message)
 
     def _answers(self) -> Iterator[Answer]:
-        asked, coded = self._asked, encoders_of(self._filters, self._asked)
+        asked, coded = self._request, encoders_of(self._filters, self._request)
         if asked.entry.cohort and not self._executor.remote and asked.sent:
             start, serial = time.perf_counter(), self._executor.here
             clients = {k: serial.client(k) for k in asked.participants}
@@ -112,7 +112,7 @@ class Exchange:
                 reports = {
                     k: convert_figures(own.report, f"client {k}: client.report", TAKEN) for k, own in clients.items()
                 }
-                marks = frozenset().union(*(client.left_marks() for client in clients.values()))
+                marks = frozenset().union(*(client.collect_marks() for client in clients.values()))
                 return (
                     Answer(k, uploads.pop(k), report=reports[k], seconds=share, marks=marks) for k in list(asked.sent)
                 )

@@ -74,13 +74,13 @@ class Loop:
             absent = {}
             hooks.server_update(phase, exchange.uploads())
             for k, reason in run.server.refused:
-                log.leave_out(k, {"exchange": name, "reason": reason})
+                log.exclude(k, {"exchange": name, "reason": reason})
             run.server.refused.clear()
             record.seconds["train"] += exchange.seconds
             if len(exchanges) > 1:
                 record.seconds[f"train/{name}"] = exchange.seconds
             record.seconds["aggregate"] += time.perf_counter() - begun - exchange.seconds
-            present = [k for k in present if k not in log.left]
+            present = [k for k in present if k not in log.excluded]
             if not present:
                 log.none_left()
         run.hooks["method"].check_model()

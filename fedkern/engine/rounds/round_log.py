@@ -43,12 +43,12 @@ class RoundLog:
         self._hides_dropouts, self._hint = hides_dropouts, hint
         self.clients: dict[str, State] = {}
         self.reports: list[State] = []
-        self.left: set[ClientId] = set()
+        self.excluded: set[ClientId] = set()
         self.dropped: list[State] = []
         self.marks: set[str] = set()
 
     def begin(self) -> None:
-        self.clients, self.reports, self.left = {}, [], set()
+        self.clients, self.reports, self.excluded = {}, [], set()
 
     # -- who is done -----------------------------------------------------------------------------------------------
 
@@ -87,13 +87,13 @@ class RoundLog:
         sentence = f"Client {label}'s upload {self._progress.when(exchange)} {why}"
         if self._context.config.on_nan == "stop":
             raise UserError(f"{sentence}; leave such uploads out with --on-nan skip.{self._hint}")
-        self.leave_out(k, {"exchange": exchange, "reason": why})
+        self.exclude(k, {"exchange": exchange, "reason": why})
         self._warn(f"refused-upload-{k}", f"{sentence}; it was left out.")
 
-    def leave_out(self, k: ClientId, why: State) -> None:
-        self._states.leave_out(k)
+    def exclude(self, k: ClientId, why: State) -> None:
+        self._states.exclude(k)
         if self._hides_dropouts:
-            self.left.add(k)
+            self.excluded.add(k)
         else:
             self._note_dropped(k, why)
 
@@ -114,7 +114,7 @@ class RoundLog:
 
     def _note_loss(self, k: ClientId, why: str) -> None:
         exchange = self._progress.exchange
-        self.leave_out(k, {"exchange": exchange, "reason": why})
+        self.exclude(k, {"exchange": exchange, "reason": why})
         label, when = self._context.data.client_label(k), self._progress.when(exchange)
         self._warn(f"missing-client-{k}", f"Client {label} was left out {when}, as {why}.")
 
@@ -135,7 +135,7 @@ class RoundLog:
                 why = {"batch": problem.batch, "reason": problem.what}
             if config.on_nan == "stop":
                 raise UserError(f"{where}; lower --lr, set --clip-norm, or leave such clients out with --on-nan skip.")
-        self.leave_out(k, why)
+        self.exclude(k, why)
         one_off = self._progress.entry is not None and self._progress.entry.one_off
         consequence = "what it would have made is missing from the run" if one_off else "it was left out of that round"
         self._warn(name, f"{where}; {consequence}.")
@@ -145,6 +145,6 @@ class RoundLog:
             self._context.notices.warn(name, text)
 
     def _note_dropped(self, k: ClientId, why: State) -> None:
-        self.left.add(k)
+        self.excluded.add(k)
         at = max(self._progress.shown_number, 0)
         self.dropped = [*self.dropped, {"round": at, "client": k, **self._context.name_entry(k), **why}]

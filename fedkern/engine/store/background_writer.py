@@ -1,4 +1,4 @@
-"""Background writer: a disk is slower than a small network's training."""
+"""Write checkpoint files on one thread while training continues."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Checkpoints:
         self._touched: set[int] = set()  # clients with another file than in the last commit
         self._unchecked: dict[str, int] = {}  # CRC-32 of files that another process wrote and nobody has read
         self._named: list[str] = []  # files of the last commit that belong to no client
-        self._left: dict[str, None] = {}  # files written before, which the next commit does not need
+        self._superseded: dict[str, None] = {}  # files written before, which the next commit does not need
         self._due: list[list[str]] = []  # unneeded files, by number of newer entries
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ class Checkpoints:
         """Return the plan round of the client's oldest kept state, or None without a state."""
         named = [self.clients[client]] if client in self.clients else []
         start = f"client-{client:05d}-"  # of files that older entries need
-        named += [name for names in (*self._due, self._left) for name in names if name.startswith(start)]
+        named += [name for names in (*self._due, self._superseded) for name in names if name.startswith(start)]
         return min((int(name[-len("000000.safetensors") :][:6]) for name in named), default=None)
 
     def _load(self, name: str) -> State:
@@ -261,14 +261,14 @@ class Checkpoints:
         if file is not None:
             self.clients[client] = file
         self._touched.add(client)
-        self._leave(before, file)
+        self._supersede(before, file)
 
-    def _leave(self, old: str | None, new: str | None) -> None:
+    def _supersede(self, old: str | None, new: str | None) -> None:
         """Note that the next commit needs the file ``new`` instead of ``old``."""
         if old is not None:
-            self._left[old] = None
+            self._superseded[old] = None
         if new is not None:
-            self._left.pop(new, None)
+            self._superseded.pop(new, None)
 
     def commit(
         self,
@@ -299,7 +299,7 @@ class Checkpoints:
         for name in in_flight.keys() - set(self._named):
             self._write(name, in_flight[name])
         entry_files = [*named.values(), *in_flight]
-        files = self._leaving(entry_files)
+        files = self._superseding(entry_files)
         changed = {k: self.clients.get(k) for k in {*self._touched, *(booked or {})}}
         self._touched.clear()
 
@@ -333,13 +333,13 @@ class Checkpoints:
         fresh = {file: self._sums[file] for file in changed.values() if file is not None and file in self._sums}
         return self._table.add(plan, rows), fresh
 
-    def _leaving(self, named: list[str]) -> list[str]:
+    def _superseding(self, named: list[str]) -> list[str]:
         """Return the files that only the last commit may need, given the next commit's files of no client."""
         for name in self._named:
-            self._leave(name, None)
+            self._supersede(name, None)
         for name in named:
-            self._leave(None, name)
-        self._named, files, self._left = named, list(self._left), {}
+            self._supersede(None, name)
+        self._named, files, self._superseded = named, list(self._superseded), {}
         return files
 
     def _flush(self) -> None:

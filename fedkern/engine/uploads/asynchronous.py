@@ -5,8 +5,8 @@ begins with the server's present network; a client whose upload waits for the st
 (`fedkern.engine.participation`) decides when a client is done, so that bits are the same on any machine.
 
 FedBuff (arXiv 2106.06639) steps by the mean of the changes of ``buffer`` clients, each times (1 + s)^-``staleness``
-after s steps of the server since the client began. FedAsync (arXiv 1903.03934) goes after every upload the part
-``mixing`` (1 + s)^-``staleness`` of the way to it.
+after s steps of the server since the client began. FedAsync (arXiv 1903.03934) moves towards every upload by
+the fraction ``mixing`` times (1 + s)^-``staleness``.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ class Compressing:
         return ()
 
     def encode(self, leaving: Departure) -> tuple[Any, None]:
-        """Compress an upload, or send one that does not fit whole, for the server to refuse."""
+        """Compress an upload, or send an unfit upload unchanged, for the server to refuse."""
         message, start, name = leaving.message, self.start, self.phase.exchange
         trained = message.get("parameters") if isinstance(message, Mapping) else None
         if not _is_vector(trained) or trained.shape != start.shape:

@@ -32,20 +32,20 @@ class Declared(Filter):
 
 
 def examine_upload(
-    message: Message, answer: object, declared: Declaration, info: State, measured: Drift | None = None
+    sent: Message, upload: object, declared: Declaration, info: State, measured: Drift | None = None
 ) -> str:
     """Check a client's upload, and return why it is refused, or an empty text.
 
     Args:
-        message: the message that the client was sent.
-        answer: the upload.
+        sent: the message that the client was sent.
+        upload: the client's upload.
         info: gets ``drift``, the norm of the update, if parameters were sent and came back.
         measured: that norm, if known.
     """
-    sent, got = message.get("parameters"), answer.get("parameters") if isinstance(answer, Mapping) else None
+    start, end = sent.get("parameters"), upload.get("parameters") if isinstance(upload, Mapping) else None
     seen: Tensor | None = None
-    if isinstance(sent, Tensor) and isinstance(got, Tensor) and is_alike(got, sent):
-        norm = None if measured is None else measured.of(got)
-        info["drift"] = drift = float(torch.linalg.vector_norm(got - sent) if norm is None else norm)
-        seen = got if math.isfinite(drift) else None  # a finite norm has only finite elements
-    return why_refused(answer, declared, seen)
+    if isinstance(start, Tensor) and isinstance(end, Tensor) and is_alike(end, start):
+        norm = None if measured is None else measured.of(end)
+        info["drift"] = drift = float(torch.linalg.vector_norm(end - start) if norm is None else norm)
+        seen = end if math.isfinite(drift) else None  # a finite norm has only finite elements
+    return why_refused(upload, declared, seen)

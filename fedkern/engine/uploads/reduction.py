@@ -24,32 +24,32 @@ BYTES_FREE = 128
 
 
 @register_filter("reduction")
-class Reduction(Filter):
+class GpuUploads(Filter):
     """Filter that leaves vectors, which the server only adds up, on the GPU if all clients work in this process."""
 
     needs_whole_upload, keeps_on_device = False, True
 
     @classmethod
-    def build(cls, run: RunObjects) -> Reduction | None:
+    def build(cls, run: RunObjects) -> GpuUploads | None:
         if run.executor is not run.here or not has_room(run.context.device, run.parameters):
             return None
-        run.server.summing = Following
+        run.server.summing = MovingAccumulator
         return cls() if run.server.aggregator is None else None
 
     def encoders(self, asked: ExchangeRequest) -> Mapping[ClientId, Encoder]:
         names = asked.hooks.on_gpu
-        return {k: Reducing(names, _without_tensors(asked.declaration_of(k))) for k in asked.sent} if names else {}
+        return {k: GpuCheck(names, _without_tensors(asked.declaration_of(k))) for k in asked.sent} if names else {}
 
 
 @dataclass(frozen=True)
-class Reducing:
+class GpuCheck:
     """Check of an upload, vectors of which stay on the GPU."""
 
     on_gpu: tuple[str, ...]
     declared: Declaration
 
     def encode(self, leaving: Departure) -> tuple[Any, State | None]:
-        """Check an upload, or send one that does not fit whole, for the server to refuse."""
+        """Check an upload, or send an unfit upload unchanged, for the server to refuse."""
         info: State = {}
         upload = leaving.message
         if examine_upload(leaving.sent, upload, self.declared, info, leaving.drift) or not upload:
@@ -69,7 +69,7 @@ def _fetch_upload(upload: object) -> object:
     return {name: fetch(value) if isinstance(value, Tensor) else value for name, value in upload.items()}
 
 
-class Following:
+class MovingAccumulator:
     """Accumulator that moves, while empty, to the device of its first vector (see :class:`fedkern.ops.Accumulator`)."""
 
     def __init__(self, accumulator: Accumulator) -> None:

@@ -197,7 +197,7 @@ def test_a_refused_upload_goes_no_further():
     assert bench.clients() == [0, 2]
     assert ("a decode", 1) in bench.calls
     assert not {("b decode", 1), ("a together", 1)} & {*bench.calls}
-    assert bench.log.left == {1}
+    assert bench.log.excluded == {1}
     assert bench.log.dropped == [{"round": 4, "client": 1, "exchange": "update", "reason": "is too long"}]
     assert list(bench.context.notices.warnings.values()) == [
         "Client 1's upload in round 4 is too long; it was left out."
@@ -236,13 +236,13 @@ def test_what_is_told_of_a_client_that_is_left_out(kind):
     assert not any(word in f"{text} {private.log.dropped}" for word in secret)
     silent = Bench({1: NO_UPLOAD[kind]}, silent=True, on_nan="skip", on_error="skip")
     assert silent.clients() == [0, 2]
-    assert (silent.log.left, silent.log.dropped, silent.context.notices.warnings) == ({1}, [], {})
+    assert (silent.log.excluded, silent.log.dropped, silent.context.notices.warnings) == ({1}, [], {})
 
 
 def test_an_empty_upload_is_not_handed_on_though_its_client_is_done():
     bench = Bench({1: Answer(1, None)})
     assert bench.clients() == [0, 2]
-    assert bench.log.left == set()
+    assert bench.log.excluded == set()
     assert bench.log.clients["1"] == {"samples": 20}
 
 
@@ -262,7 +262,7 @@ def test_clients_that_never_answer_are_sent_their_messages_all_the_same():
     bench.context.data.client_names = ("x", "y", "z")
     bench.exchange.lose({1: {}}, {1: "it dropped out", 2: "it was late"})  # client 2 has no message
     assert bench.calls == [("a sent", 1)]
-    assert bench.log.left == {1, 2}
+    assert bench.log.excluded == {1, 2}
     assert bench.log.dropped == [
         {"round": 4, "client": k, "name": name, "exchange": "update", "reason": why}
         for k, name, why in ((1, "y", "it dropped out"), (2, "z", "it was late"))
@@ -275,7 +275,7 @@ def test_a_cohort_is_asked_at_once(remote):
     bench.executor.remote = remote
     bench.executor.client = lambda k: SimpleNamespace(
         id=k, label=str(k), report={"stale": 1.0}, check_state=lambda: None,
-        marks={"stale"}, left_marks=lambda: frozenset({f"client {k}"}),
+        marks={"stale"}, collect_marks=lambda: frozenset({f"client {k}"}),
     )  # fmt: skip
     messages = [upload.message for upload in bench.exchange.uploads()]
     if remote:  # each works where it is
@@ -306,7 +306,7 @@ class Reporting(Hooks):
 def test_a_cohorts_reports_are_numbers_by_names_of_their_own(report, why):
     bench = Bench(entry=Round("train", cohort=True), hooks=Reporting(report))
     bench.executor.client = lambda k: SimpleNamespace(
-        id=k, label=str(k), report={}, check_state=lambda: None, left_marks=frozenset
+        id=k, label=str(k), report={}, check_state=lambda: None, collect_marks=frozenset
     )
     if not why:
         assert bench.clients() == [0, 1, 2]
@@ -363,7 +363,7 @@ def test_states_of_rounds_of_many_exchanges_are_written_at_the_end():
 )
 def test_the_state_of_a_client_that_is_left_out_is_dropped(entry, state, written):
     states, executor, checkpoints, _ = states_of(entry, {1: state})
-    states.leave_out(1)
+    states.exclude(1)
     assert executor.calls == [("forget", 1)]
     assert checkpoints.written == ([(1, 4, state)] if written else [])
 
@@ -381,13 +381,13 @@ def test_what_the_server_refuses_leaves_the_state_as_before_the_round(before):
     progress.last_exchange = True
     states.finish_exchange(1)
     assert checkpoints.client_state(1) == {"x": 3}
-    states.leave_out(1)
+    states.exclude(1)
     assert checkpoints.client_state(1) == before.get(1, {})
     states.end_round()
     executor._states[1] = NEW
     states.finish_exchange(1)
     states.end_round()
-    states.leave_out(1)  # in another round, whose beginning is this state
+    states.exclude(1)  # in another round, whose beginning is this state
     assert checkpoints.client_state(1) == NEW
 
 
@@ -398,7 +398,7 @@ def test_encoders_forget_a_refused_upload_where_the_rest_is_kept(before, entry, 
     states, _, checkpoints, _ = states_of(entry, {1: {**NEW, LEDGER: {}}}, before=before)
     if served:
         states.finish_exchange(1)
-    states.leave_out(1)
+    states.exclude(1)
     kept = {name: value for name, value in before.get(1, {}).items() if name == STATES}
     assert checkpoints.client_state(1) == {"x": 2, LEDGER: {}, **kept}
 

@@ -346,7 +346,7 @@ def test_which_executor_has_the_clients_of_a_round(cohort, together, remote, loc
     bench = Bench((Round(cohort=cohort),), [lambda calls: Tracing()])
     bench.executor.remote = remote
     bench.executor.here.client = lambda k: SimpleNamespace(
-        label=str(k), report={}, check_state=lambda: None, left_marks=frozenset
+        label=str(k), report={}, check_state=lambda: None, collect_marks=frozenset
     )
     bench.loop.play()
     assert [len(executor.asked) for executor in (bench.executor, bench.executor.here)] == ([0, 3] if local else [3, 0])

@@ -14,7 +14,7 @@ from fedkern.engine.uploads.digests import ClientDigests, ServerDigests
 from fedkern.engine.uploads.encoders import Departure, Encoders
 from fedkern.engine.uploads.filters import Arrival, ExchangeRequest, Filter
 from fedkern.engine.uploads.norm_bounds import NormBounds
-from fedkern.engine.uploads.reduction import Reducing, Reduction
+from fedkern.engine.uploads.reduction import GpuCheck, GpuUploads
 from fedkern.errors import UserError
 from fedkern.methods.base import Phase, Round, Upload
 from fedkern.methods.uploads import Maybe, like
@@ -203,8 +203,8 @@ def test_encoders_change_an_upload_one_after_another_each_with_a_state_of_its_ow
 
 
 def test_vectors_that_are_only_added_up_stay_on_the_gpu():
-    encoders = Reduction().encoders(request())
-    assert [encoders[k] for k in (0, 1)] == 2 * [Reducing(("parameters",), {"parameters": like(START)})]
+    encoders = GpuUploads().encoders(request())
+    assert [encoders[k] for k in (0, 1)] == 2 * [GpuCheck(("parameters",), {"parameters": like(START)})]
     upload, checked = encoders[1].encode(Departure(1, {"parameters": START}, made := {"parameters": START + 1}))
     assert upload is made
     assert checked == {"drift": pytest.approx(3**0.5)}
@@ -212,7 +212,7 @@ def test_vectors_that_are_only_added_up_stay_on_the_gpu():
 
 @pytest.mark.parametrize("upload", [{"parameters": START * math.inf}, {}])
 def test_an_upload_that_does_not_fit_comes_to_the_host_unchecked(upload):
-    found, checked = Reduction().encoders(request())[0].encode(Departure(0, {"parameters": START}, upload))
+    found, checked = GpuUploads().encoders(request())[0].encode(Departure(0, {"parameters": START}, upload))
     assert found.keys() == upload.keys()
     assert all(torch.equal(found[name], upload[name]) for name in upload)
     assert checked is None

@@ -13,7 +13,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.engine.uploads import reduction
 from fedkern.engine.uploads.encoders import Departure, Drift
-from fedkern.engine.uploads.reduction import Following, Reducing
+from fedkern.engine.uploads.reduction import GpuCheck, MovingAccumulator
 from fedkern.methods import METHODS, FedAvg
 from fedkern.methods.uploads import like
 from fedkern.ops import Accumulator
@@ -88,7 +88,7 @@ def test_a_client_update_of_somebody_elses_gets_vectors_of_the_host(
 
 def test_uploads_that_fit_are_not_checked_again_and_others_are_handed_on_unchecked():
     start = torch.tensor([1.0, 2.0, 2.0])
-    encoder = Reducing(("parameters",), {"parameters": like(start)})
+    encoder = GpuCheck(("parameters",), {"parameters": like(start)})
     upload = {"parameters": start + 1}
     sent = {"parameters": start}
     assert encoder.encode(Departure(0, sent, upload)) == (upload, {"drift": pytest.approx(3**0.5)})
@@ -98,7 +98,7 @@ def test_uploads_that_fit_are_not_checked_again_and_others_are_handed_on_uncheck
 
 def test_a_measured_norm_is_that_of_the_vector_that_was_measured():
     start = torch.tensor([1.0, 2.0, 2.0])
-    encoder = Reducing(("parameters",), {"parameters": like(start)})
+    encoder = GpuCheck(("parameters",), {"parameters": like(start)})
     left = start + 1
     drift = Drift(left, left._version, torch.tensor(7.0))
 
@@ -114,11 +114,11 @@ def test_a_measured_norm_is_that_of_the_vector_that_was_measured():
 def test_an_accumulator_follows_its_first_vector():
     vector, added = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 8.0])
     for exact in (False, True):
-        total = Following(Accumulator(2, exact))
+        total = MovingAccumulator(Accumulator(2, exact))
         total.add(vector)
         total.add(added, 3.0)
         assert total.mean().tolist() == [2.5, 6.5]
         assert (total.count, total.weight, total.size, total.exact) == (2, 4.0, 2, exact)
-    total = Following(Accumulator(2))
+    total = MovingAccumulator(Accumulator(2))
     total.add(vector.to("meta"))
     assert total._own.device.type == "meta"
