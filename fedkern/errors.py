@@ -48,9 +48,9 @@ ADVICE = {
     **dict.fromkeys(("nifti", "nii", "dicom"), _VOLUMES),
     **dict.fromkeys(("fedopt", "fedadam", "fedavgm", "fedyogi", "fedadagrad"), _RULES),
     "fedbn": "FedBN is fedavg and the names of the batch norms, --personal NAMES (docs/uploads.md).",
-    "method": "The method stands without a flag.",
-    "seeds": "Several are for compare: --seeds N.",
-    "task": "Labels tell the task. Where those of a csv file cannot, --data-option task=NAME does (docs/data.md).",
+    "method": "Give the method without a flag: fedkern METHOD.",
+    "seeds": "For several seeds use compare --seeds N.",
+    "task": "The task follows from the labels. For a csv file --data-option task=NAME decides (docs/data.md).",
 }
 """Names that no setting, method, network or data set here has, and the way to what they mean."""
 

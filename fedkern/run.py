@@ -64,7 +64,7 @@ def command() -> int:
 
 
 def _nothing_follows() -> bool:
-    """Return whether the process ends after the caller's caller, a module that ``python`` was started with.
+    """Return whether nothing runs after :func:`command` returns to a module that ``python`` was started with.
 
     A profiler or a debugger that runs the module still has work to do, as has ``python -i``.
     """
@@ -199,7 +199,7 @@ def _dispatch(words: list[str], leftover: bool) -> int:
     if leftover and request.command in torchrun.RUNS:
         raise UserError(
             "torchrun's variables are set, but torchrun did not start this process: unset TORCHELASTIC_RUN_ID for a "
-            "run of its own, or have the script that torchrun starts begin fedkern with exec."
+            "run of its own, or, in the script that torchrun starts, write `exec fedkern ...`."
         )
     return torchrun.play_on_ranks(request, words, command_parser.play_request)
 

@@ -117,7 +117,7 @@ def page(folder: Path, result: Result, commands: Mapping[str, str]) -> Page:
 
 def headline(result: Result) -> list[str]:
     if not result.figures:
-        return ["The runs tell no main figure, so nothing is compared."]
+        return ["The runs have no main figure, so nothing is compared."]
     base_row, *other_rows = result.table
     if not other_rows:
         parts = [f"{_figure_label(figure)} {_value(figure, base_row)}" for figure in result.figures]

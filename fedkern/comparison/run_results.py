@@ -65,7 +65,7 @@ class Result:
         if self.target.figure not in figures:
             hint = suggest_name(self.target.figure, figures)
             raise UserError(
-                f'No round tells the figure "{self.target.figure}" of --target.{hint} '
+                f'No round has the figure "{self.target.figure}" of --target.{hint} '
                 f"The rounds have {', '.join(sorted(figures)) or 'no figures'}."
             )
         self.target.check_direction()
@@ -124,7 +124,7 @@ class Result:
         if len(self.groups) > 1:
             texts += [_intervals(self.groups, self.figures), differing_settings(self.groups)]
         if not self.figures:
-            texts.append("The runs tell no main figure, as privately recorded runs may not.")
+            texts.append("The runs have no main figure, as privately recorded runs may not.")
         if self.target is not None:
             texts.append(
                 f"To target: up to the first evaluated round with {self.target}; bytes count both directions, seconds "

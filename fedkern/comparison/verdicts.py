@@ -90,7 +90,7 @@ def check_figure(figure: str, run: FoundRun) -> None:
 
 def _missing_figure(figure: str, run: FoundRun, figures: Mapping[str, float] | set[str]) -> UserError:
     return UserError(
-        f'The run in {run.folder} tells no figure "{figure}": it has {", ".join(sorted(figures))}.'
+        f'The run in {run.folder} has no figure "{figure}": it has {", ".join(sorted(figures))}.'
         f"{suggest_name(figure, figures)}"
     )
 
@@ -158,7 +158,7 @@ def _value(cell: PublishedCell, published: float, ours: Difference) -> tuple[str
 
 def _ordering(gap: Difference | None, published_gap: float | None, missing_words: str) -> tuple[str, str]:
     if gap is None or published_gap is None:
-        return UNDECIDED, missing_words if gap is None else "the paper tells no value of the baseline"
+        return UNDECIDED, missing_words if gap is None else "the paper reports no value of the baseline"
     if gap.low is None or gap.high is None:
         return UNDECIDED, "one seed has no interval"
     if gap.low <= 0 <= gap.high:

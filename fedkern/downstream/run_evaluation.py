@@ -234,7 +234,7 @@ def _fit_classes(data: FederatedData, about: Description, out: Path) -> Federate
     places = task.places(data.classes, classes)
     if places is None:
         raise UserError(
-            f'The classes of "{data.name}" are {first_of(data.classes, 5)}, but the network in {out} tells '
+            f'The classes of "{data.name}" are {first_of(data.classes, 5)}, but the network in {out} has '
             f"{first_of(classes, 5)}: name data with some of these classes (masks: in the same order) and no others."
         )
 

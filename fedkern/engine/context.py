@@ -94,8 +94,8 @@ class RunContext:
     def drawing(self, node: Client | Server, phase: Phase) -> AbstractContextManager[None]:
         """Seed global generators for a node's work in an exchange.
 
-        User code may draw from them (dropout). With a word of the node's own stream, bits depend neither on the number
-        of workers nor on interruptions.
+        User code may draw from them (dropout). Seeded from the node's own stream, they give bits that depend neither on
+        the number of workers nor on interruptions.
         """
         built_in = self.config.kind.__module__.startswith("fedkern.") and not isinstance(self.data.validation, Items)
         if built_in and not self.script.functions and not self.networks.added_models:

@@ -72,7 +72,7 @@ def run(
         check: called with the effective settings before anything is written; its UserError ends the run.
         rounds: total communication rounds of a resumed run, more than before, checked before anything changes
             (:func:`~fedkern.engine.store.extending.check_extension`).
-        at_once: most runs, this one included, that share the machine; the summary reports more than one.
+        at_once: largest number of runs on the machine at once, including this one; the summary reports more than one.
 
     Raises:
         UserError: anything the user can put right. No half-written file is left, and nothing of a new run without a

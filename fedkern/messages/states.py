@@ -182,6 +182,6 @@ def value_of(tree: object, tensor: Callable[[Any], Tensor], bound: float = math.
         return entries if kind == "list" else tuple(entries)
     if kind == "dict" and isinstance(value, list):
         if not all(isinstance(pair, list) and len(pair) == 2 and type(pair[0]) in (str, int) for pair in value):
-            raise Malformed("has a dict that is none")
+            raise Malformed("has an invalid dict")
         return {key: value_of(entry, tensor, bound, depth + 1) for key, entry in value}
     raise Malformed("has a text that describes no value")

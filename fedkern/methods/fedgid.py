@@ -65,7 +65,7 @@ class FedGID(LocalTraining):
             choices=("map", "image"),
         )  # fmt: skip
         mix_stage: str = option(
-            "map", "stage whose features are mixed with backgrounds; map: the last map but one", choices=STAGES
+            "map", "stage whose features are mixed with backgrounds; map: the second-to-last map stage", choices=STAGES
         )
         kl_direction: str = option(
             "local_global", "KL(local || global) or KL(global || local)", choices=("local_global", "global_local")

@@ -202,7 +202,7 @@ class Batch:
         return self.task.count_known(self)
 
     def __iter__(self) -> NoReturn:
-        raise TypeError("a batch is no pair: say batch.inputs and batch.targets")
+        raise TypeError("a batch cannot be unpacked: use batch.inputs and batch.targets")
 
     def __getattr__(self, name: str) -> NoReturn:
         named = {"images": "inputs", "labels": "targets", "tokens": "targets", "augmented": "fresh"}

@@ -195,7 +195,7 @@ class Client(Node, Protocol):
     def groups(self) -> np.ndarray | None:
         """The group of every sample (patient, case or image), int64 [n], counted from 0.
 
-        None if all groups are single.
+        None if every sample is its own group.
 
         A client that holds out samples must hold out whole groups.
         """
@@ -274,7 +274,7 @@ class Client(Node, Protocol):
     def statistics_fixed(self, phase: Phase) -> bool:
         """Return whether batch norm trains with the round's initial statistics (``--freeze-bn-after``).
 
-        With ``--buffers local`` False in a client's first round, which has to measure statistics.
+        With ``--buffers local`` it is False in a client's first round, which has to measure statistics.
         """
 
     @property

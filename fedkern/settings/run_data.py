@@ -218,7 +218,7 @@ def check_data(config: RunConfig, data: FederatedData, only_client: int | None =
         tasks = " and ".join(name for name, task in TASKS.items() if kind.serves(task)) or "no task"
         subject = f'the data set "{config.data}" is for {data.task.name}'
         if data.task.name == "own":
-            subject = "a loss of your own tells no classes (give classes= where outputs are their logits)"
+            subject = "a loss of your own has no classes (give classes= where outputs are their logits)"
         elif (usual := TASKS.get(data.task.name)) and kind.serves(usual):
             subject = "the loss takes logarithms of probabilities (nn.CrossEntropyLoss takes logits)"
         raise UserError(f"{config.method} is for {tasks}, but {subject}: methods for that are {able}.")
@@ -324,7 +324,8 @@ def list_caveats(data: FederatedData) -> list[str]:
         test_classes = classes - _unseen(classes, (*data.tests.values(), data.validation))
         if untrained := sorted(_unseen(test_classes, data.clients)):
             names = first_of([data.classes[label] for label in untrained], SHOWN)
-            sentences.append(f"No client trains on an image of {names}, which a test set or the validation set shows.")
+            named, pronoun = (f"Class {names} is", "it") if len(untrained) == 1 else (f"Classes {names} are", "them")
+            sentences.append(f"{named} in a test or validation set, but no client trains on {pronoun}.")
     return sentences
 
 

@@ -54,7 +54,7 @@ def test_nothing_published_has_no_verdict():
         (-0.05, 0.95, "smaller scale: same ordering"),
         (0.05, 0.95, "smaller scale: reversed"),
         (0.01, 0.85, "undecided: the interval of the difference holds 0"),
-        (0.05, None, "undecided: the paper tells no value of the baseline"),
+        (0.05, None, "undecided: the paper reports no value of the baseline"),
     ],
 )
 def test_the_ordering_at_a_smaller_scale(gain, published, verdict):

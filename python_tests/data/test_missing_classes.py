@@ -55,7 +55,7 @@ def test_a_class_that_no_client_trains_on_is_told(kind, where):
     data = FederatedData.from_arrays(
         {"A": common, "B": two}, tests, validation=rare if where == "validation" else None, classes=["a", "b", "rare"]
     )
-    assert list_caveats(data) == ["No client trains on an image of rare, which a test set or the validation set shows."]
+    assert list_caveats(data) == ["Class rare is in a test or validation set, but no client trains on it."]
     trained = replace(
         data, clients=(*data.clients, data.validation if where == "validation" else [*data.tests.values()][-1])
     )
@@ -80,7 +80,7 @@ def test_the_classes_of_test_rows_of_a_table_and_of_masks(tmp_path):
     rows = [(f"{i}.png", "ab"[i % 2], "train" if i < 20 else "test") for i in range(30)]
     rows[25] = ("25.png", "c", "test")
     data = load("csv", root=write(tmp_path, rows), clients=2, partition="iid", options={"size": SIDE})
-    assert list_caveats(data) == ["No client trains on an image of c, which a test set or the validation set shows."]
+    assert list_caveats(data) == ["Class c is in a test or validation set, but no client trains on it."]
     root = tmp_path / "masks"
     shown = [1 + i % 2 for i in range(20)]
     write(root, [(f"{i}.png", f"m{i}.png") for i in range(20)], shown)
@@ -89,9 +89,7 @@ def test_the_classes_of_test_rows_of_a_table_and_of_masks(tmp_path):
     (root / "list.csv").write_text("\n".join(["image,mask,split", *split]))
     for cache in (None, tmp_path / "cache"):
         data = load("segmentation", root=root, clients=2, options={"size": SIDE}, cache=cache)
-        assert list_caveats(data) == [
-            "No client trains on an image of 2, which a test set or the validation set shows."
-        ]
+        assert list_caveats(data) == ["Class 2 is in a test or validation set, but no client trains on it."]
 
 
 def test_nothing_is_told_where_classes_are_not_trained_for_or_the_clients_are_elsewhere():
@@ -153,8 +151,8 @@ def test_several_labels_are_found_by_name():
 @pytest.mark.parametrize(
     ("task", "pair", "known", "classes", "words"),
     [
-        ("classification", images([0, 1]), "abc", "ax", "are a, x, but the network in run tells a, b, c: name data"),
-        ("classification", images([0, 1]), "aab", "ab", "but the network in run tells a, a, b"),
+        ("classification", images([0, 1]), "abc", "ax", "are a, x, but the network in run has a, b, c: name data"),
+        ("classification", images([0, 1]), "aab", "ab", "but the network in run has a, a, b"),
         ("segmentation", masks(0, 1), "abc", "ac", "classes .masks: in the same order. and no"),
         ("segmentation", masks(0, 1, 2, 3), "abc", "abcd", "are a, b, c, d, but the network"),
         ("multilabel", sets((0, 1), ()), "abcd", "abx", "are a, b, x, but the network"),

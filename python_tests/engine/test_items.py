@@ -648,7 +648,7 @@ def test_items_count_with_their_objects_and_what_does_not_is_told(tmp_path):
     fedkern.load(tmp_path / "run", **how(Counting())).extend(3, **QUIET)
     heard = Hearing()
     fedkern.simulate("fedavg", **how(threading.Lock()), rounds=1, out=tmp_path / "lock", **HERE, listener=heard)
-    assert heard.notices == ["A run that goes on does not compare `item[2]` (lock, TypeError)."]
+    assert heard.notices == ["Resuming does not check `item[2]` (lock, TypeError) for changes."]
 
 
 # -- what is not taken -------------------------------------------------------------------------------------------------
@@ -959,7 +959,7 @@ SENTENCES = {
     "two forms": ({"validation": {"a": table(4), "b": Listed([(torch.rand(4), 2)] * 4)}},
                   "Items 3, 4 of the validation set make no batch"),
     "named loss": ({"metrics": {"loss": first_loss}}, "metrics has one called loss"),
-    "ten classes": ({"classes": 10}, "tells 4 classes, and the data have 10"),
+    "ten classes": ({"classes": 10}, "has 4 outputs, but the data have 10 classes"),
     "class": ({"classes": ["a"]}, "classes must name at least 2"),
     "number": ({"data": table(9), "clients": "two"}, 'clients must be an integer, not "two"'),
     "patients": ({"dp_clip": 1.0, "dp_noise": 1.0, "privacy_unit": "patient"}, "patient"),
@@ -1181,7 +1181,7 @@ def test_items_with_a_generator_of_their_own_are_told(kind, tmp_path):
     given = {"data": [Drawing(20, 0), kind(17, 20)], "test": Drawing(9, 90), "model": network()}
     found = fedkern.simulate("fedavg", **given, rounds=1, out=tmp_path / "run", **HERE)
     told = found.summary["diagnostics"].get("unsteady-items", "")
-    assert told.startswith("An item of client 1 is another one") is (kind is Clock)
+    assert told.startswith("An item of client 1 changes between reads") is (kind is Clock)
 
 
 def test_methods_are_compared_on_it(tmp_path):

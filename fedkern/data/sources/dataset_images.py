@@ -155,7 +155,7 @@ def read_images(task: Task, dataset: Dataset[object]) -> Tensor:
     """Return the images of a data set outside the run, or raise UserError."""
     split = Items(dataset, "the samples", task, default_collate)
     if not len(split):
-        raise UserError("The samples are none: give a data set that has some.")
+        raise UserError("There are no samples: give a data set that has some.")
     batches = (split.batch(rows, 0) for rows in _in_batches(np.arange(len(split))))
     return torch.cat([batch if isinstance(batch, Tensor) else _split_batch(split, batch)[0] for batch in batches])
 

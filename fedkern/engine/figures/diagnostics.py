@@ -256,7 +256,7 @@ def undefined_figures(
         if lacking:
             texts[f"no-client-{name}"] = (
                 f"{len(lacking)} of {len(of_clients)} clients ({named}) {why} {short_title(name)}"
-                + (": its mean and the worst client are of the others." if len(lacking) < len(of_clients) else ".")
+                + ("; mean and worst client leave them out." if len(lacking) < len(of_clients) else ".")
             )
     return texts
 

@@ -72,8 +72,8 @@ class ClientTeachers:
 
         return (
             f"The networks that --teachers brings from {self.root} were trained on other data "
-            f"({text(theirs, number)}) than this run's ({text(config, fingerprint)}): a client's may know images "
-            "of other clients, or those that it is tested on."
+            f"({text(theirs, number)}) than this run's ({text(config, fingerprint)}): a client's network may "
+            "have trained on other clients' images or on its test images."
         )
 
     # -- a run folder ----------------------------------------------------------------------------------------------

@@ -406,8 +406,8 @@ def train_async(
 def _warn(client: Client, error: Exception) -> None:
     client.warn(
         "no-cuda-graph",
-        "The GPU's kernels of a training step are started one by one, because they could not be recorded as a CUDA "
-        f"graph ({type(error).__name__}: {str(error).partition(chr(10))[0]}). The results are the same, but later.",
+        "The GPU's kernels of a training step are started one by one, as they could not be recorded as a CUDA graph "
+        f"({type(error).__name__}: {str(error).partition(chr(10))[0]}). Results are the same; training is slower.",
     )
 
 

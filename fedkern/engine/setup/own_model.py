@@ -152,8 +152,8 @@ def _try_network(network: nn.Module, make: Own, data: FederatedData) -> tuple[Fe
         count = _classes(outputs, batch.targets, make.text, getattr(data.task, "ignored", -100))
         if len(data.classes) > count:
             raise UserError(
-                f"the network {make.text} tells {count} classes, and the data have {len(data.classes)}: give the "
-                "network as many outputs, or name other classes."
+                f"the network {make.text} has {count} outputs, but the data have {len(data.classes)} classes: "
+                "give the network as many outputs, or name other classes."
             )
         data = replace(data, classes=data.classes or tuple(map(str, range(count))))
     if isinstance(batch.inputs, Tensor):

@@ -126,7 +126,7 @@ def make_context(
 def _not_compared(code: Mapping[str, Mapping[str, str]], sight: Sight | None) -> list[str]:
     paths = [path for table in code.values() for path in list_uncompared(table)]
     paths += [] if sight is None else sight.left_out
-    return [f"A run that goes on does not compare {first_of(paths, 3)}."] if paths else []
+    return [f"Resuming does not check {first_of(paths, 3)} for changes."] if paths else []
 
 
 def prepare(request: Request, context: RunContext, listener: ListenerGroup, *, is_begun: bool) -> RunObjects:
@@ -200,8 +200,8 @@ def _warn_of_samples(context: RunContext) -> None:
     if unsteady := [sight for sight in sights if not sight.is_steady]:
         context.notices.warn(
             "unsteady-items",
-            f"An item of {unsteady[0].owner} is another one when it is read again from the same seeds of torch, NumPy "
-            "and random: it draws from a generator or a clock of its own, and the run may give other bits when "
+            f"An item of {unsteady[0].owner} changes between reads with the same seeds of torch, NumPy and random: it "
+            "draws from a generator or a clock of its own, and the run may give other bits when "
             "repeated.",
         )
     if sights and sights[0].piles_threads:

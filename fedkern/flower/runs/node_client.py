@@ -351,15 +351,15 @@ def read_reply(packed: bytes, client: int, version: Version) -> tuple[Answer, bo
         raise Malformed("answers another message")
     report, warnings = values["report"], values["warnings"]
     if not _has_valid_names(report, TAKEN) or not all(isinstance(value, (int, float)) for value in report.values()):
-        raise Malformed("has a report that is none")
+        raise Malformed("has an invalid report")
     if not all(abs(value) <= LARGEST_FIGURE or not math.isfinite(value) for value in report.values()):
         raise Malformed(f"reports a figure above {LARGEST_FIGURE:g}")
     if not _has_valid_names(warnings) or not all(isinstance(text, str) for text in warnings.values()):
-        raise Malformed("has warnings that are none")
+        raise Malformed("has invalid warnings")
     if not all(mark in [*PLACES] for mark in values["marks"]):
-        raise Malformed("has marks that are none")
+        raise Malformed("has invalid marks")
     if not 0 <= values["seconds"] <= LARGEST_FIGURE:
-        raise Malformed("has a report that is none")
+        raise Malformed("has an invalid report")
     answer = Answer(
         client, values["message"], problem=_read_problem(values["problem"], client), report=report,
         warnings={name: make_printable(text) for name, text in warnings.items()}, seconds=values["seconds"],
@@ -377,7 +377,7 @@ def _read_problem(value: object, client: int) -> Diverged | ClientFailed | None:
     if value is None:
         return None
     kind = value.get("kind") if isinstance(value, dict) else None
-    problem = _check_form(value, _PROBLEMS.get(str(kind), _PROBLEMS["failed"]), "has a problem that is none")
+    problem = _check_form(value, _PROBLEMS.get(str(kind), _PROBLEMS["failed"]), "has an invalid problem")
     if kind == "diverged":
         return Diverged(client, problem["round"], problem["batch"], make_printable(problem["what"]))
     return ClientFailed(client, problem["what"] or "its part of the method raised an exception", problem["traceback"])

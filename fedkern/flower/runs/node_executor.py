@@ -193,7 +193,7 @@ class Nodes(Ordered):
         try:
             state = Accountant(ledger).state
         except (TypeError, ValueError, AttributeError, OverflowError):
-            raise Malformed("has a privacy ledger that is none") from None
+            raise Malformed("has an invalid privacy ledger") from None
         if sum(len(entries) for entries in state.values()) > MOST_ENTRIES:
             raise Malformed(f"has a privacy ledger of more than {MOST_ENTRIES} entries")
         return state

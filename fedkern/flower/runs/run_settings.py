@@ -146,7 +146,7 @@ def check_portable(config: RunConfig) -> None:
 def check_own_data(config: RunConfig) -> None:
     """Raise UserError for settings that need the data of several clients in one place."""
     if "clients" in config.unset:
-        raise UserError("flower.own-data needs the number of clients, which no node tells: give clients=N.")
+        raise UserError("flower.own-data needs the number of clients, which no node reports: give clients=N.")
     if config.held_out_client is not None or config.client_test or config.privacy_unit != "image":
         raise UserError(
             "held-out-client, client-test and privacy-unit patient need the data of all clients in one place: leave "

@@ -117,7 +117,7 @@ class StagedNetwork(Classifier):
 def resolve_stage(model: StagedNetwork, name: str) -> str:
     """Return the stage of ``model`` that ``name`` means.
 
-    ``"map"`` is the last map stage but one (``layer3`` of a ResNet-18, ``layer2`` of the small CNN).  The last map
+    ``"map"`` is the second-to-last map stage (``layer3`` of a ResNet-18, ``layer2`` of the small CNN).  The last map
     stage is followed by a linear pooling alone, so mixing its maps is the same as mixing features
     (docs/methods/fedgid.md, section 6).
 

@@ -151,7 +151,7 @@ def headline(run: Contents) -> Iterator[str]:
         method = printable_name(run.config.method, 60)
         yield f"{method} reaches {values} after {rounds} round{'s' * (rounds != 1)}."
     else:
-        yield "The run tells no main figure."
+        yield "The run has no main figure."
     if stopped := summary.get("stopped"):
         yield f"It ended before its {run.config.rounds} rounds were over: {stopped['reason']}."
     yield from describe_baseline(run)

@@ -163,7 +163,7 @@ def test_finished_runs_are_grouped_and_their_differences_told(result, fails):
     assert "| reached by 0 of 2 | – | – |" in Path("y/comparison.md").read_text()
     assert "Besides the method, the groups differ in lr (0.05 for fedavg lr=0.05; 0.1 for fedavg lr=0.1)." in out
     assert "given twice" in fails("compare", "r", "r/0.05-0")
-    assert 'no round tells the figure "foo"' in fails("compare", "r", "--target", "foo=1").lower()
+    assert 'no round has the figure "foo"' in fails("compare", "r", "--target", "foo=1").lower()
     assert "is for new runs" in fails("compare", "r", "--seeds", "2")
     assert "is a folder and fedavg is a method" in fails("compare", "r", "fedavg")
     copied = ["fedavg", *TINY, "--lr", "0.05", "--quiet", "--out", "copy"]

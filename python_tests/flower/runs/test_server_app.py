@@ -696,9 +696,9 @@ def test_a_reply_reports_no_name_of_the_engines(name):
              "seconds": 0.0, "changed": False, "ledger": None}  # fmt: skip
     version = node_client.Version(1, 0)
     assert node_client.read_reply(pack_value({**reply, "report": {"own": 1}}), 0, version)[0].report == {"own": 1}
-    with pytest.raises(Malformed, match="has a report that is none"):
+    with pytest.raises(Malformed, match="has an invalid report"):
         node_client.read_reply(pack_value({**reply, "report": {name: 1}}), 0, version)
-    with pytest.raises(Malformed, match="has marks that are none"):
+    with pytest.raises(Malformed, match="has invalid marks"):
         node_client.read_reply(pack_value({**reply, "report": {}, "marks": [name]}), 0, version)
 
 

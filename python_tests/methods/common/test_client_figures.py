@@ -89,7 +89,7 @@ def test_a_client_without_a_figure_is_in_no_mean_and_is_not_the_worst(tmp_path, 
     assert sum(value != "" for value in values.values()) == 3  # the run's test set and two clients
     text = json.dumps(summary["diagnostics"])
     assert f"1 of 3 clients ({lacking} ({name}))" in text
-    assert "its mean and the worst client are of the others" in text
+    assert "; mean and worst client leave them out" in text
     assert "NaN" not in (tmp_path / "run/summary.json").read_text()
     assert run.report().exists()
 
