@@ -52,7 +52,7 @@ def switch_cuda() -> str:
 
 def core_wanted() -> bool:
     """Says whether the compiled core is to be built; without it no compiler is needed."""
-    cpu, cuda = switch("FEDKERN_CPU"), switch_cuda()
+    cpu, cuda = switch("FEDKERN_CPU"), switch("FEDKERN_CUDA")
     made_for = sys.platform == "linux" and platform.machine() == "x86_64"
     if cpu == "1" or (cpu == "auto" and made_for):
         return True

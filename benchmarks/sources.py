@@ -44,7 +44,8 @@ def hash_of(folder: Path, core: str, name: str) -> str:
         return source_hash(folder, core)
     names = "|".join(group for group in GROUPS if group != name)
     files = rf"^(?:cpu/|cuda/|bindings/(?:cpu_|cuda_)?|include/fedkern/)(?:{names})(?:_\w+)?\.\w+$"
-    shared = r"^bindings/(?:cpu|cuda|cpu_tensors)\.cpp$"  # register functions, ask whether tensors suit them
+    # These register functions, ask whether tensors suit them, and choose among kernels.
+    shared = r"^bindings/(?:cpu|cuda|cpu_tensors|cpu_source_hash)\.cpp$|^(?:cpu|include/fedkern)/isa\.(?:h|cpp)$"
     without = f"{files}|{shared}"
     return source_hash(folder, core, re.compile("|".join([without, *_list_unused(folder, core, re.compile(without))])))
 

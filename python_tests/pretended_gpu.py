@@ -127,7 +127,7 @@ def pretend(monkeypatch) -> Waits:
     monkeypatch.setattr(training, "check", check)
     monkeypatch.setattr(training, "_gather_records", gather)
     monkeypatch.setattr(training, "_digest", digest)
-    for kind in (network.Network, network.Part, network.Trainable):
+    for kind in (network.Network, network.NetworkPart, network.Trainable):
         monkeypatch.setattr(kind, "finite", lambda self: True)
     # FlatParameters takes no tensors without values, and tells tensors apart by their addresses, of which these have
     # none.

@@ -162,7 +162,7 @@ def dp_sgd(*, noise: float, steps: int = 1, rate: float = 1.0) -> Runs:
         split = Split(images, torch.zeros(size, dtype=torch.int64))
         data = Images(split, ImageForm(tuple(split.images.shape[1:]), (0.0,), (1.0,)), torch.device("cpu"), cache=True)
         batch = round(rate * size)
-        schedule = Schedule(1.0, 0.0, 0.0, 0.0, 1, batch, limit=steps)
+        schedule = Schedule(1.0, 0.0, 0.0, 0.0, 1, batch, max_steps=steps)
         scores: list[Tensor] = []
         while len(scores) * size < repeats:
             client = Client(seed=2 * len(scores) + (0 if sign > 0 else 1), samples=size)

@@ -44,7 +44,7 @@ from fedkern.process.torch_modes import cpu_threads, reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_data, complete_settings, data_of_one, inspect_items, kept_data, load_data
 
-PROTOCOL = 9
+PROTOCOL = 10
 """Version of the messages, which both ends must share."""
 CALLEES = ("method", "pooling")
 MOST_NAMES, LONGEST_NAME = 256, 200

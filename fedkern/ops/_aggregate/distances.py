@@ -227,7 +227,7 @@ def _krum_weights(squared: Tensor, byzantine: int, keep: int) -> list[float]:
             to_others = sorted([x if x == x else math.inf for x in row[:m] + row[m + 1 :]])
             scores.append(sum(to_others[: count - byzantine - 2]))
     _check_scores(scores, keep)
-    kept = sorted(range(count), key=scores.__getitem__)[:keep]
+    kept = {*sorted(range(count), key=scores.__getitem__)[:keep]}
     return [float(m in kept) for m in range(count)]
 
 

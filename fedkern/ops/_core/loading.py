@@ -113,7 +113,8 @@ def _installed_core(name: str) -> ModuleType | None:
         try:
             core = importlib.import_module(f"fedkern.{name}")
         except ImportError as error:
-            raise Unavailable(f"fedkern.{name} of the installed fedkern does not load ({error})") from error
+            failure = Unsuited if "FEDKERN_ISA" in str(error) else Unavailable
+            raise failure(f"fedkern.{name} of the installed fedkern does not load ({error})") from error
         finally:
             fedkern.__path__.remove(str(folder))
         if core.source_hash() != source_hash(package.parent / "csrc", name):
