@@ -116,7 +116,7 @@ def pretend(monkeypatch) -> Waits:
         waits.inside = False
         return [(outcome.names, 1) for outcome in records], torch.empty(0)
 
-    def digest(number, phase, groups, values, done, totals, seen):
+    def add_to_totals(number, phase, groups, values, done, totals, seen):
         for name in {"loss", *(name for names, _ in groups for name in names)}:
             totals[name], seen[name] = 1.0, 1
         return done + len(groups)
@@ -126,7 +126,7 @@ def pretend(monkeypatch) -> Waits:
     monkeypatch.setattr(evaluation, "ClientsFigures", lambda *_: None)  # a network that has values is judged
     monkeypatch.setattr(training, "check", check)
     monkeypatch.setattr(training, "_gather_records", gather)
-    monkeypatch.setattr(training, "_digest", digest)
+    monkeypatch.setattr(training, "_add_to_totals", add_to_totals)
     for kind in (network.Network, network.NetworkPart, network.Trainable):
         monkeypatch.setattr(kind, "finite", lambda self: True)
     # FlatParameters takes no tensors without values, and tells tensors apart by their addresses, of which these have

@@ -58,7 +58,7 @@ def run(
 
     Args:
         config: all settings. A resumed run needs its stored settings; only the data folder, the cache of decoded
-            images, the device and the number of workers may differ.
+            images, ``keep_items``, the device and the number of workers may differ.
         out: the run folder; for a new run it must hold no file of a run.
         resume: continue from the last checkpoint (round 0 without one); a finished run returns its summary.
         data: federated data in memory instead of ``fedkern.data.load``; ``config`` should describe them.
@@ -68,7 +68,7 @@ def run(
         predictions: write the final network's answer to every test image to ``out/predictions.csv`` (classification). A
             finished run without this file is evaluated again.
         remote: makes the executor of remote clients (:attr:`~fedkern.engine.executors.executor.Executor.remote`). The
-            samples of ``data`` are then unknown here (:func:`declared_data`).
+            samples of ``data`` are then unknown here (:func:`~fedkern.settings.run_data.declared_data`).
         check: called with the effective settings before anything is written; its UserError ends the run.
         rounds: total communication rounds of a resumed run, more than before, checked before anything changes
             (:func:`~fedkern.engine.store.extending.check_extension`).

@@ -171,7 +171,8 @@ class Client(Node, Protocol):
             method keeps the ``state`` of the client's :class:`fedkern.privacy.Accountant` under
             ``fedkern.privacy.LEDGER``. The names ``personal``, ``buffers_local`` and ``encoders`` are taken.
         round_cache: kept between the exchanges of a round and dropped after the round.
-        report: figures of the client in the round's record: numbers under new names (not ``samples``).
+        report: figures of the client in the round's record: numbers under names other than
+            ``clipped``, ``name``, ``samples``, ``seconds``, ``staleness`` and ``update_norm``.
     """
 
     id: ClientId

@@ -23,7 +23,7 @@ def _options(rule: str, **defaults: float) -> tuple[Option, ...]:
     return named_options(f"--server-rule {rule}", **options)
 
 
-# As in arXiv 1909.06335 and 2003.00295, where beta1 of FedAvgM and FedAdagrad is not left at 0.
+# Defaults of arXiv 1909.06335 (momentum) and 2003.00295 (others), not those of `ops.server_step`.
 SERVER_RULES: dict[str, tuple[Option, ...]] = {
     MEAN: (),
     "momentum": _options("momentum", beta1=0.9),

@@ -377,7 +377,7 @@ def train_async(
                     raise UserError(_too_small(client)) from None
                 raise
             if graphs is None and theta.device.type == "cpu":
-                done, records = _digest(client.id, phase, *_gather_records(records), done, totals, seen), []
+                done, records = _add_to_totals(client.id, phase, *_gather_records(records), done, totals, seen), []
 
     # The terms count the run's own steps, unless the stepper has counted already.
     optimiser.switch(False)
@@ -397,7 +397,7 @@ def train_async(
     values = to_host_async(values)
 
     def read_figures() -> dict[str, float]:
-        _digest(client.id, phase, groups, values, done, totals, seen)
+        _add_to_totals(client.id, phase, groups, values, done, totals, seen)
         return {name: totals[name] / seen[name] for name in totals}
 
     return read_figures
@@ -436,7 +436,7 @@ def _gather_records(records: list[Outcome], finite: Tensor | None = None) -> tup
     return groups, torch.cat(numbers) if numbers else torch.empty(0)
 
 
-def _digest(
+def _add_to_totals(
     client: int,
     phase: Phase,
     groups: Groups,

@@ -80,7 +80,7 @@ class RoundLog:
             self.note_refused(answer.client, answer.refused)
 
     def note_refused(self, k: ClientId, why: str) -> None:
-        """Note that a client's upload is not as declared, or larger than allowed."""
+        """Leave out a client whose upload is unfit, or raise UserError with ``--on-nan stop``."""
         if self._hides_dropouts or not self._context.notices.disclosure.server:
             why = "is not as declared"
         label, exchange = self._context.data.client_label(k), self._progress.exchange

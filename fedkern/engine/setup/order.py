@@ -48,6 +48,8 @@ def filters_of(run: RunObjects) -> list[Filter]:
 
 def _build_all(table: Registry[Any], order: Sequence[str], run: RunObjects) -> list[Any]:
     user_names = [name for name in plugins.names_of_run(table, run.config.plugins) if name not in order]
+    if lost := [table[name] for name in user_names if table[name].__module__.startswith("fedkern.")]:
+        raise RuntimeError(f"{lost[0].__qualname__} has no place in a run: name it in {table.kind.upper()}_ORDER.")
     names = [entry for name in order for entry in (user_names if name == USERS else [name])]
     objects = (user_parts.build(table[name], run) if name in user_names else table[name].build(run) for name in names)
     return [part for part in objects if part is not None]

@@ -1,4 +1,4 @@
-"""Checkpoints: immutable files of a round, committed by one manifest that is replaced atomically."""
+"""Checkpoints: files of a round, never rewritten once committed by one manifest that is replaced atomically."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ class Checkpoints:
     * ``info``: fingerprints that a resumed run is compared with, and the states of the run's parts by name.
     * ``sum``: CRC-32 of all of these.
 
-    Files carry the plan's round in their name and are never rewritten, so a commit writes only what has changed,
-    however many clients are absent. A file that no kept entry names is deleted after the next commit. Messages in
-    flight are written once, into ``messages-NNNNNN.safetensors`` of the communication round that sent them, which later
-    entries name again.
+    Files carry the plan's round in their name and are never rewritten once committed, so a commit writes only what
+    has changed, however many clients are absent. A file that no kept entry names is deleted after the next commit.
+    Messages in flight are written once, into ``messages-NNNNNN.safetensors`` of the communication round that sent them,
+    which later entries name again.
 
     Attributes:
         skipped: names of damaged parts of checkpoints that are newer than the opened one.

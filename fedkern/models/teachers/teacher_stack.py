@@ -105,7 +105,7 @@ def overwriting(network: nn.Module) -> nn.Module:
             return False
         if value.op == "call_module":
             layer = modules[str(value.target)]
-            # An Identity (a fold_norms batch norm) passes its input on, so nothing else may read that input.
+            # An Identity (a batch norm folded by `fold_norms`) passes its input on: nothing else may read that input.
             return type(layer) is nn.Conv2d or (type(layer) is nn.Identity and fresh(value.args[0]))
         return value.op == "call_method" and value.target == "add_"
 

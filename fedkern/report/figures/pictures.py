@@ -87,7 +87,7 @@ def draw_pictures(
     if any(not (run.folder / name).exists() for name in unseen):
         way = f"fedkern.load({str(run.folder)!r}).plot() draws those that the network allows"
         warn(f"Pictures of test samples are left out, as a report reads no data: {way}.")
-    # A picture that failed is listed, so that :func:`existing` has it drawn again.
+    # A picture that failed is listed, so that :func:`find_pictures` has it drawn again.
     names = json.dumps({"pictures": [*(path.name for path in paths), *failed, *unseen]})
     atomic.write_bytes(run.folder / PICTURE_LIST, (names + "\n").encode())
     return paths
