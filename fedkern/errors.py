@@ -105,7 +105,7 @@ class CodeFailed(RunFailed):
 
     def __init__(self, where: str, error: BaseException, code: object) -> None:
         description = f"{describe_error(error)}{error_origin(error, code)}"
-        super().__init__(f"{where} failed: {description}; the traceback names the file to mend.")
+        super().__init__(f"{where}: {description}; the traceback names the file to mend.")
         self.traceback = format_traceback(error)
         self.__cause__ = error
 
@@ -185,7 +185,7 @@ def locate_errors(where: str, code: object) -> Iterator[None]:
     :class:`CodeFailed` if it would be taken for an error of the machine or the command (a broken pipe, a full disk,
     ``sys.exit()``), or if its text is missing or too long.
 
-    ``where`` begins the sentence: ``"The method's server_update of fedavg in round 2"``. ``code``: see
+    ``where`` begins the sentence: ``"`server_update` of the method fedavg failed in round 2"``. ``code``: see
     :func:`error_origin`.
     """
     try:
@@ -195,11 +195,11 @@ def locate_errors(where: str, code: object) -> Iterator[None]:
     except RAISED as error:
         sentence = user_message(error)
         if sentence is not None:
-            error.args = (f"{where} failed: {sentence.rstrip('.')}{error_origin(error, code)}.",)
+            error.args = (f"{where}: {sentence.rstrip('.')}{error_origin(error, code)}.",)
             raise
         if isinstance(error, UserError | OSError) or not isinstance(error, Exception) or not has_short_text(error):
             raise CodeFailed(where, error, code) from error
-        error.add_note(f"{where} failed{error_origin(error, code)}.")
+        error.add_note(f"{where}{error_origin(error, code)}.")
         raise
 
 

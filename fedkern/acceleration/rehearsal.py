@@ -104,7 +104,7 @@ class Rehearsal(Begin):
             name = find_far_result(_play_call(*twins[1]), expected)
         except Exception as error:  # a network's code may raise anything about a tensor that it does not know
             return self._leave(mode, describe_error(error))
-        return self._leave(mode, f"{name} would be another one") if name else None
+        return self._leave(mode, f"{name} differs when operators compute it") if name else None
 
     def _leave(self, mode: Mode, reason: str) -> None:
         self.modes[mode] = False

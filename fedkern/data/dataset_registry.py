@@ -232,6 +232,8 @@ def lookup(name: str) -> DatasetInfo:
         if "/" in name or os.path.exists(name):  # noqa: PTH110 (the name may be too long)
             hint = f" Your own images are --data folder, or csv for a list of them, with --data-root {name}."
             hint = " Your own function is --data FILE.py:NAME." if name.endswith(".py") else hint
+        if name.lower().endswith((".npy", ".npz")):
+            hint = f" Arrays need a function that loads them: --data FILE.py:NAME --data-root {name}."
         if name.lower().endswith((".nii", ".nii.gz", ".dcm")):
             hint = suggest_name("nifti", DATASETS)
         raise UserError(f'unknown data set "{name}": expected one of {", ".join(data_names())}.{hint}')

@@ -57,8 +57,8 @@ class Predictor:
         self.task: Task = TASKS[about["task"]]
         if "pairs" in self.task.offers:
             raise UserError(
-                f"{where} holds a pair of encoders: predictions are for classification and segmentation; the commands "
-                "retrieval and zero-shot are for image-text data."
+                f"{where} holds a pair of encoders: predictions are for classification and segmentation. Use "
+                "`evaluate DIR --task retrieval` or `--task zero-shot` for image-text data."
             )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.module = module.to(self.device).eval()

@@ -94,7 +94,7 @@ def evaluate_run(
     sets = _sets(sets_by_prefix(loaded), module, about, config)
     usual = own_tests and type(method).evaluate_own is Method.evaluate_own  # else a client's state is needed
     own = _sets(dict(enumerate(loaded.client_tests if usual else ())), module, about, config)
-    code = partial(locate_errors, f"The method's evaluate of {config.method}", config.kind)
+    code = partial(locate_errors, f"`evaluate` of the method {config.method} failed", config.kind)
     with cpu_threads(config.threads), compute_in(config.precision):
         if isinstance(loaded.validation, Items):
             Trial(loaded, config.kind, lambda: deepcopy(module).cpu()).check_tests()

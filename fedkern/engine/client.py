@@ -77,7 +77,7 @@ class Client(Node):
         return {**self.state, **self._own_entries, **({STATES: self.encoded} if self.encoded else {})}
 
     def check_state(self) -> None:
-        """Remove entries that a file cannot hold from the state."""
+        """Drop entries that a file cannot hold, and raise UserError that names the first."""
         if not isinstance(self.state, dict):
             given, self.state = self.state, {}
             raise UserError(f"client.state must stay a dict, not {format_value(given)}: give it entries instead.")
@@ -465,5 +465,5 @@ def check_client(method: Any, client: Client) -> None:
     if method.masked and not client.objects_known:
         raise UserError(
             f"{type(method).__name__} trains on object masks (its masked is True), and client {client.label} has no "
-            "images with masks: give --boxes FILE or --detector PATH_OR_NAME, or of a Dataset items with a key mask."
+            "images with masks: give --boxes FILE, --detector PATH_OR_NAME or, for a Dataset, items with a key `mask`."
         )

@@ -38,7 +38,7 @@ class MethodCode:
             settings = self.progress.entry is None and isinstance(error, UserError)
             if error is self._from_uploads or (settings and not error_origin(error, self._kind)):
                 raise
-            with locate_errors(f"The {self._what}'s {part} of {self._name} {self.progress.when()}", self._kind):
+            with locate_errors(f"`{part}` of the {self._what} {self._name} failed {self.progress.when()}", self._kind):
                 raise
 
     def passing(self, uploads: Iterable[Upload]) -> Iterator[Upload]:

@@ -70,7 +70,7 @@ class FedDRA(Robust):
             choices=("per_round", "sequential"),
         )  # fmt: skip
         joint_start: str = option(
-            "own", "both stages in every round: the second starts from the client's own first one or the average",
+            "own", "where stage two starts: from the client's own stage-one result, or the clients' average",
             choices=("own", "average"),
         )  # fmt: skip
         alignment_steps: int = option(20, "optimiser steps of the first stage", low=1)

@@ -220,8 +220,8 @@ class FedGID(LocalTraining):
         if self._mixes and not client.objects_known:
             raise UserError(
                 "The background intervention needs to know where the objects are, and this data set has no masks: give "
-                "--boxes FILE or --detector PATH_OR_NAME, of a Dataset items with a key mask, or turn it off with "
-                "--method-option intervention=off."
+                "--boxes FILE or --detector PATH_OR_NAME, or, for a Dataset, items with a key `mask`, or turn "
+                "it off with --method-option intervention=off."
             )
 
     def start(self, server: Server) -> None:

@@ -134,7 +134,7 @@ class FederationSettings(DataSettings):
         if not (self.kind.asynchronous and self.method_instance.averages):
             able = ", ".join(name for name, kind in method_registry.METHODS.items() if kind.asynchronous)
             silent = self.kind.asynchronous is None or self.method_instance.averages is None
-            reason = "overrides what they reach and does not declare it again" if silent else "counts on whole rounds"
+            reason = "overrides a hook and does not set `asynchronous` again" if silent else "counts on whole rounds"
             raise UserError(
                 f"--asynchronous is for methods whose class declares that stale uploads do no harm ({able}), and "
                 f"{self.method} {reason}: leave it out, or choose another method."

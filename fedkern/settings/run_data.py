@@ -311,8 +311,8 @@ def _shared_patients(data: FederatedData) -> list[str]:
 def equal_samples(data: FederatedData) -> list[str]:
     overlaps = _overlaps(data, lambda split: sample_hashes(split, data.sights))
     return [
-        f"Equal {data.form.noun} are trained on and in {overlaps}, so that figures there are not those of "
-        f"unseen {data.form.noun}: leave them out of one."
+        f"Some {data.form.noun} are in both training and {overlaps}, so figures there are too good: remove the "
+        "duplicates."
     ] * bool(overlaps)
 
 

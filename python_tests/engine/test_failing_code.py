@@ -249,7 +249,7 @@ def check(place, kind, code, err):
     assert len(err) < 50_000
     part = "evaluate" if place == "metric" else place
     when = {"start": "before the first round"}.get(place, "in round 2")
-    assert (f"Client 1 failed {when}: " if place == "client 1" else f"The method's {part}") in err
+    assert (f"Client 1 failed {when}: " if place == "client 1" else f"`{part}` of the method ") in err
     assert when in err
 
 

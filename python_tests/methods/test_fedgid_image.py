@@ -324,5 +324,5 @@ def test_items_with_the_key_mask_are_images_with_masks(kind, model, options, tmp
 
 def test_that_items_lack_masks_is_said_before_the_run(refuses, tmp_path):
     sets = {"data": [Masked(k, 24, masked=False) for k in range(2)], "test": Masked(2, 12, masked=False)}
-    with refuses("has no masks: give .*, of a Dataset items with a key mask, or turn it off"):
+    with refuses("has no masks: give .*, for a Dataset, items with a key `mask`, or turn it off"):
         fedkern.simulate("fedgid", **sets, model="cnn", rounds=1, out=tmp_path / "run")

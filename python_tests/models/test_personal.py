@@ -378,7 +378,7 @@ def test_a_failed_evaluation_names_its_client(make_data, own_sets, tmp_path, met
     with pytest.raises(UserError) as failed:
         play(tmp_path / "run", make_data, method, data=own_sets, personal="head.*", workers=workers)
     reason = "ZeroDivisionError: no figures" if method is Failing else "no figures"
-    sentence = rf"The evaluation of client 1's network in round 1 failed: {reason} \(test_personal\.py, line \d+\)\."
+    sentence = rf"The evaluation of client 1's network failed in round 1: {reason} \(test_personal\.py, line \d+\)\."
     assert re.fullmatch(sentence, str(failed.value))
     assert failed.value.exit_code == (1 if method is Failing else 2)
     assert ("raise self.kind" in failed.value.traceback) is (method is Failing)

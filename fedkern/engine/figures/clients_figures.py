@@ -69,7 +69,7 @@ class ClientsFigures:
             return message
         label = self._run.context.data.client_label(answer.client)
         given = isinstance(problem, ClientFailed) and problem.exit_code == UserError.exit_code
-        where = f"The evaluation of client {label}'s network {self._run.progress.when()}"
-        error = (UserError if given else RunFailed)(f"{where} failed: {problem.what}.")
+        where = f"The evaluation of client {label}'s network failed {self._run.progress.when()}"
+        error = (UserError if given else RunFailed)(f"{where}: {problem.what}.")
         error.traceback = getattr(problem, "traceback", "")  # type: ignore[attr-defined]
         raise error from problem.__cause__

@@ -73,9 +73,9 @@ class FirstSteps(Objective):
         if changed := [name for name in {**before, **after} if before.get(name) != after.get(name)]:
             buffer = changed[0] in dict(module.named_buffers())
             raise UnfitStep(
-                f"A training step freezes, replaces, converts, adds or removes the network's "
-                f"{'buffer' if buffer else 'parameter'} {changed[0]}, and a run trains and sends those that it has "
-                f"before: {'write into it in place (copy_)' if buffer else 'do that where the network is made'}."
+                f"A training step changed {'buffer' if buffer else 'parameter'} {changed[0]}; a run trains and sends "
+                "the tensors that the network had at the start: "
+                f"{'write into it in place (copy_)' if buffer else 'freeze or replace it where the network is made'}."
             )
 
         # The second watched step shows whether hooks pile up.

@@ -74,7 +74,7 @@ class ClientStates:
         state = self.executor.changed_state(k)
         if state and self._stateless:
             raise UserError(
-                "Epsilon counts that the clients of a round are drawn in secret, as "
+                "Epsilon assumes that the clients of a round are drawn in secret, as "
                 f"{self._context.config.method} is declared stateless, but client "
                 f"{self._context.data.client_label(k)} keeps state: declare stateless = False."
             )

@@ -105,7 +105,7 @@ class Exchange:
                 client.report, client.marks = {}, set()
             uploads = asked.hooks.cohort_update(clients, asked.phase, asked.sent)
             for client in clients.values():
-                with locate_errors(f"Client {client.label}", None):
+                with locate_errors(f"Client {client.label} failed", None):
                     client.check_state()
             if uploads is not None:
                 share = (time.perf_counter() - start) / len(asked.sent)

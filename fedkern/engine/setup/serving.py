@@ -64,14 +64,14 @@ def _check_served(context: RunContext, network: nn.Module) -> tuple[str, str]:
     with calls.override_calls(serve=lambda chain, dense: None):
         waiting = _play_batch(network, batch)
     if name := find_difference(waiting, plain, 1e-5):
-        raise _AsWritten(f"{name} is another one where convolutions wait")
+        raise _AsWritten(f"{name} differs when convolutions are deferred")
     record: calls.Record = ([], [])
     with calls.override_calls(record=record):
         results = _play_batch(network, batch)
     if (share := worth(record)) < LEAST:
         raise _AsWritten(f"operators would save work in {share:.0%} of its convolutions")
     if name := find_far_result(results, plain):
-        raise _AsWritten(f"{name} is another one where operators compute it")
+        raise _AsWritten(f"{name} differs when operators compute it")
     return f"served {len(dict(record[0])) // 2} of {len(record[1]) // 2} convolutions", plan
 
 

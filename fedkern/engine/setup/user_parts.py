@@ -37,13 +37,13 @@ def build(kind: Any, run: RunObjects) -> Any:
         return None
     if not isinstance(part, base):
         due = f"a fedkern.{base.__name__} or None, not {format_value(part)}"
-        raise UserError(f"The {base.__name__.lower()}'s build of {kind.name} must return {due}.")
+        raise UserError(f"`build` of the {base.__name__.lower()} {kind.name} must return {due}.")
     sees_one = base is Part or not (
         kind.keeps_client_state or kind.state is not Filter.state or kind.combine is not Filter.combine
     )
     if run.config.dp_noise and not sees_one:
         raise UserError(
-            "--dp-noise counts that what is added up of a client follows from its own data alone, and the filter "
+            "--dp-noise assumes that what is added up of a client follows from its own data alone, and the filter "
             f"{kind.name} keeps state or sees all uploads at once: leave one of the two out."
         )
     own_entries: set[str] = set()

@@ -75,8 +75,7 @@ class Robust(LocalTraining):
         )
         loss_samples: int = option(
             0,
-            "samples of a client's loss at least: the mean over its latest rounds that together judged so many; 0: over"
-            " this round alone",
+            "least samples behind a client's loss, averaged over its latest rounds until reached; 0: this round only",
             low=0,
         )
 

@@ -156,7 +156,7 @@ def test_operators_that_compute_something_else_are_not_taken(play, monkeypatch):
     monkeypatch.setattr(calls, "_serve", wrong)
     out = play("run")
     assert load_settings(out).served.startswith("as written: ")
-    assert "is another one where operators compute it" in load_settings(out).served
+    assert "differs when operators compute it" in load_settings(out).served
     monkeypatch.undo()
     assert same_network(out, play("off", accelerate="off"))
 

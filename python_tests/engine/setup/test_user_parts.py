@@ -233,26 +233,26 @@ def test_a_plugin_that_registers_wrongly_is_refused(given, message, tmp_path):
 
 FAULTS = {
     "build": ("@classmethod\n    def build(cls, run): return 5", "part",
-              r"^The part's build of mine must return a fedkern.Part or None, not 5\.$"),
+              r"^`build` of the part mine must return a fedkern.Part or None, not 5\.$"),
     "stop": ("def round_end(self, record): return True", "part",
-             r"^The part's round_end of mine in round 1 failed: it must return a fedkern.Stop or nothing, not True\.$"),
+             r"^`round_end` of the part mine failed in round 1: it must return a fedkern.Stop or nothing, not True\.$"),
     "state": ("def state(self): return {'sum': torch.ones(1)}", "part",
-              r"^The part's state of mine .* failed: a state holds numbers, texts, lists and dicts alone \(Object of"),
+              r"^`state` of the part mine failed .*: a state holds numbers, texts, lists and dicts alone \(Object of"),
     "taken": ("def round_end(self, record): record.put({'mine': 1.0, 'phases': 2.0})", "part",
-              r"^The part's round_end of mine in round 1 failed: the record has an entry \"phases\" of its own: put"),
+              r"^`round_end` of the part mine failed in round 1: the record has an entry \"phases\" of its own: put"),
     "figure": ("def round_end(self, record): record.put({'id_accuracy': 1.0})", "part",
-               r"of mine in round 1 failed: the record has an entry \"id_accuracy\" of its own"),
+               r"of the part mine failed in round 1: the record has an entry \"id_accuracy\" of its own"),
     "own": ("def begin(self, resumed): raise UserError('No.')", "part",
-            r"^The part's begin of mine before the first round failed: No \(mine.py, line 7\)\.$"),
+            r"^`begin` of the part mine failed before the first round: No \(mine.py, line 7\)\.$"),
     "decode": ("def decode(self, arrival): return 3", "filter",
-               r"^The filter's decode of mine in round 1 failed: it must return why the upload is refused or nothing"),
+               r"^`decode` of the filter mine failed in round 1: it must return why the upload is refused or nothing"),
     "refused": ("def decode(self, arrival): return 'is not mine'", "filter",
                 r"^Client 0's upload in round 1 is not mine; leave such uploads out with --on-nan skip"),
     "encode": ("on_gpu = ()\n    def encoders(self, asked): return {1: self}\n"
                "    def encode(self, leaving): return leaving.message['mine'], None", "filter",
                r"^Client 1 failed in round 1: KeyError: 'mine'"),
     "combine": ("def combine(self, *given):\n        raise SystemExit(1)\n        yield", "filter",
-                 r"^The filter's combine of mine in round 1 failed: SystemExit: 1 \(mine.py, line 8\); the traceback"),
+                 r"^`combine` of the filter mine failed in round 1: SystemExit: 1 \(mine.py, line 8\); the traceback"),
 }  # fmt: skip
 
 
@@ -270,7 +270,7 @@ def test_another_exception_has_a_note_and_one_of_the_uploads_none(make_data, mak
     config = make_config("fedavg", plugins=[write_plugin(tmp_path, body)], workers="1")
     with pytest.raises(KeyError) as told:
         run(config, out=tmp_path / "run", data=make_data())
-    assert told.value.__notes__ == ["The part's round_end of mine in round 1 failed (mine.py, line 7)."]
+    assert told.value.__notes__ == ["`round_end` of the part mine failed in round 1 (mine.py, line 7)."]
     body = "def combine(self, asked, uploads, note):\n        yield from uploads"
     config = make_config("fedavg", plugins=[write_plugin(tmp_path, body, "filter")], workers="1", lr=1e30)
     with pytest.raises(UserError, match=r"^Client 0 diverged in round 1, batch"):
@@ -283,7 +283,7 @@ def test_another_exception_has_a_note_and_one_of_the_uploads_none(make_data, mak
 def test_noise_covers_no_filter_whose_uploads_may_follow_from_other_clients(body, make_data, make_config, tmp_path):
     pytest.importorskip("dp_accounting")
     config = make_config("fedavg", plugins=[write_plugin(tmp_path, body, "filter")], dp_clip=1.0, dp_noise=1.0)
-    with pytest.raises(UserError, match=r"^--dp-noise counts that .* and the filter mine keeps state or sees all"):
+    with pytest.raises(UserError, match=r"^--dp-noise assumes that .* and the filter mine keeps state or sees all"):
         run(config, out=tmp_path / "run", data=make_data())
     run(config.replace(dp_noise=0.0), out=tmp_path / "run", data=make_data())
 

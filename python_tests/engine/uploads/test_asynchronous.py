@@ -353,7 +353,7 @@ class Twice(FedAvg):
         ("afl", {}, "afl counts on whole rounds"),
         ("fedproto", {"options": {"networks": "personal"}}, "fedproto counts on whole rounds"),
         ("fedper", {}, "fedper counts on whole rounds"),
-        (Inheriting, {}, "fedavg overrides what they reach and does not declare it again"),
+        (Inheriting, {}, "fedavg overrides a hook and does not set `asynchronous` again"),
         ("fedavg", {"dropout_rate": 0.1}, "--dropout-rate is about rounds that all their clients begin and end"),
         ("fedavg", {"straggler_rate": 0.1, "deadline": 2.0}, "--deadline is about rounds"),
         ("fedavg", {"straggler_rate": 0.1, "stragglers": "drop"}, "--stragglers is about rounds"),
