@@ -42,8 +42,8 @@ PLACES = {
     "clip": Place(("clip_norm",), *_STEP),
     "batches": Place(("batch_size", "straggler_rate"), "whose clients take no batches of the run", _BATCHES),
     "augmented": Place(("augment",), "whose clients take no augmented images", _BATCHES),
-    "epochs": Place(("local_epochs", "local_steps"), "whose clients do not train for client.epochs", "loop over it"),
-    "lr": Place(_RATES, "whose clients never read client.lr", "set client.lr in your optimiser"),
+    "epochs": Place(("local_epochs", "local_steps"), "whose clients do not train for client.epochs", "loop over them"),
+    "lr": Place(_RATES, "whose clients never read client.lr", "give your optimiser lr=client.lr"),
     "statistics": Place(("freeze_bn_after",), "whose clients never call client.statistics_fixed", "call it"),
     "teachers": Place(("teachers",), "whose clients load no networks", "call client.load_pretrained"),
 }

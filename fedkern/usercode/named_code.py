@@ -85,7 +85,7 @@ def refuse_changed(subject: str, out: object, differences: Sequence[str], again:
     differ = f" ({first_of(differences, 3)})" if differences else ""
     return UserError(
         f"{subject} has changed since the run in {out} began{differ}: put back the former one, or give {again} to go "
-        "on with the changed one."
+        "on with the changed one, whose bits are not those of an uninterrupted run."
     )
 
 

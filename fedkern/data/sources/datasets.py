@@ -440,4 +440,4 @@ def _check(dataset: Any, name: str, limit: int = LONGEST) -> MapStyle:
 def _check_floats(batch: object) -> None:
     inputs, _ = split_targets(batch)
     if any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in leaves(inputs)):
-        raise UserError("samples are float64, and networks are float32: call .float() on them.")
+        raise UserError("samples are float64, and networks are float32: return float32, as x.float() does.")

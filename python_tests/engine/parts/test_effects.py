@@ -113,7 +113,7 @@ def data(make_data):
         (Loop, {}, ""),
         (Loop, {"batch_size": 4, "local_epochs": 1, "momentum": 0.0, "clip_norm": 0.0}, ""),
         (Loop, {"local_epochs": 3}, "local_epochs has no effect on Loop"),
-        (Loop, {"lr": 0.05}, "lr has no effect on Loop, whose clients never read client.lr: set client.lr"),
+        (Loop, {"lr": 0.05}, "lr has no effect on Loop, whose clients never read client.lr: give your optimiser lr"),
         (Loop, {"lr_decay": 0.5}, "lr_decay has no effect on Loop"),
         (Loop, {"momentum": 0.9}, "momentum has no effect on Loop, .* train with client.train"),  # the default
         (Loop, {"weight_decay": 0.1}, "weight_decay has no effect on Loop"),
