@@ -160,7 +160,7 @@ def test_the_wheel_needs_no_compiler(wheel: Path, tmp_path: Path) -> None:
     where = run(programs / "python", "-c", "import fedkern; print(fedkern.__file__)", cwd=tmp_path, PATH=path)
     assert Path(where.stdout.strip()).is_relative_to(tmp_path / "environment")
     doctor = run(programs / "fedkern", "doctor", cwd=tmp_path, PATH=path)
-    assert "this machine can run portable" in " ".join(doctor.stdout.split())
+    assert "this machine can run " in " ".join(doctor.stdout.split())
     small = ("--rounds", 1, "--train-samples", 60, "--clients", 2, "--local-epochs", 1, "--width", 4, "--workers", 1)
     run(programs / "fedkern", "fedavg", *small, "--out", "run", "--quiet", cwd=tmp_path, PATH=path)
     assert (tmp_path / "run" / "summary.json").exists()

@@ -25,8 +25,8 @@ from fedkern.acceleration import pending
 from fedkern.acceleration.layers import GLOBAL_HOOKS, HOOKS, SETTINGS, Windows, has_hooks, is_untouched, square_windows
 from fedkern.acceleration.pending import Chain, Node, Norm, Pending, Run, Site, compute_node, compute_pending, is_plain
 from fedkern.messages.leaves import map_leaves
-from fedkern.ops._conv.conv_norm import choose_norm_kernel, compute_conv_norm
-from fedkern.ops._conv.conv_pool import choose_pool_kernel, run_pooling
+from fedkern.ops._conv.conv_norm import choose_norm_kernels, compute_conv_norm
+from fedkern.ops._conv.conv_pool import choose_pool_kernels, run_pooling
 from fedkern.ops._conv.kernels import Inputs, Pooling, Settings
 from fedkern.ops._core.backend import is_intercepted
 from fedkern.ops._core.private_torch import functorch_active, saved_hooks
@@ -347,11 +347,11 @@ def _fits(weight: Tensor, windows: Windows, shape: tuple[int, ...]) -> bool:
         return False
     x = torch.empty(shape, memory_format=_CHANNELS_LAST)
     weight, units = weight.detach(), torch.ones(len(weight))
-    if stride == 1 and choose_pool_kernel(x, weight, None, padding) is not None:
+    if stride == 1 and choose_pool_kernels(x, weight, None, padding) is not None:
         return True
     if padding != side // 2:
         return False
-    return choose_norm_kernel(Inputs(x, weight, units, units), Settings(units, units, stride=stride)) is not None
+    return choose_norm_kernels(Inputs(x, weight, units, units), Settings(units, units, stride=stride)) is not None
 
 
 def _serve(chain: Chain, dense: bool) -> Tensor | None:
@@ -372,7 +372,7 @@ def _serve_pool(chain: Chain, dense: bool) -> Tensor | None:
     site = chain.site
     if chain.norm is not None or chain.residual is not None or chain.pool == 1 or site.stride > 1:
         return None
-    kernel = choose_pool_kernel(site.x, site.weight, site.bias, site.padding)
+    kernel = choose_pool_kernels(site.x, site.weight, site.bias, site.padding)
     if kernel is None:
         return None
     return run_pooling(kernel, site.x, site.weight, site.bias, Pooling(site.padding, chain.relu, dense))
@@ -402,7 +402,7 @@ def _serve_norm(chain: Chain, dense: bool, products: int) -> Tensor | None:
             shift, bias = shift + bias * norm.weight * torch.rsqrt(variance + norm.eps), None
         settings = Settings(mean, variance, norm.momentum, norm.eps, *after, tracks, norm.training)
     inputs = Inputs(x, site.weight, norm.weight, shift, bias, residual)
-    kernel = choose_norm_kernel(inputs if settings.groups else inputs._replace(bias=None), settings)
+    kernel = choose_norm_kernels(inputs if settings.groups else inputs._replace(bias=None), settings)
     if kernel is None:
         return None
     site.moved += moved

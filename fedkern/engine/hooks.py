@@ -27,18 +27,18 @@ class MethodCode:
     """
 
     def __init__(self, kind: type, name: str, progress: Progress, role: str = "method") -> None:
-        self._kind, self._name, self.progress, self._what = kind, name, progress, role
+        self._kind, self._owner, self.progress = kind, f"the {role} {name}", progress
         self._from_uploads: BaseException | None = None
 
     @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
+    def __call__(self, part: str, whom: str = "") -> Iterator[None]:
         try:
             yield
         except RAISED as error:
             settings = self.progress.entry is None and isinstance(error, UserError)
             if error is self._from_uploads or (settings and not error_origin(error, self._kind)):
                 raise
-            with locate_errors(f"`{part}` of the {self._what} {self._name} failed {self.progress.when()}", self._kind):
+            with locate_errors(f"`{part}` of {self._owner} failed{whom} {self.progress.when()}", self._kind):
                 raise
 
     def passing(self, uploads: Iterable[Upload]) -> Iterator[Upload]:

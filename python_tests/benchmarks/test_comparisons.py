@@ -150,12 +150,12 @@ def test_the_rows_that_pages_show_exist_and_are_at_most_sixty() -> None:
 
 def test_what_an_operator_is_built_from(tmp_path: Path) -> None:
     names = (
-        "cpu/blend.cpp", "cpu/fuse.cpp", "cpu/fuse_rows.h", "cpu/stream.h", "cpu/isa.cpp", "bindings/cpu_fuse.cpp",
+        "cpu/blend.cpp", "cpu/fuse.cpp", "cpu/fuse_rows.h", "cpu/stream.h", "cpu/parallel.cpp", "bindings/cpu_fuse.cpp",
         "bindings/fuse_call.h", "bindings/cpu.cpp", "include/fedkern/fuse.h", "include/fedkern/simd.h", "cuda/fuse.cu",
         "include/fedkern/simd_math.h",
     )  # fmt: skip
     included = {
-        "cpu/isa.cpp": ("stream.h", "fedkern/simd.h"),
+        "cpu/parallel.cpp": ("stream.h", "fedkern/simd.h"),
         "cpu/fuse.cpp": ("fuse_rows.h", "fedkern/fuse.h", "fuse_call.h"),
         "cpu/fuse_rows.h": ("fedkern/simd_math.h",),
         "cuda/fuse.cu": ("fedkern/fuse.h", "fuse_call.h"),
@@ -180,7 +180,7 @@ def test_what_an_operator_is_built_from(tmp_path: Path) -> None:
     assert find_changed("bindings/cpu.cpp") == {"_cpu"}
     assert find_changed("include/fedkern/simd.h") == cores["_cpu"] | {"_cuda"}
     assert find_changed("cuda/fuse.cu") == {"_cuda", "_cuda fuse"}
-    assert find_changed("cpu/stream.h") == find_changed("cpu/isa.cpp") == cores["_cpu"]
+    assert find_changed("cpu/stream.h") == find_changed("cpu/parallel.cpp") == cores["_cpu"]
     assert set(sources.hashes(tmp_path / "none").values()) == {""}
     assert sources.behind("cpu", "of another checkout", "blend") == ""
     present = sources.hashes(sources.CSRC)

@@ -44,7 +44,7 @@ def calls(monkeypatch):
         return (type(x) is Tensor and x.dim() == 4 and not torch.is_autocast_enabled("cpu")) or None
 
     monkeypatch.setattr(conv_norm_layers, "compute_conv_norm", run)
-    monkeypatch.setattr(conv_norm_layers, "choose_norm_kernel", serving)
+    monkeypatch.setattr(conv_norm_layers, "choose_norm_kernels", serving)
     return found
 
 
@@ -369,7 +369,7 @@ def test_convolutions_of_a_network(name, calls, monkeypatch):
     layers = copy.deepcopy(module)
     found = module(x)
     assert len(calls) == SERVED[name]
-    monkeypatch.setattr(conv_norm_layers, "choose_norm_kernel", lambda *_: None)
+    monkeypatch.setattr(conv_norm_layers, "choose_norm_kernels", lambda *_: None)
     torch.testing.assert_close(found, layers(x), rtol=1e-3, atol=1e-3)
     same(module.state_dict(), layers.state_dict())
     assert len(calls) == SERVED[name]

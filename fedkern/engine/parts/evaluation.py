@@ -134,7 +134,7 @@ class Evaluation(RunPart):
     def _evaluate_clients(self, network: nn.Module, sets: dict[int, Reader], keep: bool = False) -> None:
         if self._clients:
             names, seed = self._context.data.client_names, self._run.config.seed
-            code = lambda label: self._run.code(f"evaluate_own for client {label}")  # noqa: E731
+            code = lambda label: self._run.code("evaluate_own", f" for client {label}")  # noqa: E731
             with self._at_once(network) as at_once:
                 self.of_clients = evaluate_clients(
                     self._run.method, network, sets, at_once, names, code, self._client, seed, keep

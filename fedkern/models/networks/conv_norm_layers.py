@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.acceleration.layers import GLOBAL_HOOKS, PARAMETERS, convolution, has_hooks
-from fedkern.ops._conv.conv_norm import choose_norm_kernel, compute_conv_norm
+from fedkern.ops._conv.conv_norm import choose_norm_kernels, compute_conv_norm
 from fedkern.ops._conv.kernels import Inputs, Settings
 from fedkern.ops._core.layout import apply_norm
 from fedkern.ops._core.private_torch import functorch_active
@@ -82,7 +82,7 @@ def _run_operator(
     batch = training or (mean is None and variance is None)
     inputs = Inputs(x, weight, scale, shift, None, residual)
     settings = Settings(mean, variance, momentum or 0.0, norm.eps, stride, relu is not None, size, tracks, batch)
-    kernel = choose_norm_kernel(inputs, settings)
+    kernel = choose_norm_kernels(inputs, settings)
     if kernel is None:
         return None
     if tracks and count is not None:

@@ -101,7 +101,7 @@ def conv_norm(
     """
     settings = check_settings(Settings(mean, variance, momentum, eps, stride, relu, pool, update, training, groups))
     inputs = Inputs(x, weight, scale, shift, bias, residual)
-    kernel = choose_norm_kernel(inputs, settings)
+    kernel = choose_norm_kernels(inputs, settings)
     if kernel is None or (mean is None and not training and not groups):
         check_tensors(inputs, settings)
         check_forced("conv_norm", *inputs, mean, variance)
@@ -109,7 +109,7 @@ def conv_norm(
     return compute_conv_norm(kernel, inputs, settings)
 
 
-def choose_norm_kernel(inputs: Inputs, settings: Settings) -> ConvKernels | None:
+def choose_norm_kernels(inputs: Inputs, settings: Settings) -> ConvKernels | None:
     """Return the kernel of a call for :func:`compute_conv_norm`, or None, and never raise."""
     x, weight, scale, shift, bias, residual = inputs
     mean, variance, _, _, stride, _, pool, _, _, groups = settings
@@ -123,7 +123,7 @@ def choose_norm_kernel(inputs: Inputs, settings: Settings) -> ConvKernels | None
 
 
 def compute_conv_norm(kernel: ConvKernels, inputs: Inputs, settings: Settings) -> Tensor:
-    """Compute :func:`conv_norm` with the kernel of :func:`choose_norm_kernel`, without checks of the settings.
+    """Compute :func:`conv_norm` with the kernel of :func:`choose_norm_kernels`, without checks of the settings.
 
     Batch statistics subtract a bias again: it only changes the running mean, and has a gradient of zeros.
     """

@@ -55,7 +55,7 @@ def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding:
         RuntimeError: a forced backend does not support the call.
     """
     padding = python_number(padding)
-    kernel = choose_pool_kernel(x, weight, bias, padding)
+    kernel = choose_pool_kernels(x, weight, bias, padding)
     if kernel is None or not isinstance(relu, bool):
         check_pooled(x, weight, bias, padding, relu)
         check_forced("conv_pool", x, weight, bias)
@@ -64,7 +64,7 @@ def conv_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding:
     return run_pooling(kernel, x, weight, bias, Pooling(padding, relu, not last or len(weight) == 1))
 
 
-def choose_pool_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> PoolKernels | None:
+def choose_pool_kernels(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> PoolKernels | None:
     """Return the kernel of a call for :func:`run_pooling`, or None, and never raise."""
     return choose_kernels("conv_pool", x, weight, bias, padding)
 

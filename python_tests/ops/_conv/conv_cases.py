@@ -305,7 +305,7 @@ SURROUNDINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = 
 def serving(**call: Any) -> ConvKernels | None:
     """Return the kernel that serves a call of conv_norm with these arguments."""
     inputs = {name: call.pop(name, None) for name in LEAVES}
-    return conv_norm.choose_norm_kernel(Inputs(**inputs), Settings(**call))
+    return conv_norm.choose_norm_kernels(Inputs(**inputs), Settings(**call))
 
 
 def check_never_served(serves: Callable[..., Any], given: Given) -> None:

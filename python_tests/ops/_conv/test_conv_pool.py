@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops._conv.conv_pool import choose_pool_kernel
+from fedkern.ops._conv.conv_pool import choose_pool_kernels
 from python_tests.ops._conv.conv_cases import (
     LAST,
     POOLED,
@@ -88,7 +88,7 @@ def test_values_and_gradients(name: str, case: dict[str, Any]) -> None:
 def test_these_shapes_are_served(shape: tuple[int, ...]) -> None:
     for batch, bias, last, weight_last in itertools.product((1, 5), *[(False, True)] * 3):
         assert (
-            choose_pool_kernel(**pool_arguments(shape, batch, bias=bias, last=last, weight_last=weight_last))
+            choose_pool_kernels(**pool_arguments(shape, batch, bias=bias, last=last, weight_last=weight_last))
             is not None
         )
 
@@ -281,14 +281,14 @@ def test_strides_are_torchs(channels: int, out: int, calls: Served) -> None:
 @needs_core
 def test_where_it_serves_and_that_asking_never_raises() -> None:
     given = pool_arguments()
-    assert choose_pool_kernel(**given) is not None
-    assert choose_pool_kernel(**{**given, "bias": None}) is not None
+    assert choose_pool_kernels(**given) is not None
+    assert choose_pool_kernels(**{**given, "bias": None}) is not None
     for label, enter in SURROUNDINGS.items():
         with enter():
-            assert choose_pool_kernel(**given) is None, label
+            assert choose_pool_kernels(**given) is None, label
     with ops.use_isa("portable"):
-        assert choose_pool_kernel(**given) is None
-    assert choose_pool_kernel(**given) is not None
+        assert choose_pool_kernels(**given) is None
+    assert choose_pool_kernels(**given) is not None
     changed: dict[str, dict[str, Any]] = {
         "float64": exact(given),
         "bfloat16": pool_arguments(dtype=torch.bfloat16),
@@ -323,12 +323,12 @@ def test_where_it_serves_and_that_asking_never_raises() -> None:
         "nothing": dict.fromkeys(given),
     }
     for label, call in changed.items():
-        assert choose_pool_kernel(**call) is None, label
+        assert choose_pool_kernels(**call) is None, label
 
 
 @needs_core
 def test_asking_under_compilers_and_transforms() -> None:
-    check_never_served(choose_pool_kernel, pool_arguments())
+    check_never_served(choose_pool_kernels, pool_arguments())
 
 
 @needs_core

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fedkern import models, ops
-from fedkern.models.blocks import cut
+from fedkern.models.blocks import cut_network
 from fedkern.ops._conv.kernels import Inputs, Settings
 from fedkern.ops._conv.reference import conv_norm_reference
 
@@ -74,7 +74,7 @@ def own(channels, stride, batch):
         network = models.build(name, classes=3, channels=colours, image_size=4 * stride, seed=0)
         network(maps(colours, stride, batch)).sum().backward()
         if kind is Strided:
-            cut(network, 2)(maps(colours, stride, batch)).sum().backward()
+            cut_network(network, 2)(maps(colours, stride, batch)).sum().backward()
 
 
 def maps(channels, stride, batch):
