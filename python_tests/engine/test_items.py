@@ -914,7 +914,7 @@ SENTENCES = {
     "no test": ({"test": None}, "There is no test set: give test=DATASET"),
     "one own test": ({"data": {"a": table(4), "b": table(4)}, "test": {"a": table(4)}}, "client b has no test set"),
     "doubles": ({"data": [TensorDataset(torch.rand(9, 4).double(), torch.zeros(9).long())]},
-                r"call \.float\(\) on them"),
+                r"return float32, as x\.float\(\) does"),
     "numbers": ({"data": [TensorDataset(torch.rand(9, 4), torch.rand(9))]},
                 "a loss is needed, as the targets, .*, are float32 numbers: give classes as whole numbers"),
     "unnamed": ({"data": [Listed([{"x": torch.rand(4), "answer": 1}] * 3)]},
