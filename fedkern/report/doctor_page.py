@@ -85,8 +85,8 @@ def cuda_core() -> str:
         built = f"built with CUDA {devices.version(core.versions()[0])} for {kinds} and newer"
         return f"{built}; needs NVIDIA's driver {devices.driver_for(core)}"
     except (loading.Unavailable, AttributeError) as error:  # AttributeError: an outdated core
-        built = "; nvcc is here, but no GPU was visible when fedkern was built (FEDKERN_CUDA=1 pip install . builds it)"
-        return f"none: {error}{built * bool(shutil.which('nvcc'))}"
+        hint = "; nvcc is here, but no GPU was visible when fedkern was built (FEDKERN_CUDA=1 pip install . builds it)"
+        return f"none: {error}{hint if 'was not built' in str(error) and shutil.which('nvcc') else ''}"
 
 
 def threads() -> dict[str, object]:

@@ -81,9 +81,8 @@ class Encoders:
 
     @property
     def on_gpu(self) -> tuple[str, ...]:
-        (_, head), *tail = self.encoders
-        names = getattr(head, "on_gpu", ())  # a user's encoder may lack it
-        return tuple(name for name in names if all(name in getattr(encoder, "on_gpu", ()) for _, encoder in tail))
+        head, *tail = (getattr(encoder, "on_gpu", ()) for _, encoder in self.encoders)  # a user's may have none
+        return tuple(name for name in head if all(name in names for names in tail))
 
     def encode(self, leaving: Departure) -> tuple[Any, State | None]:
         message, checked = leaving.message, None

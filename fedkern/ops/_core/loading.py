@@ -59,8 +59,16 @@ def load_core(name: str) -> ModuleType:
             raise Unavailable(f"fedkern.{name} was not built") from None
         return core
     except ImportError as error:
-        failure = Unsuited if "FEDKERN_ISA" in str(error) else Unavailable
-        raise failure(f"fedkern.{name} does not load ({error})") from error
+        raise _load_error(f"fedkern.{name}", error) from error
+
+
+def _load_error(core: str, error: ImportError) -> Unavailable:
+    """Return the error for a core that does not load, Unsuited if it was compiled for another processor.
+
+    Such a core names ``FEDKERN_ISA`` in its message (``csrc/bindings/cpu.cpp``).
+    """
+    kind = Unsuited if "FEDKERN_ISA" in str(error) else Unavailable
+    return kind(f"{core} does not load ({error})")
 
 
 def load_triton(module: str) -> ModuleType:
@@ -113,8 +121,7 @@ def _installed_core(name: str) -> ModuleType | None:
         try:
             core = importlib.import_module(f"fedkern.{name}")
         except ImportError as error:
-            failure = Unsuited if "FEDKERN_ISA" in str(error) else Unavailable
-            raise failure(f"fedkern.{name} of the installed fedkern does not load ({error})") from error
+            raise _load_error(f"fedkern.{name} of the installed fedkern", error) from error
         finally:
             fedkern.__path__.remove(str(folder))
         if core.source_hash() != source_hash(package.parent / "csrc", name):
