@@ -53,12 +53,12 @@ def short_name(text: str) -> str:
     return text if location is None else location.name
 
 
-def names_stored_code(text: object, stored: str, *others: Any) -> bool:
+def names_stored_code(text: object, stored: str, *additions: Any) -> bool:
     """Return whether ``text`` names the stored code of a run, without other files or options.
 
     A run folder may not name code alone, so a user has to.
     """
-    return isinstance(text, str) and parse(text) is not None and absolute(text) == stored and not any(others)
+    return isinstance(text, str) and parse(text) is not None and absolute(text) == stored and not any(additions)
 
 
 def trusts(trusted: Iterable[str], code: str) -> bool:

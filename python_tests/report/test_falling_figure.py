@@ -33,9 +33,9 @@ RECORDS = [
 ]  # fmt: skip
 
 
-def summary(mae, **more):
+def summary(mae, **figures):
     return {"metrics": {"accuracy": 0.5, "mae": mae, "validation_mae": mae}, "bytes": {"total": 10, "up": 5, "down": 5},
-            "seconds": 1.0, "rounds": 3, "method": "fedavg", "data": "digits", "seed": 0, **more}  # fmt: skip
+            "seconds": 1.0, "rounds": 3, "method": "fedavg", "data": "digits", "seed": 0, **figures}  # fmt: skip
 
 
 def test_a_run_s_page_has_the_figure_in_its_own_unit(tmp_path):
@@ -71,8 +71,8 @@ def test_curves_and_tables_begin_with_it_and_know_no_per_cent():
     assert shown.header == ["client", "mae", "loss"]
 
 
-def make_run(mae, lr=0.1, **more):
-    return FoundRun(Path(f"x{mae}"), FALLING.replace(lr=lr), summary(mae, **more), RECORDS)
+def make_run(mae, lr=0.1, **figures):
+    return FoundRun(Path(f"x{mae}"), FALLING.replace(lr=lr), summary(mae, **figures), RECORDS)
 
 
 def test_runs_are_compared_in_its_own_unit():

@@ -42,8 +42,8 @@ def parts_of(run: RunObjects) -> list[Part]:
 
 def filters_of(run: RunObjects) -> list[Filter]:
     filters: list[Filter] = _build_all(FILTERS, FILTER_ORDER, run)
-    needs_whole = any(part.needs_whole_upload for part in filters)
-    return [part for part in filters if not (needs_whole and part.keeps_on_device)]
+    needs_whole = any(filter_.needs_whole_upload for filter_ in filters)
+    return [filter_ for filter_ in filters if not (needs_whole and filter_.keeps_on_device)]
 
 
 def _build_all(table: Registry[Any], order: Sequence[str], run: RunObjects) -> list[Any]:

@@ -168,9 +168,9 @@ class Filter:
 
 def encoders_of(filters: Sequence[Filter], asked: ExchangeRequest) -> dict[ClientId, Encoders]:
     encoders: dict[ClientId, list[tuple[str, Encoder]]] = {}
-    for part in reversed(filters):
-        for k, encoder in (part.encoders(asked) or {}).items():
-            encoders.setdefault(k, []).append((part.name if part.keeps_client_state else "", encoder))
+    for filter_ in reversed(filters):
+        for k, encoder in (filter_.encoders(asked) or {}).items():
+            encoders.setdefault(k, []).append((filter_.name if filter_.keeps_client_state else "", encoder))
     return {k: Encoders(tuple(pairs)) for k, pairs in encoders.items()}
 
 

@@ -109,7 +109,7 @@ class EnsembleFunction(EagerFunction):
         results = [_zero(given[0], is_plain) if grad is None else grad for grad in grads]
         if not is_plain:
             constants, tensors = (class_mask, *settings), (student, teachers, weights)
-            gradients = differentiate_reference(lambda *some: _ensemble(*some, *constants), tensors, needs, results)
+            gradients = differentiate_reference(lambda *inputs: _ensemble(*inputs, *constants), tensors, needs, results)
             return (None, *gradients, None)
         if taken and (scaled := kernel.scale_gradients(tuple(taken), results[0])) is not None:
             return (None, *handed_out(scaled, taken), None, None)

@@ -66,8 +66,8 @@ def test_the_rate_drops_at_epochs_of_the_whole_run(make_data, make_config):
     settings = {"local_epochs": 2, "batch_size": 8, "lr": 0.01}
     data = make_data()
 
-    def train(round, **more):
-        context = RunContext(make_config(**settings, **more), data)
+    def train(round, **changes):
+        context = RunContext(make_config(**settings, **changes), data)
         phase = Phase(round, "train", "update")
         answer = Client(context, 0, {}).train(FedAvg(), phase, context.networks.initial())
         network = Client(context, 0, {}).network()

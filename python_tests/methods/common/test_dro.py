@@ -133,9 +133,9 @@ def test_a_loss_is_the_mean_over_the_latest_rounds_of_enough_samples(parts):
 def test_kept_losses_move_to_workers_and_are_resumed(method, make_data, make_pairs, make_config, tmp_path):
     settings, data = ({"rounds": 3}, make_data) if method == "afl" else ({**SETTINGS, "rounds": 3}, make_pairs)
 
-    def play(name, listener=None, **more):
+    def play(name, listener=None, **changes):
         options = {"loss_samples": 9, **({"alignment_steps": 1} if method == "feddra" else {})}
-        config = make_config(method, **settings, options=options, **more)
+        config = make_config(method, **settings, options=options, **changes)
         return (
             run(config, out=tmp_path / name, data=data(), listener=listener)
             if listener
