@@ -103,10 +103,17 @@ def check_student(student: Tensor, teachers: Tensor) -> None:
     check_device(student, "student", teachers, "teachers")
 
 
-def check_values(weights: object) -> None:
-    """Raise ValueError for negative or non-finite weights, unless on a GPU or not known yet."""
-    if not (isinstance(weights, Tensor) and weights.is_cpu and eager(weights)):
+def check_values(weights: object, ordinary: bool = False) -> None:
+    """Raise ValueError for negative or non-finite weights, unless on a GPU or not known yet.
+
+    ``ordinary``: select_ordinary has accepted the weights.
+    """
+    if not (isinstance(weights, Tensor) and weights.is_cpu and (ordinary or eager(weights))):
         return
+    if ordinary and weights.dim() == 1 and weights.shape[0] <= 64:  # faster than three tensor operations
+        numbers = weights.tolist()
+        if min(numbers, default=0) >= 0 and sum(numbers) < math.inf:  # with a NaN the sum is one
+            return
     if weights.layout is not torch.strided or weights.is_nested or weights.dtype not in DTYPES:
         return  # _check_kind refuses it, or takes booleans
     if not weights.detach().clamp(0, torch.finfo(weights.dtype).max).equal(weights):  # neither is a NaN

@@ -91,8 +91,9 @@ def _check(
         check_stack("logits", logits)
     code = check_reduction(reduction)
     if weights is not None:
-        check_values(weights)
-        weights = spread_row_weights(weights, logits, kernel is not None)
+        ordinary = kernel is not None
+        check_values(weights, ordinary)
+        weights = spread_row_weights(weights, logits, ordinary)
     return kernel, logits, weights, code
 
 

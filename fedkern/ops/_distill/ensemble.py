@@ -113,7 +113,7 @@ def ensemble_kl(
     # Weights [K] stay short for kernels that read them with a stride of 0.
     short = False
     if weights is not None:
-        check_values(weights)
+        check_values(weights, ordinary)
         short = ordinary and weights.dim() == 1 and weights.shape[0] == teachers.shape[0] and not weights.requires_grad
         short = short and weights.dtype is not torch.float64
         if not short:
