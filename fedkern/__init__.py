@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedkern.engine.setup.order import register_filter, register_part
     from fedkern.engine.uploads.filters import Filter
     from fedkern.errors import UserError
+    from fedkern.foreign_runs.recording import hash_labels, record
     from fedkern.methods import option, register, register_aggregator, register_metric
     from fedkern.models import register_model
     from fedkern.privacy.disclosure import About
@@ -30,13 +31,14 @@ except metadata.PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = [
     "About", "Comparison", "FederatedData", "Filter", "History", "Part", "Run", "Stop", "UserError", "__version__",
-    "accelerate", "compare", "load", "option", "plain", "register", "register_aggregator", "register_data",
-    "register_filter", "register_metric", "register_model", "register_part", "simulate",
+    "accelerate", "compare", "hash_labels", "load", "option", "plain", "record", "register", "register_aggregator",
+    "register_data", "register_filter", "register_metric", "register_model", "register_part", "simulate",
 ]  # fmt: skip
 
 _LAZY = {
     **dict.fromkeys(("History", "Run", "load", "simulate"), "fedkern.api"),
     **dict.fromkeys(("Comparison", "compare"), "fedkern.comparison.compared"),
+    **dict.fromkeys(("hash_labels", "record"), "fedkern.foreign_runs.recording"),
     **dict.fromkeys(("FederatedData", "register_data"), "fedkern.data"),
     **dict.fromkeys(("accelerate", "plain"), "fedkern.acceleration"),
     **dict.fromkeys(("option", "register", "register_aggregator", "register_metric"), "fedkern.methods"),

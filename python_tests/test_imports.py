@@ -113,9 +113,9 @@ def test_a_run_in_one_process_where_fcntl_and_memory_files_are_absent(tmp_path: 
 
 
 ORDER = (
-    "errors streams", "ops", "files", "process", "messages privacy text_table typed_option usercode", "acceleration",
-    "models", "tasks", "data", "methods", "settings", "listeners", "engine", "downstream", "report", "flower", "api",
-    "comparison", "cli", "run",
+    "errors streams", "ops", "files", "process", "foreign_runs messages privacy text_table typed_option usercode",
+    "acceleration", "models", "tasks", "data", "methods", "settings", "listeners", "engine", "downstream", "report",
+    "flower", "api", "comparison", "cli", "run",
 )  # fmt: skip
 """Packages and single modules of fedkern, lowest layer first; those of one text do not import each other."""
 

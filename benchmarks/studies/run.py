@@ -55,8 +55,8 @@ def ask(command: str, folder: Path) -> Any:
 
 def curve_of(run: FoundRun) -> dict[str, list[Any]]:
     """Return the main figure and the uploaded bytes so far of every evaluated round."""
-    records = [record for record in run.records if run.config.main in record]
-    return {name: [record[name] for record in records] for name in ("round", run.config.main, "bytes_up")}
+    records = [record for record in run.records if run.main in record]
+    return {name: [record[name] for record in records] for name in ("round", run.main, "bytes_up")}
 
 
 def stored_run(run: FoundRun, commands: Sequence[str]) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def stored_run(run: FoundRun, commands: Sequence[str]) -> dict[str, Any]:
     traffic = {name: value for name, value in run.summary["bytes"].items() if isinstance(value, int | float)}
     answers = {AFTER: {command: ask(command, run.folder) for command in commands}} if commands else {}
     curve = curve_of(run)
-    late = fmean(curve[run.config.main][-LATE:])  # figures swing from round to round
+    late = fmean(curve[run.main][-LATE:])  # figures swing from round to round
     return {"metrics": {**last, **run.metrics}, "late": late, "bytes": traffic, "curve": curve, **answers}
 
 

@@ -15,6 +15,7 @@ from fedkern.settings.data import DataSettings
 from fedkern.settings.federation import FederationSettings
 from fedkern.settings.fingerprints import FINGERPRINTS
 from fedkern.settings.model import ModelSettings
+from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.settings.stored import load_settings
 from fedkern.settings.training import TrainingSettings
 from fedkern.typed_option import as_typed
@@ -80,4 +81,5 @@ def repeat_command(folder: Path) -> str:
 
 def first_commands(result: Result) -> dict[str, str]:
     firsts = {group.label: next(iter(group.runs.values())).folder for group in result.groups}
-    return {label: text for label, run in firsts.items() if (text := repeat_command(run))}
+    own_firsts = {label: run for label, run in firsts.items() if (run / SETTINGS).exists()}
+    return {label: text for label, run in own_firsts.items() if (text := repeat_command(run))}

@@ -60,7 +60,7 @@ class Board(Listener):
         self.done += 1
         self.played += not again
         took = "finished before" if again else human_time(time.monotonic() - self.began[cell.name])
-        figures = main_figures(run.metrics, run.config.main, self.tests) or "no figures told"
+        figures = main_figures(run.metrics, run.main, self.tests) or "no figures told"
         remaining = len(self.planned) - self.done
         left = (time.monotonic() - self.start) / max(self.played, 1) * remaining
         self._line(cell, f"{figures}  {took}" + f", about {human_time(left)} left" * bool(remaining and not again))

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedkern.comparison.boards import Board
 from fedkern.comparison.cells import Cell, Variant, cells
-from fedkern.comparison.found_runs import FoundRun, read_run
+from fedkern.comparison.found_runs import OwnRun, read_own_run
 from fedkern.comparison.parallel_runs import RunProcess, check_jobs
 from fedkern.data import FederatedData
 from fedkern.data.identity import identify_memory
@@ -96,10 +96,10 @@ class Runner:
     def folder(self, cell: Cell) -> Path:
         return self.out / cell.name
 
-    def read(self, cell: Cell) -> FoundRun:
-        return read_run(self.folder(cell), self._trusted_code(cell))
+    def read(self, cell: Cell) -> OwnRun:
+        return read_own_run(self.folder(cell), self._trusted_code(cell))
 
-    def play(self, planned: Sequence[Cell], check: Callable[[Cell, FoundRun], None] | None = None) -> None:
+    def play(self, planned: Sequence[Cell], check: Callable[[Cell, OwnRun], None] | None = None) -> None:
         """Run the cells that are not finished. A failed cell is noted, and the others still run.
 
         The UserError of ``check``, called with every finished cell and its run, ends the comparison. So does a full
@@ -261,8 +261,8 @@ def pick_best(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: 
     winners, sentences = [], []
     scores: dict[str, tuple[float, RunConfig]] = {}
 
-    def score(cell: Cell, run: FoundRun) -> None:
-        name = f"validation_{run.config.main}"
+    def score(cell: Cell, run: OwnRun) -> None:
+        name = f"validation_{run.main}"
         if name in run.metrics:
             scores[cell.variant.label] = run.metrics[name], run.config
         elif name not in run.summary["metrics"]:  # else it is NaN, and such a variant is never chosen

@@ -181,8 +181,8 @@ def _target_check(target: Target, methods: Sequence[str], out: Path) -> Callable
     runs: dict[str, FoundRun] = {}
 
     def check(_: Cell, run: FoundRun) -> None:
-        if run.config.method not in runs:
-            runs[run.config.method] = run
+        if run.method not in runs:
+            runs[run.method] = run
             if len(runs) == len(methods):
                 try:
                     Result(group_runs(runs.values()), target).check_target()

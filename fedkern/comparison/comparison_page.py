@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.comparison.cells import spell_value
-from fedkern.comparison.found_runs import group_runs, own_sets, read_run, read_runs
-from fedkern.comparison.run_results import CSV, MARKDOWN, Result, spread_text
+from fedkern.comparison.found_runs import OwnRun, group_runs, is_run, own_sets, read_run, read_runs, runs_inside
+from fedkern.comparison.run_results import CSV, MARKDOWN, Result, cost_text, spread_text
 from fedkern.comparison.seed_statistics import mean_std, plus_minus
 from fedkern.engine.store.record_files import SUMMARY
 from fedkern.errors import UserError, printable_name
@@ -25,7 +25,6 @@ from fedkern.report.pages.html_page import Block, Code, Page, make_section, vers
 from fedkern.report.run_contents import read_run_folder as read_contents
 from fedkern.report.run_contents import sum_phases
 from fedkern.report.tables import human_bytes, human_metric, human_time, sort_metrics
-from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.tasks.figure_names import figure_and_set, figure_title, number_text, scale, split_metric
 from fedkern.text_table import Table
 
@@ -39,9 +38,7 @@ COLUMNS = 6
 
 def holds_runs(folder: Path) -> bool:
     """Return whether a folder is a comparison's: one with its files, or with folders of runs."""
-    if (folder / SETTINGS).exists():
-        return False
-    return (folder / CSV).is_file() or any(folder.glob(f"*/{SETTINGS}"))
+    return not is_run(folder) and ((folder / CSV).is_file() or bool(runs_inside(folder)))
 
 
 def read_comparison(folder: Path) -> Result:
@@ -61,8 +58,8 @@ def read_comparison(folder: Path) -> Result:
         raise UserError(f"{folder / CSV} is damaged ({reason}): compare the runs again.") from None
     for label, path in entries:
         inside = folder / path.name
-        place = inside if (inside / SETTINGS).exists() else path
-        if not (place / SETTINGS).exists():
+        place = inside if is_run(inside) else path
+        if not is_run(place):
             raise UserError(
                 f"The comparison in {folder} names the run in {path}, which is not there: put it back, or compare the "
                 "runs again."
@@ -84,7 +81,13 @@ def write_report(folder: Path, result: Result, *, commands: Mapping[str, str] | 
 
 def page(folder: Path, result: Result, commands: Mapping[str, str]) -> Page:
     groups, runs = result.groups, result.runs
-    first_run = read_contents(runs[0].folder)
+    own_runs = [(group.label, run) for group in groups for run in group.runs.values() if isinstance(run, OwnRun)]
+    sections, baseline = [], []  # of the first run of fedkern, if there is one
+    for label, first_run in own_runs[:1]:
+        contents = read_contents(first_run.folder)
+        title = printable_name(f"Clients of {label}, seed {first_run.seed}", CELL)
+        sections = [make_section("clients", title, run_page.clients(contents))]
+        baseline = [*run_page.describe_baseline(contents, judged=False)]
     diagnostics: dict[str, list[str]] = {}
     for run in runs:
         for name, text in dict(run.summary.get("diagnostics") or {}).items():
@@ -95,20 +98,19 @@ def page(folder: Path, result: Result, commands: Mapping[str, str]) -> Page:
     ]
     about = [f"{len(groups)} group{'s' * (len(groups) != 1)}", f"{len(runs)} run{'s' * (len(runs) != 1)}"]
     folders = {run.folder.resolve() for run in runs}
-    inside = [file.parent for file in folder.glob(f"*/{SETTINGS}")]
+    inside = runs_inside(folder)
     if unfinished := sum(path.resolve() not in folders and not (path / SUMMARY).exists() for path in inside):
         about.append(f"{unfinished} not finished and left out")
-    clients = printable_name(f"Clients of {groups[0].label}, seed {runs[0].config.seed}", CELL)
     return Page(
         title=result.title(), about=" · ".join(about), tiles=_tiles(result),
-        headline=[*headline(result), *run_page.describe_baseline(first_run, judged=False)],
+        headline=[*headline(result), *baseline],
         warnings=[*warnings, *(("failed run", text) for text in result.failures)],
         sections=[
             make_section("table", "Table", _table(folder, result)),
             make_section("curves", "Curves", _curves(result)),
             make_section("finals", "Final figures of every run", _finals(result)),
             make_section("cost", "Bytes and time", _cost(result)),
-            make_section("clients", clients, run_page.clients(first_run)),
+            *sections,
             make_section("runs", "Runs", _runs(result)),
             make_section("settings", "Configuration and versions", _settings(result, commands)),
         ],
@@ -188,7 +190,7 @@ def _table(folder: Path, result: Result) -> Iterator[Block]:
     yield replace(table, title="")
     figures, sets = dict.fromkeys((name for run in result.runs for name in run.metrics), 0.0), own_sets(result.groups)
     body = []
-    for name in sort_metrics(figures, sets, result.runs[0].config.main):
+    for name in sort_metrics(figures, sets, result.runs[0].main):
         if split_metric(name, sets)[0] != "validation":
             values = [list(group.values(name).values()) for group in result.groups]
             text = partial(human_metric, name)
@@ -248,8 +250,8 @@ def _runs(result: Result) -> Iterator[Block]:
             figures = [human_metric(name, run.metrics[name]) if name in run.metrics else "" for name in result.figures]
             warnings = ", ".join(map(str, run.summary.get("diagnostics") or ()))
             rows.append(
-                [group.label, str(seed), *figures, human_bytes(run.summary["bytes"]["total"]),
-                 human_time(run.summary["seconds"]), warnings, run.folder.name]
+                [group.label, str(seed), *figures, cost_text(human_bytes, run.total_bytes),
+                 cost_text(human_time, run.summary["seconds"]), warnings, run.folder.name]
             )  # fmt: skip
     yield Table(header, rows)
 

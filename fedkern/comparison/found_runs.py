@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.comparison.cells import spell_value
+from fedkern.comparison.seed_statistics import Difference, compare_pairs
 from fedkern.engine.store.checkpoints import read_newest
 from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.engine.store.resuming import load_unedited, with_identity
 from fedkern.errors import UserError, first_of
 from fedkern.files.filesystem import expand
+from fedkern.foreign_runs import recorded_run
+from fedkern.foreign_runs.recorded_run import RECORD
 from fedkern.listeners.events import Record, Summary
 from fedkern.methods.method_registry import short_name
 from fedkern.report.tables import sort_metrics
@@ -36,33 +39,94 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class FoundRun:
+    """Finished run of fedkern (`OwnRun`) or of any program (`read_recorded`).
+
+    Attributes:
+        method: name of the method, of a recorded run with its framework.
+        data: name of the data set, "" if unknown.
+        better: ``"max"`` or ``"min"``: the better values of the ``main`` figure.
+        settings: settings that separate groups: plain values by name, method options as ``options.NAME``.
+        test_labels: hash of the labels in order by test set, empty if unknown.
+        own_networks: whether clients are judged by their own networks.
+    """
+
     folder: Path
-    config: RunConfig
+    method: str
+    data: str
+    seed: int
+    main: str
+    better: str
+    settings: Mapping[str, object]
     summary: Summary
     records: Sequence[Record] = field(repr=False)
+    test_labels: Mapping[str, str]
+    own_networks: bool = False
 
     @property
     def metrics(self) -> dict[str, float]:
         """The final figures that are numbers. A privately recorded run has only those that it disclosed."""
         metrics = self.summary["metrics"]
-        return {name: metrics[name] for name in sort_metrics(metrics, main=self.config.main)}
+        return {name: metrics[name] for name in sort_metrics(metrics, main=self.main)}
+
+    @property
+    def total_bytes(self) -> float | None:
+        """Bytes in both directions, None if unknown."""
+        total: float | None = self.summary.get("bytes", {}).get("total")
+        return total
 
     def direction(self, figure: str) -> str | None:
         """Return whether high or low values of a figure are better, ``"max"`` or ``"min"``, None if unknown."""
-        named, main = self.summary.get("better", {}), {self.config.main: self.config.better}
+        named, main = self.summary.get("better", {}), {self.main: self.better}
         return named[figure] if figure in named else direction(figure, main, self.summary.get("per_class", ()))
 
-    @property
-    def settings(self) -> dict[str, object]:
-        """Settings that separate groups: plain values by name, method options as ``options.NAME``."""
-        table = self.config.to_dict()
+    @classmethod
+    def read_recorded(cls, folder: Path) -> FoundRun:
+        """Return a run that `fedkern.record` wrote, or raise UserError."""
+        header, records = recorded_run.read_header(folder), recorded_run.read_records(folder)
+        summary = recorded_run.read_summary(folder, records, header.main)
+        if summary is None:
+            raise UserError(f"The run in {folder} is not finished: go on with it by resume=ROUND, or leave it out.")
+        settings = {name: value for name, value in {**header.sizes, **header.settings}.items() if name not in _NO_GROUP}
+        return cls(
+            folder, f"{header.method} ({header.framework})", str(settings.get("data", "")), header.seed, header.main,
+            header.better, settings, summary, records, header.test_labels,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnRun(FoundRun):
+    """Finished run of fedkern."""
+
+    config: RunConfig
+
+    @classmethod
+    def of(cls, folder: Path, config: RunConfig, summary: Summary, records: Sequence[Record]) -> OwnRun:
+        return cls(
+            folder, config.method, config.data, config.seed, config.main, config.better, cls._settings(config), summary,
+            records, summary.get("test_labels", {}), config.own_networks, config=config,
+        )  # fmt: skip
+
+    @staticmethod
+    def _settings(config: RunConfig) -> dict[str, object]:
+        table = config.to_dict()
         plain = {name: value for name, value in table.items() if name not in _NO_GROUP}
         for part in ("options", "data_options"):
             plain.update({f"{part}.{name}": value for name, value in plain.pop(part, {}).items()})
-        code = code_identity(self.config)
+        code = code_identity(config)
         plugins = sorted(value for name, value in code.items() if name.startswith("plugins."))  # a file may move
         plain.update({f"{_CODE}{name}": value[:12] for name, value in code.items() if not name.startswith("plugins.")})
         return plain | ({f"{_CODE}plugins": hashlib.sha256(repr(plugins).encode()).hexdigest()[:12]} if plugins else {})
+
+
+def has_other_labels(run: FoundRun, peer: FoundRun) -> bool | None:
+    """Return whether two runs were judged on other test labels, None if that is unknown.
+
+    Between runs of fedkern `check_provenance` decides.
+    """
+    if isinstance(run, OwnRun) and isinstance(peer, OwnRun):
+        return False
+    sets = run.test_labels.keys() & peer.test_labels.keys()
+    return any(run.test_labels[name] != peer.test_labels[name] for name in sets) if sets else None
 
 
 @dataclass
@@ -78,14 +142,36 @@ class Group:
         figures = {seed: run.metrics.get(figure) for seed, run in self.runs.items()}
         return {seed: value for seed, value in figures.items() if value is not None}
 
+    def shared_seeds(self, base: Group) -> dict[int, bool | None]:
+        """Return the seeds of both groups, each with the answer of `has_other_labels`."""
+        return {seed: has_other_labels(self.runs[seed], base.runs[seed]) for seed in self.runs if seed in base.runs}
 
-def read_run(folder: str | Path, trusted: Collection[str] = ()) -> FoundRun:
+    def compare_to(self, base: Group, figure: str) -> Difference | None:
+        """Return the differences of a figure over the shared seeds that were judged on the same test labels."""
+        pairs = [seed for seed, is_other in self.shared_seeds(base).items() if not is_other]
+        values = self.values(figure)
+        return compare_pairs({seed: values[seed] for seed in pairs if seed in values}, base.values(figure))
+
+
+def is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (SETTINGS, RECORD))
+
+
+def runs_inside(folder: Path) -> list[Path]:
+    return sorted(file.parent for name in (SETTINGS, RECORD) for file in folder.glob(f"*/{name}"))
+
+
+def read_run(folder: Path) -> FoundRun:
+    return FoundRun.read_recorded(folder) if (folder / RECORD).exists() else read_own_run(folder)
+
+
+def read_own_run(folder: str | Path, trusted: Collection[str] = ()) -> OwnRun:
     path = Path(folder)
     config = load_unedited(path, trusted=trusted, device="cpu")
     summary = read_summary(path)
     if summary is None:
         raise UserError(f"The run in {path} is not finished: go on with it by --resume {path}, or leave it out.")
-    return FoundRun(path, with_identity(config, read_newest(path)), summary, read_metrics(path))
+    return OwnRun.of(path, with_identity(config, read_newest(path)), summary, read_metrics(path))
 
 
 def read_runs(folders: Iterable[str | Path]) -> tuple[list[FoundRun], list[str]]:
@@ -94,7 +180,7 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[FoundRun], list[str]]
     unfinished: list[str] = []
     for given_folder in folders:
         path = expand(given_folder)
-        inside = [] if (path / SETTINGS).exists() else sorted(file.parent for file in path.glob(f"*/{SETTINGS}"))
+        inside = [] if is_run(path) else runs_inside(path)
         finished = [folder for folder in inside if (folder / "summary.json").exists()]
         if inside and not finished:
             raise UserError(f"No run in {path} is finished.")
@@ -115,21 +201,20 @@ def group_runs(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None
     """
     runs = list(runs)
     check_provenance(runs, code=label is not None)
-    tables: list[tuple[str, dict[str, Any]]] = []
+    tables: list[tuple[str, Mapping[str, Any]]] = []
     groups: list[Group] = []
     for run in runs:
-        key = (run.config.method, run.settings)
+        key = (run.method, run.settings)
         if key not in tables:
             tables.append(key)
-            groups.append(Group(label(run) if label else short_name(run.config.method), run.config.method))
+            groups.append(Group(label(run) if label else short_name(run.method), run.method))
         group = groups[tables.index(key)]
-        seed = run.config.seed
-        if seed in group.runs:
+        if run.seed in group.runs:
             raise UserError(
-                f"{group.runs[seed].folder} and {run.folder} are runs of the same method, settings and seed: leave one "
-                "out."
+                f"{group.runs[run.seed].folder} and {run.folder} are runs of the same method, settings and seed: leave "
+                "one out."
             )
-        group.runs[seed] = run
+        group.runs[run.seed] = run
     for group in groups:
         group.runs = dict(sorted(group.runs.items()))
     if label is None:
@@ -142,15 +227,16 @@ def group_runs(runs: Iterable[FoundRun], label: Callable[[FoundRun], str] | None
 
 
 def check_provenance(runs: Sequence[FoundRun], *, code: bool) -> None:
-    """Raise UserError if runs under one data name have different data or, with ``code``, different code."""
-    alike: dict[str, FoundRun] = {}  # a run for all that rest on the same
+    """Raise UserError if fedkern's runs under one data name have different data or, with ``code``, different code."""
+    alike: dict[str, OwnRun] = {}  # a run for all that rest on the same
     for run in runs:
-        alike.setdefault(repr((run.config.identity, code_identity(run.config), run.settings)), run)
-    for run, other_run in combinations(alike.values(), 2):
-        configs = run.config, other_run.config
+        if isinstance(run, OwnRun):
+            alike.setdefault(repr((run.config.identity, code_identity(run.config), run.settings)), run)
+    for own_run, other_run in combinations(alike.values(), 2):
+        configs = own_run.config, other_run.config
         if (code or other_data(*configs)) and (reason := describe_difference(*configs)):
             raise UserError(
-                f"{run.folder} and {other_run.folder} were made with {reason}, and are no runs of one comparison: "
+                f"{own_run.folder} and {other_run.folder} were made with {reason}, and are no runs of one comparison: "
                 "compare runs of the same data and code."
             )
 
@@ -166,10 +252,14 @@ def differing_settings(groups: Sequence[Group]) -> str:
     """
     if len(groups) < 2:
         return ""
-    tables = [(group, next(iter(group.runs.values())).settings) for group in groups]
+    first_runs = [(group, next(iter(group.runs.values()))) for group in groups]
+    tables, is_mixed = (
+        [(group, run.settings) for group, run in first_runs],
+        not all(isinstance(run, OwnRun) for _, run in first_runs),
+    )
     parts = []
     for name in _names(table for _, table in tables):
-        of_some = name.startswith(("options.", _CODE))
+        of_some = is_mixed or name.startswith(("options.", _CODE))
         having = [(group, table) for group, table in tables if name in table or not of_some]
         by_value: dict[str, list[str]] = {}
         for group, table in having:
@@ -177,6 +267,9 @@ def differing_settings(groups: Sequence[Group]) -> str:
         if len(by_value) > 1:
             values = "; ".join(f"{value} for {', '.join(labels)}" for value, labels in by_value.items())
             parts.append(f"{name.removeprefix('options.')} ({values})")
+    if is_mixed:
+        differing = f"differ in {first_of(parts, SHOWN)}" if parts else "do not differ"
+        return f"Settings are compared where several groups name them: they {differing}."
     if not parts:
         return "Besides the method and its own options, the groups have the same settings."
     return f"Besides the method, the groups differ in {first_of(parts, SHOWN)}."
@@ -188,10 +281,10 @@ def main_figures(groups: Sequence[Group]) -> list[str]:
     If clients have their own networks, the mean and the worst client on its own test set follow.
     """
     runs, sets = [run for group in groups for run in group.runs.values()], own_sets(groups)
-    main_names = {name: 0 for run in runs for name in run.metrics if name.endswith(run.config.main)}
+    main_names = {name: 0 for run in runs for name in run.metrics if name.endswith(run.main)}
     names = sort_metrics({name: 0 for name in main_names if split_metric(name, sets)[0] != "validation"}, sets)
-    mains = {run.config.main for run in runs}
-    has_own_networks = any(run.config.own_networks for run in runs)
+    mains = {run.main for run in runs}
+    has_own_networks = any(run.own_networks for run in runs)
     clients = {prefix + main for prefix in OVER_CLIENTS for main in mains} if has_own_networks else set()
     return [name for name in names if split_metric(name, sets)[1] in mains or name in clients] or names
 

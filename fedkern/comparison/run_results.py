@@ -7,17 +7,17 @@ import io
 import json
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fedkern.comparison.found_runs import Group, differing_settings, main_figures, own_sets
-from fedkern.comparison.seed_statistics import Target, compare_pairs, interval_text, mean_std, plus_minus
+from fedkern.comparison.found_runs import SHOWN, Group, OwnRun, differing_settings, main_figures, own_sets
+from fedkern.comparison.seed_statistics import Target, complete_mean, interval_text, plus_minus
 from fedkern.engine.store import confusions, record_files
-from fedkern.errors import UserError, printable_name, suggest_name, warn_instead
+from fedkern.errors import UserError, first_of, printable_name, suggest_name, warn_instead
 from fedkern.files import atomic
 from fedkern.listeners.events import Record
 from fedkern.methods.method_registry import short_name
@@ -82,23 +82,19 @@ class Result:
         for group in self.groups:
             row: dict[str, Any] = {"group": group.label, "method": short_name(group.method), "seeds": len(group.runs)}
             for figure in self.figures:
-                values = group.values(figure)
-                row[figure], row[f"{figure}_std"] = mean_std(list(values.values())) if values else (None, None)
-                difference = None if group is base else compare_pairs(values, base.values(figure))
+                row[figure], row[f"{figure}_std"] = complete_mean([*group.values(figure).values()])
+                difference = None if group is base else group.compare_to(base, figure)
                 row[f"{figure}_difference"] = None if difference is None else difference.mean
                 row[f"{figure}_low"] = None if difference is None else difference.low
                 row[f"{figure}_high"] = None if difference is None else difference.high
-            sent = [float(run.summary["bytes"]["total"]) for run in group.runs.values()]
-            row["bytes"], row["bytes_std"] = mean_std(sent)
-            row["seconds"], row["seconds_std"] = mean_std([run.summary["seconds"] for run in group.runs.values()])
+            row["bytes"], row["bytes_std"] = complete_mean([run.total_bytes for run in group.runs.values()])
+            row["seconds"], row["seconds_std"] = complete_mean([run.summary["seconds"] for run in group.runs.values()])
             if self.target is not None:
-                took = [self.target.cost_of_target(run.records) for run in group.runs.values()]
-                reached = [reached_by for reached_by in took if reached_by is not None]
-                row["reached"] = len(reached)
-                complete = len(reached) == len(took)
+                took = [self.target.cost_of_target(run.records) or {} for run in group.runs.values()]
+                row["reached"] = len([*filter(None, took)])
                 for name in TAKEN:
                     key = f"{name}_to_target"
-                    row[key], row[f"{key}_std"] = mean_std([e[name] for e in reached]) if complete else (None, None)
+                    row[key], row[f"{key}_std"] = complete_mean([costs.get(name) for costs in took])
             rows.append(row)
         return rows
 
@@ -107,7 +103,7 @@ class Result:
         for group in self.groups:
             for seed, run in group.runs.items():
                 row = {"group": group.label, "method": short_name(group.method), "seed": seed, **run.metrics}
-                row |= {"bytes": run.summary["bytes"]["total"], "seconds": run.summary["seconds"]}
+                row |= {"bytes": run.total_bytes, "seconds": run.summary["seconds"]}
                 if self.target is not None:
                     took = self.target.cost_of_target(run.records) or {}
                     row |= {f"{name}_to_target": took.get(name) for name in TAKEN}
@@ -122,7 +118,11 @@ class Result:
                 "built anew for every seed."
             )
         if len(self.groups) > 1:
-            texts += [_intervals(self.groups, self.figures), differing_settings(self.groups)]
+            texts += [
+                _intervals(self.groups, self.figures),
+                *_label_notes(self.groups),
+                differing_settings(self.groups),
+            ]
         if not self.figures:
             texts.append("The runs have no main figure, as privately recorded runs may not.")
         if self.target is not None:
@@ -154,22 +154,23 @@ class Result:
                 columns.append((f"{title}: difference", [_difference(figure, row) for row in rows]))
         for name in TAKEN if self.target is not None else ():
             columns.append((f"{name} to target", [_target_text(name, row) for row in rows]))
-        columns.append(("sent", [human_bytes(row["bytes"]) for row in rows]))
-        columns.append(("time", [human_time(row["seconds"]) for row in rows]))
+        columns.append(("sent", [cost_text(human_bytes, row["bytes"]) for row in rows]))
+        columns.append(("time", [cost_text(human_time, row["seconds"]) for row in rows]))
         titles, cells = zip(*columns, strict=True)
         return Table(titles, [[*row] for row in zip(*cells, strict=True)], self.title(), notes=notes)
 
     def title(self) -> str:
-        data = list(dict.fromkeys(run.config.data for run in self.runs))
+        data = filter(None, dict.fromkeys(run.data for run in self.runs))
         methods = dict.fromkeys(short_name(group.method) for group in self.groups)
         start = ", all seeds start from the same weights" if self.shared_start else ""
-        return printable_name(f"{', '.join(methods)} on {', '.join(data)}", CELL) + start
+        return printable_name(" on ".join(filter(None, [", ".join(methods), ", ".join(data)])), CELL) + start
 
     @property
     def shared_start(self) -> bool:
         """Return whether all seeds of a group train copies of one module, which already has its weights."""
-        starts = [[run.config for run in group.runs.values()] for group in self.groups if len(group.runs) > 1]
-        return any(start.model_sha256 and start.model.startswith(INSTANCE) for start in chain(*starts))
+        runs = chain(*(group.runs.values() for group in self.groups if len(group.runs) > 1))
+        starts = [run.config for run in runs if isinstance(run, OwnRun)]
+        return any(start.model_sha256 and start.model.startswith(INSTANCE) for start in starts)
 
     def write(self, folder: Path) -> list[Path]:
         """Write the table's files and the picture, each completely or not at all, and return their paths."""
@@ -199,16 +200,20 @@ class Result:
 
     def chance(self) -> dict[str, float]:
         """Return the main figures of a constant prediction, by the first run, empty for runs of several data sets."""
-        if len({run.config.data for run in self.runs}) > 1:
-            return {}
         first_run = self.runs[0]
+        if not isinstance(first_run, OwnRun) or len({run.data for run in self.runs}) > 1:
+            return {}
         confusion = None if first_run.config.records == "private" else confusions.read(first_run.folder)
         figure_tables = [dict.fromkeys(self.figures), first_run.summary["metrics"]]
-        return constant_figures(figure_tables, first_run.config.main, {}, confusion, 0)
+        return constant_figures(figure_tables, first_run.main, {}, confusion, 0)
 
     def to_json(self, folder: Path) -> str:
         content = {"table": self.table, "notes": self.sentences(), "failures": self.failures, "folder": str(folder)}
         return json.dumps(record_files.plain(content), indent=2)
+
+
+def cost_text(text: Callable[[float], str], cost: float | None) -> str:
+    return "–" if cost is None else text(cost)
 
 
 def spread_text(figure: str, mean: float | None, deviation: float | None) -> str:
@@ -257,7 +262,7 @@ def _intervals(groups: Sequence[Group], figures: Sequence[str]) -> str:
     base = groups[0]
     points = " in percentage points" if all(scale(figure)[1] for figure in figures) else ""
     differences = f"Differences are to {base.label}{points}"
-    pairs = [len(set(group.runs) & set(base.runs)) for group in groups[1:]]
+    pairs = [sum(not is_other for is_other in group.shared_seeds(base).values()) for group in groups[1:]]
     if max(pairs) < 2:
         return f"{differences}; an interval needs two seeds in common, so none is given."
     fewest_pairs, most_pairs = min(pairs), max(pairs)
@@ -268,6 +273,20 @@ def _intervals(groups: Sequence[Group], figures: Sequence[str]) -> str:
         f"{differences}, paired by seed, each with a 95 % interval (Student's t) that rests on "
         f"{count} seeds{few_words}{several}."
     )
+
+
+def _label_notes(groups: Sequence[Group]) -> list[str]:
+    """Return sentences on recorded runs whose test labels are other ones than the first group's, or unknown."""
+    base, notes = groups[0], []
+    sentences = {
+        True: f"Not paired with {base.label}, as the test labels differ: {{}}.",
+        None: f"Nothing shows that the test labels are those of {base.label}, as a hash of the test labels is missing: "
+        "{}.",
+    }
+    for answer, sentence in sentences.items():
+        labels = [group.label for group in groups[1:] if answer in group.shared_seeds(base).values()]
+        notes += [sentence.format(first_of(labels, SHOWN))] if labels else []
+    return notes
 
 
 def csv_text(rows: Sequence[Mapping[str, object]]) -> str:

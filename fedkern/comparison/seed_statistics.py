@@ -30,6 +30,12 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
     return fmean(values), stdev(values) if len(values) > 1 else None
 
 
+def complete_mean(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Return `mean_std`, None for both without values or if one of them is unknown."""
+    known = [value for value in values if value is not None]
+    return mean_std(known) if known and len(known) == len(values) else (None, None)
+
+
 def plus_minus(mean: float, deviation: float | None, text: Callable[[float], str]) -> str:
     """Return a mean, and ± its standard deviation if any, formatted by ``text``."""
     return text(mean) if deviation is None else f"{text(mean)} ± {text(deviation)}"
@@ -123,11 +129,11 @@ class Target:
             curve = number, value if curve is None else sign * max(sign * value, sign * curve[1])
         return None
 
-    def cost_of_target(self, records: Sequence[Record]) -> dict[str, float] | None:
+    def cost_of_target(self, records: Sequence[Record]) -> dict[str, float | None] | None:
         """Return round, bytes in both directions and seconds of the first round at the target, None without one."""
         for record in records:
             value = record.get(self.figure)
             if isinstance(value, (int, float)) and (value <= self.value if self.falls else value >= self.value):
-                size = record.get("bytes_up", 0) + record.get("bytes_down", 0)
-                return {"rounds": record["round"], "bytes": size, "seconds": record["seconds"]}
+                sent = [record[name] for name in ("bytes_up", "bytes_down") if name in record]
+                return {"rounds": record["round"], "bytes": sum(sent) if sent else None, "seconds": record["seconds"]}
         return None

@@ -105,7 +105,7 @@ def rate_run(cell: PublishedCell, run: FoundRun) -> tuple[float, ...]:
     """Rate a run for the choice of a sweep's best point: larger is better, and missing the target is worse."""
     name, reached = cell.figure, 1.0
     if cell.select == "validation":
-        name = f"validation_{run.config.main}"
+        name = f"validation_{run.main}"
         if name not in run.metrics:
             raise _missing_figure(name, run, run.metrics)
         value: float | None = run.metrics[name]

@@ -62,7 +62,7 @@ def report_damage(sentence: str, way: str) -> Iterator[None]:
     """Turn an error about a file's content into a UserError: ``sentence``, reason, ``way`` out."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
         raise UserError(f"{sentence} ({reason}): {way}.") from None
 

@@ -13,12 +13,12 @@ from typing import Any, Self
 
 from fedkern.data.dataset_registry import given_options
 from fedkern.errors import UserError, suggest_name
+from fedkern.files import toml
 from fedkern.files.filesystem import check_text
 from fedkern.methods import method_registry, script_methods
 from fedkern.methods.aggregators import MEAN
 from fedkern.methods.options import Options
 from fedkern.models import MODELS
-from fedkern.settings import toml
 from fedkern.settings.data import DATA_DEPENDENT
 from fedkern.settings.defaults import default_data, defaults
 from fedkern.settings.execution import ExecutionSettings

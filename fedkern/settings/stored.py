@@ -10,6 +10,7 @@ from typing import Any
 
 from fedkern.errors import UserError, suggest_name
 from fedkern.files.inputs import describe_special_file, read_text
+from fedkern.foreign_runs.recorded_run import RECORD
 from fedkern.methods import script_methods
 from fedkern.methods.base import Method
 from fedkern.settings.config import UNSTORED, RunConfig
@@ -107,5 +108,10 @@ def check_run_folder(folder: str | os.PathLike[str]) -> None:
     check_regular(folder)
     if not Path(folder).exists():
         raise UserError(f"The run folder {folder} does not exist: name one that a run was written to with --out.")
+    if (Path(folder) / RECORD).exists():
+        raise UserError(
+            f"{folder} has a run that fedkern.record wrote, without settings and a network of fedkern: only compare "
+            "reads it, and the program that recorded it continues it."
+        )
     if not (Path(folder) / NAME).exists():
         raise UserError(f"{folder} is not a run folder: it has no {NAME}.")

@@ -8,7 +8,6 @@ import pytest
 from rich.console import Console
 
 from fedkern.comparison.boards import Board
-from fedkern.settings.config import RunConfig
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -25,7 +24,7 @@ def test_every_run_leaves_a_line_and_a_terminal_shows_what_is_playing(terminal):
         board.on_round({"round": 1, "rounds": 2, "accuracy": (cell.seed + 1) / 4})
         playing = f"fed[red]avg, seed {cell.seed}  1/2  accuracy {25 * (cell.seed + 1)}.0 %"
         assert (board.status is not None and board.status.status.plain == playing) is terminal
-    found = SimpleNamespace(config=RunConfig.make("fedavg"), metrics={"accuracy": 0.5})
+    found = SimpleNamespace(main="accuracy", metrics={"accuracy": 0.5})
     board.on_cell_end(runs[0], found, again=True)
     board.on_cell_end(runs[1], found, again=False)
     board.on_cell_failed(runs[2], "no\nmemory")

@@ -10,7 +10,7 @@ import torch
 import fedkern
 from fedkern.comparison import found_runs
 from fedkern.comparison.cells import OF_ROUNDS
-from fedkern.comparison.found_runs import FoundRun, Group, main_figures
+from fedkern.comparison.found_runs import Group, OwnRun, main_figures
 from fedkern.comparison.run_results import Result
 from fedkern.comparison.seed_statistics import Target
 from fedkern.errors import UserError
@@ -174,7 +174,7 @@ def test_mistakes_leave_nothing(methods, options, said, tmp_path):
 def test_figures_of_a_set_with_any_name_are_compared(name):
     metrics = {"validation_accuracy": 0.1, f"{name}_accuracy": 0.2, f"{name}_balanced_accuracy": 0.3, "a_accuracy": 0.4}
     summary = {"metrics": metrics, "per_class": {set_name: {} for set_name in ("validation", name, "a")}}
-    group = Group("fedavg", "fedavg", {0: FoundRun(Path("x"), RunConfig.make("fedavg"), summary, [])})
+    group = Group("fedavg", "fedavg", {0: OwnRun.of(Path("x"), RunConfig.make("fedavg"), summary, [])})
     assert sorted(main_figures([group])) == sorted([f"{name}_accuracy", "a_accuracy"])
     with pytest.raises(UserError, match=f"--target: {name}_accuracy is a fraction from 0 to 1, which never reaches 80"):
         Result([group], Target(f"{name}_accuracy", 80)).check_target()

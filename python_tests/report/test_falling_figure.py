@@ -7,7 +7,7 @@ import pytest
 
 from fedkern.comparison import cell_runner, comparison_page
 from fedkern.comparison.cells import Variant
-from fedkern.comparison.found_runs import FoundRun, Group
+from fedkern.comparison.found_runs import Group, OwnRun
 from fedkern.comparison.run_results import Result
 from fedkern.comparison.seed_statistics import Target
 from fedkern.engine.figures import diagnostics
@@ -72,7 +72,7 @@ def test_curves_and_tables_begin_with_it_and_know_no_per_cent():
 
 
 def make_run(mae, lr=0.1, **figures):
-    return FoundRun(Path(f"x{mae}"), FALLING.replace(lr=lr), summary(mae, **figures), RECORDS)
+    return OwnRun.of(Path(f"x{mae}"), FALLING.replace(lr=lr), summary(mae, **figures), RECORDS)
 
 
 def test_runs_are_compared_in_its_own_unit():

@@ -9,9 +9,9 @@ import torch
 
 from fedkern.data import DATASETS
 from fedkern.errors import UserError
+from fedkern.files import toml
 from fedkern.methods import METHODS
 from fedkern.models import MODELS
-from fedkern.settings import toml
 from fedkern.settings.config import RunConfig
 from fedkern.settings.defaults import DATA, METHOD, METHOD_ON, defaults
 from fedkern.settings.stored import read_settings

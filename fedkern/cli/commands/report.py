@@ -10,6 +10,7 @@ from fedkern.cli.repeat import first_commands, repeat_command
 from fedkern.cli.request import Request, find_trusted_code
 from fedkern.errors import UserError
 from fedkern.files.filesystem import expand
+from fedkern.foreign_runs.recorded_run import RECORD
 from fedkern.process.standard_streams import print_result
 from fedkern.settings.stored import check_run_folder
 
@@ -51,7 +52,7 @@ def play(request: Request) -> int:
 
 
 def _check(folder: Path) -> None:
-    if folder.is_dir() and not (folder / "config.toml").exists():
+    if folder.is_dir() and not any((folder / name).exists() for name in ("config.toml", RECORD)):
         raise UserError(
             f"{folder} holds neither a run nor a comparison: name a folder that has a config.toml or a comparison.csv."
         )

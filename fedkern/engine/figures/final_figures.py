@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fedkern.foreign_runs.recording import hash_labels
 from fedkern.methods.roles import EvaluatedSet
 
 
@@ -52,6 +53,13 @@ def kept_answers(data: EvaluatedSet, classes: int) -> list[tuple[int | None, Ten
     """Return what ``data`` kept if it has the shape that the task's final figures need, else nothing."""
     shape = data.task.kept_shape(data, classes)
     return data.kept if all(answer.shape == shape for _, answer in data.kept) else []
+
+
+def hash_test_labels(sets: Mapping[str, EvaluatedSet]) -> dict[str, str]:
+    """Return a hash of the labels in order by test set, to pair with recorded runs, none of pixels and texts."""
+    judged = [(prefix, data) for prefix, data in sets.items() if prefix != "validation_" and data.kept]
+    labelled = [(prefix, data) for prefix, data in judged if data.task.target in ("class", "labels")]
+    return {set_name(prefix): hash_labels(data.labels.cpu()) for prefix, data in labelled}
 
 
 def set_name(prefix: str) -> str:

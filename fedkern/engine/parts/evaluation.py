@@ -15,7 +15,7 @@ from fedkern.engine.client import Client
 from fedkern.engine.evaluate import evaluate, evaluate_clients, set_evaluation_threads
 from fedkern.engine.figures.client_figures import over_clients, with_undefined, worst_client
 from fedkern.engine.figures.clients_figures import ClientsFigures
-from fedkern.engine.figures.final_figures import final_figures
+from fedkern.engine.figures.final_figures import final_figures, hash_test_labels
 from fedkern.engine.figures.intervals import intervals
 from fedkern.engine.parts.part import Record, RunPart, Summary, register_part
 from fedkern.engine.setup.run_objects import RunObjects
@@ -104,6 +104,7 @@ class Evaluation(RunPart):
         if self._clients:
             data, seed, are_personal = self._context.data, self._run.config.seed, self._networks is not None
             summary.entries["intervals"] = intervals(self._run.sets, self._client_sets, data, seed, are_personal)
+            summary.entries["test_labels"] = hash_test_labels(self._run.sets)
         if summary.final.per_class:
             summary.entries["per_class"] = summary.final.per_class
 

@@ -13,10 +13,9 @@ from fedkern.engine.store.resuming import check_unedited
 from fedkern.engine.store.run_folder import ATTACKS, NODES
 from fedkern.engine.store.saved_model import RESULTS
 from fedkern.errors import UserError
-from fedkern.files import atomic
+from fedkern.files import atomic, toml
 from fedkern.files.inputs import describe_file_kind, read_json
 from fedkern.methods.base import Federation, Method, Round
-from fedkern.settings import toml
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_format import FOLDER
 from fedkern.settings.run_format import NAME as SETTINGS

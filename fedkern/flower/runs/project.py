@@ -13,10 +13,9 @@ from pathlib import Path
 
 from fedkern.data import COMMON_OPTIONS, lookup
 from fedkern.errors import UserError, printable_name
-from fedkern.files import atomic
+from fedkern.files import atomic, toml
 from fedkern.flower.runs.run_settings import CODE, DATA_OPTION, FLOWER, LOCAL_ONLY, METHOD_OPTION, SWITCHES, setting_key
 from fedkern.methods import method_registry
-from fedkern.settings import toml
 from fedkern.settings.config import RunConfig
 from fedkern.settings.defaults import default_data, defaults
 from fedkern.usercode import named_code

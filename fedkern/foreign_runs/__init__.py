@@ -1,0 +1,1 @@
+"""Runs of any program: ``fedkern.record`` writes them, and comparisons read them. Nothing here imports torch."""
