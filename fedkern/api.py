@@ -18,7 +18,7 @@ from fedkern.data.dataset_registry import open_code
 from fedkern.data.sources.dataset_images import read_images
 from fedkern.data.sources.datasets import PAIRS, is_dataset, items_like
 from fedkern.data.sources.items import Items
-from fedkern.downstream.item_prediction import outputs
+from fedkern.downstream.prediction import outputs
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.local.script_objects import ScriptObjects
 from fedkern.engine.run import run

@@ -39,9 +39,9 @@ from fedkern.data import READING, Listing, Option, Pool, Reading, Source
 from fedkern.data.images.full_masks import FullMasks, MaskStore
 from fedkern.data.images.image_files import MAX_PIXELS, is_hidden, run_in_threads, subfolders
 from fedkern.data.labels.spelling import SHOWN, sort_names
-from fedkern.data.sources.found_files import gunzip, need_root
 from fedkern.data.sources.listing import SPLITS, split_rows
 from fedkern.data.sources.site_folders import describe_unread_files
+from fedkern.data.sources.table import gunzip, need_root
 from fedkern.errors import first_of
 from fedkern.files.inputs import open_regular, real_file
 from fedkern.process.extras import import_extra

@@ -37,8 +37,8 @@ from fedkern.data.images.image_files import (
     list_images,
     subfolders,
 )
-from fedkern.data.sources.found_files import need_root
 from fedkern.data.sources.site_folders import describe_unread_files
+from fedkern.data.sources.table import need_root
 from fedkern.streams import stream
 
 CLIENTS = 7

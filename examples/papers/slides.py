@@ -24,8 +24,8 @@ from fedkern import FederatedData, UserError, register_data
 from fedkern.data import Option, Pool, Split
 from fedkern.data.images.image_files import MAX_PIXELS, list_images, open_image
 from fedkern.data.sharing.coloured import INK_THRESHOLD
-from fedkern.data.sources.found_files import need_root
 from fedkern.data.sources.idx import open_idx
+from fedkern.data.sources.table import need_root
 from fedkern.streams import stream
 
 SIDES = (8, 24, 72, 216)

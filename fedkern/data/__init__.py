@@ -3,8 +3,7 @@
 from fedkern.data.data_option import COMMON_OPTIONS, DETECTION_OPTIONS, READING
 from fedkern.data.dataset_registry import DATASETS, lookup, register_data
 from fedkern.data.images.background import extract_background
-from fedkern.data.images.boxes_file import BoxesFile
-from fedkern.data.images.detections import Detections
+from fedkern.data.images.detections import BoxesFile, Detections
 from fedkern.data.images.transforms import AUGMENTATIONS, augment, augment_pairs, normalise
 from fedkern.data.load import load
 from fedkern.data.sharing.partition import PARTITIONERS, parse_partition, partition, partition_like

@@ -17,9 +17,8 @@ from fedkern.data.sources.cifar import open_cifar10, open_cifar100
 from fedkern.data.sources.data_function import DataFunction
 from fedkern.data.sources.digits import open_digits
 from fedkern.data.sources.idx import open_idx
-from fedkern.data.sources.labelled_images import CSV_TASKS, open_csv, open_folder, open_pairs
+from fedkern.data.sources.labelled_images import CSV_TASKS, open_csv, open_folder, open_pairs, open_segmentation
 from fedkern.data.sources.listing import Reading
-from fedkern.data.sources.mask_images import open_segmentation
 from fedkern.data.sources.segdigits import open_segdigits
 from fedkern.data.sources.site_folders import LAYOUTS
 from fedkern.data.sources.svhn import open_svhn

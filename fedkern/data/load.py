@@ -16,13 +16,11 @@ from fedkern.data.dataset_registry import DATASETS, DatasetInfo, lookup, read_op
 from fedkern.data.forms import ImageForm
 from fedkern.data.identity import identify_memory, identify_source, pixel_hashes, sample_pool
 from fedkern.data.images.background import MaskSource, extract_background
-from fedkern.data.images.boxes_file import BoxesFile
-from fedkern.data.images.detections import Detections, Detector
+from fedkern.data.images.detections import BoxesFile, Detections, Detector
 from fedkern.data.images.image_cache import report_unused, stored_images
 from fedkern.data.images.transforms import cut_central_windows
-from fedkern.data.sharing.backdoor import add_backdoor
 from fedkern.data.sharing.coloured import paint
-from fedkern.data.sharing.cue import add_cues
+from fedkern.data.sharing.cue import add_backdoor, add_cues
 from fedkern.data.sharing.groups import grouped_rows, training_cases, unit_noun
 from fedkern.data.sharing.partition import PartitionSpec, parse_partition, share_samples
 from fedkern.data.sources.copies import find_copies

@@ -221,7 +221,7 @@ class FederatedData:
         identity: hashes of the data set, independent of seed and partition (:func:`fedkern.data.identity.identity`);
             empty unless asked for.
         sights: inspection results of data sets of items, by their ``id``, once a run has inspected them
-            (:mod:`fedkern.data.sources.inspection`).
+            (:mod:`fedkern.data.sources.items`).
 
     Raises:
         ValueError: images whose dtype is not the form's.

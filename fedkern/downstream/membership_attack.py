@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.data import FederatedData, Split
-from fedkern.data.images.used_cache import recall_cache
+from fedkern.data.images.image_cache import recall_cache
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.batches.reader import BATCH
 from fedkern.engine.client import Client

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedkern.data.sharing.patients import number_patients
+from fedkern.data.sharing.holdout import number_patients
 from fedkern.data.types import AnySplit
 from fedkern.engine.batches.reader import Reader
 from fedkern.engine.context import RunContext

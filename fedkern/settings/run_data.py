@@ -14,15 +14,13 @@ import torch
 from fedkern.data import DETECTION_OPTIONS, FederatedData, load, lookup
 from fedkern.data.dataset_registry import read_options
 from fedkern.data.forms import SampleForm
-from fedkern.data.identity import data_fingerprint, sample_hashes
-from fedkern.data.images import used_cache
+from fedkern.data.identity import data_fingerprint, inspect, sample_hashes
+from fedkern.data.images import image_cache
 from fedkern.data.images.pixels import CACHE_BYTES
 from fedkern.data.labels.spelling import SHOWN
-from fedkern.data.sharing.backdoor import add_backdoor
-from fedkern.data.sharing.holdout import hold_out
-from fedkern.data.sharing.patients import limit_patients
+from fedkern.data.sharing.cue import add_backdoor
+from fedkern.data.sharing.holdout import hold_out, limit_patients
 from fedkern.data.sources.dataset_images import as_images, can_be_images
-from fedkern.data.sources.inspection import inspect
 from fedkern.data.sources.items import Items
 from fedkern.data.split import Split
 from fedkern.data.types import AnySplit, client_label
@@ -131,7 +129,7 @@ def finished_data(
 
     ``cache`` is the folder of decoded images, by default the run's if it exists.
     """
-    config = config.replace(cache=cache or used_cache.recall_cache(out))
+    config = config.replace(cache=cache or image_cache.recall_cache(out))
     return kept_data(config, load_data(config, masks=False, progress=progress))
 
 

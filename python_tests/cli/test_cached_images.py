@@ -12,7 +12,7 @@ from PIL import Image
 
 import fedkern
 from fedkern.data.images import image_cache
-from fedkern.data.images.used_cache import recall_cache
+from fedkern.data.images.image_cache import recall_cache
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.settings.config import RunConfig

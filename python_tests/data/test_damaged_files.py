@@ -15,8 +15,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from fedkern.data import load
-from fedkern.data.images.boxes_file import BoxesFile
-from fedkern.data.images.detections import Detections
+from fedkern.data.images.detections import BoxesFile, Detections
 from fedkern.data.split import Split
 from fedkern.engine.store.artifacts import read as read_shown
 from fedkern.engine.store.checkpoints import Checkpoints

@@ -13,9 +13,9 @@ from PIL import EpsImagePlugin, Image
 from scipy.io import savemat
 
 from fedkern.data import load
-from fedkern.data.images.boxes_file import BoxesFile
+from fedkern.data.images.detections import BoxesFile
 from fedkern.data.images.image_files import FORMATS, ImageFiles, list_images, open_image, read_mask
-from fedkern.data.sources.found_files import gunzip
+from fedkern.data.sources.table import gunzip
 from fedkern.errors import UserError
 from fedkern.files.inputs import open_regular, parse_json
 from fedkern.models.teachers.prompts import read_prompts

@@ -11,8 +11,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from fedkern.data import IGNORE
-from fedkern.downstream import probes
-from fedkern.downstream.decoder import train_decoder
+from fedkern.downstream import tasks
+from fedkern.downstream.tasks import train_decoder
 from fedkern.models import build_pair
 from fedkern.tasks.segmentation import segmentation
 
@@ -26,7 +26,7 @@ def blobs(n: int = 60, classes: int = 3, width: int = 5) -> tuple[torch.Tensor, 
 def test_the_probe_is_scikit_learns_logistic_regression(penalty: float) -> None:
     features, labels = blobs()
     features[:, 4] = 7.0  # a constant feature
-    made = probes.LinearProbe(features, labels, 3, penalty).logits(features).softmax(1)
+    made = tasks.LinearProbe(features, labels, 3, penalty).logits(features).softmax(1)
     scaled = StandardScaler().fit_transform(features.double().numpy())
     theirs = LogisticRegression(C=1 / (penalty * len(features)), tol=1e-10, max_iter=5000).fit(scaled, labels.numpy())
     np.testing.assert_allclose(made.numpy(), theirs.predict_proba(scaled), atol=2e-5)
@@ -34,7 +34,7 @@ def test_the_probe_is_scikit_learns_logistic_regression(penalty: float) -> None:
 
 def test_a_class_that_does_not_occur_is_never_preferred() -> None:
     features, labels = blobs()
-    made = probes.LinearProbe(features, labels, 5, 1e-2).logits(features)
+    made = tasks.LinearProbe(features, labels, 5, 1e-2).logits(features)
     assert made.shape == (60, 5)
     assert int(made.argmax(1).max()) < 3
 
@@ -43,22 +43,22 @@ def test_areas_are_scikit_learns() -> None:
     labels = torch.arange(90) % 4
     scores = (torch.rand(90, 4) + torch.eye(4)[labels] / 4).mul(8).round()  # many ties
     expected = np.mean([roc_auc_score(labels == c, scores[:, c]) for c in range(4)])
-    assert probes.macro_auc(scores, labels) == pytest.approx(expected)
+    assert tasks.macro_auc(scores, labels) == pytest.approx(expected)
     known = labels < 2  # only classes that occur count
     expected = np.mean([roc_auc_score(labels[known] == c, scores[known, c]) for c in range(2)])
-    assert probes.macro_auc(scores[known], labels[known]) == pytest.approx(expected)
-    assert math.isnan(probes.macro_auc(scores[:3], torch.zeros(3, dtype=torch.int64)))
-    assert probes.figures(scores, labels)["accuracy"] == float((scores.argmax(1) == labels).double().mean())
-    assert "auc" not in probes.figures(scores[:3], torch.zeros(3, dtype=torch.int64))
+    assert tasks.macro_auc(scores[known], labels[known]) == pytest.approx(expected)
+    assert math.isnan(tasks.macro_auc(scores[:3], torch.zeros(3, dtype=torch.int64)))
+    assert tasks.figures(scores, labels)["accuracy"] == float((scores.argmax(1) == labels).double().mean())
+    assert "auc" not in tasks.figures(scores[:3], torch.zeros(3, dtype=torch.int64))
 
 
 def test_shots_of_every_class() -> None:
     labels = torch.tensor([0] * 20 + [2] * 3 + [5] * 9)
-    rows = probes.few_shot_rows(labels, 4, seed=0, draw=0)
+    rows = tasks.few_shot_rows(labels, 4, seed=0, draw=0)
     assert torch.bincount(labels[rows]).tolist() == [4, 0, 3, 0, 0, 4]
     assert len(set(rows.tolist())) == len(rows)
-    assert torch.equal(rows, probes.few_shot_rows(labels, 4, seed=0, draw=0))
-    assert not torch.equal(rows, probes.few_shot_rows(labels, 4, seed=0, draw=1))
+    assert torch.equal(rows, tasks.few_shot_rows(labels, 4, seed=0, draw=0))
+    assert not torch.equal(rows, tasks.few_shot_rows(labels, 4, seed=0, draw=1))
 
 
 def test_the_decoder_learns_from_frozen_tokens() -> None:

@@ -27,9 +27,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 import fedkern
 from fedkern.data import DATASETS
-from fedkern.data.identity import identify_memory
+from fedkern.data.identity import identify_memory, inspect_items
 from fedkern.data.sharing.holdout import hold_out
-from fedkern.data.sources.inspection import inspect_items
 from fedkern.data.sources.items import Items
 from fedkern.errors import UserError
 from fedkern.messages.leaves import Keywords, Positional, split_targets

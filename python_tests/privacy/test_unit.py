@@ -15,7 +15,7 @@ from torch import nn
 
 from fedkern.data import Split
 from fedkern.data.forms import ImageForm
-from fedkern.data.sharing.patients import limit_patients
+from fedkern.data.sharing.holdout import limit_patients
 from fedkern.engine.batches.images import Images
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext

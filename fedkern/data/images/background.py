@@ -1,6 +1,6 @@
 """Background extraction: marking the object pixels of training images.
 
-A source is anything with ``masks(split, classes)``: `fedkern.data.images.boxes_file.BoxesFile`,
+A source is anything with ``masks(split, classes)``: `fedkern.data.images.detections.BoxesFile`,
 `detections.Detections`, or `MaskFunction` around a callable.  An image without a detection has an empty mask and stays
 out of the background bank, since its object would leak into the "background" (FedGID, arXiv 2504.00850), but still
 trains.

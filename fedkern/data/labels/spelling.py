@@ -1,4 +1,4 @@
-"""Values and folder names written in several ways: missing values, numbers, Unicode, case."""
+"""Labels in cells and folder names: several per image, and values written in several ways (numbers, Unicode, case)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 from fedkern.errors import UserError, first_of
 
+ANY = "any"
+"""Class of images with a text and no label."""
 MISSING = frozenset({
     "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA", "NULL",
     "NaN", "None", "n/a", "nan", "null",
@@ -118,3 +120,39 @@ def _examples(groups: Sequence[Sequence[str]]) -> str:
 def _quote_text(text: str, among: Sequence[str]) -> str:
     plain_forms = {unicodedata.normalize("NFKC", "".join(text_of_group.split())) for text_of_group in among}
     return f'"{text}"' if len(plain_forms) == len(among) else ascii(text)
+
+
+COLUMN = "labels"
+"""Column with several labels per image; a column ``label`` with one class per image takes precedence."""
+SEPARATOR = "|"
+
+
+def check_several(counts: Sequence[int], task: str, where: str, single: str, several: str) -> None:
+    """Raise UserError for one-hot labels that the user has not declared as several labels per image.
+
+    They look like classes, which have another loss and other metrics and methods.  ``single`` and ``several``: advice
+    for both cases.
+    """
+    if task == "auto" and len(counts) and set(counts) == {1}:
+        raise UserError(
+            f"{where}: every image has exactly one label; where these are classes, {single}; where an image may have "
+            f"several labels or none, {several}"
+        )
+
+
+def parse_label_sets(
+    cells: Sequence[str], where: str, data: str, order: str = ""
+) -> tuple[tuple[str, ...], npt.NDArray[np.uint8], list[str]]:
+    """Return label names, uint8 ``[n, L]`` (1 where the row has the label), and notices on spelling.
+
+    ``order`` is as in `classes_of`.
+    """
+    parts = [[part.strip() for part in cell.split(SEPARATOR)] for cell in cells]
+    split = [[part for part in row if clean_cell(part)] for row in parts]
+    names, numbers, notices = classes_of([name for row in split for name in row], where[:1].upper() + where[1:], order)
+    if not names:
+        raise UserError(f'data set "{data}": {where} names no label, expected two or more, joined by "{SEPARATOR}"')
+    notices = [*describe_missing((part for row in parts for part in row), f"Labels of {where}"), *notices]
+    sets = np.zeros((len(split), len(names)), dtype=np.uint8)
+    sets[np.repeat(np.arange(len(split)), [len(row) for row in split]), numbers] = 1
+    return names, sets, notices

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data.forms import ImageForm
-from fedkern.data.labels.label_sets import check_several
+from fedkern.data.labels.spelling import check_several
 from fedkern.data.split import MAX_PIXEL_CLASSES, Split, are_classes
 from fedkern.errors import UserError, first_of, format_value, quote_value
 from fedkern.tasks import task_of

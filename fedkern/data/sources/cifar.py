@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data.forms import Scale
-from fedkern.data.sources.found_files import find_folder, read_bytes
+from fedkern.data.sources.table import find_folder, read_bytes
 from fedkern.data.types import Labelled, Source, memory_source
 from fedkern.errors import UserError
 

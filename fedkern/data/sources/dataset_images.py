@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, default_collate
 
 from fedkern.data.forms import MASK, ImageForm, SampleForm
+from fedkern.data.labels.spelling import ANY
 from fedkern.data.sources.arrays import MEAN, STD, class_names
-from fedkern.data.sources.dataset_texts import texts_of
-from fedkern.data.sources.items import Items
-from fedkern.data.sources.labelled_images import ANY
-from fedkern.data.sources.row_store import DRAWING, EQUAL, RowStore
+from fedkern.data.sources.datasets import texts_of
+from fedkern.data.sources.items import DRAWING, EQUAL, Items, RowStore
 from fedkern.data.split import Split
 from fedkern.errors import UserError
 from fedkern.messages.leaves import Keywords, leaves, split_targets
@@ -106,7 +105,7 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
 
 
 def _add_texts(images: Tensor, split: Items) -> Split:
-    """Combine images with their texts, see :class:`fedkern.data.sources.dataset_texts.Captioned`."""
+    """Combine images with their texts, see :class:`fedkern.data.sources.datasets.Captioned`."""
     texts = texts_of(split.dataset)
     texts = texts if split.rows is None else [texts[row] for row in split.rows.tolist()]
     names = [blake2b(image.numpy().tobytes(), digest_size=8).hexdigest() for image in images]

@@ -1,12 +1,15 @@
-"""Federated data of PyTorch data sets: checks, tasks and sharing."""
+"""Federated data of PyTorch data sets: checks, tasks, texts, groups (patient or site of every item) and sharing."""
 
 from __future__ import annotations
 
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from hashlib import blake2b
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -16,20 +19,157 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
 from fedkern.data.forms import SampleForm, Scale
-from fedkern.data.labels.spelling import sort_names
-from fedkern.data.sharing.groups import grouped_rows, training_cases, unit_noun
+from fedkern.data.labels.spelling import clean_cell, parse_number, sort_names
+from fedkern.data.sharing.groups import grouped_rows, hash_names, training_cases, unit_noun
 from fedkern.data.sharing.partition import parse_partition, share_samples
 from fedkern.data.sources.arrays import check_names, key_by_text
-from fedkern.data.sources.dataset_texts import Captioned, are_captioned
-from fedkern.data.sources.item_groups import GroupReader
-from fedkern.data.sources.items import Items, MapStyle, draw_rows, name_cause
+from fedkern.data.sources.items import Items, MapStyle, draw_rows, locate, name_cause
 from fedkern.errors import RAISED, UserError, first_of, format_value
-from fedkern.messages.leaves import leaves, split_targets
+from fedkern.messages.leaves import TARGETS, Keywords, leaves, split_targets
 from fedkern.streams import stream
 from fedkern.tasks import CLASSIFICATION, RETRIEVAL, OwnClassification, OwnTask, Task
 from fedkern.tasks.partition_statistics import PartitionStatistics
 from fedkern.tasks.user_tasks import INTEGERS, torch_loss
 from fedkern.usercode.hook_checks import check_hooks
+
+
+class Captioned:
+    """Images of a data set, with a hash of the text as class.
+
+    ``texts`` fills as items are read.  ``group_key`` names an item's entry that is no network input.
+    """
+
+    def __init__(self, dataset: MapStyle, group_key: str) -> None:
+        self.dataset, self.stated, self.group_key = dataset, stated_texts(dataset), group_key
+        self.texts = [""] * len(dataset)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, row: int) -> tuple[object, int]:
+        image, text = split_targets(self.dataset[row])
+        if isinstance(image, Keywords):
+            image.pop(self.group_key, None)
+        if self.stated is not None and not isinstance(text, str):
+            text = self.stated[row]
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError("it has no text: give items (image, text), or an attribute texts with one text per item")
+        self.texts[row] = str(text)
+        return image, int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
+def stated_texts(dataset: Any) -> Sequence[str] | None:
+    """Return a data set's attribute ``texts``, one per item, or None."""
+    if type(dataset) is Subset:
+        texts_below = stated_texts(dataset.dataset)
+        return None if texts_below is None else [texts_below[row] for row in dataset.indices]
+    if type(dataset) is ConcatDataset:
+        parts = [part for part in map(stated_texts, dataset.datasets) if part is not None]
+        return [*chain(*parts)] if len(parts) == len(dataset.datasets) else None
+    with suppress(Exception):  # a property of the user's may raise anything
+        texts: Sequence[str] = dataset.texts
+        return texts if len(texts) == len(dataset) and isinstance(texts[0], str) else None
+    return None
+
+
+def texts_of(dataset: object) -> list[str]:
+    """Return the texts of :class:`Captioned` sets, also concatenated."""
+    if isinstance(dataset, ConcatDataset):
+        return [*chain(*map(texts_of, dataset.datasets))]
+    assert isinstance(dataset, Captioned)
+    return dataset.texts
+
+
+def are_captioned(dataset: object, batch: object, beside_classes: bool) -> bool:
+    """Return whether items are images with texts, from a batch of two.
+
+    ``beside_classes``: whether an attribute ``texts`` counts for items with targets.
+    """
+    targets = split_targets(batch)[1]
+    in_items = isinstance(targets, (list, tuple)) and isinstance(targets[0], str)
+    counts = targets is None or beside_classes
+    return SampleForm.of(batch).image_shape is not None and (in_items or (counts and stated_texts(dataset) is not None))
+
+
+WAY = "give the name of an attribute, a column or a key of items, or a function of an item's index"
+
+
+class GroupReader:
+    """Reader of the groups of data sets.
+
+    ``rule`` names an attribute, a column or an item's key, or is a function of an item's index in the data set below
+    subsets and concatenations, whose groups are then distinct.  ``key`` is the item key to hide from the network, into
+    whose inputs torch's collation would put it.
+    """
+
+    def __init__(self, rule: object, collate: object) -> None:
+        if not callable(rule) and not (isinstance(rule, str) and rule):
+            raise UserError(f"groups is {format_value(rule)}: {WAY}.")
+        self.key = rule if isinstance(rule, str) and rule not in TARGETS and collate is default_collate else ""
+        self.names: dict[int, str] = {}
+        self._rule: Any = rule
+        self._places, self._known = dict[int, int](), dict[int, list[object]]()
+
+    def read(self, split: Items) -> Tensor:
+        """Return the hash of every item's group for a whole data set, int64 ``[n]``.
+
+        An item without a group is a group of its own.  Equal numbers are one group, however written.
+        """
+        try:
+            names = [*map(_name, self._values(split))]
+        except RAISED as error:  # the user's own code
+            rule = format_value(self._rule)
+            raise UserError(f"groups={rule} of {split.name} cannot be read ({name_cause(error)}): {WAY}.") from error
+        hashes = hash_names(f"patient/{name}" if name else f"item/{split.name}/{row}" for row, name in enumerate(names))
+        self.names |= dict(zip(hashes.tolist(), names, strict=True))
+        return torch.from_numpy(hashes)
+
+    def _values(self, split: Items) -> list[object]:
+        if callable(self._rule):
+            return [self._call(*locate(split.dataset, row)) for row in range(len(split))]
+        if (values := self._column(split.dataset)) is not None:
+            return values
+        values = [self._value_of_key(item) for item in replace(split, group_key="").read(range(len(split)), 0)]
+        way = "give the data set an attribute or a column of this name"
+        warnings.warn(f"All {len(split)} items of {split.name} are read once for their groups: {way}.", stacklevel=7)
+        self._known[id(split.dataset)] = values
+        return values
+
+    def _call(self, dataset: object, row: int) -> object:
+        place, value = self._places.setdefault(id(dataset), len(self._places)), self._rule(row)
+        return value if place == 0 or value is None else f"{value} (data set {place})"
+
+    def _value_of_key(self, item: object) -> object:
+        if not isinstance(item, Mapping) or self._rule not in item:
+            raise UserError("it has no attribute or column of this name, and an item no such key")
+        return item[self._rule]
+
+    def _column(self, dataset: Any) -> list[object] | None:
+        """Return stated groups of a data set or of those below, or None."""
+        if id(dataset) in self._known:
+            return self._known[id(dataset)]
+        is_column = self._rule in (getattr(dataset, "column_names", None) or ())
+        values = dataset[self._rule] if is_column else getattr(dataset, self._rule, None)
+        if values is not None:
+            values = [*map(values.__getitem__, range(len(dataset)))] if isinstance(values, Mapping) else [*values]
+            if len(values) != len(dataset):
+                raise UserError(f"there are {len(values)} for {len(dataset)} items")
+            return values
+        if type(dataset) is Subset:
+            below = self._column(dataset.dataset)
+            return below and [below[row] for row in dataset.indices]
+        parts = [self._column(part) for part in dataset.datasets] if type(dataset) is ConcatDataset else [None]
+        return None if None in parts else [value for part in parts for value in part or ()]
+
+
+def _name(value: Any) -> str:
+    value = value.item() if getattr(value, "shape", None) == () else value
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise UserError(f"one is {format_value(value)}, neither a text nor a number nor None")
+    name = clean_cell(str(value))
+    amount = parse_number(name)
+    return unicodedata.normalize("NFC", name) if amount is None else f"{amount.normalize():f}"
+
 
 NAME, PAIRS = "datasets", "captioned"
 Sets = MapStyle | Mapping[str, MapStyle] | Sequence[MapStyle]
@@ -118,7 +258,7 @@ def parts_of_datasets(
 ) -> dict[str, object]:
     """Return the attributes for :meth:`fedkern.data.FederatedData.from_datasets`.
 
-    ``beside_classes``: see :func:`fedkern.data.sources.dataset_texts.are_captioned`.
+    ``beside_classes``: see :func:`fedkern.data.sources.dataset_images.are_captioned`.
     """
     # A list, tuple or dict holds the clients' data sets; any other object is one data set to share out.
     _check_arrays(clients, "data")

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkern.data.sources.found_files import find_folder, read_bytes
 from fedkern.data.sources.listing import interleave_classes
+from fedkern.data.sources.table import find_folder, read_bytes
 from fedkern.data.types import Source, memory_source
 from fedkern.errors import UserError
 

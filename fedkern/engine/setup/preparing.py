@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from fedkern.data.identity import identify_memory
-from fedkern.data.sources.inspection import Sight
+from fedkern.data.identity import Sight, identify_memory
 from fedkern.data.sources.items import Items
 from fedkern.engine.client import Client, check_client
 from fedkern.engine.client_privacy import ClientPrivacy

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fedkern.data.images import used_cache
+from fedkern.data.images import image_cache
 from fedkern.engine.store import (
     artifacts,
     checkpoints,
@@ -66,7 +66,7 @@ def keep_settings(settings: config.RunConfig, out: Path, *, fresh: bool) -> None
     """Keep the settings of a ``fresh`` run, and note its plugins and data cache for the user."""
     plugins.remember(settings.plugins)
     if settings.cache is not None or fresh:
-        used_cache.note_cache(out, settings.cache)
+        image_cache.note_cache(out, settings.cache)
     if fresh:
         initial_weights.write_given(settings.init)
         atomic.write_bytes(out / config.NAME, make_portable(settings, out).to_toml().encode())

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from fedkern.data import FederatedData
-from fedkern.downstream.finished import Finished
+from fedkern.downstream.run_evaluation import Finished
 from fedkern.downstream.saved_network import read_model
 from fedkern.errors import UserError
 from fedkern.files.image_rows import in_parts

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from fedkern.data import load
-from fedkern.data.sharing.holdout import hold_out
-from fedkern.data.sharing.patients import limit_patients
+from fedkern.data.sharing.holdout import hold_out, limit_patients
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.run import run

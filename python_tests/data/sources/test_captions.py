@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from fedkern.data import Split, load, lookup
-from fedkern.data.sources.canvas import CELL, INK, SIDE, Glyph, Ground, add_noise, draw
-from fedkern.data.sources.captions import CLASSES, WORDS
+from fedkern.data.sources.captions import CELL, CLASSES, INK, SIDE, WORDS, Glyph, Ground, add_noise, draw
 from fedkern.data.sources.digits import read_digits
 from fedkern.data.split import join_splits
 from fedkern.errors import UserError

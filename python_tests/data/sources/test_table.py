@@ -8,9 +8,8 @@ import pytest
 from PIL import Image
 
 from fedkern.data import load
-from fedkern.data.images.boxes_file import BoxesFile
-from fedkern.data.sources.found_files import read_file
-from fedkern.data.sources.table import parse_table
+from fedkern.data.images.detections import BoxesFile
+from fedkern.data.sources.table import parse_table, read_file
 from fedkern.errors import UserError
 
 TEXT = "image,größe\r\na.png,1\r\nb.png,2\r\n"
