@@ -1,6 +1,7 @@
 """Draw the pictures of docs/examples.md into docs/gallery: python docs/gallery.py [NAME ...].
 
-Each script of examples/ runs as it stands, and its last run gives the picture.  Notebooks hold their pictures.
+Each script of examples/ runs as it stands, and its last run or comparison gives the picture.
+Notebooks hold their pictures.
 """
 
 import base64
@@ -10,6 +11,7 @@ import os
 import runpy
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,21 @@ from PIL import Image
 import fedkern
 
 ROOT = Path(__file__).resolve().parent.parent
-SIMULATE = fedkern.simulate
+SIMULATE, COMPARE = fedkern.simulate, fedkern.compare
 
 
 def draw(script: Path) -> None:
-    """Run a script and save the learning curve of its last run."""
+    """Run a script and save the learning curve of its last run or comparison."""
 
-    def simulate(*args: Any, **settings: Any) -> fedkern.Run:
-        run = SIMULATE(*args, **settings)
-        save(next(path for path in run.plot() if path.stem == "accuracy"), script.stem)
-        return run
+    def with_picture(play: Callable[..., Any]) -> Callable[..., Any]:
+        def play_and_draw(*args: Any, **settings: Any) -> Any:
+            result = play(*args, **settings)
+            save(next(path for path in result.plot() if path.stem in ("accuracy", "comparison")), script.stem)
+            return result
 
-    fedkern.simulate = simulate
+        return play_and_draw
+
+    fedkern.simulate, fedkern.compare = with_picture(SIMULATE), with_picture(COMPARE)
     runpy.run_path(str(script), run_name="__main__")
 
 

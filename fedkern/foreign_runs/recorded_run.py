@@ -127,7 +127,7 @@ def read_records(folder: Path) -> list[Table]:
 def check_record(record: Table, last_round: int) -> None:
     """Raise ValueError unless this is the record of a round after ``last_round``."""
     _require(isinstance(record, dict), "a line", "a JSON object", record)
-    number = record.get("round")
+    number: Any = record.get("round")
     _require(_is_count(number) and number > last_round, "round", f"a whole number over {last_round}", number)
     for name, value in record.items():
         if name in COSTS:

@@ -1,0 +1,204 @@
+"""Tests of fedkern.record: its files, an interruption, mistakes, and comparisons with fedkern's own runs."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+import fedkern
+from fedkern.comparison.comparison_page import read_comparison
+from fedkern.errors import UserError
+from fedkern.run import main
+
+HOW = {"method": "mine", "framework": "lab", "settings": {"lr": 0.1, "clients": 2}}
+LABELS = [0, 1, 1, 0]
+
+
+def write_run(folder, accuracies, seed=0, **changed):
+    with fedkern.record(folder, seed=seed, **{**HOW, **changed}) as run:
+        for number, accuracy in enumerate(accuracies, start=1):
+            run.round(number, accuracy=accuracy, bytes_up=10, seconds=2)
+    return folder
+
+
+def interrupted(accuracies):
+    yield from accuracies
+    raise ZeroDivisionError
+
+
+def write_rounds(folder, *rounds, **changed):
+    with fedkern.record(folder, **{"seed": 0, **HOW, **changed}) as run:
+        for number, figures in rounds:
+            run.round(number, **figures)
+
+
+def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[2] / "docs/compare-frameworks.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    exec(compile(code, str(page), "exec"), {})
+    assert "| mine (JAX) | 3 | 61.0 ± 1.0 % | 24.0 kB |" in capsys.readouterr().out
+
+
+def test_no_torch_is_imported():
+    code = "import fedkern, sys; fedkern.record; fedkern.hash_labels; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_labels_have_one_hash_in_any_form():
+    forms = LABELS, np.array(LABELS, np.uint8), torch.tensor(LABELS), torch.tensor([-0.0, 1, 1, 0])
+    assert len({fedkern.hash_labels(labels) for labels in forms}) == 1
+    others = [1, 0, 1, 0], [0, 1, 1], [LABELS]
+    assert len({fedkern.hash_labels(labels) for labels in (LABELS, *others)}) == 4
+    with pytest.raises(UserError, match="Test labels must be numbers"):
+        fedkern.hash_labels(["cat", "dog"])
+
+
+def test_the_files_of_a_run(tmp_path):
+    with fedkern.record(tmp_path / "x", seed=3, sizes={"train": 9}, test_labels=LABELS, **HOW) as run:
+        assert not (tmp_path / "x").exists()
+        run.round(0, accuracy=torch.tensor(0.25), seconds=1)
+        run.round(2, accuracy=np.float32(0.5), loss=float("nan"), bytes_up=10, bytes_down=5, seconds=1)
+        run.round(3, loss=1, bytes_down=5, seconds=1)
+    records = [json.loads(line) for line in (tmp_path / "x/metrics.jsonl").read_text().splitlines()]
+    assert records == [
+        {"round": 0, "seconds": 1, "accuracy": 0.25},
+        {"round": 2, "seconds": 2, "bytes_up": 10, "bytes_down": 5, "accuracy": 0.5, "loss": None},
+        {"round": 3, "seconds": 3, "bytes_up": 10, "bytes_down": 10, "loss": 1},
+    ]
+    assert json.loads((tmp_path / "x/summary.json").read_text()) == {
+        "metrics": {"accuracy": 0.5, "loss": 1}, "rounds": 3, "seconds": 3,
+        "bytes": {"up": 10, "down": 10, "total": 20},
+    }  # fmt: skip
+    assert f'test = "{fedkern.hash_labels(LABELS)}"' in (tmp_path / "x/record.toml").read_text()
+
+
+def test_an_interrupted_run_is_resumed(tmp_path):
+    whole = write_run(tmp_path / "whole", [0.1, 0.2, 0.3])
+    for name, accuracies in (("x", ()), ("y", (0.1, 0.9))):
+        with pytest.raises(ZeroDivisionError):
+            write_run(tmp_path / name, interrupted(accuracies))
+    assert not (tmp_path / "x").exists()
+    with (tmp_path / "y/metrics.jsonl").open("a") as file:
+        file.write('{"round": 3, "acc')  # cut off by a crash
+    with pytest.raises(UserError, match=r"The run in .*/y is not finished: go on with it by resume=ROUND"):
+        fedkern.compare([tmp_path / "y"])
+    with fedkern.record(tmp_path / "y", seed=0, resume=1, **HOW) as run:
+        for number, accuracy in ((2, 0.2), (3, 0.3)):
+            run.round(number, accuracy=accuracy, bytes_up=10, seconds=2)
+    for name in ("record.toml", "metrics.jsonl", "summary.json"):
+        assert (tmp_path / "y" / name).read_bytes() == (whole / name).read_bytes()
+    with fedkern.record(tmp_path / "y", seed=0, resume=2, **HOW):
+        assert not (tmp_path / "y/summary.json").exists()
+    for changed, message in (
+        ({"resume": 5}, "has no round 5 to continue after; its last ones are 1, 2"),
+        ({"resume": 2, "method": "other"}, "was recorded with another method"), ({}, "is there already"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            write_rounds(tmp_path / "y", **changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"method": ""}, "fedkern.record: method must be a text of one line, not ''"),
+        ({"seed": -1}, "seed must be a whole number from 0 on, not -1"),
+        ({"main": "mae"}, 'main="mae" needs better="max" or better="min"'),
+        ({"better": "high"}, 'better must be "max" or "min"'),
+        ({"main": "round", "better": "max"}, "no figure can have the name 'round'"),
+        ({"settings": 3}, "settings must be a table by name, not 3"),
+        ({"settings": {"lr": {}}}, "settings: lr must be a text of one line, a number"),
+        ({"sizes": {"clients": 1.5}}, "sizes: clients must be a whole number from 0 on, not 1.5"),
+        ({"test_labels": "abc"}, "test_labels: test must be the result of fedkern.hash_labels, not 'abc'"),
+        ({"resume": 1}, "has no recorded run to continue"),
+    ],
+)
+def test_mistakes_in_arguments(changed, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        write_rounds(tmp_path / "x", **changed)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "figures", "message"),
+    [
+        (1, {"accuracy": 0.5}, "Round 1 of .*: round must be a whole number over 1, not 1"),
+        (2, {"accuracy": 70.3}, "accuracy must be a fraction from 0 to 1, not 70.3"),
+        (2, {"loss": "low"}, "loss must be a number, not 'low'"),
+        (2, {"loss": torch.ones(2)}, "loss must be a number, not "),
+        (2, {"group": 1}, "no figure can have the name 'group'"),
+        (2, {"bytes_up": -1}, "bytes_up must be a number from 0 on, not -1.0"),
+    ],
+)
+def test_mistakes_in_rounds(number, figures, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        write_rounds(tmp_path / "x", (1, {"loss": 1.0}), (number, figures))
+    assert len((tmp_path / "x/metrics.jsonl").read_text().splitlines()) == 1
+    with pytest.raises(UserError, match='has the main figure "accuracy", so the run is not finished'):
+        write_rounds(tmp_path / "x", resume=1)
+    assert not (tmp_path / "x/summary.json").exists()
+
+
+@pytest.fixture(scope="module")
+def own_runs(tmp_path_factory):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 4, generator=generator)
+    table = TensorDataset(x, (x[:, 0] > 0).long())
+    data = fedkern.FederatedData.from_datasets([table, table], test=table)
+    how = {"model": lambda: torch.nn.Linear(4, 2), "rounds": 2, "workers": 1, "progress": False, "lr": 0.1}
+    return table.tensors[1], fedkern.compare(
+        "fedavg", seeds=2, data=data, out=tmp_path_factory.mktemp("x") / "o", **how
+    )
+
+
+def test_runs_are_compared_with_those_of_fedkern(own_runs, tmp_path):
+    labels, own = own_runs
+    forms = {"same": labels, "unknown": None, "other": 1 - labels}
+    for method, test_labels in forms.items():
+        for seed in (0, 1):
+            write_run(
+                tmp_path / f"{method}-{seed}", [0.2, 0.5 + seed / 4], seed, method=method, test_labels=test_labels
+            )
+    found = fedkern.compare([own.folder, tmp_path], out=tmp_path / "z", target="accuracy=0.5")
+    rows = {row["group"]: row for row in found.table}
+    assert [*rows] == ["fedavg", "other (lab)", "same (lab)", "unknown (lab)"]
+    assert rows["other (lab)"]["accuracy_difference"] is None
+    differences = [rows[f"{name} (lab)"]["accuracy_difference"] for name in ("same", "unknown")]
+    assert differences == [pytest.approx(0.625 - rows["fedavg"]["accuracy"])] * 2
+    same = rows["same (lab)"]
+    assert (same["bytes"], same["seconds"], same["rounds_to_target"], same["bytes_to_target"]) == (20, 4, 2, 20)
+    notes = " ".join(found.notes)
+    assert "Not paired with fedavg, as the test labels differ: other (lab)." in notes
+    assert "as a hash of the test labels is missing: unknown (lab)." in notes
+    assert "lr" not in notes  # is the same
+    assert all((tmp_path / f"z/comparison.{end}").exists() for end in ("csv", "md", "tex", "png"))
+    assert [group.label for group in read_comparison(found.folder).groups] == [*rows]
+    page = found.report().read_text()
+    assert "same (lab)" in page
+    assert "Clients of fedavg, seed 0" in page
+
+
+def test_recorded_runs_alone_with_unknown_costs(tmp_path):
+    for seed, lr in ((0, 0.1), (0, 0.2), (1, 0.2)):
+        with fedkern.record(tmp_path / f"{lr}-{seed}", method="m", seed=seed, settings={"lr": lr, "seed": seed}) as run:
+            run.round(1, accuracy=0.5, seconds=float("nan"))
+    found = fedkern.compare(tmp_path, out=tmp_path / "z", target="accuracy=0.5")
+    assert [row["group"] for row in found.table] == ["m (own code) lr=0.1", "m (own code) lr=0.2"]
+    assert [row["seconds"] for row in found.table] == [row["bytes_to_target"] for row in found.table] == [None, None]
+    assert str(found).count("– | – |") == 4
+    assert found.report().exists()
+
+
+@pytest.mark.parametrize(
+    "words", ["evaluate X", "report X", "fedavg --resume X", "export X --format onnx", "extend X --rounds 9"]
+)
+def test_other_commands_name_the_way_out(words, tmp_path, capsys):
+    folder = str(write_run(tmp_path / "x", [0.5]))
+    assert main(words.replace("X", folder).split()) == 2
+    assert "x has a run that fedkern.record wrote" in capsys.readouterr().err
