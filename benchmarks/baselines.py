@@ -1,7 +1,5 @@
 """Baselines from packages that may be missing, and placeholders for those that cannot run."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import itertools

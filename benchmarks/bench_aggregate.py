@@ -4,8 +4,6 @@ Model bytes: every vector read once, the result written once, (M + 1) * P * 4.  
 their own that they reuse.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

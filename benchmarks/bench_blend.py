@@ -4,8 +4,6 @@ Eager is the form people write, ``alpha * fg + (1 - alpha) * bg[index]``.  Model
 written forward, one read and two written backward.  Every implementation allocates its results afresh, as in training.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -3,8 +3,6 @@
 Model bytes: the images read and written once.  Every implementation allocates its result afresh.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

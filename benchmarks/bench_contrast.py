@@ -4,8 +4,6 @@ Eager is the form people write: similarities once, and a cross-entropy of them a
 normalised, D = 128 where nothing else is said, and the temperature is 0.07.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

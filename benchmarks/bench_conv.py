@@ -4,8 +4,6 @@ Maps are channels-last.  Eager is the form of networks in PyTorch: ``F.conv2d``,
 ReLU and the max pooling.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

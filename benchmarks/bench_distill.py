@@ -5,8 +5,6 @@ not faster.
 Model bytes: every logit read once, every gradient written once.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -5,8 +5,6 @@ with the probabilities kept off zero.  The rows "to teachers" differentiate towa
 and consensus always differentiate toward all K.  Model bytes: every logit read once, every gradient written once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

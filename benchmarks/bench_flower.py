@@ -7,8 +7,6 @@ to the new arrays, with all replies in memory.  Memory is the highest rise over 
 another: Flower's grid collects them first.  See flower_replies.py, which that environment runs.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -5,8 +5,6 @@ on leaf maps.  Model bytes: every map read and written once (backward: the gradi
 gradients written).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 The networks are those of guests.py, as people write them.  A step is forward, cross-entropy, backward and torch's SGD.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 

@@ -17,8 +17,6 @@ They take turns; repeat number i has seed i for all, so a speed-up is the median
 seed, and the main figure has a mean and a spread over the seeds.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import json

@@ -5,8 +5,6 @@ gradient's squared norm for the records, as the engine's training loop needs it,
 batch.  Model bytes: parameters, gradients and states read once and written once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -4,8 +4,6 @@ Stacks of five teachers, whose kernels take several microseconds, are measured w
 but the call is left.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass

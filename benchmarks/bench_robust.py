@@ -4,8 +4,6 @@ Model bytes: every vector read once, the result written once; for clipping every
 first) and written once.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

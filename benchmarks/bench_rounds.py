@@ -27,8 +27,6 @@ Rounds on Datasets as users write them, beside a loop around a DataLoader or the
 nothing: ``-k datasets``.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 import sys

@@ -5,8 +5,6 @@ write the model, the states and all intermediate results into memory that they h
 global model and the states read once, the model and the states written once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -4,8 +4,6 @@
 one without drawing it anew.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Results of the benchmarks: a :class:`Comparison` per row, a JSON file per operator, device and machine."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence

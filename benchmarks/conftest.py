@@ -1,7 +1,5 @@
 """Command line of the benchmarks: the device, the recorded rows, and the gate under recorded speed-ups."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from pathlib import Path

@@ -14,8 +14,6 @@ A repeat plays all three; figures are medians of the rounds after the first (Fed
 iterations (FedIOD), over the repeats.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json

@@ -9,8 +9,6 @@ memory.  "memory" makes each reply's bytes when it is fetched, as a grid does, a
 memory.  "ranking" counts the rounds in which Krum chooses another client than distances in fp64 between the models.
 """
 
-from __future__ import annotations
-
 import argparse
 import ctypes
 import gc

@@ -13,8 +13,6 @@ baseline is not as fast as it was: hosts of the same name differ, and so do thei
 another kind of machine.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import statistics
@@ -66,7 +64,7 @@ class Floor:
         low, high = min(self.seconds), max(self.seconds)
         return max(seconds / high - 1, 1 - seconds / low, 0.0)
 
-    def after(self, earlier: Floor | None) -> Floor:
+    def after(self, earlier: "Floor | None") -> "Floor":
         """Return the measurements of earlier processes and this one."""
         if earlier is None or earlier.against != self.against:
             return self

@@ -1,7 +1,5 @@
 """Figures of a GPU for docs/speed.md, and the table of kernels for gpu/fifteen.py."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any

@@ -1,7 +1,5 @@
 """Utilisation and memory of a GPU while something runs: the driver's figures, through NVML."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Published networks as people write them in plain torch.nn, for images of 32 × 32 pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 

@@ -12,8 +12,6 @@ there.  While the implementations run that default is lifted (it would put a dis
 kernels).
 """
 
-from __future__ import annotations
-
 import contextlib
 import statistics
 import subprocess

@@ -1,7 +1,5 @@
 """Description of the measuring machine: the processor down to its caches, versions, backend and compiled core."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib.metadata

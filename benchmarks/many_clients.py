@@ -8,8 +8,6 @@ bytes of a row are means over the rounds since the row before, so that they incl
 Processor seconds do not depend on the machine's other work.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """Gains of the five methods over others, paired by seed, where each is the right tool, and its cost."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Play the notebooks of examples/ and store their outputs in them: python -m benchmarks.notebooks."""
 
-from __future__ import annotations
-
 import base64
 import io
 import os

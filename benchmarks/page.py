@@ -1,7 +1,5 @@
 """Page of the documentation whose numbers are written from results."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

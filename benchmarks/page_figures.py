@@ -1,7 +1,5 @@
 """Figures of the methods' pages, and the result file of each of them (`benchmarks.pages`)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

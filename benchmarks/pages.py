@@ -11,8 +11,6 @@ fail, but for sentences about published results.  Code (fenced blocks and words 
 links are not looked at.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import io

@@ -1,7 +1,5 @@
 """Cost of a whole command: seconds, processor seconds and memory of all its processes."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

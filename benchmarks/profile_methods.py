@@ -9,8 +9,6 @@ norm ...), else "other tensor operators".  Time that no event covers is Python's
 many small operators longer, so the same run's seconds without it stand beside.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import importlib

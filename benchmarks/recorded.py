@@ -1,7 +1,5 @@
 """Commit that a result file names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from fedkern.process.commit import commit

@@ -8,8 +8,6 @@ family's kernels records its rows anew or loses them.  Whole rounds, most of who
 date over their table says.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

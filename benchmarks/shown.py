@@ -4,8 +4,6 @@
 measures the quicker ones for the gate.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Sources in csrc/ of each operator: other operators' kernels may change without making its rows outdated."""
 
-from __future__ import annotations
-
 import functools
 import re
 from pathlib import Path

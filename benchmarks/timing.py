@@ -1,7 +1,5 @@
 """Clocks, and turns of implementations, for the measurements of :func:`harness.compare`."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Fixtures of all tests, and the processes in which they run."""
 
-from __future__ import annotations
-
 import datetime
 import gc
 import importlib.util

@@ -4,8 +4,6 @@ The imports take longer than most work of a test's process.  A test of how a pro
 starts a real one.
 """
 
-from __future__ import annotations
-
 import atexit
 import ctypes
 import fcntl

@@ -1,7 +1,5 @@
 """Worker processes that are up before the first client works: without them a short run has no workers at all."""
 
-from __future__ import annotations
-
 import select
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Command line of `all.sh`."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import math

@@ -6,8 +6,6 @@ The task is that of bench_rounds.py, played once by each.  DIR gets ``MODEL.json
 the later ones and the accuracy; or, traced, the files of ``benchmarks.gpu.trace``.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

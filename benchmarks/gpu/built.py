@@ -3,8 +3,6 @@
 python -m benchmarks.gpu.built 90
 """
 
-from __future__ import annotations
-
 import sys
 
 from fedkern.ops._core.loading import Unavailable, load_core, stale_cores

@@ -3,8 +3,6 @@
 python -m benchmarks.gpu.counters CSV "OPERATOR SIZE" ...     # as benchmarks.gpu.kernels names them; fp32, aligned
 """
 
-from __future__ import annotations
-
 import csv
 import re
 import subprocess

@@ -5,8 +5,6 @@ where `again` finds it, and after every line in an archive.  Figures measured be
 they are not shown, the counters are left out, and `again` plays no run twice, since that card came late.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

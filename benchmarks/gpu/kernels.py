@@ -7,8 +7,6 @@ process; wall times from calls in a row.  DIR gets ``kernels.json``, written ane
 the same machine and core stay, so that a part can be measured again, or missing rows (``--missing``).
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

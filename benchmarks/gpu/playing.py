@@ -1,7 +1,5 @@
 """Player of stages, one after another within a time limit, which records each outcome."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -3,8 +3,6 @@
 python -m benchmarks.gpu.published METHOD FLAG ... --out DIR
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Sequence

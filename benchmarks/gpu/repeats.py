@@ -3,8 +3,6 @@
 python -m benchmarks.gpu.repeats METHOD|NETWORK [--device cuda]
 """
 
-from __future__ import annotations
-
 import argparse
 import signal
 import sys

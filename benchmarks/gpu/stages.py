@@ -1,7 +1,5 @@
 """Stages of `all.sh`: their commands, order and time limits."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field

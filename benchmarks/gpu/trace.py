@@ -6,8 +6,6 @@ The flags are those of ``python -m fedkern.run``.  DIR gets the run (``run``), `
 ``trace.png`` (some milliseconds out of the middle: host and GPU side by side).
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import shutil

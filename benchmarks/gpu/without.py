@@ -3,8 +3,6 @@
 python -m benchmarks.gpu.without PART METHOD FLAG ... --workers 1 --out DIR    # PART: graphs, lanes, or nothing
 """
 
-from __future__ import annotations
-
 import shutil
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Shared parts of the plain methods: flags, data, the averaging of state dicts, evaluation, records."""
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json

@@ -1,7 +1,5 @@
 """FedAvg (McMahan et al., 2017, arXiv 1602.05629) in plain PyTorch."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -7,8 +7,6 @@ heads' batch norms get the statistics of the new network over all clients' sampl
 their losses on samples that they never train on.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import math

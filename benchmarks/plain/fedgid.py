@@ -3,8 +3,6 @@
 L = CE(z_I, y) + CE(z_INV, y) + lambda T^2 [KL(f_I || f_G) + KL(f_INV || f_G)]
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Every client trains a teacher.  Then a generator learns images that look real to
 teachers are sure of and that they tell apart, and a student learns from the weighted ensemble of the teachers.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import math

@@ -6,8 +6,6 @@ The teacher is a larger network trained on the public images, as fedkern's embed
 images are computed once.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 from typing import Any

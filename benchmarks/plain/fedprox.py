@@ -1,7 +1,5 @@
 """FedProx (Li et al., 2020, arXiv 1812.06127) in plain PyTorch."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

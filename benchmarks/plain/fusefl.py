@@ -5,8 +5,6 @@ In the end the last blocks' features are averaged and the averaged classifier is
 pooled class statistics.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Sequence

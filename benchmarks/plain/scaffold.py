@@ -3,8 +3,6 @@
 A client's new control variate is the mean of its gradients along the way, which under plain SGD is option II.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

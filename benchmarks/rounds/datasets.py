@@ -4,8 +4,6 @@
 :class:`Trial`, with ``PROGRAM`` "fedkern", "arrays" (fedkern with the same images as its own data) or "loop".
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time
@@ -71,7 +69,7 @@ class Trial:
     samples: int
 
     @classmethod
-    def write(cls, folder: Path, kind: str, small: bool) -> Trial:
+    def write(cls, folder: Path, kind: str, small: bool) -> "Trial":
         """Write a trial into an empty folder."""
         clients, samples, rounds = (10, 200, 30) if kind == "images" or "short" in kind else (4, 2000, 15)
         sizes = {"clients": clients, "samples": 40 if small else samples, "rounds": 3 if small else rounds + 1}
@@ -79,7 +77,7 @@ class Trial:
         return cls.load(str(folder))
 
     @classmethod
-    def load(cls, folder: str) -> Trial:
+    def load(cls, folder: str) -> "Trial":
         """Read the trial that a folder has."""
         return cls(Path(folder), **json.loads((Path(folder) / "trial.json").read_text()))
 

@@ -1,7 +1,5 @@
 """The lean loop: one network reused for every client, in-place updates over all tensors at once, no framework."""
 
-from __future__ import annotations
-
 import torch
 from torch.nn import functional as F
 

@@ -4,8 +4,6 @@ The run folder, its checkpoints after every round and its records are what a use
 the end, as it does for every program.
 """
 
-from __future__ import annotations
-
 import sys
 import tempfile
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Player of a program in a process of its own: the beginnings of its rounds, its accuracy, its memory."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

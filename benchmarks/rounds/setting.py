@@ -1,7 +1,5 @@
 """Writer of a task's folder with fedkern's own networks, streams and data (see task.Task)."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ setting.py) and writes ``OUT/marks.json`` and ``OUT/final.pt``.  Where the envir
 :data:`DEVICE` is "cuda", networks and data are on the GPU.  Torch and NumPy are all this file needs.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -174,7 +172,7 @@ class Task:
     device: torch.device
 
     @classmethod
-    def load(cls, folder: str | Path) -> Task:
+    def load(cls, folder: str | Path) -> "Task":
         """Read the files of setting.py.
 
         On the CPU the images are mapped, so that the processes of a program share them.  A GPU gets all of them at

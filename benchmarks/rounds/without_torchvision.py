@@ -3,8 +3,6 @@
 Its operators are compiled for one build of torch; beside another the import fails.
 """
 
-from __future__ import annotations
-
 import importlib.machinery
 import sys
 from collections.abc import Sequence

@@ -14,8 +14,6 @@ differentially private machine learning", USENIX Security 2023, arXiv 2302.07956
 a defect.  A lower bound below the claim proves nothing about scores that were not tried.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """EfficientNet-Lite0's frozen features under a linear classifier, for the row of FedCGS beside Fed-LPFM."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

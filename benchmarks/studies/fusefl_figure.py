@@ -6,8 +6,6 @@ Draws ``benchmarks/studies/results/fusefl_upload_memory.png`` from ``fusefl.json
 ``fusefl_cifar10_width.json``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

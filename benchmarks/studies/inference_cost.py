@@ -5,8 +5,6 @@
 Writes ``benchmarks/studies/results/inference_cost.json``.
 """
 
-from __future__ import annotations
-
 import json
 
 import torch

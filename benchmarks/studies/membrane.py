@@ -6,8 +6,6 @@
 the membranes are.  ``FOLDER`` gets the tiles and their list, ``tiles.csv``.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -7,8 +7,6 @@ Each command is a cell of a study with seed 0, in the shortest words that set th
 (``benchmarks.page_figures``).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import resource

@@ -13,8 +13,6 @@ nothing else points.  Repeats share a call where the mechanism treats them indep
 take hours: images of a batch are noised row by row, and canaries of one training have a parameter each.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

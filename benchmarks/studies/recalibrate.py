@@ -8,8 +8,6 @@ smaller.  Here every network gets both kinds of classifier at several learning r
 whose features are the same in both.  The command prints the accuracies as JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence

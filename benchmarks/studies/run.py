@@ -11,8 +11,6 @@ A file may name programs that look at finished runs: ``after`` in ``[words]``, c
 separated by semicolons.  ``{run}`` stands for the run's folder.  Their JSON answers are stored with the run.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import subprocess

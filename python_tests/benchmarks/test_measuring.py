@@ -1,7 +1,5 @@
 """Tests of the benchmarks' instruments: clocks, turns, peak memory."""
 
-from __future__ import annotations
-
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -57,7 +55,7 @@ def test_cuda_clock_flushes_before_each_call_and_waits_once(monkeypatch: pytest.
         def record(self) -> None:
             log.append("event")
 
-        def elapsed_time(self, end: Event) -> float:
+        def elapsed_time(self, end: "Event") -> float:
             return 2.0  # milliseconds
 
     def zeros(size: int, device: Any) -> Any:

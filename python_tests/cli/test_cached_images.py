@@ -1,7 +1,5 @@
 """Commands on finished runs with a cache of decoded images."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

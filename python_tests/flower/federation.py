@@ -1,7 +1,5 @@
 """A real SuperLink and real SuperNodes for tests: processes on free ports, with all files in one folder."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 import json
@@ -82,7 +80,7 @@ class Federation:
         self._nodes: dict[int, Node] = {}
         self._started: list[subprocess.Popen] = []
 
-    def __enter__(self) -> Federation:
+    def __enter__(self) -> "Federation":
         try:
             commands(self.folder / "bin")
             self.superlink, self.superlink_log, self.port = self._superlink()

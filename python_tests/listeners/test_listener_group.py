@@ -1,7 +1,5 @@
 """Tests of a run's listeners: one that raises is dropped, and their states are kept with the checkpoints."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

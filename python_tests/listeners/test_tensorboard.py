@@ -1,7 +1,5 @@
 """Tests of TensorBoard event files: their contents, for any method, also after a kill and a resume."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

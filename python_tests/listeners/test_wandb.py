@@ -1,7 +1,5 @@
 """Tests of runs logged to Weights & Biases: a stand-in with wandb's documented calls, and wandb offline."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

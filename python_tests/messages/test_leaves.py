@@ -1,7 +1,5 @@
 """Tests of containers of batches and outputs: rebuilt in their own type, or passed on where nothing changes."""
 
-from __future__ import annotations
-
 import argparse
 import collections
 import dataclasses

@@ -1,7 +1,5 @@
 """The CUDA kernels compiled for the CPU (see cuda/emulator/cuda_runtime.h), so that tests run them without a GPU."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import functools
@@ -102,7 +100,7 @@ def _bindings() -> str:
     return "\n".join([*dict.fromkeys(includes), *files])
 
 
-def _load_blind(load: Callable[[], Any]) -> Blind:
+def _load_blind(load: Callable[[], Any]) -> "Blind":
     return Blind(load())
 
 

@@ -1,7 +1,5 @@
 """Tests of operands that are made of one another: derivatives beside forward mode, which records no backward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import pytest

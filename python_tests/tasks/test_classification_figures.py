@@ -1,7 +1,5 @@
 """Tests of a classifier's figures, against scikit-learn and by hand."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

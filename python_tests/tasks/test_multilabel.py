@@ -1,7 +1,5 @@
 """Tests of figures of several labels per image, against their plain definitions and scikit-learn."""
 
-from __future__ import annotations
-
 import math
 from itertools import product
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Tests of metrics that users register."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Tests of recall at k: against counting by hand, with ties, several captions per image, and large galleries."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """Tests of a segmentation's figures, and of every method that learns one."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Tests of tasks as objects: which method serves which task, a task's messages, and questions about its kind."""
 
-from __future__ import annotations
-
 import ast
 import copy
 import pickle

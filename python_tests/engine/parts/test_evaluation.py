@@ -1,7 +1,5 @@
 """The part that evaluates the network."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 

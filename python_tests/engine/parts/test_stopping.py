@@ -1,7 +1,5 @@
 """``--stop-at`` and ``--patience``: the end of a run, its results, and the same end after an interruption."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import shutil

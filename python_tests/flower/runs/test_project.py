@@ -1,7 +1,5 @@
 """Flower projects that the command line writes: equal settings, and all code that they need."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 import tomllib

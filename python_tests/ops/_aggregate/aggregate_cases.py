@@ -1,7 +1,5 @@
 """Cases of the aggregate operators: vectors, weights and comparisons."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Tests of weighted_mean, and of Accumulator: every available backend and ISA level against float64."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

@@ -3,8 +3,6 @@
 They also cover refusals, and the calls that its kernel serves.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable
