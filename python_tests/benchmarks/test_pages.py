@@ -1,15 +1,18 @@
-"""Every result on the methods' pages is in benchmarks/results."""
+"""Results and figures of the pages come from benchmarks/results, whose files name their commits."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
+from matplotlib.image import imread
 
-from benchmarks import page_figures, pages
-from benchmarks.page import load
+from benchmarks import comparisons, page_figures, pages, recorded
+from benchmarks.page import RESULTS, load
 from benchmarks.pages import Page
+from benchmarks.studies import fusefl_figure, privacy_audit
 from benchmarks.studies.page_commands import COMMANDS
 from fedkern.cli.flags import parse_run
 from fedkern.cli.request import effective_config
@@ -190,3 +193,83 @@ def test_a_row_tells_the_share_of_the_gap_that_it_closes(monkeypatch):
     assert [line[-1] for line in cells[2:]] == ["", "", "50 %", "", "−10 %", ""]
     assert len(page_figures.list_cells("x", "tied")) == 2 + 5
     assert "%" not in "".join(page_figures.list_cells("x", "noisy", goal="goal"))  # the gap's interval holds 0
+
+
+# -- recorded ----------------------------------------------------------------------------------------------------------
+
+
+COMMIT = re.compile(rf"{recorded.UNRECORDED}|[0-9a-f]{{7,8}}(-dirty)?")
+FILES = [path for folder in (comparisons.RESULTS, RESULTS) for path in sorted(folder.glob("*.json"))]
+
+
+def commits(content: dict) -> list[str]:
+    """Return the commits that a file names.
+
+    A study names one in every finished row.
+    """
+    if "rows" in content and "machine" not in content:
+        builds = [row["fedkern"] for row in content["rows"] if row["ours"] is not None]
+        return [build.partition(" ")[2] for commit in builds for build in commit.split(", ")]
+    return [content.get("versions", content.get("machine", content)).get("commit", "")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_result_file_names_its_commit_or_says_unrecorded(path: Path) -> None:
+    found = commits(json.loads(path.read_text()))
+    assert [commit for commit in found if not COMMIT.fullmatch(commit)] == []
+
+
+def test_the_commit_is_unrecorded_where_nobody_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "commit", lambda package: "")
+    assert recorded.recorded_commit() == "unrecorded"
+    monkeypatch.setattr(recorded, "commit", lambda package: f"of {package.name}")
+    assert recorded.recorded_commit() == "of benchmarks"
+
+
+# -- privacy audit -----------------------------------------------------------------------------------------------------
+
+
+ROWS = json.loads(privacy_audit.RESULT.read_text())["mechanisms"]
+
+
+def test_no_bound_is_above_its_claim_and_every_defect_is_caught():
+    assert [row["mechanism"] for row in ROWS] == [mechanism.name for mechanism in privacy_audit.MECHANISMS]
+    for row in ROWS:
+        assert row["lower"] <= row["claimed"]
+        assert row["caught"]["lower"] > row["caught"]["claimed"]
+        assert row["repeats"] >= privacy_audit.REPEATS
+        if row["caught"]["defect"] == "half the noise":
+            assert row["lower"] > 0.9 * row["claimed"]
+        else:
+            # Renyi accounting of a shard claims more than half the noise shows; privacy loss distributions do not.
+            shards = row["mechanism"].endswith("shards")
+            assert row["lower"] < row["half"]["lower"]
+            assert (row["half"]["lower"] < row["half"]["claimed"]) == shards
+
+
+def test_the_figure_is_drawn(tmp_path):
+    privacy_audit.draw(ROWS, tmp_path / "audit.png")
+    assert (tmp_path / "audit.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# -- fusefl figure -----------------------------------------------------------------------------------------------------
+
+
+ROW = {"table": "upload and memory", "ours": 0.4, "values": "0=0.42 1=0.38", "bytes_up": 375_000.0}
+
+
+def test_played_rows_stand_at_their_upload_and_memory(tmp_path):
+    rows = [
+        {**ROW, "name": "FuseFL of width 7"},
+        {**ROW, "name": "ensemble of width 16", "ours": None},
+        {**ROW, "name": "FuseFL as published", "table": "published"},
+        {**ROW, "name": "one-shot FedAvg of width 16", "bytes_up": 1_800_000.0},
+    ]
+    found = fusefl_figure.points(rows)
+    assert found["FuseFL of width 7"] == (75_000.0, 77_265, [42.0, 38.0])
+    assert found["one-shot FedAvg of width 16"][:2] == (360_000.0, 78_042)
+    assert len(found) == 2
+    fusefl_figure.draw(rows, tmp_path / "figure.png")
+    picture = imread(tmp_path / "figure.png")
+    assert picture.shape[1] > 600
+    assert picture.std() > 0.05

@@ -1,21 +1,31 @@
-"""Tests of the studies: every cell is a valid command, and the runner stores what the pages read."""
+"""Tests of the studies: commands, stored results, other classifiers, frozen features, and where each method fits."""
 
 import json
+import math
 import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from benchmarks import page, page_figures
-from benchmarks.studies import membrane
+from benchmarks import charts, method_gains, page, page_figures, pages
+from benchmarks.method_gains import Contest, Sample, read_sample
+from benchmarks.studies import fedlpfm, membrane
 from benchmarks.studies import run as runner
+from benchmarks.studies.recalibrate import Classifier, recalibrate
+from benchmarks.studies.run import read_study
 from fedkern.cli import command_parser
 from fedkern.cli.commands import reproduce
 from fedkern.comparison import published
 from fedkern.comparison.cells import read_sweep, variants
 from fedkern.data import load
+from fedkern.engine.run import run
+from fedkern.models.teachers import efficientnet_lite
+from fedkern.settings.config import RunConfig
+from fedkern.usercode import named_code
+from python_tests.models.teachers.test_efficientnet_lite import wheel
 
 STUDIES = sorted(path.stem for path in page.STUDIES.glob("*.toml"))
 STUDY = """
@@ -138,3 +148,163 @@ def test_slices_become_tiles(tmp_path):
     assert data.client_sizes == (16,) * 5
     tile = np.asarray(Image.open(Path(tmp_path) / "tiles" / rows[0][1]))
     assert (tile[0, 0], tile.sum()) == (255, 255)
+
+
+# -- recalibrate -------------------------------------------------------------------------------------------------------
+
+
+TINY = {
+    "data": "digits", "clients": 3, "train_samples": 300, "model": "cnn",
+    "width": 4, "local_epochs": 4, "partition": "dirichlet:0.5", "grad_cam": 0,
+}  # fmt: skip
+STILL = 1e-12  # a learning rate that leaves the classifier where it was
+
+
+@pytest.mark.parametrize("method", ["fusefl", "ensemble"])
+def test_it_starts_from_the_classifier_before_and_gets_somewhere(method, tmp_path):
+    calibrated = {"calibrate": True, "virtual_features": 50}
+    metrics = run(RunConfig.make(method, options=calibrated, **TINY), out=tmp_path)["metrics"]
+    # Features side by side start from the mean of the members' logits, or of the branches'.
+    options = {"calibrate": False, "final_fuse": "concat"} if method == "fusefl" else {}
+    plain = run(RunConfig.make(method, options=options, **TINY), out=tmp_path / "plain")["metrics"]
+    before = {"concat": plain["accuracy"]}
+    if method == "fusefl":
+        before["mean"] = metrics["uncalibrated_accuracy"]
+    kinds = [Classifier(pool, lr, "diagonal") for pool in ("mean", "concat") for lr in (STILL, 0.1)]
+    found = recalibrate(tmp_path, kinds)
+    for pool, accuracy in before.items():
+        assert found[f"{pool}, lr 1e-12, diagonal"]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    for pool in ("mean", "concat"):
+        assert found[f"{pool}, lr 0.1, diagonal"]["accuracy"] > found[f"{pool}, lr 1e-12, diagonal"]["accuracy"]
+
+
+def test_an_ordinary_network_is_one_branch(tmp_path):
+    metrics = run(RunConfig.make("oneshot-fedavg", **TINY), out=tmp_path)["metrics"]
+    kinds = [Classifier(pool, lr, "diagonal") for pool in ("mean", "concat") for lr in (STILL, 0.1)]
+    found = recalibrate(tmp_path, kinds)
+    for pool in ("mean", "concat"):
+        assert found[f"{pool}, lr 1e-12, diagonal"]["accuracy"] == pytest.approx(metrics["accuracy"], abs=1e-9)
+    assert found[kinds[1].name] == found[kinds[3].name]
+    assert found[kinds[1].name]["accuracy"] > metrics["accuracy"]
+
+
+def test_networks_that_cannot_be_calibrated_anew(tmp_path):
+    run(RunConfig.make("oneshot-fedavg", options={"calibrate": True, "virtual_features": 50}, **TINY), out=tmp_path)
+    with pytest.raises(ValueError, match=r"only its calibrated classifier left: run it with calibrate=false"):
+        recalibrate(tmp_path, [Classifier("mean", 0.1)])
+    run(RunConfig.make("fedavg", **{**TINY, "data": "segdigits", "model": "unet", "partition": "iid"}, rounds=1),
+        out=tmp_path / "unet")  # fmt: skip
+    with pytest.raises(TypeError, match="features and a linear head, not UNet"):
+        recalibrate(tmp_path / "unet", [Classifier("mean", 0.1)])
+
+
+# -- fedlpfm features --------------------------------------------------------------------------------------------------
+
+
+def test_features_are_asked_once_and_the_head_alone_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel(tmp_path / "wheel", monkeypatch)
+    monkeypatch.setattr(fedlpfm, "SHA256", efficientnet_lite.SHA256)
+    monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "cache"))
+    fedlpfm._extractor.cache_clear()
+    network = fedlpfm.FrozenFeatures(10)
+    assert {name for name, _ in network.named_parameters()} == {"head.weight", "head.bias"}
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    logits = network(images)
+    store, extractor = fedlpfm._extractor()
+    direct = network.head(extractor.network(images))
+    assert torch.equal(logits, direct)
+    logits.sum().backward()
+    assert network.head.weight.grad is not None
+    monkeypatch.setattr(extractor, "network", lambda images: pytest.fail("an image is asked about twice"))
+    assert torch.equal(network(images.flip(0)), direct.flip(0))
+    assert store.path("logits", extractor.identity).is_file()
+    fedlpfm._extractor.cache_clear()
+
+
+def test_the_file_is_named_as_users_name_theirs() -> None:
+    path = Path(fedlpfm.__file__)
+    named = named_code.parse(f"{path}:FrozenFeatures")
+    assert named is not None
+    assert named_code.load(named, "the network")[0].__name__ == "FrozenFeatures"
+
+
+# -- method gains ------------------------------------------------------------------------------------------------------
+
+
+def sample(*values: float, scale: float = 100, made: str = "`abc1234`, 2026-01-02") -> Sample:
+    return Sample(dict(enumerate(values)), scale, made)
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Write result files that are read instead of the repository's."""
+    monkeypatch.setattr(method_gains, "RESULTS", tmp_path)
+    rows = lambda study: {row["name"]: row for row in page.load.__wrapped__(study, tmp_path)["rows"]}  # noqa: E731
+    monkeypatch.setattr(method_gains, "read_rows", rows)
+
+    def write(name: str, **content: object) -> None:
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+
+    return write
+
+
+def contest(own, baseline):
+    return Contest("digits", "as published", own, "FedDyn", baseline)
+
+
+def test_a_gain_is_the_paired_difference_with_students_interval():
+    cells = contest(sample(0.5, 0.75, 0.5), sample(0.25, 0.25, 0.25)).cells()
+    half = 4.302652729749464 * (1 / math.sqrt(48)) / math.sqrt(3)  # t of 0.975 with two degrees of freedom
+    low, high = (f"{100 * (1 / 3 + end):+.1f}".replace("-", "−") for end in (-half, half))
+    assert cells == ["digits", "as published", "FedDyn", f"+33.3 [{low}, {high}]", "`abc1234`, 2026-01-02"]
+
+
+def test_seeds_that_one_of_both_lacks_do_not_count():
+    assert contest(sample(0.5, 0.75, 0.9), sample(0.25, 0.5)).ends() == (25, 25, 25)
+
+
+def test_losses_have_two_digits():
+    assert contest(sample(-3.5, -3.5, scale=1), sample(-3.25, -3.25, scale=1)).cells()[3] == "−0.25 [−0.25, −0.25]"
+
+
+def test_what_is_not_played_is_left_out(monkeypatch):
+    assert contest(sample(0.5), None).commits == []
+    monkeypatch.setattr(method_gains, "read_sample", lambda paper, cell: None)
+    assert len(method_gains.differences()) == 2
+
+
+def test_a_reproduced_cell_is_read_by_seed(results):
+    assert read_sample("mine", "a") is None  # there is no file
+    row = {"name": "a", "figure": "accuracy", "ours": 0.6, "values": "0=0.5 3=0.7", "fedkern": "0.1.0 abc1234"}
+    loss = {**row, "name": "b", "figure": "worst_client_loss", "date": "2026-01-02"}
+    results("mine", rows=[row, loss, {**row, "name": "c", "ours": None}])
+    assert read_sample("mine", "a") == Sample({0: 0.5, 3: 0.7}, 100, "`abc1234`, no day")
+    assert read_sample("mine", "b") == Sample({0: -0.5, 3: -0.7}, 1, "`abc1234`, 2026-01-02")
+    assert read_sample("mine", "c") is None
+    assert read_sample("mine", "d") is None
+
+
+def test_cells_are_those_of_the_papers(monkeypatch):
+    asked = []
+    monkeypatch.setattr(method_gains, "read_sample", lambda paper, cell: asked.append((paper, cell)))
+    method_gains.tools()
+    assert {paper for paper, _ in asked} == {"fedgid", "fusefl", "fedlpfm", "fediod", "feddra"}
+    for paper, cell in asked:
+        read_study(paper).find(cell)
+
+
+def test_all_five_methods_are_in_both_tables():
+    for lines in (method_gains.in_use(), method_gains.differences()):
+        names = dict.fromkeys(line.split("[")[1].split("]")[0] for line in lines if line.startswith("| ["))
+        assert [*names] == ["FedGID", "FuseFL", "Fed-LPFM", "FedIOD", "FedDRA"]
+        assert len({line.count("|") for line in lines}) == 1
+
+
+def test_a_chart_is_found_stale(tmp_path):
+    (tmp_path / "docs/charts").mkdir(parents=True)
+    drawn = charts.forest(method_gains.tools()[1])
+    (tmp_path / drawn.path).write_text(drawn.draw())
+    assert drawn.name not in [chart.name for chart in pages.stale_charts(tmp_path)]
+    (tmp_path / drawn.path).write_text(drawn.draw().replace(drawn.mark, 'data-results="0"'))
+    assert pages.stale_charts(tmp_path) == charts.all_charts()
+    assert pages.stale_charts() == []

@@ -1,5 +1,6 @@
-"""Tests of the embedded digits, and of the checks of `load` on every data set."""
+"""Tests of the embedded digits, checks of `load` on every data set, their identity, and the public split."""
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import Dataset
 
 import fedkern
 from fedkern.data import DATASETS, FederatedData, Split, load
+from fedkern.data.identity import identify_memory
 from fedkern.data.sources.digits import read_digits, small_digits
 from fedkern.errors import UserError
 
@@ -172,3 +175,170 @@ def test_subset_takes_everything_along() -> None:
     assert part.ids == (data.clients[0].ids[5], data.clients[0].ids[2])
     assert torch.equal(part.masks[0], data.clients[0].masks[5])
     assert torch.equal(part.images[1], data.clients[0].images[2])
+
+
+# -- identity ----------------------------------------------------------------------------------------------------------
+
+
+def identity(name="digits", **settings):
+    return load(name, identify=True, **settings).identity
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"train_samples": 90}, {"train_samples": 90, "public_samples": 20}, {"public_samples": 20}],
+    ids=lambda settings: " ".join(settings) or "all",
+)
+@pytest.mark.parametrize("name", ["digits", "colordigits", "segdigits"])
+def test_seed_and_partition_change_nothing(name, settings):
+    parts = identity(name, seed=0, clients=3, **settings)
+    assert set(parts) == {"classes", "sizes", "names", "labels", "images"}
+    assert parts == identity(name, seed=5, clients=2, partition="iid", **settings)
+
+
+def test_nobody_pays_unasked():
+    assert load("digits", train_samples=90).identity == {}
+
+
+def arrays(change=None):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (24, 6, 6), dtype=np.uint8), np.arange(24) % 2
+    classes = ["a", "b"]
+    if change == "image":
+        images[3, 0, 0] ^= 1
+    elif change == "swap":
+        images[[0, 1]] = images[[1, 0]]
+    elif change == "label":
+        labels[4] = 1 - labels[4]
+    elif change == "classes":
+        classes = ["b", "a"]
+    elif change == "fewer":
+        images, labels = images[:-2], labels[:-2]
+    return images, labels, classes
+
+
+def make_data(change=None, order=slice(None), parts=3, test=None):
+    images, labels, classes = arrays(change)
+    images, labels = images[order], labels[order]
+    clients = [(images[k::parts], labels[k::parts]) for k in range(parts)]
+    tested = arrays(test)
+    return FederatedData.from_arrays(clients, (tested[0][:8], tested[1][:8]), classes=classes)
+
+
+def test_samples_in_memory_may_lie_with_any_client():
+    assert identify_memory(make_data()) == identify_memory(make_data(order=slice(None, None, -1), parts=2))
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [("image", {"images"}), ("swap", {"images"}), ("label", {"labels", "images"}), ("classes", {"classes"}),
+     ("fewer", {"sizes", "labels", "images"})],
+)  # fmt: skip
+def test_what_changed_is_told(change, parts):
+    before, two = identify_memory(make_data()), identify_memory(make_data(change))
+    assert {name for name in before if before[name] != two[name]} == parts
+
+
+@pytest.mark.parametrize("change", ["image", "label"])
+def test_test_sets_count(change):
+    before, two = identify_memory(make_data()), identify_memory(make_data(test=change))
+    assert before["images"] != two["images"]
+
+
+def test_names_texts_and_patients_count():
+    data = make_data()
+    split = data.clients[0]
+    n = len(split)
+    for field, value in {
+        "ids": tuple(f"{k}.png" for k in range(n)), "texts": tuple(map(str, range(n))), "patients": torch.arange(n),
+    }.items():  # fmt: skip
+        named = dataclasses.replace(split, **{field: value})
+        renamed = dataclasses.replace(data, clients=(named, *data.clients[1:]))
+        assert identify_memory(renamed)["labels"] != identify_memory(data)["labels"], field
+
+
+# -- public ------------------------------------------------------------------------------------------------------------
+
+
+def ids(split):
+    return set(split.ids)
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet:0.5", "classes:2"])
+def test_it_is_disjoint_from_every_client_and_they_share_out_the_rest(partition):
+    data = load("digits", partition=partition, public_samples=200)
+    held = [ids(client) for client in data.clients]
+    assert len(data.public) == len(ids(data.public)) == 200
+    assert not ids(data.public) & set().union(*held)
+    assert len(ids(data.public) | set().union(*held)) == 1200
+    assert not ids(data.public) & (ids(data.validation) | ids(data.tests[""]))
+
+
+def test_beside_a_subset_the_clients_keep_their_data():
+    without, beside = (load("digits", train_samples=500, public_samples=n) for n in (0, 300))
+    assert without.public is None
+    for a, b in zip(without.clients, beside.clients, strict=True):
+        assert a.ids == b.ids
+        assert torch.equal(a.images, b.images)
+    again = load("digits", train_samples=500, public_samples=300)
+    assert beside.public.ids == again.public.ids
+    assert load("digits", train_samples=500, public_samples=300, seed=1).public.ids != again.public.ids
+
+
+def test_a_coloured_one_shows_the_clients_colours():
+    data = load("colordigits", public_samples=150, correlation=1.0)
+    seen = {tuple(image[:, 0, 0].tolist()) for client in data.clients for image in client.images}
+    assert {tuple(image[:, 0, 0].tolist()) for image in data.public.images} <= seen
+    assert data.public.masks is not None
+
+
+@pytest.mark.parametrize(("train", "public"), [(None, 1200), (1000, 201), (None, 5000)])
+def test_more_than_there_are_is_one_sentence(train, public):
+    with pytest.raises(UserError, match=r"has 1200 training samples, so it cannot give \d+"):
+        load("digits", train_samples=train, public_samples=public)
+
+
+class Images(Dataset):
+    """Images ``[3, 16, 16]`` of three classes, of which ``give`` makes items."""
+
+    def __init__(self, seed, count, give=lambda image, label: (image, label)):
+        draw = np.random.default_rng(seed)
+        self.targets, self.give = draw.integers(0, 3, count), give
+        self.images = torch.from_numpy(
+            (draw.integers(0, 60, (count, 3, 16, 16)) + 60 * self.targets[:, None, None, None]).astype(np.uint8)
+        )
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, row):
+        return self.give(self.images[row], int(self.targets[row]))
+
+
+def play(method, out, give=None):
+    how = {"fediod": {"mode": "public", "rounds": 1}, "fedlpfm": {"pretrain_epochs": 1, "rounds": 1}}.get(method, {})
+    sets = {"data": [Images(k, 24) for k in range(2)], "test": Images(2, 12)}
+    sets |= {} if give is None else {"public": Images(3, 16, give)}
+    settings = {"model": "cnn", "width": 4, "batch_size": 8, "local_epochs": 1, "workers": 1}
+    return fedkern.simulate(method, **sets, **settings, **how, out=out, progress=False, pictures=False)
+
+
+@pytest.mark.parametrize("give", [
+    lambda image, label: image,
+    lambda image, label: {"image": image},
+    lambda image, label: (image, label + 40),  # of other data
+], ids=["image", "dict", "others"])  # fmt: skip
+@pytest.mark.parametrize("method", ["feddf", "fediod"])
+def test_public_items_need_no_classes(method, give, tmp_path):
+    expected = play(method, tmp_path / "labelled", lambda image, label: (image, label))
+    assert play(method, tmp_path / "unlabelled", give).metrics == expected.metrics
+    with pytest.raises(UserError, match=r"learns from public images with classes .* give items \(image, class\) in"):
+        play("fedlpfm", tmp_path / "taught", give)
+    assert not (tmp_path / "taught").exists()
+
+
+@pytest.mark.parametrize("method", ["feddf", "fediod", "fedlpfm"])
+def test_public_items_are_asked_for(method, refuses, tmp_path):
+    with refuses("public images.*public=DATASET"):
+        play(method, tmp_path / "run")

@@ -1,6 +1,7 @@
 """Tests of a run's listeners: one that raises is dropped, and their states are kept with the checkpoints."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,25 @@ def test_a_listener_that_changes_what_it_gets_changes_nothing(tmp_path, monkeypa
 
     assert play("plain") == play("changed", Changing())
     assert (Path.cwd(), torch.get_default_dtype()) == (tmp_path, torch.float32)
+
+
+# -- listener page -----------------------------------------------------------------------------------------------------
+
+
+PAGE = (Path(__file__).parents[2] / "docs/listeners.md").read_text()
+
+
+def test_the_ten_lines_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    quick = "fedkern.simulate(workers=1, local_steps=1, pictures=False, progress=False, method="
+    exec(compile(code.replace("fedkern.simulate(", quick), "docs/listeners.md", "exec"), {})
+    lines = [line.split(",") for line in (tmp_path / "runs/table/table.csv").read_text().splitlines()]
+    assert [line[0] for line in lines] == ["1", "2"]
+    assert all(0 <= float(line[1]) <= 1 for line in lines)
+
+
+def test_every_event_is_on_the_page():
+    named = re.findall(r"^\| `(\w+)\(", PAGE, re.MULTILINE)
+    events = [name for name, value in vars(Listener).items() if callable(value) and not name.startswith("__")]
+    assert sorted(named) == sorted(events)

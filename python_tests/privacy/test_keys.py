@@ -1,12 +1,19 @@
-"""Keys of noise: their parts, and that every part counts."""
+"""Keys of noise, the server's secret bits, the sentence about a run's epsilon, and missing packages."""
 
 import hashlib
+import math
+import sys
 
 import pytest
 import torch
 
 from fedkern import ops
+from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.errors import UserError
+from fedkern.privacy import Guarantee, need_accounting, server_secret
+from fedkern.privacy.dpsgd import need_opacus
 from fedkern.privacy.keys import noise_key
+from fedkern.report.tables import describe_epsilon
 
 SECRET = bytes(range(16))
 
@@ -42,3 +49,84 @@ def test_what_is_refused():
     for secret, release in ((b"short", 0), (SECRET * 2, 0), (SECRET, -1)):
         with pytest.raises(ValueError, match="noise_key"):
             noise_key(secret, 0, "a", release)
+
+
+# -- server secret -----------------------------------------------------------------------------------------------------
+
+
+def test_a_secret_is_drawn_once(tmp_path):
+    secret = server_secret.load_or_create(tmp_path, begun=False)
+    assert len(bytes.fromhex(secret)) == 16
+    assert server_secret.load_or_create(tmp_path, begun=True) == secret
+    assert server_secret.load_or_create(tmp_path, begun=False) == secret  # interrupted before the first checkpoint
+    (tmp_path / "other").mkdir()
+    assert server_secret.load_or_create(tmp_path / "other", begun=False) != secret
+
+
+@pytest.mark.parametrize("content", [None, b"", b"0123\n", b"g" * 32 + b"\n", b"\xff" * 33])
+def test_a_lost_or_damaged_secret_ends_in_a_sentence(content, tmp_path):
+    if content is not None:
+        (tmp_path / server_secret.NAME).write_bytes(content)
+    with pytest.raises(UserError, match="is missing or damaged, so that this private run cannot repeat its noise"):
+        server_secret.load_or_create(tmp_path, begun=True)
+
+
+def test_nothing_load_or_create_that_came_to_nothing_stays(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.open(fresh=True)
+    server_secret.load_or_create(checkpoints.folder, begun=False)
+    checkpoints.discard()
+    assert not checkpoints.folder.exists()
+
+
+# -- guarantee ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_finite_figure_is_said_to_rest_on_its_conditions():
+    said = Guarantee(1e-5, {"noise": "the noise"}, follows="the model")
+    assert said.statement(8.0) == (
+        "Epsilon 8 at delta 1e-05, the largest of any client when one of its images is replaced, is of what the "
+        "server receives and the run folder without checkpoints/ while the run's seed stays secret; it covers "
+        "the noise and so the model."
+    )
+    assert "seed" not in said.statement(math.inf)
+    several = Guarantee(1e-5, {"noise": "the noise"}, conditions=("this is so", "that is so"))
+    assert " while this is so and that is so; it covers the noise." in several.statement(1.0)
+
+
+def test_a_part_has_another_name_and_is_called_a_part():
+    said = Guarantee(1e-5, {"noise": "the noise"}, {"labels": "the labels"}, follows="the model")
+    assert said.figure == "epsilon_covered"
+    assert said.statement(8.0) == (
+        "Epsilon 8 at delta 1e-05, the largest of any client when one of its images is replaced, is of a part of what "
+        "the clients release while the run's seed stays secret; it covers the noise, but not the labels: the whole "
+        "release has no epsilon."
+    )
+    assert Guarantee(1e-5, {"noise": "the noise"}).figure == "epsilon"
+    assert Guarantee(1e-5, {"noise": "the noise"}).with_records().figure == "epsilon_covered"
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_the_headline_never_shows_a_part_as_the_whole(known):
+    full, part = {"covers": ["a", "b"], "leaves_uncovered": []}, {"covers": ["a"], "leaves_uncovered": ["b", "c"]}
+    at = {"delta": 1e-5, "epsilon": 8.0} if known else {}
+    value = " 8 at delta 1e-05" if known else ""
+    assert describe_epsilon({**full, **at}) == f"epsilon{value} covers everything that clients release: a, b"
+    at = {"delta": 1e-5, "epsilon_covered": 8.0} if known else {}
+    assert describe_epsilon({**part, **at}) == (
+        f"NO epsilon of the whole release: a partial epsilon{value} covers a alone, not b, c"
+    )
+    for nothing in (None, math.inf):
+        assert (
+            describe_epsilon({**full, "delta": 1e-5, "epsilon": nothing}) == "no finite epsilon: a release had no noise"
+        )
+
+
+# -- missing -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("package", "need"), [("dp_accounting", need_accounting), ("opacus", need_opacus)])
+def test_a_missing_package(monkeypatch, package, need):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"needs {package.replace('_', '-')}: pip install "):
+        need()

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedkern.data import IGNORE
-from fedkern.methods.protocol import Batch
+from fedkern.methods import Batch
 from fedkern.tasks import SEGMENTATION, cross_entropy
 from fedkern.tasks.user_tasks import OwnTask
 

@@ -19,8 +19,7 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.local.network import Network
 from fedkern.engine.run import run
 from fedkern.errors import UserError
-from fedkern.methods import METHODS, Phase, Scaffold
-from fedkern.methods.protocol import Batch
+from fedkern.methods import METHODS, Batch, Phase, Scaffold
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import SEGMENTATION
 from fedkern.tasks.segmentation import constant_dice, dice, hausdorff95, overlaps, pixelwise_loss, segmentation

@@ -1,15 +1,22 @@
-"""Curves of single clients, and the picture of their weights and losses."""
+"""Curves of clients and comparisons, texts in figures, and the import of matplotlib."""
+
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
 from fedkern.engine.run import run
 from fedkern.engine.store.record_files import read_metrics
+from fedkern.report.figures.comparison_plot import comparison_panels, mean_curve
 from fedkern.report.figures.curves import client_curves, draw_panels, weight_panels
 from fedkern.report.figures.pictures import write_pictures
-from fedkern.report.figures.plots import DRAWN, ORANGE, save_png
+from fedkern.report.figures.plots import DRAWN, ORANGE, save_png, width, wrap_text
 from fedkern.settings.config import RunConfig
 
 
@@ -138,3 +145,152 @@ def test_long_names_have_room_in_the_legend_of_a_page():
     (legend,) = figure.legends
     width = legend.get_window_extent().width
     assert width <= figure.bbox.width
+
+
+# -- comparison plot ---------------------------------------------------------------------------------------------------
+
+
+def curves(*args, title="", **more):
+    return draw_panels([*comparison_panels(*args, **more).values()], title=title)
+
+
+def rows_of_run(*values, step=1):
+    return [{"round": step * (i + 1), "accuracy": value} for i, value in enumerate(values)]
+
+
+def test_a_curve_has_the_rounds_that_all_runs_have():
+    rounds, values = mean_curve(
+        [rows_of_run(0.1, 0.2, 0.3, 0.4), rows_of_run(0.3, 0.5, step=2), [{"round": 1}]], "accuracy"
+    )
+    assert rounds.tolist() == [2, 4]
+    assert np.allclose(values, [[0.2, 0.4], [0.3, 0.5]])
+
+
+def test_runs_without_figures_have_no_picture():
+    assert comparison_panels({"a": [[{"round": 1}]]}, ["accuracy"]) == {}
+
+
+def test_many_groups_and_odd_names_are_drawn(tmp_path):
+    groups = {f"method ${i}_x": [rows_of_run(0.1, 0.2), rows_of_run(0.2, 0.4)] for i in range(30)}
+    figure = curves({**groups, "one-shot": [rows_of_run(0.5)]}, ["accuracy", "none"], title="a $ b")
+    assert len(figure.axes[0].get_lines()) == 31
+    assert len(figure.legends[0].get_texts()) == 24
+    save_png(figure, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_axes_have_the_figure_s_name_for_people():
+    figure = curves({"a": [[{"round": 1, "ood_macro_auroc": 0.5}]]}, ["ood_macro_auroc"])
+    assert figure.axes[0].get_ylabel() == "macro AUROC, out of distribution (%)"
+
+
+def test_names_of_groups_stand_under_the_axes():
+    groups = {f"fedgid lr=0.01 alpha=0.{i} rounds=100 x": [rows_of_run(0.1 * i, 0.9 - 0.1 * i)] * 2 for i in range(9)}
+    figure = curves(
+        groups, ["accuracy"], title="a title that is longer than its picture " * 2, chance={"accuracy": 0.1}
+    )
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [*groups, "commonest class"]
+    box, (axes,) = legend.get_window_extent(), figure.axes
+    assert 0 <= box.y0 < box.y1 <= axes.get_tightbbox().y0
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    assert axes._left_title.get_window_extent().x1 <= figure.bbox.width
+    assert axes.get_title(loc="left").endswith("\nmean and standard deviation over seeds")
+    assert [10, 10] in [list(line.get_ydata()) for line in axes.get_lines()]
+
+
+def test_curves_are_over_the_clock_where_a_run_is_asynchronous_and_all_have_one():
+    def records(step, **more):
+        return [
+            [{"round": i, "accuracy": 0.1 * i, "clock": seed * step * i, **more} for i in (1, 2)] for seed in (1, 3)
+        ]
+
+    def draw(**groups):
+        axes = curves(groups, ["accuracy"]).axes[0]
+        return axes.get_xlabel(), {line.get_label(): list(line.get_xdata()) for line in axes.get_lines()}
+
+    label, lines = draw(whole=records(10.0), stale=records(2.0, staleness=1.0))
+    assert label.startswith("virtual clock")
+    assert lines == {"whole": [20, 40], "stale": [4, 8]}  # means over the seeds
+    for groups in (
+        {"whole": records(10.0), "other": records(2.0)},
+        {"stale": records(2.0, staleness=1.0), "none": [[{"round": i, "accuracy": 0.1} for i in (1, 2)]]},
+    ):
+        label, lines = draw(**groups)
+        assert label == "communication round"
+        assert [*lines.values()] == [[1, 2], [1, 2]]
+
+
+# -- plots -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["accuracy", "WWW iii", "$a_{$", ""])
+def test_widths_are_those_of_drawn_texts(text):
+    figure = Figure(figsize=(4, 2), dpi=100)
+    drawn = figure.text(0, 0.5, text, fontsize=12, parse_math=False)
+    if text:
+        box = drawn.get_window_extent(FigureCanvasAgg(figure).get_renderer())
+        assert width(text, 12) == pytest.approx(box.width / 100, abs=0.04)
+    else:
+        assert width(text, 12) == 0
+
+
+def test_lines_are_broken_between_words_and_inside_long_ones():
+    assert wrap_text("one two", 9, 10) == "one two"
+    assert wrap_text("malignant melanoma, taken for nevus", 9, 1.2) == "malignant\nmelanoma, taken\nfor nevus"
+    lines = wrap_text("W" * 30, 9, 1.0).split("\n")
+    assert "".join(lines) == "W" * 30
+    assert max(width(line, 9) for line in lines) <= 1.0
+    assert wrap_text("WW", 9, 0.01) == "W\nW"
+    assert wrap_text("", 9, 1.0) == ""
+
+
+def test_a_file_has_the_drawn_pixels_and_tells_its_resolution(tmp_path):
+    figure = Figure(figsize=(2, 1), dpi=150, facecolor="#0072B2")
+    save_png(figure, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert (image.format, image.mode, image.size) == ("PNG", "RGB", (300, 150))
+        assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1)
+        assert (np.asarray(image) == (0, 0x72, 0xB2)).all()
+
+
+# -- matplotlib import -------------------------------------------------------------------------------------------------
+
+
+CODE = """
+import sys
+{before}
+from fedkern.process.interrupts import in_order
+from fedkern.report.figures.matplotlib_import import without_docstrings
+with in_order(to_the_end={last}):
+    try:
+        with without_docstrings():
+            import matplotlib.lines
+            {inside}
+    except KeyError:
+        pass
+from matplotlib.artist import kwdoc
+from matplotlib.lines import Line2D
+print("solid_capstyle" in Line2D.set.__doc__, "solid_capstyle" in kwdoc(Line2D))
+"""
+
+
+def find_docs(last: bool, before: str = "", inside: str = "pass", **environment: str) -> str:
+    """Return whether a line's properties are in its docstring, and whether matplotlib can list them."""
+    code = CODE.format(last=last, before=before, inside=inside)
+    words, variables = [sys.executable, "-c", code], {**os.environ, **environment}
+    return subprocess.run(words, env=variables, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.parametrize("inside", ["import os; assert os.environ['MPLBACKEND'] == 'nonsense'", "raise KeyError"])
+def test_a_command_imports_it_without_tables_of_properties_and_needs_no_backend_of_the_user(inside):
+    assert find_docs(True, inside=inside, MPLBACKEND="nonsense") == "False True"
+
+
+def test_a_script_has_them():
+    assert find_docs(False) == "True True"
+
+
+def test_who_has_imported_it_keeps_them():
+    assert find_docs(True, before="import matplotlib.artist") == "True True"
