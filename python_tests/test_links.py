@@ -1,9 +1,17 @@
-"""Tests of pages: they are short, and files that they and pyproject.toml name exist."""
+"""Tests of pages: they are short, their files exist, and their programs and plugins are those of the examples."""
 
 import re
+import shlex
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from fedkern import __all__ as exported
+from fedkern.methods import AGGREGATORS
+from fedkern.run import main
+from python_tests.plugin_sources import EXAMPLES, no_plugins  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -71,3 +79,71 @@ def test_pages_are_short() -> None:
     assert sum(map(count_prose, pages.values())) <= ALL_PROSE
     assert count_prose(pages["README.md"]) <= README_PROSE
     assert len(pages["README.md"].splitlines()) <= README_LINES
+
+
+# -- coming from -------------------------------------------------------------------------------------------------------
+
+
+COMING_FROM = Path(__file__).resolve().parents[1] / "docs/coming-from.md"
+TASK, *PROGRAMS = re.findall(r"```python\n((?:# task|import fedkern).*?)```", COMING_FROM.read_text(), re.DOTALL)
+
+
+def test_the_programs_run(undrawn, tmp_path, monkeypatch):
+    (tmp_path / "task.py").write_text(TASK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for program in PROGRAMS:
+        exec(compile(program.replace("rounds=2", "rounds=1, train_samples=200"), COMING_FROM.name, "exec"), {})
+    del sys.modules["task"]
+
+
+# -- plugin docs -------------------------------------------------------------------------------------------------------
+
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = "".join((DOCS / name).read_text() for name in ("own-method.md", "plugins.md"))
+FILES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL))
+BLOCKS = re.findall(r"^```\w*\n((?:fedkern |import fedkern).*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+SMALL = {"--train-samples": "60", "--clients": "5", "--local-epochs": "1", "--threads": "1", "--width": "4",
+         "--rounds": "1", "--grad-cam": "0"}  # fmt: skip
+
+
+def _case(block: str) -> Any:
+    """Return a block of a page, marked if other tests play the same whole runs."""
+    played = re.search(r"^fedkern (fedavgm|smoothed|compare|fedavg .*--aggregator)", block)
+    return pytest.param(block, marks=[pytest.mark.exhaustive] if played else [])
+
+
+@pytest.mark.usefixtures("no_plugins", "undrawn")
+@pytest.mark.parametrize("block", [_case(block) for block in BLOCKS])
+def test_a_block_runs(block, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    if block.startswith("import"):
+        exec(compile(block, "block", "exec"), {})
+        return
+    for words in map(shlex.split, re.findall(r"^fedkern (.*)$", block.replace("\\\n", ""), re.MULTILINE)):
+        looks = {"list", "--help", "--resume"} & {*words}
+        small = [word for flag, value in SMALL.items() for word in (flag, value) if flag not in words and not looks]
+        assert main([*words, *small]) == 0
+    out = capsys.readouterr().out
+    assert "--plugin top2.py" not in block or re.search(r"^ *top2 +\d", out, re.MULTILINE)
+
+
+def test_the_files_are_the_examples():
+    for path in EXAMPLES.glob("*.py"):
+        assert FILES[path.name] == path.read_text()
+    assert all(f"--plugin {name}" in PAGE for name in FILES)
+
+
+def test_every_decorator_and_aggregator_is_named():
+    decorators = [name for name in exported if name.startswith("register")]
+    assert "register" in decorators
+    for name in decorators:
+        assert f"`@fedkern.{name}(" in PAGE, name
+    table = PAGE[PAGE.index("| `--aggregator` | result") :].split("\n\n")[0]
+    for name, entry in AGGREGATORS.items():
+        assert f"| `{name}` |" in table
+        for option in entry.options:
+            assert f"`{option.name}={option.default}`" in table

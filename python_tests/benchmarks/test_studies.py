@@ -25,7 +25,7 @@ from fedkern.engine.run import run
 from fedkern.models.teachers import efficientnet_lite
 from fedkern.settings.config import RunConfig
 from fedkern.usercode import named_code
-from python_tests.models.teachers.test_efficientnet_lite import wheel
+from python_tests.models.teachers.test_clip import wheel
 
 STUDIES = sorted(path.stem for path in page.STUDIES.glob("*.toml"))
 STUDY = """

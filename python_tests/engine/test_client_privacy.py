@@ -20,7 +20,6 @@ from fedkern.privacy.keys import noise_key
 from fedkern.report.live.progress_bar import run_headline
 from fedkern.settings.config import RunConfig
 from python_tests.engine.test_resume import WithSetUp
-from python_tests.extras import needs_accounting
 from python_tests.hearing import Hearing
 from python_tests.interrupted import KillAt, kill_and_resume, outcome, play_killed
 
@@ -189,7 +188,6 @@ def test_scaffold_clips_network_and_control_variate_together(make_data, make_con
         torch.testing.assert_close(played["end"]["control"].double(), wanted, rtol=1e-5, atol=1e-9)
 
 
-@needs_accounting
 def test_a_larger_client_weighs_no_more(make_data, make_config, tmp_path, monkeypatch):
     seen = watch_rounds(monkeypatch, "fedavg")
     config = make_config("fedavg", rounds=1, workers="1", **{**NOISED, "dp_clip": 1e-3, "dp_noise": 1e-9})
@@ -204,7 +202,6 @@ def test_a_larger_client_weighs_no_more(make_data, make_config, tmp_path, monkey
     assert min(along) > 0.15e-3  # a mean by samples would be nearly the large client's alone
 
 
-@needs_accounting
 def test_heavy_noise_leaves_variances_positive_and_counts_alone(make_data, make_config, tmp_path, monkeypatch):
     seen = watch_rounds(monkeypatch, "fedavg")
     config = make_config("fedavg", rounds=2, dp_clip=1.0, dp_noise=50.0, workers="1")
@@ -242,7 +239,6 @@ def refusal(config):
     return ""
 
 
-@needs_accounting
 @pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", sorted(filter(is_built_in, METHODS)))
 def test_every_method_runs_or_is_refused(name, make_small, tmp_path):
@@ -290,7 +286,6 @@ def test_settings_that_do_not_fit_are_refused(method, settings, message):
         RunConfig.make(method, **settings)
 
 
-@needs_accounting
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
@@ -308,7 +303,6 @@ def test_methods_and_options_that_do_not_fit_are_refused(
         run(make_config(method, **{**settings, **NOISED}), out=tmp_path / "run", data=make_data())
 
 
-@needs_accounting
 def test_what_image_text_data_cannot_keep_private_is_refused(make_pairs, make_config, tmp_path):
     config = make_config("fedavg", **{**NOISED, "buffers": "average", "width": 4})
     with pytest.raises(UserError, match="does not cover the vocabulary that --text-encoder"):
@@ -318,7 +312,6 @@ def test_what_image_text_data_cannot_keep_private_is_refused(make_pairs, make_co
         run(config, out=tmp_path / "run", data=make_pairs())
 
 
-@needs_accounting
 def test_a_method_whose_server_weighs_clients_is_refused(make_data, make_config, tmp_path, monkeypatch):
 
     class Weighing(FedAvg):
@@ -342,7 +335,6 @@ def constant(monkeypatch):
 
 
 @pytest.mark.usefixtures("forked_workers")
-@needs_accounting
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("method", "settings"),
@@ -359,7 +351,6 @@ def test_workers_and_an_interruption_change_no_bit(method, settings, constant, m
     assert again == outcome(tmp_path / "whole")
 
 
-@needs_accounting
 def test_a_secret_run_does_not_follow_from_its_seed(make_data, make_config, tmp_path):
     config = make_config("fedavg", rounds=2, **{**NOISED, "dp_draws": "secret"})
     models = []
@@ -374,7 +365,6 @@ def test_a_secret_run_does_not_follow_from_its_seed(make_data, make_config, tmp_
     assert models[0] != models[1]
 
 
-@needs_accounting
 def test_another_release_in_the_place_of_the_first_ends_the_run(make_data, make_config, tmp_path):
     """Round 2 was released after the last checkpoint, and another secret would give other noise."""
     config = make_config("fedavg", rounds=4, checkpoint_every=3, **{**NOISED, "dp_draws": "secret"})
@@ -388,7 +378,6 @@ def test_another_release_in_the_place_of_the_first_ends_the_run(make_data, make_
 # -- epsilon, and what is told -----------------------------------------------------------------------------------------
 
 
-@needs_accounting
 def test_epsilon_is_told_as_planned_so_far_and_spent(make_data, make_config, tmp_path):
     heard = Hearing()
     config = make_config("fedavg", rounds=3, **NOISED)
@@ -413,7 +402,6 @@ def test_delta(clients, given, delta):
     assert config.delta == pytest.approx(delta)
 
 
-@needs_accounting
 def test_a_secret_draw_counts_and_nothing_tells_of_it(make_data, make_config, tmp_path):
     config = make_config("fedavg", rounds=6, clients=4, sample_fraction=0.25, **{**NOISED, "dp_draws": "secret"})
     heard = Hearing()
@@ -433,7 +421,6 @@ def test_a_secret_draw_counts_and_nothing_tells_of_it(make_data, make_config, tm
     assert heard.drawn == [sample_clients(config, number, secret) for number in range(6)]
 
 
-@needs_accounting
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
@@ -456,7 +443,6 @@ def test_a_draw_that_is_told_or_remembered_does_not_count(method, settings, make
     assert (summary["privacy"]["leaves_uncovered"] == ["records"]) == ("records" in settings)
 
 
-@needs_accounting
 def test_clients_that_remember_against_the_word_of_their_method(make_data, make_config, refuses, tmp_path, monkeypatch):
 
     class Remembering(FedAvg):
@@ -472,7 +458,6 @@ def test_clients_that_remember_against_the_word_of_their_method(make_data, make_
         run(config, out=tmp_path / "run", data=make_data(SIZES))
 
 
-@needs_accounting
 def test_nothing_tells_of_a_client_that_is_left_out(make_data, make_config, tmp_path, monkeypatch):
 
     class Ailing(FedAvg):
@@ -500,7 +485,6 @@ def test_nothing_tells_of_a_client_that_is_left_out(make_data, make_config, tmp_
     assert seen["ailing"] == seen["well"]
 
 
-@needs_accounting
 @pytest.mark.exhaustive
 def test_modest_noise_still_learns(tmp_path):
     config = RunConfig.make(

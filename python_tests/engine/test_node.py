@@ -1,22 +1,32 @@
-"""Clients and servers that a method has kept, pickled for worker processes, and the reports of clients."""
+"""Clients and servers in other processes: pickled states, missing answers, messages of an exchange, plugins."""
 
 import json
 from decimal import Decimal
 from fractions import Fraction
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
+from fedkern.engine import hooks
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
+from fedkern.engine.executors.executor import Answer
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.node import TAKEN
+from fedkern.engine.run import run
 from fedkern.engine.server import Server
+from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.messages.packets import Packer, Unpacker
+from fedkern.methods import METHODS
 from fedkern.methods.base import Phase
 from fedkern.privacy.disclosure import Disclosure
+from fedkern.settings.config import RunConfig
+from fedkern.usercode import plugins
+from python_tests.interrupted import outcome
+from python_tests.plugin_sources import EXAMPLES, Marked, no_plugins, unload_all  # noqa: F401
 
 
 def send(value):
@@ -119,3 +129,111 @@ def test_a_report_has_no_name_of_the_engines(context, name):
     answer = ask(context, {name: 5})
     assert f'client.report["{name}"] has a name of the engine\'s' in str(answer.problem)
     assert all(taken in str(answer.problem) for taken in TAKEN)
+
+
+# -- hooks -------------------------------------------------------------------------------------------------------------
+
+
+class Counted(dict):
+    looks = 0
+
+    def __iter__(self):
+        self.looks += 1
+        return super().__iter__()
+
+
+def test_messages_of_all_clients_are_looked_through_once():
+    outgoing = Counted({k: {"n": k} for k in range(100)})
+    found = hooks.messages_for(outgoing, range(0, 100, 2))
+    assert found == {k: {"n": k} for k in range(0, 100, 2)}
+    assert outgoing.looks == 1
+    assert hooks.messages_for({"x": 1}, [3, 4]) == {3: {"x": 1}, 4: {"x": 1}}
+    assert hooks.messages_for(None, [3], may_skip_clients=True) == {3: None}
+    assert hooks.message_for(outgoing, 7) == {"n": 7}
+    assert hooks.messages_for({1: {}}, [1, 3], may_skip_clients=True) == {1: {}, 3: None}
+    with pytest.raises(ValueError, match="a message for client 3"):
+        hooks.messages_for({1: {}}, [1, 3])
+
+
+# -- remote clients ----------------------------------------------------------------------------------------------------
+
+
+class RemoteClients(Serial):
+    """The clients of this process, as if they were in another.
+
+    ``faults`` are fields of answers by round and client.
+    """
+
+    remote = True
+    faults: ClassVar[dict] = {}
+
+    def answers(self, callee, phase, messages, encoders=None):
+        for answer in super().answers(callee, phase, messages, encoders):
+            fault = self.faults.get((phase.round, answer.client))
+            yield answer if fault is None else Answer(answer.client, **fault)
+
+
+def remote(**faults):
+    kind = type(
+        "Faulty", (RemoteClients,), {"faults": {tuple(map(int, at[1:].split("_"))): f for at, f in faults.items()}}
+    )
+
+    def make_remote(side):
+        threads = side.context.config.client_threads
+        return kind(side.context, side.here._handlers, side.store.checkpoints.reader, threads)
+
+    return make_remote
+
+
+def test_the_bits_are_those_of_clients_here(make_data, make_config, tmp_path):
+    config = make_config("scaffold", rounds=2)
+    run(config, out=tmp_path / "here", data=make_data())
+    run(config, out=tmp_path / "there", data=make_data(), remote=remote())
+    assert outcome(tmp_path / "there") == outcome(tmp_path / "here")
+
+
+def test_who_does_not_answer_is_left_out_and_named(make_data, make_config, tmp_path):
+    faults = {
+        "r1_0": {"absent": "it had not answered after 5 seconds"},
+        "r0_1": {"refused": "has a text that is no JSON"},
+    }
+    run(make_config("scaffold", rounds=3, on_nan="skip"), out=tmp_path, data=make_data(), remote=remote(**faults))
+    found = [record.get("dropped", []) for record in read_metrics(tmp_path)]
+    assert [[(entry["client"], entry["reason"]) for entry in round] for round in found] == [
+        [(1, "has a text that is no JSON")], [(0, "it had not answered after 5 seconds")], [],
+    ]  # fmt: skip
+    told = outcome(tmp_path)[2]["diagnostics"]
+    assert told["missing-client-0"] == "Client 0 was left out in round 2, as it had not answered after 5 seconds."
+    assert told["refused-upload-1"].startswith("Client 1's upload in round 1 has a text that is no JSON")
+
+
+# -- plugin workers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_plugins")
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("method", "file"), [("fedavgm", "fedavgm.py"), ("smoothed", "smoothed_labels.py")])
+def test_the_examples_have_the_same_bits(method, file, make_data, tmp_path):
+    settings = {"width": 2, "rounds": 3, "local_epochs": 1, "batch_size": 4, "clients": 3, "threads": 1, "grad_cam": 0}
+    config = RunConfig.make(method, plugins=[str(EXAMPLES / file)], **settings)
+    for workers in ("1", "2", "3"):
+        run(config.replace(workers=workers), out=tmp_path / workers, data=make_data())
+    serial = outcome(tmp_path / "1")
+    assert "no-workers" not in serial[2]["diagnostics"]
+    assert outcome(tmp_path / "2") == serial
+    assert outcome(tmp_path / "3") == serial
+
+
+@pytest.mark.usefixtures("no_plugins")
+def test_another_process_gets_the_content_that_this_one_has_executed(tmp_path):
+    marked = Marked(tmp_path)
+    stored = plugins.load_given([str(marked.path)])
+    sent = plugins.sent_plugins(stored)
+    marked.path.unlink()
+    name = METHODS["mine"].__module__
+    unload_all()
+    plugins.receive(sent)
+    assert METHODS["mine"].__module__ == name  # what a pickle of the method refers to
+    plugins.receive(sent)
+    assert marked.runs == 2
+    assert plugins.sent_plugins({}) == []

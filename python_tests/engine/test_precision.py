@@ -207,7 +207,6 @@ def test_the_received_network_is_cast_once_and_anew_for_every_message(make_data,
 
 @pytest.mark.exhaustive
 def test_differential_privacy_trains_in_fp32(make_data, make_config, tmp_path, monkeypatch):
-    pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
     seen = set()
     fediod = METHODS["fediod"]
     real = fediod.loss

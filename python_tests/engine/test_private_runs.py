@@ -14,8 +14,6 @@ from fedkern.methods.fediod import private_messages
 from fedkern.settings.stored import load_settings
 from python_tests.interrupted import KillAt, play_killed
 
-pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
-
 SMALL = {"iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "student_steps": 1, "histogram_noise": 5.0}
 SEEDED = {"noise": "seed"}
 NOISED = {**SMALL, "epsilon": 8.0, "shards": 3}
@@ -37,7 +35,6 @@ def bits(monkeypatch):
 
 @pytest.mark.exhaustive
 def test_private_teachers_have_a_clipping_norm_of_their_own(make_data, make_config, tmp_path):
-    pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
     data, options, found = make_data(two_tests=False), {**WHOLE, **SEEDED}, []
     for clip_norm in (0.0, 1e-6):
         config = make_config(
@@ -56,8 +53,6 @@ def test_private_teachers_have_a_clipping_norm_of_their_own(make_data, make_conf
 def test_a_killed_run_releases_the_same(teachers, options, noise, bits, make_data, make_config, tmp_path):
     """Secrets are stored before a release, also if only some teachers have released their histograms."""
     options = {**options, "noise": noise}
-    if "teacher_dp" in options:
-        pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
     data = make_data(two_tests=False)
     config = make_config("fediod", model="cnn-gn", width=4, rounds=3, options=options, grad_cam=0)
     summary = run(config, out=tmp_path / "whole", data=data)
@@ -96,8 +91,6 @@ def test_a_killed_run_releases_the_same(teachers, options, noise, bits, make_dat
 @pytest.mark.parametrize("options", [NOISED, WHOLE], ids=["noised", "private teachers"])
 def test_the_seed_does_not_tell_the_noise(options, make_data, make_config, tmp_path):
     """Two runs of one seed have different noise, and only the clients' states hold the secrets behind it."""
-    if "teacher_dp" in options:
-        pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
     data = make_data(two_tests=False)
     config = make_config("fediod", model="cnn-gn", width=4, rounds=1, options=options, grad_cam=0)
     found = []

@@ -670,7 +670,6 @@ def test_replies_in_bf16_are_averaged_in_fp64():
 
 
 def private(**named):
-    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed: pip install '.[privacy]'")
     return strategies.DPFedAvg(**EVERYBODY, **named)
 
 

@@ -1,4 +1,4 @@
-"""Tests of a run's listeners: one that raises is dropped, and their states are kept with the checkpoints."""
+"""Tests of a run's listeners: one that raises is dropped, their states are kept, and their page runs."""
 
 import os
 import re

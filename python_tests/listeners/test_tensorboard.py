@@ -56,7 +56,6 @@ WORDS = [
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("last", [1, 3], ids=["before the first checkpoint", "after it"])
 def test_every_round_of_a_run_stands_in_them(last, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install '.[tensorboard]')")
     out = tmp_path / "run"
     make = run.Listeners
     monkeypatch.setattr(run, "Listeners", lambda *listeners: make(*listeners, KillAt("round", round=last)))

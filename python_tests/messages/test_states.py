@@ -1,4 +1,4 @@
-"""Tests of states on disk, and of fingerprints that see every change."""
+"""Tests of states on disk, of fingerprints that see every change, and of containers of batches and outputs."""
 
 import argparse
 import collections

@@ -1,6 +1,8 @@
-"""A method's options: types, ranges, published names, messages."""
+"""Options of methods, declarations of uploads, flags of hooks, and terms of the gradient."""
 
 import math
+import re
+import types
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -8,9 +10,25 @@ import numpy as np
 import pytest
 import torch
 
+from fedkern import ops
 from fedkern.errors import UserError
-from fedkern.methods import METHODS, get, register
+from fedkern.methods import (
+    METHODS,
+    FedAvg,
+    FedDyn,
+    FedProx,
+    GradientSum,
+    LocalTraining,
+    Objective,
+    Scaffold,
+    Terms,
+    get,
+    register,
+)
+from fedkern.methods.base import VOUCHED
 from fedkern.methods.options import Options
+from fedkern.methods.uploads import Maybe, Number, Values, all_finite, why_refused
+from fedkern.ops._core import backend
 from fedkern.typed_option import option
 
 
@@ -171,3 +189,146 @@ def test_a_class_without_the_decorator_is_told() -> None:
     said = r"Undecorated declares options: write @dataclass\(frozen=True\) above the class"
     with pytest.raises(UserError, match=said):
         Undecorated.parse(["mu=1"])
+
+
+# -- base --------------------------------------------------------------------------------------------------------------
+
+
+FLAGS = tuple(VOUCHED)
+
+
+def overriding(hook, base=FedAvg, **declared):
+    def call(self, *arguments):
+        return getattr(base, hook)(self, *arguments)
+
+    return type("Derived", (base,), {hook: call, **declared})
+
+
+@pytest.mark.parametrize(
+    ("hook", "lost"),
+    [
+        ("server_update", {"averages", "reduce", "asynchronous"}), ("average", {"averages", "reduce", "asynchronous"}),
+        ("weight", {"reduce", "asynchronous"}), ("client_update", {"asynchronous"}), ("terms", {"asynchronous"}),
+        ("loss", {"replayable"}), ("evaluate", set()), ("expects", set()),
+    ],
+)  # fmt: skip
+def test_a_class_that_overrides_a_hook_loses_the_flags_that_vouch_for_it(hook, lost):
+    kind = overriding(hook)
+    assert {name for name in FLAGS if not getattr(kind, name)} == lost
+    again = overriding(hook, **{name: getattr(FedAvg, name) for name in lost})
+    for derived in (again, type("Further", (again,), {})):
+        assert all(getattr(derived, name) == getattr(FedAvg, name) for name in FLAGS)
+    assert {name for name in FLAGS if not getattr(type("Further", (kind,), {}), name)} == lost
+
+
+def test_hooks_of_a_mixin_count_and_no_flag_comes_from_a_hook():
+    class Mixin:
+        def server_update(self, server, phase, uploads):
+            pass
+
+    assert type("Mixed", (Mixin, FedAvg), {}).averages is None
+    assert type("Mixed", (FedAvg, Mixin), {}).averages
+    assert overriding("server_update", METHODS["fedcgs"]).averages is False
+    assert LocalTraining.asynchronous is False
+    with pytest.raises(TypeError, match=r"Derived.reduce: expected a tuple of names, given <function"):
+        overriding("weight", reduce=lambda self, phase: ())
+
+
+# -- uploads -----------------------------------------------------------------------------------------------------------
+
+
+def test_named_sizes_must_agree():
+    declared = {"classes": Values(("n",), torch.int64, low=0, high=4), "means": Values(("n", 3))}
+    good = {"classes": torch.tensor([1, 4]), "means": torch.zeros(2, 3)}
+    assert why_refused(good, declared) == ""
+    assert why_refused({"classes": torch.zeros(0, dtype=torch.int64), "means": torch.zeros(0, 3)}, declared) == ""
+    said = why_refused({**good, "means": torch.zeros(1, 3)}, declared)
+    assert said == "has means of shape [1, 3] and torch.float32 where shape [2, 3] and torch.float32 are expected"
+    assert (
+        why_refused({**good, "classes": torch.tensor([-1, 4])}, declared) == "has classes with -1 where 0 is the least"
+    )
+    assert "where 4 is the largest" in why_refused({**good, "classes": torch.tensor([1, 5])}, declared)
+
+
+def test_numbers_have_a_range():
+    assert why_refused({"n": 3}, {"n": Number(low=1, integer=True)}) == ""
+    assert why_refused({"n": 0}, {"n": Number(low=1, integer=True)}).startswith("has n 0 where a number from 1 to any")
+    assert why_refused({"n": 2.5}, {"n": Number(integer=True)}) == "has float n where an integer is expected"
+    assert why_refused({}, {"n": Maybe(Number())}) == ""
+
+
+def test_long_names_are_cut():
+    said = why_refused({"x" * 200_000: 1}, {})
+    assert re.fullmatch(r"should not hold x{76} \.\.\.", said)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_all_finite(dtype):
+    large = torch.full((3, 4), torch.finfo(dtype).max, dtype=dtype)  # a sum that overflows
+    assert all_finite(large)
+    assert all_finite(large[:0])
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        spoiled = large.clone()
+        spoiled[1, 2] = bad
+        assert not all_finite(spoiled)
+    infinite = torch.zeros(4, dtype=dtype)
+    infinite[0], infinite[1] = torch.inf, -torch.inf
+    assert not all_finite(infinite)
+    assert all_finite(torch.zeros(2, dtype=torch.int64))
+
+
+# -- terms -------------------------------------------------------------------------------------------------------------
+
+
+def make_received(size):
+    draw = torch.Generator().manual_seed(0)
+    start, correction = (torch.randn(size, generator=draw) for _ in range(2))
+    extras = {"correction": correction, "path": GradientSum(torch.zeros(size))}
+    return types.SimpleNamespace(parameters=start, message={"alpha": 0.2}, extras=extras)
+
+
+def alike():
+    """Return whether torch's kernels fuse products and sums where the CPU core does."""
+    return (torch.backends.cpu.get_cpu_capability() == "DEFAULT") == (backend.cpu_core().isa() == "portable")
+
+
+OF_TERMS = [FedProx(FedProx.Options(mu=0.3)), Scaffold(), FedDyn()]
+
+
+@pytest.mark.parametrize("method", OF_TERMS, ids=["fedprox", "scaffold", "feddyn"])
+def test_a_step_has_the_bits_of_the_gradient_changed_in_place(method):
+    if backend.select("optimise", torch.ones(1)) is not None and not alike():
+        pytest.skip("torch fuses other products at its own ISA level")
+    results = []
+    for kernel in (False, True):
+        given, theta = make_received(1001), torch.linspace(-1, 1, 1001)
+        terms = method.terms(given)
+        for k in range(3):
+            gradients = torch.randn(1001, generator=torch.Generator().manual_seed(k))
+            if kernel:
+                ops.sgd_step(theta, gradients, lr=0.1, **terms.arguments())
+            else:
+                method.adjust_gradient(theta, gradients, given)
+                theta.add_(gradients, alpha=-0.1)
+        results.append([theta, given.extras["path"].total])
+    assert all(x.equal(y) for x, y in zip(*results, strict=True))
+
+
+def test_fedprox_with_mu_zero_has_no_terms():
+    assert FedProx(FedProx.Options(mu=0)).terms(make_received(3)) is None
+
+
+def test_raw_gradients_are_summed_and_counted():
+    total = GradientSum(torch.zeros(2))
+    terms = Terms(correction=torch.ones(2), gradient_sum=total)
+    for value in (1.0, 3.0):
+        gradients = torch.full((2,), value)
+        terms.add_to(gradients, torch.zeros(2))
+        assert gradients.tolist() == [value + 1] * 2
+    assert total.mean().tolist() == [2.0, 2.0]
+
+
+def test_an_objective_has_no_terms_of_its_own():
+    gradients = torch.ones(3)
+    Objective().adjust_gradient(torch.zeros(3), gradients, make_received(3))
+    assert gradients.equal(torch.ones(3))

@@ -1,4 +1,4 @@
-"""Networks: sizes, stages, initialisation."""
+"""Networks: sizes, stages, initialisation, group norm, and the cost of a step."""
 
 import copy
 import runpy
@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fedkern import models
 from fedkern.errors import UserError
+from fedkern.models import build
+from fedkern.models import cost as module
+from fedkern.models.cost import count_flops, measure_cost
 from fedkern.models.networks.resnet import BasicBlock
 from fedkern.models.users.cutting import find_cut
 
@@ -250,3 +254,75 @@ def test_narrow_residual_networks_train_on_two_threads():
         "    block(x).sum().backward()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -- norms -------------------------------------------------------------------------------------------------------------
+
+
+def make_small(name):
+    return models.build(name, classes=4, channels=3, image_size=16, seed=0, width=8)
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet8", "resnet18"])
+def test_only_the_norms_differ(name):
+    plain, grouped = make_small(name), make_small(f"{name}-gn")
+    norms = [layer for layer in grouped.modules() if isinstance(layer, nn.GroupNorm)]
+    assert len(norms) == sum(isinstance(layer, nn.BatchNorm2d) for layer in plain.modules())
+    assert not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in grouped.modules())
+    assert all(layer.num_channels // layer.num_groups >= 4 and layer.num_groups <= 32 for layer in norms)
+    assert {layer.num_groups for layer in norms} != {1}
+    convolutions = [[x.weight for x in m.modules() if isinstance(x, nn.Conv2d)] for m in (plain, grouped)]
+    assert all(torch.equal(a, b) for a, b in zip(*convolutions, strict=True))
+    images = torch.randn(4, 3, 16, 16)
+    grouped.train()
+    assert torch.allclose(grouped(images)[:2], grouped(images[:2]), atol=1e-5)
+
+
+# -- cost --------------------------------------------------------------------------------------------------------------
+
+
+COUNTED = ["cnn", "mlp", "resnet8", "resnet18", "resnet8-t", "resnet8-gn", "vit-tiny", "mobilenetv2"]
+
+
+def make_counted(name):
+    return build(name, classes=10, channels=3, image_size=32, seed=0, width=None if name == "vit-tiny" else 8)
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("name", COUNTED)
+def test_operations_are_torchs(name, monkeypatch):
+    images = torch.zeros(2, 3, 32, 32)
+    found = measure_cost(make_counted(name), images)
+    monkeypatch.setattr(module, "_PLAIN", set())  # torch counts all networks
+    assert found == measure_cost(make_counted(name), images)
+    assert found.training_flops > found.inference_flops > 0
+
+
+def test_which_networks_are_counted_by_layers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.flop_counter", None)
+    with count_flops(make_counted("resnet8")):
+        pass
+    for network in (make_counted("vit-tiny"), make_counted("mobilenetv2"), torch.nn.Linear(2, 2), None):
+        with pytest.raises(ImportError), count_flops(network):
+            pass
+
+
+def test_nothing_is_counted_behind_the_end():
+    network, images = make_counted("cnn"), torch.zeros(2, 3, 32, 32)
+    with count_flops(network) as counted:
+        network(images)
+    flops = counted.flops
+    network(images)
+    assert counted.flops == flops > 0
+
+
+def test_gradients_are_counted_where_there_are_any():
+    """The first convolution is frozen, so neither its weights nor its output have a gradient."""
+    images = torch.zeros(2, 3, 32, 32)
+    network = make_counted("cnn")
+    next(layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d)).requires_grad_(False)
+    with count_flops(network) as ours:
+        network(images).sum().backward()
+    with FlopCounterMode(display=False) as torchs:
+        network(images).sum().backward()
+    assert ours.flops == torchs.get_total_flops() > 0

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -35,6 +36,7 @@ def _triton() -> list[str]:
 
 KERNELS = [f"cpu-{isa}" for isa in _isas()]
 BACKENDS = ["reference", *KERNELS, *_triton()]
+needs_core = pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
 
 
 # True while a test runs in Triton's interpreter, at some 100 µs for every operation of every program.

@@ -1,12 +1,22 @@
-"""Tests of maps of every order and spacing: no operator may assume that one stride leads through the positions."""
+"""Tests of every operator on maps of any order, tensors without elements, and ``out=``."""
 
+import contextlib
+import inspect
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
 from fedkern import ops
-from python_tests.ops.operator_cases import assert_close, using
+from python_tests.ops import empty_cases
+from python_tests.ops._aggregate.aggregate_cases import accumulate
+from python_tests.ops.emulated_core import emulate
+from python_tests.ops.operator_cases import BACKENDS, DTYPES, KERNELS, assert_close, using
+from python_tests.ops.operator_runs import Calls, Named
 
 MAP, STACK = (2, 4, 3, 5), (3, 2, 4, 3, 5)
 
@@ -81,3 +91,184 @@ def test_maps_of_any_strides(backend: str) -> None:
                 assert all(x.is_contiguous(memory_format=torch.channels_last) for x in of_maps), operator
             for place, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
                 assert_close(f"{operator} {name} {place}", ours, theirs, absolute=2e-5)
+
+
+# -- out ---------------------------------------------------------------------------------------------------------------
+
+
+SIZE = 37
+WEIGHTS = [1.0, 2.0, 0.5]
+
+
+def write_total(vectors: Tensor, out: Tensor, exact: bool) -> Tensor:
+    return accumulate(vectors, WEIGHTS, exact).mean(out=out)
+
+
+def write_step(vectors: Tensor, out: Tensor) -> Tensor:
+    states = {name: torch.full((SIZE,), 0.25, dtype=torch.float64) for name in ("first", "second")}
+    return ops.server_step(vectors[0], vectors, WEIGHTS, "adam", out=out, **states).model
+
+
+WRITERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "weighted_mean": lambda vectors, out: ops.weighted_mean(vectors, WEIGHTS, out=out),
+    "weighted_mean list": lambda vectors, out: ops.weighted_mean(list(vectors), WEIGHTS, out),
+    "weighted_mean tensor": lambda vectors, out: ops.weighted_mean(vectors, torch.tensor(WEIGHTS), out=out),
+    "server_step": lambda vectors, out: ops.server_step(vectors[0], vectors, WEIGHTS, out=out).model,
+    "server_step adam": write_step,
+    "Accumulator.mean": lambda vectors, out: write_total(vectors, out, False),
+    "Accumulator.mean exact": lambda vectors, out: write_total(vectors, out, True),
+}
+
+OUT_LAYOUTS: dict[str, Callable[[torch.dtype], Tensor]] = {
+    "offset": lambda dtype: torch.empty(SIZE + 3, dtype=dtype)[3:],
+    "strided": lambda dtype: torch.empty(2 * SIZE, dtype=dtype)[::2],
+    "column": lambda dtype: torch.empty(SIZE, 3, dtype=dtype)[:, 1],
+    "negated": lambda dtype: torch._neg_view(torch.empty(SIZE, dtype=dtype)),
+}
+
+
+def test_every_operator_that_takes_out_is_covered() -> None:
+    public = {name: getattr(ops, name) for name in ops.__all__}
+    public |= {f"Accumulator.{name}": value for name, value in vars(ops.Accumulator).items() if callable(value)}
+    taking = {name for name, value in public.items() if "out" in inspect.signature(value).parameters}
+    assert taking == {name.split()[0] for name in WRITERS}
+
+
+@pytest.mark.sampled(8)
+@pytest.mark.parametrize("name", [*BACKENDS, pytest.param("cuda", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_strides_of_out_do_not_matter(name: str, writer: str) -> None:
+    write = WRITERS[writer]
+    with emulate() if name == "cuda" else using(name):
+        for dtype in DTYPES:
+            vectors = torch.randn(3, SIZE, dtype=torch.float64).to(dtype)
+            for wanted in DTYPES:
+                expected = write(vectors, torch.empty(SIZE, dtype=wanted))
+                if wanted is torch.float64 and dtype is not wanted:
+                    assert not torch.equal(expected, expected.to(dtype).double())
+                for layout, make in OUT_LAYOUTS.items():
+                    out = make(wanted)
+                    assert write(vectors, out) is out
+                    assert torch.equal(out, expected), (dtype, wanted, layout)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_out_within_the_vectors_memory(writer: str) -> None:
+    """The result overwrites a vector while others read it."""
+    draw = torch.randn(3, SIZE + 1)
+    for start in (0, 1):
+        memory = draw.clone()
+        vectors, out = memory[:, :SIZE], memory[1, start : start + SIZE]
+        expected = WRITERS[writer](vectors.clone(), torch.empty(SIZE))
+        assert torch.equal(WRITERS[writer](vectors, out), expected)
+
+
+def compile_writer(write: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    torch._dynamo.reset()
+    return torch.compile(write, backend="aot_eager")
+
+
+def as_subclasses(write: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda vectors, out: write(vectors.as_subclass(Named), out).as_subclass(Tensor)
+
+
+OBSERVERS = {"compile": compile_writer, "mode": lambda write: write, "subclass": as_subclasses}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("observer", OBSERVERS)
+@pytest.mark.parametrize("writer", [name for name in WRITERS if not name.startswith("Accumulator")])
+def test_out_is_rounded_once_where_somebody_looks_on(writer: str, observer: str) -> None:
+    vectors = torch.randn(3, SIZE)
+    for wanted in DTYPES:
+        expected = WRITERS[writer](vectors, torch.empty(SIZE, dtype=wanted))
+        for out in (torch.empty(SIZE, dtype=wanted), OUT_LAYOUTS["strided"](wanted)):
+            with Calls() if observer == "mode" else contextlib.nullcontext():
+                OBSERVERS[observer](WRITERS[writer])(vectors, out)
+            assert torch.equal(out, expected), wanted
+
+
+# -- empty -------------------------------------------------------------------------------------------------------------
+
+
+# Every so many cases, and blend's in full; all of them where slow tests run.
+SOME, FEW = 3, 20
+
+
+def child(*arguments: str) -> None:
+    """Run Python in a process of its own, which a failure of these tests would end."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-P", *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    last = found.stdout.rstrip().rpartition("\n")[2]
+    assert found.returncode == 0, f"exit {found.returncode} in {last}\n{found.stderr[-4000:]}"
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", [*BACKENDS, "emulated"])
+def test_inputs_without_elements(name: str) -> None:
+    child("-m", empty_cases.__name__, name, str(FEW if name in ("triton", "emulated") else SOME))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*BACKENDS, "emulated"])
+def test_all_inputs_without_elements(name: str) -> None:
+    child("-m", empty_cases.__name__, name, "1")
+
+
+BLEND = """
+import torch
+from fedkern import ops
+i = torch.zeros(0, dtype=torch.int64)
+f = torch.ones(0, 2, 4, 4)
+for rows in (1, 3):
+    b = torch.ones(rows, 2, 4, 4, requires_grad=True)
+    for alpha in (0.3, torch.rand(0), torch.tensor(0.3)):
+        def loss(b):
+            return ops.blend(f, b, alpha, index=i).sum()
+        second = torch.func.hessian(loss)(b).sum((4, 5, 6, 7))
+        got = [torch.autograd.grad(loss(b), b)[0], torch.func.grad(loss)(b), second]
+        assert all(torch.equal(g, torch.zeros_like(b)) for g in got), got
+compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+assert torch.equal(torch.autograd.grad(compiled(b), b)[0], torch.zeros_like(b))
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
+def test_blend_of_no_rows_with_an_index_under_transforms() -> None:
+    child("-c", BLEND)
+
+
+def test_boxes_of_no_images_of_any_stride(backend: str) -> None:
+    """The result of contiguous() of a tensor without elements is the tensor itself, whatever its strides."""
+    images = torch.zeros(2, 3, 8, 8)[:0, :, ::2, ::2].requires_grad_()
+    for call in (ops.erase_boxes, ops.keep_boxes):
+        result = call(images, [])
+        assert result.shape == images.shape
+        result.sum().backward()
+
+
+FREED = """
+import torch
+from fedkern import ops
+for lost in ("index", "alpha"):
+    for transposed in (False, True):
+        f, b = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+        given = {"alpha": torch.rand(3, requires_grad=True), "index": torch.tensor([4, 2, 0])}
+        result = ops.blend(f, b, **given)
+        given[lost].untyped_storage().resize_(0)
+        grad = torch.randn(4, 3).t() if transposed else torch.randn(3, 4)
+        try:
+            result.backward(grad)
+        except RuntimeError as error:
+            assert lost in str(error) and "no memory" in str(error), error
+        else:
+            raise AssertionError(f"{lost} was read where it no longer is")
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
+def test_a_saved_index_without_memory_is_an_error() -> None:
+    child("-c", FREED)

@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+import dp_accounting as dp
 import pytest
 import torch
 
@@ -14,8 +15,6 @@ from fedkern.privacy import Accountant, ClientGuarantee, ClientLevel, bounds, le
 from fedkern.privacy.bounds import DP_SGD, GAUSSIAN, Entry, added_or_removed, bound_replaced
 from fedkern.privacy.client_level import keep_variances
 from fedkern.report.tables import describe_epsilon
-
-pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
 
 DELTA = 1e-5
 
@@ -274,7 +273,6 @@ def test_variances_keep_a_tenth():
 
 @pytest.mark.parametrize(("noise", "rounds"), [(1.0, 1), (4.0, 30), (20.0, 1000)])
 def test_without_a_draw_epsilon_is_that_of_one_gaussian_mechanism_of_sensitivity_2_clip(noise, rounds):
-    dp = pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     found = ClientLevel(0.7, noise, DELTA).epsilon(rounds)
     assert found == pytest.approx(dp.get_epsilon_gaussian(noise / 2 / math.sqrt(rounds), DELTA), rel=1e-9)
 
@@ -282,7 +280,6 @@ def test_without_a_draw_epsilon_is_that_of_one_gaussian_mechanism_of_sensitivity
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(("noise", "rounds", "drawn", "of"), [(2.0, 100, 100, 10_000), (3.0, 1000, 7, 300)])
 def test_with_a_draw_epsilon_is_that_of_the_sampled_gaussian_mechanism(noise, rounds, drawn, of):
-    dp = pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     import dp_accounting.rdp
 
     accountant = dp_accounting.rdp.RdpAccountant(neighboring_relation=dp.NeighboringRelation.REPLACE_ONE)
@@ -295,7 +292,6 @@ def test_with_a_draw_epsilon_is_that_of_the_sampled_gaussian_mechanism(noise, ro
 
 def test_a_draw_never_costs_more_than_none():
     """The bound of sampling is loose for large shares, where the mechanism without sampling has the better bound."""
-    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     level = ClientLevel(1.0, 1.0, DELTA)
     assert level.epsilon(3, drawn=9, of=10) == level.epsilon(3)
     accountant = Accountant()
@@ -305,7 +301,6 @@ def test_a_draw_never_costs_more_than_none():
 
 @pytest.mark.parametrize("draw", [{}, {"drawn": 3, "of": 100}])
 def test_epsilon_of_clients_is_monotone(draw):
-    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     level = ClientLevel(1.0, 3.0, DELTA)
     epsilons = [level.epsilon(rounds, **draw) for rounds in (0, 1, 2, 10, 100)]
     assert epsilons == sorted(set(epsilons))
@@ -340,7 +335,6 @@ def test_what_the_guarantee_says():
 
 
 def test_the_figures_of_the_page():
-    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     page = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text()
     table = re.search(r"<!-- client-level epsilon -->(.*?)<!-- end -->", page, re.DOTALL)
     rows = re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \|$", table[1], re.MULTILINE)

@@ -78,7 +78,6 @@ class Supervised(Objective):
 
 def train(split, *, by_patient, batch_size=1000, epochs=1, noise=0.0, norm=NORM, images=6):
     """Train privately and return the step over the clipping norm, the batches, and the ledger's entry."""
-    pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
     data = Images(split, FORM, torch.device("cpu"), cache=True)
     module = network()
     method = Supervised()
@@ -209,7 +208,6 @@ def test_shards_and_hold_outs_have_whole_patients_and_public_sizes(federation, m
 
 
 def test_class_counts_change_by_all_images_of_a_patient(federation, make_config):
-    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     hospital, options = client(federation, make_config, {"histogram_noise": 30.0})
     privacy.release_histogram(hospital, class_counts(hospital), options)
     ((kind, noise, rate, steps),) = hospital.state[LEDGER]["histogram"]
@@ -219,8 +217,6 @@ def test_class_counts_change_by_all_images_of_a_patient(federation, make_config)
 
 @pytest.mark.exhaustive
 def test_a_run_says_its_unit_everywhere_and_pays_for_it(federation, make_config, tmp_path):
-    pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
-    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     options = {
         "iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "student_steps": 1, "histogram_noise": 90.0,
         "epsilon": 8.0, "teacher_dp": True, "shards": 2,
@@ -244,7 +240,6 @@ def test_a_run_says_its_unit_everywhere_and_pays_for_it(federation, make_config,
 
 
 def test_an_image_is_the_unit_where_nothing_else_is_said(make_data, make_config, tmp_path):
-    pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     options = {"iterations": 1, "batch": 4, "ngf": 2, "ndf": 2, "student_steps": 1, "epsilon": 0.5}
     text = io.StringIO()
     config = make_config("fediod", rounds=1, options=options, grad_cam=0)

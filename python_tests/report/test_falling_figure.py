@@ -1,4 +1,4 @@
-"""Runs whose main figure falls and is no fraction: the mean absolute error of grades."""
+"""Runs whose main figure falls or needs no learning, such as the mean absolute error of grades."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -193,7 +193,6 @@ def test_doctor(monkeypatch):
 
 def test_tensorboard(name, tmp_path):
     # torch cleans no tag, and protocol buffers take no surrogates.
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install '.[tensorboard]')")
     record = {"round": 1, f"loss {name}": 0.5, "clients": {"0": {f"x {name}": 1.0}}}
     tags = list(scalars(record))
     assert len(tags) == 2

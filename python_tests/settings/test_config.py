@@ -1,4 +1,4 @@
-"""Tests of settings: defaults, TOML round trip, differences, messages."""
+"""Tests of settings: defaults, TOML round trip, differences, and the wording of errors."""
 
 import math
 import tomllib

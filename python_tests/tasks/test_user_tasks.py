@@ -1,4 +1,4 @@
-"""Tests of user-defined losses and metrics: a run's figures, and their inputs."""
+"""Tests of user-defined losses and metrics, also registered ones: a run's figures, and their inputs."""
 
 from functools import partial
 from types import SimpleNamespace

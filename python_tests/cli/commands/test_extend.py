@@ -112,7 +112,6 @@ def test_the_trackers_of_a_run_follow_an_extended_one(flags, monkeypatch):
 @pytest.mark.exhaustive
 @pytest.mark.usefixtures("undrawn")
 def test_an_extended_run_goes_on_with_its_event_files(start, result, tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     start("fedavg", 2, "run", "--tensorboard")

@@ -1,4 +1,4 @@
-"""Tests of held-out sites: no other set keeps an image of the held-out client, whatever the data come from."""
+"""Tests of held-out sites and images of one patient: no other set keeps or shows them."""
 
 import re
 from dataclasses import replace

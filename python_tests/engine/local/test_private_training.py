@@ -28,7 +28,6 @@ from python_tests.interrupted import lose
 
 FORM = ImageForm((3, 8, 8), (0.5,) * 3, (0.2,) * 3)
 
-pytest.importorskip("opacus", reason="opacus is not installed (pip install '.[privacy]')")
 PHASE = Phase(0, "teachers", "teachers")
 
 

@@ -281,7 +281,6 @@ def test_another_exception_has_a_note_and_one_of_the_uploads_none(make_data, mak
     "body", ["def state(self): return {}", "def combine(self, *given): return given[1]", "keeps_client_state = True"]
 )
 def test_noise_covers_no_filter_whose_uploads_may_follow_from_other_clients(body, make_data, make_config, tmp_path):
-    pytest.importorskip("dp_accounting")
     config = make_config("fedavg", plugins=[write_plugin(tmp_path, body, "filter")], dp_clip=1.0, dp_noise=1.0)
     with pytest.raises(UserError, match=r"^--dp-noise assumes that .* and the filter mine keeps state or sees all"):
         run(config, out=tmp_path / "run", data=make_data())

@@ -197,7 +197,6 @@ def test_a_private_run_tells_no_more_than_in_one_process(tmp_path):
 
     A resumed run repeats its releases.
     """
-    pytest.importorskip("dp_accounting")
     options = {"method-option.epsilon": 8.0, "method-option.teacher_dp": True}
     run_config = settings("fediod", model="resnet8-gn", **options)
     expected = in_one_process(run_config, tmp_path / "here")

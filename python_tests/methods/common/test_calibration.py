@@ -1,4 +1,4 @@
-"""Classifier calibration: exact pooling, the released code's formula, shrinkage, virtual features, the trained head."""
+"""Classifier calibration, and batch norm statistics over all clients' samples."""
 
 import numpy as np
 import pytest

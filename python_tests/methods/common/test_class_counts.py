@@ -1,4 +1,4 @@
-"""Class counts from clients, and ensembles weighted by them as in FedIOD."""
+"""Class counts from clients, ensembles weighted by them as in FedIOD, and frozen networks."""
 
 import types
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Client weights for the worst mixture: their updates, their effect, and a saddle point that can be computed."""
+"""Client weights for the worst mixture: updates, effect, a saddle point, and the projection on a chi-square ball."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""FedDF and DENSE: one network that follows the clients' ensemble, with and without public images."""
+"""FedDF and DENSE: one network that follows the clients' ensemble, and images from an ensemble."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""FedIOD's weights and losses: results by hand, and invariants for all logits."""
+"""FedIOD's weights and losses by hand, and its statements about privacy."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,6 @@ from fedkern.methods.fediod import private_messages as privacy
 from fedkern.methods.fediod.iod_options import IODOptions
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import read_settings
-from python_tests.extras import needs_accounting
 
 K, B, C = 3, 5, 4
 
@@ -257,7 +256,6 @@ def test_nothing_is_promised_where_nothing_is_private():
         assert server.state == {}
 
 
-@needs_accounting
 def test_the_noise_is_settled_before_the_first_round():
     for settings, is_noised in (({"histogram_noise": 3.0}, False), (NOISED, True)):
         server = SimpleNamespace(state={}, federation=Federation(2, (50, 50), 10), warn=None)

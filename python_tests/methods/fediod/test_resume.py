@@ -39,8 +39,6 @@ def test_killed_in_the_second_stage(round, answers, name, make_data, make_config
 
     The warm-up ends within the second round.
     """
-    if name == "private":
-        pytest.importorskip("dp_accounting", reason="dp-accounting is not installed (pip install '.[privacy]')")
     options = OPTIONS if name == "open" else {**OPTIONS, **PRIVATE}
     data, config = make_data(), make_config("fediod", model="cnn", rounds=ROUNDS, grad_cam=0, options=options)
     expected = reference(name, config, data)

@@ -25,7 +25,7 @@ from fedkern.ops import (
 from fedkern.ops._aggregate.kernels import AggregateKernels
 from fedkern.ops._core import backend
 from python_tests.ops._aggregate.aggregate_cases import make_vectors, odd_views
-from python_tests.ops.operator_cases import DTYPES
+from python_tests.ops.operator_cases import DTYPES, needs_core
 
 V = [torch.ones(4), torch.zeros(4), torch.ones(4)]
 G = torch.ones(4)
@@ -161,9 +161,6 @@ def test_accumulator_refuses_transforms() -> None:
 # -- aggregate rows ----------------------------------------------------------------------------------------------------
 
 
-pytest.importorskip("fedkern._cpu")
-
-
 def vectors(count: int = 3, size: int = 70) -> list[Tensor]:
     torch.manual_seed(0)
     return [torch.randn(size) for _ in range(count)]
@@ -173,6 +170,7 @@ def ready(given: Any, *others: Tensor | None) -> AggregateKernels | None:
     return backend.select_ordinary("aggregate", given, torch.is_grad_enabled(), *others)
 
 
+@needs_core
 def test_ordinary_vectors_are_taken() -> None:
     given = vectors()
     expected = ops.median(given)
@@ -189,6 +187,7 @@ def test_ordinary_vectors_are_taken() -> None:
         assert ready([*given, parameter], parameter) is not None
 
 
+@needs_core
 def test_others_are_left() -> None:
     given = vectors()
     ops.median(given)
@@ -220,6 +219,7 @@ def test_batched_gradients_are_left() -> None:
     assert torch.equal(torch.autograd.grad(Twice.apply(x), x, eye, is_grads_batched=True)[0], eye)
 
 
+@needs_core
 def test_what_a_kernel_may_write_to() -> None:
     writable = backend.cpu_core().writable
     memory, spare = torch.zeros(40), torch.zeros(20)
@@ -240,6 +240,7 @@ def test_what_a_kernel_may_write_to() -> None:
     assert writable((memory[:0],), (), [memory[:0]])
 
 
+@needs_core
 def test_vectors_that_change_during_a_call() -> None:
     """Another thread may change the list, so kernels check it again."""
     core, target = backend.cpu_core(), torch.zeros(70)

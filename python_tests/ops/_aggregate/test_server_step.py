@@ -1,4 +1,4 @@
-"""Tests of server_step: every available backend and ISA level against Flower's NumPy formulas in fp64."""
+"""Tests of server_step: every available backend and ISA level against Flower's NumPy formulas, and shared memory."""
 
 import math
 from collections.abc import Callable

@@ -9,7 +9,7 @@ from torch import Tensor
 from fedkern.ops import blend
 from fedkern.ops._blend.blend import blend_reference
 from fedkern.ops._core import backend
-from python_tests.ops.operator_cases import BACKENDS, DTYPES, KERNELS, pairwise, using
+from python_tests.ops.operator_cases import BACKENDS, DTYPES, KERNELS, needs_core, pairwise, using
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -18,9 +18,6 @@ SIZES = [1, 2, 3, 7, 8, 10, 100, 101, 127, 128, 129, 200, 1000, 1271, 3200]
 BATCHES = [0, 1, 2, 3, 31, 32, 33, 199, 401]
 INDICES = ["identity", "permutation", "repeated", "one", "many"]  # how samples pick their background
 ALPHAS = ["number", "zero", "one", "tensor", "scalar", "double"]
-
-
-needs_core = pytest.mark.skipif(not KERNELS, reason="the compiled core is not built")
 
 
 def make_index(kind: str, rows: int, generator: torch.Generator) -> tuple[Tensor | None, int]:

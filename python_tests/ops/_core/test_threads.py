@@ -1,4 +1,4 @@
-"""Tests of operators in two Python threads at once, each with its own number of torch threads."""
+"""Tests of operators in two Python threads at once, and of torch.jit, which refuses to record the operators."""
 
 import threading
 from collections.abc import Sequence
