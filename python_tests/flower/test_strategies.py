@@ -469,9 +469,7 @@ def test_arguments_out_of_range_are_named():
 @pytest.mark.parametrize("version", ["0.9", "1.25.0"])
 def test_an_old_flower_is_refused_by_name(version, monkeypatch):
     monkeypatch.setattr(adapter.importlib.metadata, "version", lambda name: version)
-    with pytest.raises(
-        UserError, match=rf"works with flwr 1.26 and later, but flwr {version} is installed: pip install"
-    ):
+    with pytest.raises(UserError, match=rf"works with flwr 1.26 and later, but flwr {version} is installed: pip"):
         adapter._check_version()
 
 

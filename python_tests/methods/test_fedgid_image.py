@@ -217,7 +217,7 @@ def test_without_masks_the_run_is_refused(make_data, make_config, tmp_path):
 
 
 @pytest.mark.parametrize("images", [True, False])
-def test_a_method_of_ones_own_that_asks_for_masks_is_refused_without(
+def test_a_method_of_users_that_asks_for_masks_is_refused_without(
     images, make_data, make_config, tmp_path, monkeypatch
 ):
     class Masked(FedAvg):

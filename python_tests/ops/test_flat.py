@@ -498,9 +498,7 @@ def test_parameters_that_share_memory_have_no_gradient_vector() -> None:
     module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     module[1].weight.data = module[0].weight.data
     flat = FlatParameters(module)
-    with pytest.raises(
-        ValueError, match=r"'1\.weight' shares memory with '0\.weight' without being the same parameter"
-    ):
+    with pytest.raises(ValueError, match=r"'1\.weight' shares memory with '0\.weight' without being the same"):
         flat.gradients()
     module[1].weight = module[0].weight
     flat.flatten()
@@ -612,7 +610,7 @@ def test_what_cannot_be_personal() -> None:
         FlatParameters(net(), ["head"])
     module = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     module[1].weight.data = module[0].weight.data
-    with pytest.raises(ValueError, match=r"shares memory with '0\.weight' without being the same parameter"):
+    with pytest.raises(ValueError, match=r"shares memory with '0\.weight' without being the same"):
         FlatParameters(module, ["1.weight"]).personal_gradients()
 
 

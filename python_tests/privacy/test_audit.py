@@ -487,6 +487,4 @@ def test_a_private_run_that_goes_on_stays_private(make_data, make_config, tmp_pa
     again = run(load_settings(tmp_path / "cut"), out=tmp_path / "cut", data=data, resume=True)
     assert again["metrics"] == uncut["metrics"]
     assert again["diagnostics"] == uncut["diagnostics"]
-    assert torch.equal(
-        *(torch.tensor([r["accuracy"] for r in read_metrics(tmp_path / name)]) for name in ("cut", "whole"))
-    )
+    assert torch.equal(*(torch.tensor([r["accuracy"] for r in read_metrics(tmp_path / x)]) for x in ("cut", "whole")))

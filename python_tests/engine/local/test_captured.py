@@ -308,9 +308,7 @@ class Unsteady(Stranger):
         (Indexing, "cannot read batch.indices"),
     ],
 )
-def test_a_stranger_that_a_recording_would_freeze_runs_eagerly(
-    kind, why, make_data, make_config, tmp_path, monkeypatch
-):
+def test_a_stranger_that_recording_would_freeze_runs_eagerly(kind, why, make_data, make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(Indexing, "replayable", None)
     monkeypatch.setitem(METHODS, "fedavg", kind)
     equal, tapes, diagnostics = same_runs(make_config(**SMALL), make_data(), tmp_path, monkeypatch)

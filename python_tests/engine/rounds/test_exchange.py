@@ -203,9 +203,7 @@ def test_a_refused_upload_goes_no_further():
     assert list(bench.context.notices.warnings.values()) == [
         "Client 1's upload in round 4 is too long; it was left out."
     ]
-    with pytest.raises(
-        UserError, match=r"^Client 1's upload in round 4 is too long; leave such uploads out with --on-"
-    ):
+    with pytest.raises(UserError, match=r"^Client 1's upload in round 4 is too long; leave such uploads out with --on"):
         Bench(filters=[refusing]).clients()
 
 

@@ -134,9 +134,7 @@ def test_methods_train_it(method, model, settings, own, make_data, tmp_path):
         ("fusefl", "Looking", {**ONESHOT, "options": {"blocks": 2, "virtual_features": 20, "calibration_epochs": 1}}),
     ],
 )
-def test_its_images_and_maps_have_the_strides_of_a_data_loader(
-    method, model, settings, channels, own, make_data, tmp_path
-):
+def test_images_and_maps_have_the_strides_of_a_data_loader(method, model, settings, channels, own, make_data, tmp_path):
     """These networks raise on other strides: in training, trials, evaluation and Grad-CAM."""
 
     def first(split):
@@ -594,9 +592,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("change", CHANGES)
-def test_one_warning_names_the_state_that_a_network_keeps_in_python(
-    change, workers, file, make_data, make_config, tmp_path
-):
+def test_one_warning_names_the_state_of_a_network_in_python(change, workers, file, make_data, make_config, tmp_path):
     name, initial, text = CHANGES[change]
     file.write_text("from torch import nn\n" + REMEMBERING.format(name=name, first=initial, change=text))
     config = make_config(width=None, workers=workers, grad_cam=0, model=f"{file}:Net")

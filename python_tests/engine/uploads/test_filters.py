@@ -291,9 +291,7 @@ class Wrapping(FedAvg):
 
 
 @pytest.mark.parametrize("kind", [Changing, Wrapping])
-def test_a_client_update_of_somebody_elses_gets_vectors_of_the_host(
-    kind, make_data, make_config, tmp_path, monkeypatch
-):
+def test_a_client_update_of_another_gets_vectors_of_the_host(kind, make_data, make_config, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "fedavg", kind)
     assert play("fedavg", True, make_data((8, 8, 8)), make_config, tmp_path, monkeypatch)[0] == {()}
 

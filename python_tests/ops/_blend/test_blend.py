@@ -188,9 +188,7 @@ def case_fp64() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.sampled(12)
-@pytest.mark.parametrize(
-    "dims", [d for d in itertools.product((0, 1, None), repeat=4) if any(x is not None for x in d)]
-)
+@pytest.mark.parametrize("dims", [d for d in itertools.product((0, 1, None), repeat=4) if d != (None,) * 4])
 def test_vmap_and_grad(dims: tuple[int | None, ...]) -> None:
     torch.manual_seed(1)
     count = 4

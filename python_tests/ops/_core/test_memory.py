@@ -146,9 +146,7 @@ def test_none_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_setting(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     monkeypatch.setenv("FEDKERN_CACHE_MB", given)
     _memory.cache.cache_clear()
-    with pytest.raises(
-        ValueError, match=f"FEDKERN_CACHE_MB must be a whole number of megabytes, 0 or more, not {given!r}"
-    ):
+    with pytest.raises(ValueError, match=f"FEDKERN_CACHE_MB must be a whole number of megabytes, .* not {given!r}"):
         ops.empty_cache()
 
 

@@ -186,9 +186,7 @@ def test_axes_have_the_figure_s_name_for_people():
 
 def test_names_of_groups_stand_under_the_axes():
     groups = {f"fedgid lr=0.01 alpha=0.{i} rounds=100 x": [rows_of_run(0.1 * i, 0.9 - 0.1 * i)] * 2 for i in range(9)}
-    figure = curves(
-        groups, ["accuracy"], title="a title that is longer than its picture " * 2, chance={"accuracy": 0.1}
-    )
+    figure = curves(groups, ["accuracy"], title="a title longer than its picture " * 2, chance={"accuracy": 0.1})
     figure.draw_without_rendering()
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [*groups, "commonest class"]
