@@ -362,10 +362,8 @@ def test_the_checklist_names_the_toolkit_and_its_driver() -> None:
 def test_the_script_for_the_container_says_what_it_lacks(tmp_path: Path) -> None:
     """The script fails before it installs anything."""
     done = subprocess.run(
-        [shutil.which("bash") or "/bin/bash", str(ROOT / ".ci" / "install-cuda")],
-        env={"PATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+        [shutil.which("bash") or "/bin/bash", str(ROOT / ".ci" / "install-cuda")], env={"PATH": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode
     assert "CUDA_RPM_REPOSITORY: set it to" in done.stderr

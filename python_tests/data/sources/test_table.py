@@ -47,11 +47,9 @@ OTHERS = {
 
 
 READERS = {
-    "list.csv": lambda path: load("csv", root=path),
-    "caption.txt": lambda path: load("pairs", root=path.parent),
-    "boxes.csv": lambda path: BoxesFile(path, []),
-    "boxes.json": lambda path: BoxesFile(path, []),
-}
+    "list.csv": lambda path: load("csv", root=path), "caption.txt": lambda path: load("pairs", root=path.parent),
+    "boxes.csv": lambda path: BoxesFile(path, []), "boxes.json": lambda path: BoxesFile(path, []),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", OTHERS)
