@@ -136,12 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.dry:
         machine = machines.machine("cpu")
         content = {
-            "machine": machine,
-            "common": COMMON,
-            "methods": dict(METHODS),
-            "iterations": ITERATIONS,
+            "machine": machine, "common": COMMON, "methods": dict(METHODS), "iterations": ITERATIONS,
             "seconds": samples,
-        }
+        }  # fmt: skip
         results_path(machine).write_text(json.dumps(content, indent=1) + "\n")
     return 0
 
