@@ -97,12 +97,12 @@ def _end_process(code: int) -> NoReturn:
 
 def _exit(code: int) -> NoReturn:
     """End the process at once, after flushing its output."""
-    import ctypes
+    from fedkern.process.standard_streams import flush_c_streams
 
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         with suppress(OSError, ValueError, AttributeError):
             stream.flush()  # type: ignore[union-attr]
-    ctypes.CDLL(None).fflush(None)  # what C libraries have printed
+    flush_c_streams()
     os._exit(code)
 
 

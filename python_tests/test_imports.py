@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -77,39 +76,6 @@ def test_no_module_needs_what_other_systems_lack() -> None:
     lacking = re.compile(r"^\s*(import|from) (fcntl|grp|posix|pwd|resource|termios)\b", re.MULTILINE)
     found = [name for name, path in modules("fedkern").items() if lacking.search(path.read_text())]
     assert found == ["fedkern.files.filesystem"]
-
-
-LOCAL_ONLY = """
-import os, sys
-
-sys.modules["fcntl"] = None
-for name in ("memfd_create", "MFD_CLOEXEC", "MFD_ALLOW_SEALING", "sched_getaffinity", "pwrite"):
-    delattr(os, name)
-import numpy as np
-import fedkern
-import fedkern.api
-from fedkern.engine.transport.torchrun_group import LaunchedRank, TorchrunGroup
-
-settings = {"data": "digits", "clients": 2, "train_samples": 40, "rounds": 1, "model": "mlp", "grad_cam": 0,
-            "threads": 1, "progress": False, "pictures": False}
-alone = fedkern.simulate("fedavg", workers=1, out=sys.argv[1] + "/alone", **settings)
-assert fedkern.load(alone.out).evaluate()["accuracy"] == alone.metrics["accuracy"]
-several = fedkern.simulate("fedavg", workers=2, out=sys.argv[1] + "/several", **settings)
-print(several.summary["diagnostics"]["no-workers"])
-try:
-    TorchrunGroup(LaunchedRank(0, 2, 0, 2, 0, 0, "job")).meet([])
-except fedkern.UserError as error:
-    print(error)
-"""
-
-
-@pytest.mark.exhaustive
-def test_a_run_in_one_process_where_fcntl_and_memory_files_are_absent(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", LOCAL_ONLY, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    workers, ranks = done.stdout.splitlines()
-    assert workers == "--workers 2 changes nothing here, as workers need Linux."
-    assert ranks == "Ranks of torchrun share memory as only Linux has it: start the run without torchrun."
 
 
 ORDER = (

@@ -6,7 +6,6 @@ starts a real one.
 
 import atexit
 import ctypes
-import fcntl
 import functools
 import json
 import os
@@ -23,6 +22,8 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
+
+from fedkern.files.filesystem import fcntl
 
 StartedPopen = subprocess.Popen
 _LOCK = threading.Lock()

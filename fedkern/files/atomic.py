@@ -47,7 +47,7 @@ def open_in_place(path: Path, mode: str, *, durable: bool = False) -> Iterator[B
 
 def flush(path: Path) -> None:
     """Flush a file to the disk, or raise Unwritable."""
-    with report_unwritable(path), path.open("rb") as file:
+    with report_unwritable(path), path.open("r+b") as file:
         os.fsync(file.fileno())
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -96,7 +97,7 @@ def replace(path: Path, fill: Callable[[Path], object], *, durable: bool = True)
         fill(temporary)
         temporary.chmod(mode)
         if durable:
-            with temporary.open("rb") as file:
+            with temporary.open("r+b") as file:  # Windows flushes only files that are open for writing
                 os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
@@ -136,10 +137,15 @@ def open_to_change(path: Path, mode: str, *, make: bool = False) -> BinaryIO:
     return cast(BinaryIO, open(path, mode, opener=opener))
 
 
+def is_own(path: Path) -> bool:
+    """Return whether a file is this user's, always true on Windows."""
+    return path.stat().st_uid == getattr(os, "geteuid", int)()
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside ``folder`` durable."""
-    if os.name != "posix":
-        return  # other systems cannot open a folder
+    if sys.platform == "win32":
+        return  # which cannot open a folder
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

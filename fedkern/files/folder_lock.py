@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import secrets
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -145,6 +146,8 @@ def _is_dead(content: bytes) -> bool:
     lines = content.decode(errors="replace").splitlines()
     if len(lines) < 3 or lines[2] != _machine() or not lines[0].isdecimal():
         return False
+    if sys.platform == "win32":
+        return False  # os.kill would send a Ctrl-C
     try:
         os.kill(int(lines[0]), 0)
     except (ProcessLookupError, OverflowError):

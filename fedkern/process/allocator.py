@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from functools import cache
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -25,7 +26,11 @@ def keep_freed_memory() -> bool:
         Whether freed memory is kept now. False with another C library, and if the user has configured malloc
         (``MALLOC_*``, ``GLIBC_TUNABLES``).
     """
-    if any(name in os.environ for name in _SET_BY_HAND) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+    if (
+        sys.platform == "win32"
+        or any(name in os.environ for name in _SET_BY_HAND)
+        or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    ):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return (

@@ -103,17 +103,23 @@ def print_result(result: object) -> None:
         print(text, file=stream, flush=True)
 
 
+def flush_c_streams() -> None:
+    """Write what C libraries have printed. On Windows each library has streams of its own."""
+    import ctypes
+
+    if sys.platform != "win32":
+        ctypes.CDLL(None).fflush(None)
+
+
 @contextmanager
 def _first_descriptor(descriptor: int) -> Iterator[None]:
     """Redirect descriptor 1 to another one's file inside the block."""
-    import ctypes
-
     before = os.dup(1)
-    ctypes.CDLL(None).fflush(None)  # prints of C libraries
+    flush_c_streams()
     os.dup2(descriptor, 1)
     try:
         yield
     finally:
-        ctypes.CDLL(None).fflush(None)
+        flush_c_streams()
         os.dup2(before, 1)
         os.close(before)

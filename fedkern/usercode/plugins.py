@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.errors import UserError, first_of
-from fedkern.files.filesystem import cache_folder, check_text, expand
+from fedkern.files.filesystem import cache_folder, check_text, expand, is_own
 from fedkern.usercode import code_execution, plugin_files
 from fedkern.usercode.code_execution import module_name
 from fedkern.usercode.code_identity import find_changes, module_identity
@@ -402,7 +402,7 @@ def remember(plugins: Mapping[str, str]) -> None:
 def _is_remembered(name: str, identity: str) -> bool:
     try:
         # Users who share a cache folder have executed other plugins.
-        return _note(name, identity).stat().st_uid == os.geteuid()
+        return is_own(_note(name, identity))
     except (OSError, UserError):
         return False
 

@@ -1,7 +1,6 @@
 """The CUDA kernels compiled for the CPU (see cuda/emulator/cuda_runtime.h), so that tests run them without a GPU."""
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedkern.files.filesystem import hold_lock
 from fedkern.ops._core import backend
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,8 +57,7 @@ def build() -> ModuleType:
         return target
 
     # Processes that test side by side would each compile everything. The lock goes with the process that holds it.
-    with (folder / "lock").open("w") as lock, ThreadPoolExecutor(os.cpu_count()) as pool:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold_lock(folder / "lock"), ThreadPoolExecutor(os.cpu_count()) as pool:
         # Bindings are run once per call and slow to optimise.
         compiling = [pool.submit(compile_one, "bindings", _bindings(), ["-O0"])]
         compiling += [pool.submit(compile_one, path.stem, _add_line(path), []) for path in KERNELS]

@@ -56,6 +56,8 @@ def play(request: Request) -> int:
         raise UserError("--federation-config is for simulations: a SuperLink has the nodes that connect to it.")
     words = [f"--run-config={text}" for text in arguments["run_config"]]
     words += [f"--federation-config={text}" for text in (simulation_settings(project, settings) if simulated else ())]
+    if simulated and not hasattr(select, "poll"):
+        raise UserError("fedkern flower cannot simulate nodes on Windows: name a SuperLink with --superlink.")
     with _simulator() if simulated else nullcontext():
         _play([str(project), *where, *words], where)
     return 0

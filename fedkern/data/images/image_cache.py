@@ -33,7 +33,7 @@ from torch import Tensor
 from fedkern.data.images.image_files import ImageFiles, ImageReader, unreadable
 from fedkern.data.types import Pool
 from fedkern.errors import UserError
-from fedkern.files.filesystem import cache_folder, expand, hold_lock
+from fedkern.files.filesystem import cache_folder, expand, hold_lock, is_own
 from fedkern.files.filesystem import replace as replace_file
 from fedkern.files.image_rows import ImageStore
 from fedkern.files.inputs import open_regular
@@ -57,7 +57,7 @@ def recall_cache(out: str | Path) -> str | None:
     """Return the noted cache of the run in ``out``, or None if it is gone."""
     try:
         note = _note(Path(out))
-        if note.stat().st_uid != os.geteuid():  # several users may share a cache folder
+        if not is_own(note):  # several users may share a cache folder
             return None
         cache = note.read_text(encoding="utf-8")
         return cache if Path(cache).is_dir() and os.access(cache, os.W_OK) else None
