@@ -23,6 +23,7 @@ LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)|(?:(?<=src=\")|(?<=srcset=\
 CODE = re.compile(r"(^ *```.*?^ *```|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 TABLE = re.compile(r"^\[Table: ([^]]+)\]\(([^)]+\.csv)\)$", re.MULTILINE)
 BADGE = re.compile(r"!\[[^]]*\]\(https://img\.shields\.io/[^)]*\) ?")
+COLAB = "![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)"
 NUMBER = re.compile(r"[−+*×<>~-]*\d|$")
 ROLE = re.compile(r":(?:func|class|mod|meth|attr|data|exc):<code>~?([\w.]+)</code>")
 FLAG = re.compile(r"<code>(--?[^<]{1,27})</code>")
@@ -124,7 +125,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return posixpath.relpath(file.src_uri, posixpath.dirname(page.file.src_uri) or ".")
         return file.url_relative_to(page.file)
 
-    markdown = BADGE.sub("", markdown)  # pictures of another host
+    markdown = BADGE.sub("", markdown).replace(COLAB, COLAB[2:15])  # no pictures of other hosts
     parts = CODE.split(TABLE.sub(lambda match: as_table(source, match), markdown))
     return "".join(part if i % 2 else LINK.sub(site_link, part) for i, part in enumerate(parts))
 

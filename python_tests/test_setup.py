@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +344,21 @@ def test_the_workflow_tests_every_wheel_with_the_oldest_and_the_newest_torch() -
     assert matrix["torch"] == [f"{oldest.replace('>=', '==')}.*", "torch"]
 
 
+def test_every_address_of_the_project_is_that_of_its_metadata() -> None:
+    project = PROJECT["project"]["urls"]["Repository"].removeprefix("https://github.com/")
+    notebooks = [*ROOT.glob("examples/*.ipynb")]
+    naming = [ROOT / "CITATION.cff", ROOT / "docs" / "cite.md", *notebooks]
+    texts = {
+        path: path.read_text()
+        for path in (*naming, *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob(".github/**/*.yml"))
+    }
+    for path, text in texts.items():
+        addresses = set(re.findall(r"github(?:\.com)?/([\w.-]+/fedkern)\b", text))
+        assert addresses == {project} or (path not in naming and not addresses), path
+    assert all(f"/{project}/blob/main/examples/{path.name})" in texts[path] for path in notebooks)
+    assert f"version: {PROJECT['project']['version']}\n" in texts[ROOT / "CITATION.cff"]
+
+
 def test_only_a_tag_publishes_and_only_what_was_tested() -> None:
     jobs = workflow()["jobs"]
     assert set(jobs["publish"]["needs"]) == set(jobs) - {"publish"}
@@ -357,6 +373,26 @@ def test_the_checklist_names_the_toolkit_and_its_driver() -> None:
     text = CHECKLIST.read_text()
     assert f"CUDA {full.replace('-', '.')}" in text
     assert devices.DRIVERS[int(toolkit)] in text
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cuda"])
+def test_an_image_is_built_as_the_wheels_are_and_of_the_whole_checkout(name: str) -> None:
+    text, environment = (ROOT / name).read_text(), PROJECT["tool"]["cibuildwheel"]["environment"]
+    assert re.findall(r"^COPY (?!--from)(\S+)", text, re.MULTILINE) == ["."]
+    ignored = [pattern.removeprefix("**/") for pattern in (ROOT / ".dockerignore").read_text().split()]
+    for needed in (
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "csrc/CMakeLists.txt",
+        "cmake/Cuda.cmake",
+        "fedkern/run.py",
+    ):
+        assert (ROOT / needed).exists()
+        assert not [part for part in Path(needed).parts for pattern in ignored if fnmatch(part, pattern)]
+    assert f"FEDKERN_ISA={environment['FEDKERN_ISA']}" in text
+    assert set(re.findall(r'CUDAARCHS="(.*?)"', text)) <= {environment["CUDAARCHS"]}
+    assert f"torch=={(ROOT / 'README.md').read_text().partition('torch==')[2].split()[0]}" in text
 
 
 def test_the_script_for_the_container_says_what_it_lacks(tmp_path: Path) -> None:
