@@ -20,6 +20,8 @@ from fedkern.process.standard_streams import print_result
 
 SETTINGS = ("rounds", "data_root", "cache", "workers", "model")
 """Flags that are settings of a run, as is ``data`` unless it names other data than the run's."""
+_FILES = {"resume": "run", "import": "import_csv"}
+"""Files of commands whose names are other ones."""
 
 
 def find_command(words: Sequence[str]) -> str:
@@ -32,7 +34,7 @@ def find_command(words: Sequence[str]) -> str:
 
 
 def load_command(name: str) -> ModuleType:
-    return importlib.import_module(f"fedkern.cli.commands.{'run' if name == 'resume' else name}")
+    return importlib.import_module(f"fedkern.cli.commands.{_FILES.get(name, name)}")
 
 
 def parse_words(words: Sequence[str]) -> Request:

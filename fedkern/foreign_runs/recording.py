@@ -51,6 +51,9 @@ def hash_labels(labels: object) -> str:
 class Recording:
     """A run that is being recorded, from :func:`record`."""
 
+    durable = True
+    """Whether every round is flushed to the disk, so that it outlives a power cut."""
+
     def __init__(self, folder: Path, header: Header, records: list[Table]) -> None:
         self._folder, self._header, self._records = folder, header, records
         self._time = time.monotonic()
@@ -88,7 +91,7 @@ class Recording:
             raise UserError(f"Round {format_value(number)} of {self._folder}: {error}.") from None
         if not self._records:
             _write_header(self._folder, self._header)
-        with atomic.open_in_place(self._folder / METRICS, "ab", durable=True) as file:
+        with atomic.open_in_place(self._folder / METRICS, "ab", durable=self.durable) as file:
             file.write(dump(record))
         self._records.append(record)
 

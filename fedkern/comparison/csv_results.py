@@ -1,0 +1,181 @@
+"""Results in a CSV file, turned into recorded runs: one for each method and seed."""
+
+from __future__ import annotations
+
+import csv
+import math
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+
+from fedkern.comparison.cells import folder_name
+from fedkern.errors import UserError, first_of, suggest_name
+from fedkern.files import atomic
+from fedkern.files.inputs import read_text, report_unreadable
+from fedkern.foreign_runs.recorded_run import COSTS, check_figure
+from fedkern.foreign_runs.recording import record
+from fedkern.tasks.figure_names import direction
+
+_KEYS = ("method", "seed", "round")
+_SHOWN = 6
+"""Mistakes that a message names."""
+
+
+def read_columns(words: Iterable[str]) -> dict[str, str]:
+    """Read ``NAME=COLUMN,NAME``, where NAME alone is the column of that name, or raise UserError."""
+    columns: dict[str, str] = {}
+    for word in (part for text in words for part in text.split(",")):
+        name, equals, column = (part.strip() for part in word.partition("="))
+        if not name or not (column or not equals):
+            raise UserError(f'--columns needs the form NAME=COLUMN,NAME=COLUMN, got "{word}".')
+        if name in columns:
+            raise UserError(f'--columns gives "{name}" twice: name one column.')
+        columns[name] = column or name
+    return columns
+
+
+@dataclass
+class CsvResults:
+    """Results of a CSV file by method and seed, with the figures and costs of every round.
+
+    Attributes:
+        columns: names of columns by what they hold: ``seed``, perhaps ``method``, ``round`` and costs of a round
+            (``seconds``, ``bytes_up``, ``bytes_down``), and figures. Without ``round``, a row is a finished run.
+        percent: figures whose numbers are percentages. Numbers with a percent sign need no mention.
+        method: name of the method if no column has it.
+    """
+
+    path: Path
+    columns: Mapping[str, str]
+    percent: Collection[str] = ()
+    method: str = ""
+    runs: dict[tuple[str, int], dict[int, dict[str, float]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Read the file, or raise UserError with the lines of all mistakes."""
+        self.figures = [name for name in self.columns if name not in (*_KEYS, *COSTS)]
+        self._lines: dict[tuple[str, int, int], int] = {}
+        with report_unreadable(self.path):
+            lines = read_text(self.path, "utf-8-sig").splitlines(keepends=True)
+        head = lines[0] if lines else ""
+        reader = csv.reader(lines, delimiter=max(",;\t", key=head.count), strict=True)
+        mistakes = []
+        try:
+            header = [name.strip() for name in next(reader, [])]
+            self._check_columns(header)
+            for row in reader:
+                if any(row):
+                    where = f"line {reader.line_num}: "
+                    if len(row) == len(header):
+                        values = dict(zip(header, (text.strip() for text in row), strict=True))
+                        texts = {name: values[column] for name, column in self.columns.items()}
+                        mistakes += [where + text for text in self._add(texts, reader.line_num)]
+                    else:
+                        mistakes.append(f"{where}it has {len(row)} values, and the first line has {len(header)}")
+        except csv.Error as error:
+            mistakes.append(f"line {reader.line_num}: {error}")
+        if mistakes:
+            raise UserError(f"{self.path} cannot be imported: {first_of(mistakes, _SHOWN, '; ')}.")
+        if not self.runs:
+            raise UserError(f"{self.path} has no row of results: it needs lines below the names of its columns.")
+
+    def _check_columns(self, header: list[str]) -> None:
+        mistakes = []
+        for name, column in self.columns.items():
+            if (count := header.count(column)) != 1:
+                problem = f"{count} columns" if count else "no column"
+                mistakes.append(f'{problem} "{column}" for {name}{suggest_name(column, header).rstrip("?")}')
+        if mistakes:
+            raise UserError(f"{self.path} has {'; '.join(mistakes)}: its columns are {', '.join(header)}.")
+        way = f"--columns NAME=COLUMN,... says which of the columns {', '.join(header)} hold what"
+        if "seed" not in self.columns:
+            raise UserError(f"No column holds the seed, by which runs are paired: {way}.")
+        if ("method" in self.columns) == bool(self.method):
+            raise UserError(
+                "The method comes from a column, method=COLUMN, or from --method NAME: give one of the two."
+            )
+        if not self.figures:
+            raise UserError(f"No column holds a figure, such as accuracy=COLUMN: {way}.")
+        if unknown := [name for name in self.percent if name not in self.figures]:
+            raise UserError(f"--percent {unknown[0]}: it is none of the figures {', '.join(self.figures)}.")
+
+    def _add(self, texts: Mapping[str, str], line: int) -> Iterable[str]:
+        """Add a row's results, or yield what is wrong with them."""
+        method, numbers, values = texts.get("method", self.method), {"round": 1}, dict[str, float]()
+        if not method:
+            yield "the method is empty"
+        for name, text in texts.items():
+            try:
+                if name in ("seed", "round"):
+                    numbers[name] = _read_whole(name, text)
+                elif name != "method" and text:
+                    values[name] = self._read_number(name, text)
+            except ValueError as error:
+                yield str(error)
+        key = method, numbers.get("seed", -1), numbers["round"]
+        if (line_before := self._lines.setdefault(key, line)) != line and "seed" in numbers:
+            way = "" if "round" in self.columns else ", unless a column of rounds is named, round=COLUMN"
+            yield f"method, seed{' and round' * (not way)} are those of line {line_before}{way}"
+        self.runs.setdefault(key[:2], {})[key[2]] = values
+
+    def _read_number(self, name: str, text: str) -> float:
+        try:
+            exact = Decimal(text.rstrip("% "))
+        except InvalidOperation:
+            raise ValueError(f'{name} must be a number, not "{text}"') from None
+        number = float(exact.scaleb(-2) if text.endswith("%") or name in self.percent else exact)
+        if name in self.figures:
+            try:
+                check_figure(name, number if math.isfinite(number) else None)
+            except ValueError as error:
+                raise ValueError(f"{error}{f' (a percentage: --percent {name})' * (1 < number <= 100)}") from None
+        elif not (math.isfinite(number) and number >= 0):
+            raise ValueError(f'{name} must be a number from 0 on, not "{text}"')
+        return number
+
+    def write(self, out: Path, *, main: str = "", better: str = "", framework: str = "own code") -> list[Path]:
+        """Record the runs in new folders of ``out``, which must be empty or missing, or write nothing.
+
+        Args:
+            main: the main figure, by default the first one.
+            better: ``"max"`` or ``"min"``, needed for a main figure that fedkern does not know.
+            framework: name of the program that made the results.
+
+        Returns:
+            The folders of the runs.
+        """
+        main = main or self.figures[0]
+        if main not in self.figures:
+            raise UserError(f'--main "{main}" is none of the figures {", ".join(self.figures)}.')
+        if not (better := better or direction(main, {}) or ""):
+            raise UserError(f"Nothing says whether a low {main} is a good one: give --better max or --better min.")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} is there already: name another --out.")
+        part = out.with_name(f"{out.name}.part")
+        atomic.make_folder(part, fresh=True)
+        names = {key: folder_name([key[0], f"seed={key[1]}"]) for key in sorted(self.runs)}
+        try:
+            for (method, seed), name in names.items():
+                with record(
+                    part / name, method=method, seed=seed, framework=framework, main=main, better=better
+                ) as run:
+                    run.durable = False
+                    for number, values in sorted(self.runs[method, seed].items()):
+                        run.round(number, **{"seconds": math.nan, **values})
+            with atomic.report_unwritable(out):
+                part.rename(out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        return [out / name for name in names.values()]
+
+
+def _read_whole(name: str, text: str) -> int:
+    try:
+        number = float(text)
+        if number >= 0 and number.is_integer():
+            return int(number)
+    except ValueError:
+        pass
+    raise ValueError(f'{name} must be a whole number from 0 on, not "{text}"')
