@@ -25,7 +25,7 @@ from fedkern.cli import command_parser
 from fedkern.cli.commands import reproduce
 from fedkern.comparison import published
 from fedkern.comparison.found_runs import FoundRun
-from fedkern.comparison.reproduction import REPRODUCTIONS, Job, Reproduction
+from fedkern.comparison.reproduction import REPRODUCTIONS, Reproduction
 
 AFTER, LATE = "after", 5
 """The key of the programs' answers; the evaluated rounds at the end whose mean is stored beside the last figure."""
@@ -67,12 +67,6 @@ def stored_run(run: FoundRun, commands: Sequence[str]) -> dict[str, Any]:
     return {"metrics": {**last, **run.metrics}, "late": late, "bytes": traffic, "curve": curve, **answers}
 
 
-def played_runs(job: Job, commands: Sequence[str]) -> dict[str, Any]:
-    """Return the runs of a finished job's best point by seed."""
-    point = job.best_point()
-    return {} if point is None else {str(seed): stored_run(run, commands) for seed, run in job.runs(point).items()}
-
-
 def write_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the rows of a study, one a line, where a row without runs keeps the former one."""
     former = {row["name"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
@@ -94,9 +88,9 @@ def main(words: Sequence[str]) -> int:
     reproduction = Reproduction(paper, out, lambda text: reproduce.command_of(request, text))
     rows: list[dict[str, Any]] = []
     for row in reproduction.rows():
-        job = reproduction.jobs.get(row.cell.name)
-        played = job is not None and row.outcome is not None
-        rows.append({**row.values(), "runs": played_runs(job, commands_after(paper)) if job and played else {}})
+        runs = {} if row.outcome is None else reproduction.finished_runs(row.cell)
+        stored = {str(seed): stored_run(run, commands_after(paper)) for seed, run in runs.items()}
+        rows.append({**row.values(), "runs": stored})
     results = page.RESULTS if shipped else paper.folder / "results"
     results.mkdir(exist_ok=True)
     write_results(results / f"{paper.name}.json", rows)

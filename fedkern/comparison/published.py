@@ -1,6 +1,7 @@
 """Published tables as data: every cell of a paper with its figure, its source and the command that plays it.
 
-A paper is a TOML file. Its networks, splits and inputs stand in a Python file of the same name beside it::
+A paper is a TOML file. A cell needs a name, and a command or recorded runs. Its networks, splits and inputs stand in a
+Python file of the same name beside it::
 
     title = "FedAvg's first table"
     citation = "McMahan et al., AISTATS 2017, arXiv 1602.05629"
@@ -20,38 +21,46 @@ A paper is a TOML file. Its networks, splits and inputs stand in a Python file o
     [[cells]]
     name = "2NN, IID, B = 10"
     command = "fedavg {mnist} --model mcmahan2017.py:TwoNN --batch-size 10"
-    figure = "rounds"
     target = "accuracy=0.97"
     published = 87
     source = "Table 1, C = 0.1"
-    scale = "paper"
     tolerance = 20
     sweep = ["lr=0.05,0.1,0.2"]
     minutes = 12
+
+    [[cells]]
+    name = "the authors' own code"
+    runs = "runs/authors_seed*"
+    published = "98.1 %"
 
 Keys of the file: ``title``, ``citation`` and ``note`` (a sentence below the table), the tables ``words`` and
 ``defaults``, and the lists ``before`` and ``cells``.
 
 Keys of a cell:
 
-- ``table``: number or name of the paper's table.
 - ``name``: name of the row, unique in the file and without a comma.
 - ``command``: METHOD and flags of a run, as behind ``python -m fedkern.run``, but without seed, output and data folder,
   which ``seeds``, ``--out`` and ``--data-root`` give. ``{NAME}`` is a text of ``words``, ``{before}`` the run folder of
   ``before`` with the same seed. The path in ``FILE.py:NAME`` starts at the folder of the TOML file, that in
   ``package:NAME/FOLDER`` in an installed package. If either is missing, the cell has no data here.
+- ``runs``: instead of ``command``, finished runs, one for each seed: a folder, a pattern such as ``runs/mine*``, or a
+  list of them. Paths start at the folder of the TOML file. If none is there, the cell has no data here.
+- ``published``: the paper's value. A text with a percent sign (``"41.5 %"``) is a percentage, and a number has the
+  figure's own unit (``0.415``). Of a share, such as an accuracy, a number above 1 is a percentage too (``41.5``). A row
+  without a value (a baseline, or a variant of ours) has no verdict.
 - ``figure``: the published figure. A final figure of a run (``accuracy``, ``ood_accuracy``, ``dice``), or ``rounds``,
   communication rounds to ``target`` on the curve of the best values so far, interpolated between evaluated rounds, as
-  McMahan et al. count them.
+  McMahan et al. count them. By default ``rounds`` with a target, and otherwise the run's main figure, which has to be a
+  share if a value is published.
 - ``target``: ``FIGURE=VALUE``, only for ``rounds``.
-- ``published``: the paper's value in the figure's own unit, 0.415 for an accuracy of 41.5 %. A row without one (a
-  baseline, or a variant of ours) has no verdict.
-- ``source``: place of the value, such as ``Table 1, row 2``.
+- ``tolerance``: the largest half width of an interval that is narrow enough for "reproduced", written like
+  ``published``, so that it is in points where that is a percentage. By default two points of a share, and 5 % of
+  another published value.
+- ``smaller``: what is smaller than in the paper. The verdict is then whether cell and baseline are ordered as in the
+  paper.
 - ``baseline``: name of the cell to compare with, paired by seed.
-- ``scale``: ``paper`` (default), or ``smaller``, where ``smaller`` says what was reduced, and the verdict is whether
-  cell and baseline are ordered as in the paper.
-- ``tolerance``: at ``scale = "paper"``, the largest half width of an interval that is narrow enough for "reproduced",
-  in the unit of ``published``.
+- ``table``: number or name of the paper's table, by default 1.
+- ``source``: place of the value, such as ``Table 1, row 2``.
 - ``seeds``: number of seeds from 0 on, or a list, by default 3.
 - ``sweep``: list of ``NAME=VALUE,VALUE``, a setting or a method option. All points run with the first seed, the best
   point with all seeds.
@@ -72,32 +81,37 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from fedkern.comparison.cells import read_seeds, read_sweep
 from fedkern.comparison.seed_statistics import Target
 from fedkern.errors import UserError, first_of, format_value, suggest_name
 from fedkern.files.filesystem import expand
 from fedkern.files.inputs import read_text
-from fedkern.tasks.figure_names import check_reachable
+from fedkern.tasks.figure_names import scale
 
 PAPERS = Path(__file__).parent / "papers"
 """Folder of the papers that fedkern ships."""
 PAPERS_PACKAGE = f"{__package__}.papers"
+EXAMPLE = Path(__file__).with_name("example.toml")
+"""A file to start from."""
 ROUNDS = "rounds"
 """The only figure that is not a run's final figure: rounds up to a target."""
-_CHOICES = {"scale": ("paper", "smaller"), "select": ("figure", "validation")}
+_SELECT = ("figure", "validation")
 _TABLES = {"title": str, "citation": str, "note": str, "words": dict, "defaults": dict, "before": list, "cells": list}
+_OF_COMMANDS = ("command", "seeds", "sweep", "select", "before", "minutes")
+"""Keys of cells that are played. A cell of recorded runs does not take them."""
 
 
 class NotHere(UserError):
-    """A code file or a package of a cell that is not on this machine."""
+    """A code file, a package or the runs of a cell that are not on this machine."""
 
 
 @dataclass(frozen=True)
 class Before:
     """Runs that cells need, one for every seed of the cell."""
 
+    WORD: ClassVar = "entry of before"
     name: str
     command: str
     minutes: float = 0.0
@@ -105,19 +119,23 @@ class Before:
 
 @dataclass(frozen=True)
 class PublishedCell:
-    """A cell of a paper's table. The attributes are the keys of the file."""
+    """A cell of a paper's table. The attributes are the keys of the file.
 
-    table: str
+    ``figure`` is "" for a run's main figure. ``published`` and ``tolerance`` are in the figure's own unit.
+    """
+
+    WORD: ClassVar = "cell"
     name: str
-    command: str
-    figure: str
-    source: str = ""
+    command: str = ""
+    runs: tuple[str, ...] = ()
     published: float | None = None
+    figure: str = ""
     target: str = ""
-    baseline: str = ""
-    scale: str = "paper"
-    smaller: str = ""
     tolerance: float | None = None
+    smaller: str = ""
+    baseline: str = ""
+    table: str = "1"
+    source: str = ""
     seeds: tuple[int, ...] = (0, 1, 2)
     sweep: tuple[str, ...] = ()
     select: str = "figure"
@@ -128,31 +146,50 @@ class PublishedCell:
     def goal(self) -> Target | None:
         return Target.read(self.target) if self.target else None
 
-    def check(self) -> None:
-        for key, choices in _CHOICES.items():
-            if (value := getattr(self, key)) not in choices:
-                raise UserError(f'{key} must be {" or ".join(choices)}, not "{value}".{suggest_name(value, choices)}')
-        read_sweep(self.sweep)
-        if (self.figure == ROUNDS) != bool(self.target):
-            raise UserError(f'the figure "{ROUNDS}" and a target go together: give both, or leave both out.')
-        if self.goal is None and self.published is not None:
-            check_reachable("published", self.figure, self.published, falls=False)
-        if (self.scale == "smaller") != bool(self.smaller):
-            raise UserError('scale = "smaller" and smaller go together: say what was made smaller.')
-        if self.scale == "paper" and self.published is not None and self.tolerance is None:
-            raise UserError("a published value at the paper's scale needs a tolerance.")
+    @property
+    def is_share(self) -> bool:
+        return not self.figure or scale(self.figure)[1] == "%"
 
 
 @dataclass(frozen=True)
 class Paper:
-    name: str
-    folder: Path
-    cells: tuple[PublishedCell, ...]
-    befores: Mapping[str, Before]
-    phrases: Mapping[str, str]
+    """A file of cells. ``mistakes`` are sentences on what is wrong, without the file's name."""
+
+    path: Path
+    cells: tuple[PublishedCell, ...] = ()
+    befores: Mapping[str, Before] = dataclasses.field(default_factory=dict)
+    phrases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     title: str = ""
     citation: str = ""
     note: str = ""
+    mistakes: Sequence[str] = ()
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def folder(self) -> Path:
+        return self.path.parent
+
+    def refuse(self, mistakes: Sequence[str]) -> None:
+        """Raise UserError with all mistakes, if there are any."""
+        if len(mistakes) > 1:
+            numbered = " ".join(f"({number}) {text}" for number, text in enumerate(mistakes, 1))
+            raise UserError(f"{self.path} has {len(mistakes)} mistakes: {numbered}")
+        for text in mistakes:
+            raise UserError(f"{self.path}: {text}")
+
+    def find_runs(self, cell: PublishedCell) -> list[Path]:
+        """Return the folders of a cell's recorded runs, or raise NotHere."""
+        folders = []
+        for pattern in cell.runs:
+            path = self.folder / expand(pattern)
+            found = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+            if not (found := [folder for folder in found if folder.is_dir()]):
+                raise NotHere(f"there is no folder {path}.")
+            folders += found
+        return folders
 
     def text(self, command: str) -> str:
         for name, phrase in self.phrases.items():
@@ -167,10 +204,10 @@ class Paper:
         try:
             words = shlex.split(self.text(command))
         except ValueError as error:
-            raise UserError(f"{self.name}: the command {command} cannot be read: {error}.") from None
+            raise UserError(f"the command {command} cannot be read: {error}.") from None
         words = [self._locate_word(word.replace("{before}", str(before)) if before else word) for word in words]
         if open_word := next((word for word in words if re.search(r"\{[a-z_0-9]+\}", word)), None):
-            raise UserError(f'{self.name}: "{open_word}" stands for nothing: give the name a text in words.')
+            raise UserError(f'"{open_word}" stands for nothing: give the name a text in words.')
         return words
 
     def _locate_word(self, word: str) -> str:
@@ -210,7 +247,7 @@ def _folder_of_package(word: str) -> Path:
     return folder
 
 
-Entry = TypeVar("Entry", Before, PublishedCell)
+Entry = TypeVar("Entry", bound=Before | PublishedCell)
 
 
 def list_papers() -> list[str]:
@@ -218,6 +255,14 @@ def list_papers() -> list[str]:
 
 
 def read_paper(name: str) -> Paper:
+    """Read a paper that fedkern ships, or a file, or raise UserError with all its mistakes."""
+    paper = load_paper(name)
+    paper.refuse(paper.mistakes)
+    return paper
+
+
+def load_paper(name: str) -> Paper:
+    """Read a paper that fedkern ships, or a file, with its mistakes. Cells that have any are left out."""
     path = expand(name) if name.endswith(".toml") else PAPERS / f"{name}.toml"
     if not name.endswith(".toml") and name not in list_papers():
         raise UserError(
@@ -229,82 +274,145 @@ def read_paper(name: str) -> Paper:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"it is no TOML ({error})"
         raise UserError(f"The paper {path} cannot be read: {reason}.") from None
-    try:
-        return _paper(path.resolve(), table)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    return _paper(path.resolve(), table)
 
 
-def _paper(path: Path, table: Mapping[str, Any]) -> Paper:
-    _check_keys(table, _TABLES)
+def _paper(path: Path, table: dict[str, Any]) -> Paper:
+    mistakes = [*_unknown_keys(table, _TABLES).values()]
     for key, kind in _TABLES.items():
-        if not isinstance(table.get(key, kind()), kind):
-            raise UserError(f"{key} must be {'a list of tables' if kind is list else 'a table or a text'}.")
-    defaults = table.get("defaults", {})
-    if phrase := next((name for name, text in table.get("words", {}).items() if not isinstance(text, str)), None):
-        raise UserError(f"{phrase} in words must be a text.")
-    befores = [_entry(Before, entry) for entry in table.get("before", ())]
-    cells = [_entry(PublishedCell, {**defaults, **entry}) for entry in table.get("cells", ())]
-    if not cells:
-        raise UserError("there is no cell: write [[cells]].")
-    paper = Paper(
-        path.stem, path.parent, tuple(cells), {entry.name: entry for entry in befores}, table.get("words", {}),
-        **{key: table.get(key, "") for key in ("title", "citation", "note")},
-    )  # fmt: skip
-    for entries in ([entry.name for entry in cells], [entry.name for entry in befores]):
-        if twice := next((name for name in entries if entries.count(name) > 1), None):
-            raise UserError(f'the name "{twice}" is there twice: give every cell a name of its own.')
-    for cell in cells:
-        if cell.baseline and paper.find(cell.baseline).figure != cell.figure:
-            raise UserError(f'cell "{cell.name}": its baseline has another figure, {paper.find(cell.baseline).figure}.')
-        if cell.before and cell.before not in paper.befores:
-            raise UserError(f'cell "{cell.name}": there is no entry "{cell.before}" of before.')
-    compared = {cell.baseline for cell in cells}
-    for cell in cells:
-        if cell.scale == "smaller" and cell.published is not None and not cell.baseline and cell.name not in compared:
-            raise UserError(f'cell "{cell.name}": at a smaller scale it needs a baseline, by which cells are ordered.')
-    return paper
+        if not isinstance(table.setdefault(key, kind()), kind):
+            mistakes.append(f"{key} must be {'a list of tables' if kind is list else 'a table or a text'}.")
+            table[key] = kind()
+    words = table["words"].items()
+    mistakes += [f"{name} in words must be a text." for name, text in words if not isinstance(text, str)]
+    if not table["cells"]:
+        mistakes.append("there is no cell: write [[cells]].")
+    befores, _ = _entries(Before, table["before"], {}, mistakes)
+    cells, wrong = _entries(PublishedCell, table["cells"], table["defaults"], mistakes)
+    compared = {cell.baseline for cell in cells.values()}
+    for name, cell in cells.items():
+        text, base = "", cells.get(cell.baseline)
+        if cell.baseline and base is None:
+            text = f'there is no cell "{cell.baseline}" for its baseline.{suggest_name(cell.baseline, cells)}'
+        elif base is not None and base.figure != cell.figure and not wrong & {name, base.name}:
+            text = f"its baseline has another figure, {base.figure or 'the main one'}."
+        elif cell.before and cell.before not in befores:
+            text = f'there is no entry "{cell.before}" of before.{suggest_name(cell.before, befores)}'
+        elif cell.smaller and cell.published is not None and not cell.baseline and name not in compared:
+            text = "at a smaller scale it needs a baseline, by which cells are ordered."
+        if text:
+            mistakes.append(f'cell "{name}": {text}')
+            wrong.add(name)
+    right = tuple(cell for name, cell in cells.items() if name not in wrong)
+    texts = {key: table[key] for key in ("title", "citation", "note")}
+    return Paper(path, right, befores, dict(words), **texts, mistakes=mistakes)
 
 
-def _entry(kind: type[Entry], table: object) -> Entry:
+def _entries(
+    kind: type[Entry], tables: Sequence[object], defaults: Mapping[str, Any], mistakes: list[str]
+) -> tuple[dict[str, Entry], set[str]]:
+    """Return entries by name and the names of wrong ones, made of their right keys, and add what is wrong."""
+    entries: dict[str, Entry] = {}
+    wrong: set[str] = set()
+    for number, table in enumerate(tables, 1):
+        if not isinstance(table, Mapping):
+            mistakes.append(f"{kind.WORD} {number} must be a table.")
+            continue
+        common = {key: value for key, value in defaults.items() if "runs" not in table or key not in _OF_COMMANDS}
+        values, errors = _read_values(kind, {**common, **table})
+        if kind is PublishedCell:
+            errors = _contradictions({**common, **table}, values) | errors
+        label = f'{kind.WORD} "{values["name"]}"' if values["name"] else f"{kind.WORD} {number}"
+        entry = kind(**{**values, "name": values["name"] or label})
+        if entry.name in entries:
+            errors["name"] = "this name is there twice: give every cell a name of its own."
+        entries[entry.name] = entry
+        for key, text in errors.items():
+            sentence = f"{'defaults' if key in common.keys() - table.keys() else label}: {text}"
+            mistakes += [sentence] if sentence not in mistakes else []
+            wrong.add(entry.name)
+    return entries, wrong
+
+
+def _read_values(kind: type[Entry], table: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the values of an entry's keys, and what is wrong with other keys."""
     fields = {key_field.name: key_field for key_field in dataclasses.fields(kind)}
-    if not isinstance(table, Mapping):
-        raise UserError("a cell must be a table.")
-    label = f'cell "{table.get("name", "")}"'
-    try:
-        _check_keys(table, fields)
-        lacking = [key for key, item in fields.items() if item.default is dataclasses.MISSING and key not in table]
-        if lacking:
-            raise UserError(f"{lacking[0]} is missing.")
-        entry = kind(**{key: _value(key, value, fields[key].type) for key, value in table.items()})
-        if "," in entry.name or not entry.name.strip():
-            raise UserError("a name must have a letter and no comma, which parts names in --cells.")
-        if isinstance(entry, PublishedCell):
-            entry.check()
-    except UserError as error:
-        raise UserError(f"{label}: {error}") from None
-    return entry
+    values: dict[str, Any] = {key: "" for key, item in fields.items() if item.default is dataclasses.MISSING}
+    errors = {key: f"{key} is missing." for key in values if key not in table} | _unknown_keys(table, fields)
+    for key in [key for key in fields if key in table]:
+        try:
+            values[key] = _value(key, table[key], str(fields[key].type))
+        except UserError as error:
+            errors[key] = str(error)
+    if kind is PublishedCell:
+        values.setdefault("figure", ROUNDS if "target" in values else "")
+        percentages = [key for key in ("published", "tolerance") if key in values and isinstance(table[key], str)]
+        if values["figure"] == ROUNDS:
+            errors |= {key: f'{key} must be a number of rounds, not "{table[key]}".' for key in percentages}
+        values |= _in_own_unit(PublishedCell(**values), percentages)
+    return values, errors
 
 
-def _check_keys(table: Mapping[str, object], known: Mapping[str, object]) -> None:
-    for key in table:
-        if key not in known:
-            raise UserError(f'there is no key "{key}": the keys are {", ".join(known)}.{suggest_name(key, known)}')
+def _contradictions(table: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is wrong with keys of a cell that exclude or need one another."""
+    errors = {key: f"recorded runs have no {key}: leave it out." for key in _OF_COMMANDS if {key, "runs"} <= {*table}}
+    if not table.keys() & {"command", "runs"}:
+        errors["command"] = 'command = "METHOD ..." is missing, or runs = "FOLDER".'
+    if (values["figure"] == ROUNDS) != bool(values.get("target")):
+        errors["target"] = f'the figure "{ROUNDS}" and a target go together: give both, or leave both out.'
+    cell = PublishedCell(**values)
+    if cell.published is not None and cell.is_share and not 0 <= cell.published <= 1:
+        errors["published"] = "published must be a fraction from 0 to 1, or a percentage up to 100."
+    return errors
 
 
-def _value(key: str, value: Any, kind: object) -> Any:
+def _in_own_unit(cell: PublishedCell, percentages: Sequence[str]) -> dict[str, float]:
+    """Return published value and tolerance in the figure's own unit.
+
+    ``percentages`` are those that were written with a percent sign.
+    """
+    if (published := cell.published) is None:
+        return {}
+    in_percent = "published" in percentages or (cell.is_share and published > 1)
+    published = published / 100 if in_percent else published
+    if cell.tolerance is None:
+        return {"published": published, "tolerance": 0.02 if cell.is_share else 0.05 * abs(published)}
+    in_points = in_percent or "tolerance" in percentages
+    return {"published": published, "tolerance": cell.tolerance / 100 if in_points else cell.tolerance}
+
+
+def _unknown_keys(table: Mapping[str, object], known: Mapping[str, object]) -> dict[str, str]:
+    hints = {key: suggest_name(key, known) or f" The keys are {', '.join(known)}." for key in table if key not in known}
+    return {key: f'there is no key "{key}".{hint}' for key, hint in hints.items()}
+
+
+def _value(key: str, value: Any, kind: str) -> Any:
     if key == "seeds":
         return read_seeds(value)
-    if key == "sweep":
-        if isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        raise UserError(f"sweep must be a list of texts NAME=VALUE,VALUE, not {format_value(value)}.")
-    if "float" in str(kind):
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-        raise UserError(f"{key} must be a number, not {format_value(value)}.")
+    if key in ("sweep", "runs"):
+        texts = [value] if key == "runs" and isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{key} must be a list of texts, not {format_value(value)}.")
+        if key == "sweep":
+            read_sweep(texts)
+        return tuple(texts)
+    if "float" in kind:
+        percentage = (
+            re.fullmatch(r"\s*(\d+\.?\d*)\s*%\s*", value) if isinstance(value, str) and key != "minutes" else None
+        )
+        number = float(percentage[1]) if percentage else value
+        if isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number):
+            return float(number)
+        way = "" if key == "minutes" else ', or a percentage such as "41.5 %"'
+        raise UserError(f"{key} must be a number{way}, not {format_value(value)}.")
     if key == "table" and type(value) is int:
         return str(value)
     if not isinstance(value, str):
         raise UserError(f"{key} must be a text, not {format_value(value)}.")
+    if key == "target" and value:
+        Target.read(value)
+    if key == "name" and ("," in value or not value.strip()):
+        raise UserError("a name must have a letter and no comma, which parts names in --cells.")
+    if key == "select" and value not in _SELECT:
+        raise UserError(f'select must be {" or ".join(_SELECT)}, not "{value}".{suggest_name(value, _SELECT)}')
     return value

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,9 +17,10 @@ from fedkern.comparison import reproduction_table
 from fedkern.comparison.boards import Board
 from fedkern.comparison.cell_runner import Runner, check_out
 from fedkern.comparison.cells import Variant, read_sweep, run_name, spell_value, variants
-from fedkern.comparison.found_runs import FoundRun
+from fedkern.comparison.found_runs import FoundRun, Group, check_provenance, group_runs, read_runs
 from fedkern.comparison.published import Before, NotHere, Paper, PublishedCell
 from fedkern.comparison.reproduction_table import Row, by_reason
+from fedkern.comparison.run_results import label_notes
 from fedkern.comparison.verdicts import (
     NO_DATA,
     NOT_PLAYED,
@@ -29,6 +30,7 @@ from fedkern.comparison.verdicts import (
     figure_of,
     figure_text,
     judge_cell,
+    name_figure,
     rate_run,
 )
 from fedkern.engine.store.record_files import METRICS, SUMMARY, read_metrics
@@ -238,14 +240,34 @@ class Reproduction:
         check_out(self.out)
         self.deadline = Deadline(self.budget)
         self.jobs: dict[str, Job] = {}
+        self.recorded: dict[str, Group] = {}
         runner = {"tracebacks": self.tracebacks, "listener": self.deadline}
+        mistakes = [*self.paper.mistakes]
         for cell in self.paper.cells:
             try:
-                self.jobs[cell.name] = Job(self.paper, cell, cell.seeds, self.read, self.out, runner)
+                if cell.runs:
+                    self._read_recorded(cell, self.paper.find_runs(cell))
+                else:
+                    self.jobs[cell.name] = Job(self.paper, cell, cell.seeds, self.read, self.out, runner)
             except NotHere as error:
                 self.absent[cell.name] = str(error)
             except UserError as error:
-                raise UserError(f'{self.paper.name}, cell "{cell.name}": {error}') from None
+                mistakes.append(f'cell "{cell.name}": {error}')
+        self.paper.refuse(mistakes)
+
+    def _read_recorded(self, cell: PublishedCell, folders: Sequence[Path]) -> None:
+        """Read the recorded runs of a cell, or note why they cannot be read or are not those of one cell."""
+        try:
+            runs, unfinished = read_runs(folders)
+            groups = group_runs(runs)
+            if unfinished:
+                raise UserError(f"{first_of(unfinished, 3)} is not finished: finish the run, or leave it out of runs.")
+            if len(groups) > 1:
+                labels = first_of([group.label for group in groups], 3)
+                raise UserError(f"its runs are of several methods or settings ({labels}): name those of one.")
+            self.recorded[cell.name] = groups[0]
+        except UserError as error:
+            self.failures[cell.name] = str(error)
 
     def select(self, names: Sequence[str] = (), table: str | None = None) -> list[PublishedCell]:
         """Return the cells of a table whose names match one of ``names``, which may be patterns such as ``2NN*``."""
@@ -272,7 +294,9 @@ class Reproduction:
 
         Cells without data are noted as absent.
         """
-        reasons, lines = dict[str, str](), list[str]()
+        reasons = dict[str, str]()
+        recorded = [cell.name for cell in cells if cell.name in self.recorded]
+        lines = [f"recorded: {name} ({len(self.recorded[name].runs)} runs)" for name in recorded]
         jobs = {cell.name: self.jobs[cell.name] for cell in cells if cell.name in self.jobs}
         for name, job in jobs.items():
             try:
@@ -288,8 +312,8 @@ class Reproduction:
         ):
             job, left = jobs[name], jobs[name].runs_left
             planned += [self.paper.find(name)] if left else []
-            done, about = job.total - left, human_time(job.seconds)
-            left_words = f"next: {name} ({done} of {job.total} runs finished, about {about} left)"
+            about = f", about {human_time(job.seconds)} left" if job.seconds else ""
+            left_words = f"next: {name} ({job.total - left} of {job.total} runs finished{about})"
             lines.append(left_words if left else f"finished: {name}")
         return planned, lines
 
@@ -334,50 +358,67 @@ class Reproduction:
             self.failures.setdefault(cell.name, text)
         return True
 
-    def _outcome(self, cell: PublishedCell, job: Job) -> Outcome | None:
-        if job.runs_left or (winner := job.best_point()) is None:
-            return None
-        runs = job.runs(winner)
-        firsts = job.first_runs() if len(job.points) > 1 else []
-        effects = [
-            f"{_point(point)}: {_reached_text(cell, run)}{' (chosen)' * (point == winner)}" for point, run in firsts
-        ]
+    def finished_runs(self, cell: PublishedCell) -> dict[int, FoundRun]:
+        """Return the runs of a cell by seed, of a sweep those of the best point, {} unless all are finished."""
+        if (job := self.jobs.get(cell.name)) is None:
+            return self.recorded[cell.name].runs if cell.name in self.recorded else {}
+        winner = None if job.runs_left else job.best_point()
+        return {} if winner is None else job.runs(winner)
+
+    def _outcome(self, cell: PublishedCell, runs: Mapping[int, FoundRun]) -> Outcome:
+        effects = []
+        if (job := self.jobs.get(cell.name)) is not None and len(job.points) > 1:
+            winner = job.best_point()
+            effects = [
+                f"{_point(point)}: {_reached_text(cell, run)}{' (chosen)' * (point == winner)}"
+                for point, run in job.first_runs()
+            ]
+        seconds = [run.summary["seconds"] for run in runs.values()]
         return Outcome(
             {seed: figure_of(cell, run) for seed, run in runs.items()},
             {seed: float(run.records[-1]["round"]) for seed, run in runs.items()},
             "; ".join(effects),
-            sum(run.summary["seconds"] for run in runs.values()),
-            bytes=fmean(run.summary["bytes"]["total"] for run in runs.values()),
-            up=fmean(run.summary["bytes"]["up"] for run in runs.values()),
-            build=", ".join(dict.fromkeys(_build(run) for run in runs.values())),
-            date=max(_finish_day(run) for run in runs.values()),
+            None if None in seconds else sum(seconds),
+            bytes=_mean_bytes(runs.values(), "total"),
+            up=_mean_bytes(runs.values(), "up"),
+            build=", ".join(dict.fromkeys(filter(None, map(_build, runs.values())))),
+            date=max(map(_finish_day, runs.values())),
+            recorded=self.recorded[cell.name].label if job is None else "",
         )
 
     def rows(self) -> list[Row]:
         """Return a row for every cell of the paper, and note unreadable outcomes as failures."""
-        outcomes, curves = dict[str, Outcome | None](), dict[str, Groups]()
-        for cell in self.paper.cells:
-            if (job := self.jobs.get(cell.name)) is not None:
-                try:
-                    outcomes[cell.name] = self._outcome(cell, job)
-                    curves[cell.name] = {} if cell.goal is None else job.histories()
-                except UserError as error:
-                    self.failures[cell.name] = str(error)
+        cells = {cell.name: cell for cell in self.paper.cells}
+        runs, outcomes, curves = dict[str, Mapping[int, FoundRun]](), dict[str, Outcome](), dict[str, Groups]()
+        for name, cell in cells.items():
+            job = self.jobs.get(name)
+            try:
+                if found := self.finished_runs(cell):
+                    cells[name] = cell = name_figure(cell, next(iter(found.values())))
+                    outcomes[name], runs[name] = self._outcome(cell, found), found
+                if cell.goal is not None:
+                    records = {f"seed {seed}": [run.records] for seed, run in found.items()}
+                    curves[name] = records if job is None else job.histories()
+            except UserError as error:
+                self.failures[name] = str(error)
         rows = []
-        for cell in self.paper.cells:
-            outcome, job = outcomes.get(cell.name), self.jobs.get(cell.name)
+        for name, cell in cells.items():
+            outcome, job, notes = outcomes.get(name), self.jobs.get(name), list[str]()
             if outcome is not None:
-                published = self.paper.find(cell.baseline).published if cell.baseline else None
-                verdict = judge_cell(cell, outcome, outcomes.get(cell.baseline), published)
-            elif cell.name in self.absent:
-                verdict = Verdict(NO_DATA, self.absent[cell.name])
-            elif job is None or cell.name in self.failures:
-                verdict = Verdict(NOT_PLAYED, self.failures.get(cell.name, ""))
+                base, base_outcome = cells.get(cell.baseline), outcomes.get(cell.baseline)
+                if base is not None and base_outcome is not None:
+                    pairs, notes = _pair_seeds(cell, base, runs)
+                    base_outcome = replace(base_outcome, values={seed: base_outcome.values[seed] for seed in pairs})
+                verdict = judge_cell(cell, outcome, base_outcome, None if base is None else base.published)
+            elif name in self.absent:
+                verdict = Verdict(NO_DATA, self.absent[name])
+            elif job is None or name in self.failures:
+                verdict = Verdict(NOT_PLAYED, self.failures.get(name, ""))
             else:
                 done = job.total - job.runs_left
                 verdict = Verdict(NOT_PLAYED, f"{done} of {job.total} runs finished" * bool(done))
-            folder = "" if job is None or cell.name in self.absent else str(job.folder)
-            rows.append(Row(cell, verdict, outcome, folder, curves.get(cell.name, {})))
+            folder = "" if job is None or name in self.absent else str(job.folder)
+            rows.append(Row(cell, verdict, outcome, folder or ", ".join(cell.runs), curves.get(name, {}), notes))
         return rows
 
     def write(self) -> list[Path]:
@@ -395,8 +436,28 @@ class Reproduction:
         ]
 
 
+def _pair_seeds(
+    cell: PublishedCell, base: PublishedCell, runs: Mapping[str, Mapping[int, FoundRun]]
+) -> tuple[list[int], list[str]]:
+    """Return the seeds in which a cell can be compared with its baseline, and sentences on reasons against it."""
+    if cell.figure != base.figure:
+        return [], [f"{cell.name} is not compared with {base.name}, whose main figure is {base.figure}."]
+    try:
+        if cell.runs or base.runs:
+            check_provenance([*runs[cell.name].values(), *runs[base.name].values()], code=False)
+    except UserError as error:
+        return [], [f"{cell.name} is not compared with {base.name}: {error}"]
+    groups = [Group(name, "", {**runs[name]}) for name in (base.name, cell.name)]
+    return [seed for seed, is_other in groups[1].shared_seeds(groups[0]).items() if not is_other], label_notes(groups)
+
+
+def _mean_bytes(runs: Iterable[FoundRun], way: str) -> float | None:
+    sizes = [run.summary.get("bytes", {}).get(way) for run in runs]
+    return None if None in sizes else fmean(sizes)
+
+
 def _build(run: FoundRun) -> str:
-    versions = run.summary["versions"]
+    versions = run.summary.get("versions", {})
     return " ".join(str(versions[name]) for name in ("fedkern", "commit") if name in versions)
 
 

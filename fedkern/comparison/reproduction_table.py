@@ -27,6 +27,7 @@ class Row:
     Attributes:
         outcome: of all runs, None unless all are finished.
         curves: of a cell with a target, the round records of every started run, by curve name.
+        notes: sentences on the comparison with the baseline.
     """
 
     cell: PublishedCell
@@ -34,6 +35,7 @@ class Row:
     outcome: Outcome | None
     folder: str
     curves: Groups = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     def texts(self) -> list[str]:
         cell, verdict, outcome = self.cell, self.verdict, self.outcome
@@ -55,7 +57,7 @@ class Row:
             for part in ("mean", "low", "high"):
                 row[name if part == "mean" else f"{name}_{part}"] = getattr(difference, part, None)
         row |= {"published_gap": verdict.published_gap, "verdict": verdict.kind, "detail": verdict.detail}
-        row |= {key: getattr(cell, key) for key in ("scale", "smaller", "tolerance", "source")}
+        row |= {key: getattr(cell, key) for key in ("smaller", "tolerance", "source")}
         if outcome is not None:
             values = " ".join(f"{seed}={value}" for seed, value in outcome.values.items())
             row |= {"values": values, "swept": outcome.effect, "seconds": outcome.seconds}
@@ -112,10 +114,14 @@ def sentences(paper: Paper, rows: Sequence[Row]) -> list[str]:
             "reported."
         )
     texts += [f"{row.cell.name}, smaller scale: {row.cell.smaller}." for row in rows if row.cell.smaller]
-    outcomes = [row.outcome for row in rows if row.outcome is not None]
-    if outcomes:
-        seconds = sum(outcome.seconds for outcome in outcomes)
-        builds = ", ".join(dict.fromkeys(outcome.build for outcome in outcomes))
+    texts += [note for row in rows for note in row.notes]
+    outcomes = {row.cell.name: row.outcome for row in rows if row.outcome is not None}
+    recorded = [f"{name} ({outcome.recorded})" for name, outcome in outcomes.items() if outcome.recorded]
+    texts += [f"Recorded runs, not played by this command: {'; '.join(recorded)}."] if recorded else []
+    played = [outcome for outcome in outcomes.values() if not outcome.recorded]
+    if played:
+        seconds = sum(outcome.seconds or 0 for outcome in played)
+        builds = ", ".join(dict.fromkeys(outcome.build for outcome in played))
         texts.append(f"Played with fedkern {builds}; the reported runs took {human_time(seconds)} together.")
     return [text for text in texts if text]
 
@@ -149,7 +155,8 @@ def _commands(paper: Paper) -> Iterator[Block]:
         yield Code(paper.text(before.command))
     for cell in paper.cells:
         yield cell.name
-        yield Code(paper.text(cell.command) + "".join(f" --sweep {sweep}" for sweep in cell.sweep))
+        sweeps = "".join(f" --sweep {sweep}" for sweep in cell.sweep)
+        yield Code(paper.text(cell.command) + sweeps if cell.command else f"recorded runs: {', '.join(cell.runs)}")
 
 
 def _title(paper: Paper) -> str:

@@ -118,11 +118,7 @@ class Result:
                 "built anew for every seed."
             )
         if len(self.groups) > 1:
-            texts += [
-                _intervals(self.groups, self.figures),
-                *_label_notes(self.groups),
-                differing_settings(self.groups),
-            ]
+            texts += [_intervals(self.groups, self.figures), *label_notes(self.groups), differing_settings(self.groups)]
         if not self.figures:
             texts.append("The runs have no main figure, as privately recorded runs may not.")
         if self.target is not None:
@@ -275,7 +271,7 @@ def _intervals(groups: Sequence[Group], figures: Sequence[str]) -> str:
     )
 
 
-def _label_notes(groups: Sequence[Group]) -> list[str]:
+def label_notes(groups: Sequence[Group]) -> list[str]:
     """Return sentences on recorded runs whose test labels are other ones than the first group's, or unknown."""
     base, notes = groups[0], []
     sentences = {

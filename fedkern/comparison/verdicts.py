@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from fedkern.comparison.found_runs import FoundRun
+from fedkern.comparison.found_runs import FoundRun, Group, main_figures
 from fedkern.comparison.published import ROUNDS, PublishedCell
 from fedkern.comparison.seed_statistics import Difference, compare_pairs
 from fedkern.errors import UserError, suggest_name
 from fedkern.report.tables import human_metric
-from fedkern.tasks.figure_names import number_text, scale
+from fedkern.tasks.figure_names import number_text
 
 REPRODUCED, DIFFERS, UNDECIDED = "reproduced", "differs", "undecided"
 SAME, REVERSED, BASELINE = (f"smaller scale: {text}" for text in ("same ordering", "reversed", "baseline"))
@@ -26,18 +26,21 @@ class Outcome:
     Attributes:
         values: the figure by seed, at least one, None for a seed that misses the target.
         effect: the figure at every point of the sweep, for people.
-        bytes: sent in both directions, mean of the runs, and ``up`` those that clients sent.
-        build: fedkern's version in the runs.
+        seconds: of all runs together, None if unknown.
+        bytes: sent in both directions, mean of the runs, and ``up`` those that clients sent, None if unknown.
+        build: fedkern's version in the runs, "" in runs of another program.
+        recorded: method and program of recorded runs, "" of runs that were played.
         date: UTC day on which the last run finished.
     """
 
     values: Mapping[int, float | None]
     rounds: Mapping[int, float] = field(default_factory=dict)
     effect: str = ""
-    seconds: float = 0.0
-    bytes: float = 0.0
-    up: float = 0.0
+    seconds: float | None = None
+    bytes: float | None = None
+    up: float | None = None
     build: str = ""
+    recorded: str = ""
     date: str = ""
 
     @property
@@ -66,7 +69,26 @@ class Verdict:
         return f"{self.kind}: {self.detail}" if self.detail else self.kind
 
 
+def name_figure(cell: PublishedCell, run: FoundRun) -> PublishedCell:
+    """Return the cell, with the run's main figure if it names none.
+
+    Raises UserError if a value is published, and the main figure is no share.
+    """
+    if cell.figure:
+        return cell
+    main = next(iter(main_figures([Group("", "", {0: run})])), None)
+    if main is None:
+        raise _missing_figure(run.main, run, run.metrics)
+    named_cell = replace(cell, figure=main)
+    if cell.published is not None and not named_cell.is_share:
+        raise UserError(
+            f'The main figure of {run.folder} is no share: write figure = "{main}", and its value in its own unit.'
+        )
+    return named_cell
+
+
 def figure_of(cell: PublishedCell, run: FoundRun) -> float | None:
+    cell = name_figure(cell, run)
     if cell.goal is not None:
         check_figure(cell.goal.figure, run)
         return cell.goal.crossing(run.records)
@@ -103,6 +125,7 @@ def is_lower_better(figure: str, run: FoundRun) -> bool:
 
 def rate_run(cell: PublishedCell, run: FoundRun) -> tuple[float, ...]:
     """Rate a run for the choice of a sweep's best point: larger is better, and missing the target is worse."""
+    cell = name_figure(cell, run)
     name, reached = cell.figure, 1.0
     if cell.select == "validation":
         name = f"validation_{run.main}"
@@ -135,12 +158,12 @@ def judge_cell(
 
     if published is None:
         return verdict(UNPUBLISHED)
-    if cell.scale == "smaller" and not cell.baseline:
+    if cell.smaller and not cell.baseline:
         return verdict(BASELINE)
     if ours is None:
         return verdict(*_judge_missed_target(cell, published, outcome))
-    if cell.scale == "smaller":
-        missing_words = "its baseline is not played" if baseline is None else "no seed of its baseline has the figure"
+    if cell.smaller:
+        missing_words = "its baseline is not played" if baseline is None else "it shares no seed with its baseline"
         return verdict(*_ordering(gap, published_gap, missing_words))
     return verdict(*_value(cell, published, ours))
 
@@ -173,7 +196,7 @@ def _judge_missed_target(cell: PublishedCell, published: float, outcome: Outcome
     missing = [outcome.rounds[seed] for seed, value in outcome.values.items() if value is None]
     count = f"{len(missing)} of {len(outcome.values)} seeds miss {cell.goal} in {min(missing):,.0f} rounds"
     fewest = min([*missing, *outcome.reached_values.values()])
-    if cell.scale == "paper" and fewest > published + (cell.tolerance or 0):
+    if not cell.smaller and fewest > published + (cell.tolerance or 0):
         return DIFFERS, f"by more than {figure_text(cell, fewest - published, '+')}; {count}"
     return UNDECIDED, count
 
@@ -182,6 +205,5 @@ def figure_text(cell: PublishedCell, value: float, sign: str = "") -> str:
     """Format a value of the cell's figure, or with ``sign`` "+" a difference."""
     if cell.figure == ROUNDS:
         return f"{value:{sign},.0f}"
-    if sign:
-        return number_text(cell.figure, value, sign) + " points" * bool(scale(cell.figure)[1])
-    return human_metric(cell.figure, value)
+    figure = cell.figure or "accuracy"  # the main figure of runs to come, a share
+    return number_text(figure, value, sign) + " points" * cell.is_share if sign else human_metric(figure, value)

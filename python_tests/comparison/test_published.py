@@ -1,5 +1,6 @@
 """Tests of papers as files: the format, its refusals, the flags of commands, and the papers that fedkern ships."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -42,22 +43,33 @@ def test_defaults_hold_where_a_cell_says_nothing_else(write):
     [
         ("", "there is no cell"),
         ("cells = 1", "cells must be a list of tables"),
+        ("cells = [1]", "cell 1 must be a table"),
         ("[[cells]", "it is no TOML"),
-        (CELL + "publshed = 1", 'cell "a": there is no key "publshed"'),
-        (CELL.replace('figure = "accuracy"\n', ""), 'cell "a": figure is missing'),
-        (CELL.replace("0.9", '"0.9"'), 'published must be a number, not "0.9"'),
-        (CELL.replace("0.9", "90.0"), "accuracy is a fraction from 0 to 1"),
-        (CELL.replace("tolerance = 0.01", ""), "needs a tolerance"),
+        (CELL + "publshed = 1", 'cell "a": there is no key "publshed". Did you mean "published"?'),
+        (CELL + "xyzq = 1", 'cell "a": there is no key "xyzq". The keys are name, command, runs'),
+        (CELL.replace('name = "a"\n', ""), "cell 1: name is missing"),
+        (CELL.replace("0.9", '"0.9"'), "published must be a number, or a percentage such as \"41.5 %\", not '0.9'"),
+        (CELL + 'minutes = "3 %"', "minutes must be a number, not '3 %'"),
+        (CELL.replace("0.9", "900"), "published must be a fraction from 0 to 1, or a percentage up to 100"),
+        (CELL + 'runs = "runs/*"', "recorded runs have no command: leave it out"),
+        (CELL.replace("command", "source"), 'command = "METHOD ..." is missing, or runs = "FOLDER"'),
+        (CELL.replace('command = "fedavg --lr 0.1"', 'runs = "r"\nseeds = 3'), "recorded runs have no seeds"),
+        (CELL + "runs = [1]", "runs must be a list of texts, not [1]"),
         (CELL + "seeds = 0", "--seeds must be"),
         (CELL + 'sweep = "lr=1"', "sweep must be a list of texts"),
         (CELL + 'sweep = ["lr"]', "--sweep needs the form"),
-        (CELL + 'scale = "small"', 'scale must be paper or smaller, not "small".'),
-        (CELL + 'smaller = "3 rounds"', 'scale = "smaller" and smaller go together'),
-        (CELL + 'scale = "smaller"\nsmaller = "3 rounds"', "it needs a baseline"),
-        (CELL + 'baseline = "b"', 'mine has no cell "b"'),
+        (CELL + 'select = "figur"', 'select must be figure or validation, not "figur". Did you mean "figure"?'),
+        (CELL + 'smaller = "3 rounds"', "it needs a baseline"),
+        (CELL + 'baseline = "b"', 'there is no cell "b" for its baseline'),
         (CELL + 'before = "b"', 'there is no entry "b" of before'),
         (CELL + 'target = "accuracy=0.9"', 'the figure "rounds" and a target go together'),
-        (CELL + CELL, 'the name "a" is there twice'),
+        (CELL.replace('"accuracy"', '"rounds"'), 'the figure "rounds" and a target go together'),
+        (CELL.replace('figure = "accuracy"', 'target = "high"'), "--target needs the form"),
+        (
+            CELL.replace('figure = "accuracy"', 'target = "loss=1"').replace("0.9", '"9 %"'),
+            "must be a number of rounds",
+        ),
+        (CELL + CELL, 'cell "a": this name is there twice'),
         (CELL.replace('"a"', '"a,b"'), "no comma"),
         ("words = 1\n" + CELL, "words must be"),
         ("[words]\nx = 1\n" + CELL, "x in words must be a text"),
@@ -68,7 +80,73 @@ def test_a_file_that_is_not_in_the_format_is_refused(write, text, said):
     path = write(text)
     with pytest.raises(UserError, match=r"mine\.toml") as error:
         published.read_paper(path)
-    assert said.replace('not "0.9"', "not '0.9'") in str(error.value)
+    assert said in str(error.value)
+
+
+def test_all_mistakes_are_told_at_once(write):
+    text = """
+        colour = 1
+        [defaults]
+        table = 1.5
+        [[before]]
+        minutes = 1
+        [[cells]]
+        name = "a"
+        published = "high"
+        baseline = "c"
+        [[cells]]
+        name = "b"
+        command = "fedavg"
+        lr = 0.1
+        select = "best"
+        baseline = "a"
+        [[cells]]
+        runs = "mine*"
+        sweep = ["lr=1,2"]
+        published = 1000
+    """
+    with pytest.raises(UserError) as error:
+        published.read_paper(write(text))
+    said, *mistakes = re.split(r" ?\(\d+\) ", str(error.value))
+    assert said.endswith(f"mine.toml has {len(mistakes)} mistakes:")
+    assert sorted(mistake.partition(".")[0] for mistake in mistakes) == [
+        'cell "a": command = "METHOD ',
+        'cell "a": published must be a number, or a percentage such as "41',
+        'cell "a": there is no cell "c" for its baseline',
+        'cell "b": select must be figure or validation, not "best"',
+        'cell "b": there is no key "lr"',
+        "cell 3: name is missing",
+        "cell 3: published must be a fraction from 0 to 1, or a percentage up to 100",
+        "cell 3: recorded runs have no sweep: leave it out",
+        "defaults: table must be a text, not 1",
+        "entry of before 1: command is missing",
+        "entry of before 1: name is missing",
+        'there is no key "colour"',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "published_value", "tolerance"),
+    [
+        ("published = 0.415", 0.415, 0.02),
+        ("published = 41.5", 0.415, 0.02),
+        ('published = "41.5 %"', 0.415, 0.02),
+        ('published = "0.5%"', 0.005, 0.02),
+        ("published = 1", 1.0, 0.02),
+        ("published = 41.5\ntolerance = 0.5", 0.415, 0.005),
+        ('published = "0.5 %"\ntolerance = 0.1', 0.005, 0.001),
+        ('published = 0.415\ntolerance = "1 %"', 0.415, 0.01),
+        ("published = 0.415\ntolerance = 0.01", 0.415, 0.01),
+        ('published = 41.5\nfigure = "ood_accuracy"', 0.415, 0.02),
+        ('published = 41.5\nfigure = "loss"', 41.5, 2.075),
+        ('published = "41.5 %"\nfigure = "hits"\ntolerance = 1', 0.415, 0.01),
+        ('published = 87\ntarget = "accuracy=0.97"', 87, 4.35),
+    ],
+)
+def test_a_value_is_a_fraction_or_a_percentage(write, keys, published_value, tolerance):
+    (cell,) = published.read_paper(write(f'[[cells]]\nname = "a"\ncommand = "fedavg"\n{keys}\n')).cells
+    assert (cell.published, cell.tolerance) == (pytest.approx(published_value), pytest.approx(tolerance))
+    assert cell.figure == ("rounds" if "target" in keys else cell.figure)
 
 
 def test_an_unknown_paper_is_refused():
@@ -126,10 +204,9 @@ def test_a_paper_that_fedkern_ships_is_in_the_format(name):
         assert cell.source or cell.published is None
 
 
-def test_the_pages_paper_is_in_the_format(write):
+def test_the_page_shows_the_example():
     page = (Path(__file__).parents[2] / "docs" / "reproducing.md").read_text()
-    paper = published.read_paper(write(page.partition("```toml\n")[2].partition("```")[0]))
-    assert [cell.baseline for cell in paper.cells] == ["", "FedAvg"]
+    assert page.partition("```toml\n")[2].partition("```")[0] == published.EXAMPLE.read_text()
 
 
 def test_fedkern_ships_papers():

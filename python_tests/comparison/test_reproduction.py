@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fedkern import record
 from fedkern.cli.command_parser import parse_words
 from fedkern.cli.commands import reproduce
 from fedkern.comparison import cell_runner, published
@@ -25,7 +26,6 @@ digits = "{DIGITS}"
 [defaults]
 table = "1"
 figure = "accuracy"
-scale = "smaller"
 smaller = "digits"
 seeds = 2
 
@@ -86,7 +86,7 @@ def paper(tmp_path):
         path.write_text(text)
         request = parse_words(["reproduce", str(path), "--workers", "1", *flags])
         return Reproduction(
-            published.read_paper(str(path)),
+            published.load_paper(str(path)),
             tmp_path / "out",
             lambda words: reproduce.command_of(request, words),
             budget=budget,
@@ -335,3 +335,122 @@ def test_a_command_that_is_no_cell_is_refused(paper, flag, said):
     with pytest.raises(UserError, match='cell "average": ') as error:
         paper(PAPER.replace("fedavg {digits}", f"fedavg {{digits}} {flag}"))
     assert said in str(error.value)
+
+
+def test_mistakes_of_commands_and_of_keys_are_told_together(paper):
+    text = PAPER.replace("fedavg {digits}", "fedavg {digit}").replace("fedprox {digits} --lr 0.1", "fedprx", 1)
+    with pytest.raises(UserError, match=r"tiny\.toml has 3 mistakes: ") as error:
+        paper(text + 'sweeep = ["lr=1,2"]\n')
+    for said in (
+        'cell "loss": there is no key "sweeep"',
+        'cell "average": "{digit}" stands',
+        'cell "proximal": Unknown m',
+    ):
+        assert said in str(error.value)
+
+
+RECORDED = """
+[[cells]]
+name = "loop"
+runs = "loop*"
+published = "50 %"
+baseline = "old"
+
+[[cells]]
+name = "old"
+runs = ["old/0", "old/1"]
+published = 0.4
+tolerance = 0.5
+"""
+
+
+def record_runs(folder, accuracies, name="{}", **options):
+    for seed, accuracy in enumerate(accuracies):
+        with record(folder / name.format(seed), method="loop", seed=seed, **options) as run:
+            run.round(1, accuracy=accuracy / 2, seconds=2)
+            run.round(2, accuracy=accuracy, seconds=3, bytes_up=7)
+
+
+def test_recorded_runs_are_judged_as_played_ones(paper, tmp_path):
+    labels = {"test_labels": [0, 1]}
+    record_runs(tmp_path, (0.49, 0.5, 0.51), "loop{}", framework="flower", **labels)
+    record_runs(tmp_path / "old", (0.39, 0.4), **labels)
+    made = paper(RECORDED)
+    assert made.plan(made.select()) == ([], ["recorded: loop (3 runs)", "recorded: old (2 runs)"])
+    loop, old = made.rows()
+    assert (str(loop.verdict), str(old.verdict)) == ("undecided: ± 2.5 % is wider than ± 2.0 %", "reproduced")
+    assert loop.verdict.ours.mean == pytest.approx(0.5)
+    assert loop.verdict.gap.mean == pytest.approx(0.1)
+    assert loop.verdict.gap.high - loop.verdict.gap.low < 1e-9  # over the two seeds that both have
+    values = loop.values()
+    assert (values["figure"], values["values"]) == ("accuracy", "0=0.49 1=0.5 2=0.51")
+    assert (values["seconds"], values["bytes_up"], values["fedkern"], values["folder"]) == (15, 7, "", "loop*")
+    made.write()
+    text = (made.out / MARKDOWN).read_text()
+    assert "Recorded runs, not played by this command: loop (loop (flower)); old (loop (own code))." in text
+    assert "Played with" not in text
+    assert "recorded runs: loop*" in (made.out / "report.html").read_text()
+    assert not made.failures
+
+
+def test_runs_of_other_test_labels_are_not_paired(paper, tmp_path):
+    record_runs(tmp_path, (0.5, 0.5), "loop{}", test_labels=[0, 1])
+    record_runs(tmp_path / "old", (0.4, 0.4), test_labels=[1, 0])
+    loop, *_ = paper(RECORDED.replace('baseline = "old"', 'baseline = "old"\nsmaller = "digits"')).rows()
+    assert str(loop.verdict) == "undecided: it shares no seed with its baseline"
+    assert loop.notes == ["Not paired with old, as the test labels differ: loop."]
+
+
+def test_a_played_cell_is_paired_with_recorded_runs(paper, tmp_path):
+    record_runs(tmp_path, (0.5, 0.5), "loop{}")
+    cell = f"""
+[[cells]]
+name = "loop"
+runs = "loop*"
+[[cells]]
+name = "played"
+command = "fedavg {DIGITS}"
+target = "accuracy=0.01"
+[[cells]]
+name = "compared"
+command = "fedavg {DIGITS}"
+seeds = [1]
+baseline = "loop"
+"""
+    made = paper(cell)
+    made.play(made.select(["compared"]))
+    loop, played, compared = made.rows()
+    assert (loop.verdict.kind, played.verdict.detail) == ("nothing published", "1 of 3 runs finished")
+    assert compared.verdict.gap.mean == pytest.approx(compared.verdict.ours.mean - 0.5)
+    assert compared.notes == [
+        "Nothing shows that the test labels are those of loop, as a hash of the test labels is missing: compared."
+    ]
+
+
+def test_recorded_runs_that_make_no_cell_are_told(paper, tmp_path):
+    made = paper(RECORDED)
+    assert [row.verdict.kind for row in made.rows()] == ["no data here", "no data here"]
+    assert made.absent["loop"] == f"there is no folder {tmp_path}/loop*."
+    record_runs(tmp_path, (0.5, 0.5), "loop{}")
+    record_runs(tmp_path, (0.5,), "loop-{}", settings={"lr": 0.1})
+    (tmp_path / "old/0").mkdir(parents=True)
+    (tmp_path / "old/1").mkdir()
+    made = paper(RECORDED)
+    assert made.failures["loop"] == (
+        "its runs are of several methods or settings (loop (own code) lr=0.1, loop (own code) lr=unset): name those of "
+        "one."
+    )
+    assert "old/0" in made.failures["old"]
+    assert [row.verdict.kind for row in made.rows()] == ["not played", "not played"]
+
+
+def test_a_main_figure_that_is_no_share_has_to_be_named(paper, tmp_path):
+    for seed in range(2):
+        with record(tmp_path / f"loop{seed}", method="loop", seed=seed, main="mae", better="min") as run:
+            run.round(1, mae=50.0)
+    made = paper(RECORDED.partition('baseline = "old"')[0])
+    (row,) = made.rows()
+    assert row.verdict.kind == "not played"
+    assert 'is no share: write figure = "mae"' in made.failures["loop"]
+    made = paper(RECORDED.partition('baseline = "old"')[0].replace('"50 %"', '50\nfigure = "mae"'))
+    assert str(made.rows()[0].verdict) == "reproduced"

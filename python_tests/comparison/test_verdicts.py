@@ -8,9 +8,9 @@ import pytest
 from fedkern.comparison.published import PublishedCell
 from fedkern.comparison.verdicts import Outcome, judge_cell
 
-CELL = PublishedCell("1", "a", "fedavg", "accuracy", published=0.9, tolerance=0.02)
-ROUNDS = PublishedCell("1", "a", "fedavg", "rounds", published=87, tolerance=20, target="accuracy=0.97")
-SMALLER = replace(CELL, scale="smaller", smaller="3 rounds", baseline="b", tolerance=None)
+CELL = PublishedCell("a", figure="accuracy", published=0.9, tolerance=0.02)
+ROUNDS = PublishedCell("a", figure="rounds", published=87, tolerance=20, target="accuracy=0.97")
+SMALLER = replace(CELL, smaller="3 rounds", baseline="b", tolerance=None)
 HALF = 4.302652729749464 / math.sqrt(3)
 """Half width of the interval of three seeds, in standard deviations."""
 

@@ -16,6 +16,7 @@ from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.request import Request
 from fedkern.errors import UserError
 from fedkern.process import interrupts
+from fedkern.process.standard_streams import print_result
 
 if TYPE_CHECKING:
     from fedkern.comparison.reproduction import Command, Reproduction
@@ -36,6 +37,7 @@ _OTHERWISE = {
 
 USAGE = f"""\
 {PROGRAM} reproduce NAME|FILE.toml [flags]    run a paper's table and compare it with the published figures
+{PROGRAM} reproduce --example > FILE.toml     print a file to start from
 
 NAME is a paper that fedkern ships, FILE.toml one of your own (docs/reproducing.md). The same command with the same
 --out goes on where it stopped, and plays nothing twice; two such commands may run side by side.
@@ -54,6 +56,7 @@ def add_flags(parser: Parser) -> None:
         "cache": ("DIR", "folder that keeps decoded images"),
         "workers": ("N", "processes that train the clients of a run in parallel"),
         "out": ("DIR", "folder of the runs and of the table; default reproductions/<name>"),
+        "example": ("", "print a file to start from, and run nothing"),
         "quiet": ("", "print nothing but the folder at the end"),
         "json": ("", "print only the table, as JSON"),
     })  # fmt: skip
@@ -63,9 +66,11 @@ def check_request(request: Request, parser: Parser) -> Request:
     from fedkern.comparison import published
 
     arguments = request.arguments
-    if not arguments["paper"]:
+    if not (arguments["paper"] or arguments["example"]):
         names = ", ".join(published.list_papers())
-        raise UserError(f"{parser.prog} needs a paper: {names}, or a file of your own, FILE.toml.")
+        raise UserError(
+            f"{parser.prog} needs a paper: {names}, or your own FILE.toml. --example prints one to start from."
+        )
     budget = arguments["budget"]
     settings = dict(request.settings)
     if "data_root" not in settings and os.environ.get(DATA_ROOT):
@@ -91,7 +96,10 @@ def play(request: Request) -> int:
     from fedkern.report.names import print_line
 
     arguments = request.arguments
-    paper = published.read_paper(arguments["paper"])
+    if arguments["example"]:
+        print_result(published.EXAMPLE.read_text("utf-8").rstrip())
+        return 0
+    paper = published.load_paper(arguments["paper"])
     out = request.out or REPRODUCTIONS / paper.name
     check_backend()
     reproduction = Reproduction(
