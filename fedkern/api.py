@@ -26,7 +26,7 @@ from fedkern.engine.store import initial_weights
 from fedkern.engine.store.data_facts import DataFacts
 from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
-from fedkern.errors import ADVICE, UserError, format_value, suggest_name
+from fedkern.errors import ADVICE, UserError, format_value, hint_owners, suggest_name
 from fedkern.files.filesystem import check_new, check_text
 from fedkern.listeners.events import Listener, Listeners, Record, Summary
 from fedkern.methods import Method, method_registry, script_methods
@@ -556,7 +556,8 @@ def read_request(
         if setting in _LOADERS:
             raise UserError(f"{setting} is a DataLoader's: {_LOADERS[setting]}, so leave it out.")
         if setting not in fields:
-            hint = suggest_name(setting, {*fields, *option_names, *_ARGUMENTS}) + method_registry.hint_owners(setting)
+            hint = suggest_name(setting, {*fields, *option_names, *_ARGUMENTS})
+            hint += hint_owners(setting, method_registry.option_owners())
             if is_data_option(setting):
                 hint = f' Did you mean data_options={{"{setting}": ...}}?'
             raise UserError(f'{method_registry.short_name(name)} and its runs have no setting "{setting}".{hint}')

@@ -6,7 +6,7 @@ import difflib
 import re
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 WORD, MESSAGE, TRACEBACK = 1000, 4000, 32_000
@@ -295,6 +295,19 @@ def first_of(words: Sequence[str], limit: int, between: str = ", ") -> str:
 def join_words(parts: Sequence[str]) -> str:
     """Join parts of a sentence, at least one, with commas and "and"."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def unknown_method(name: str, methods: Collection[str], commands: Iterable[str] = ()) -> UserError:
+    """Return the error for a name that is none of ``methods``, with the nearest of these and of ``commands``."""
+    hint = suggest_name(name, [*methods, *commands])
+    return UserError(
+        f'Unknown method "{name}".{hint} Known methods: {", ".join(sorted(methods))}; --plugin FILE.py adds others.'
+    )
+
+
+def hint_owners(option: str, owners: Mapping[str, Sequence[str]]) -> str:
+    """Return a hint on the methods with an option, if any."""
+    return f" It is a method option of {first_of(owners[option], 3)}." if option in owners else ""
 
 
 def suggest_name(word: str, candidates: Iterable[str], cutoff: float = 0.5) -> str:

@@ -183,19 +183,30 @@ def _dispatch(words: list[str], leftover: bool) -> int:
         if _first():
             print(front_page.front_page())
         return OK
+    from fedkern.cli import extensions, flag_cache
+    from fedkern.errors import UserError
+    from fedkern.files.filesystem import check_text
     from fedkern.process.garbage import without_collection
+    from fedkern.process.standard_streams import print_result
 
-    # Imported here so that Ctrl-C during the second that torch takes to load prints one line, not a traceback.
-    with _show_waiting("loading torch ..."), without_collection():
-        from fedkern.cli import command_parser, extensions, torchrun
-        from fedkern.errors import UserError
-        from fedkern.files.filesystem import check_text
-
-        command_parser.load_command(command_parser.find_command(words))
     for word in words:
         check_text(word, "the argument")
+    answer, keep_flags = flag_cache.consult(words)
+    if answer is not None:
+        print_result(answer)
+        return OK
+    # Imported here so that Ctrl-C during the second that torch takes to load prints one line, not a traceback.
+    with _show_waiting("loading torch ..."), without_collection():
+        from fedkern.cli import command_parser, torchrun
+
+        command_parser.load_command(command_parser.find_command(words))
     extensions.load_plugins(words)
-    request = command_parser.parse_words(words)
+    request = None
+    try:
+        request = command_parser.parse_words(words)
+    finally:
+        if request is None or request.command in ("help", "list"):
+            keep_flags()
     if leftover and request.command in torchrun.RUNS:
         raise UserError(
             "torchrun's variables are set, but torchrun did not start this process: unset TORCHELASTIC_RUN_ID for a "

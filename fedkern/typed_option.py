@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 from fedkern.errors import UserError, quote_value, suggest_name
-from fedkern.ops._core.checks import python_number
 
 Value = bool | int | float | str
 T = TypeVar("T")
@@ -105,6 +104,8 @@ class Option:
         if type(value) is self.type and not isinstance(value, str):
             self.check(value)
             return cast(Value, value)
+        from fedkern.ops._core.checks import python_number  # here, since help and wrong flags need no torch
+
         try:
             result = _convert(python_number(value), self.type)
         except (KeyError, TypeError, ValueError, OverflowError):

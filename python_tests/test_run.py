@@ -150,7 +150,7 @@ def site(tmp_path) -> str:
     ((str(Path(run.__file__)), "list"), run.OK),
 ])  # fmt: skip
 def test_a_command_with_torch_ends_its_process(words, code, site):
-    done = execute(*words, PYTHONPATH=site)
+    done = execute(*words, PYTHONPATH=site, FEDKERN_CACHE_DIR=os.devnull)  # no flags are kept
     assert done.returncode == code
     assert done.stdout.endswith("at exit\n")
     assert "taken apart" not in done.stderr
@@ -168,8 +168,8 @@ def test_the_console_script_says_that_torch_is_loading_and_ends_its_process(site
                       f"    sys.exit({function}())\n")  # fmt: skip
     terminal, side = os.openpty()
     done = subprocess.run(
-        [sys.executable, str(script), "list"], env=environment(PYTHONPATH=site), stdout=subprocess.PIPE, stderr=side,
-        text=True, timeout=120, check=True,
+        [sys.executable, str(script), "list"], env=environment(PYTHONPATH=site, FEDKERN_CACHE_DIR=os.devnull),
+        stdout=subprocess.PIPE, stderr=side, text=True, timeout=120, check=True,
     )  # fmt: skip
     os.close(side)
     told = os.read(terminal, 1000).decode()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedkern.cli.flags import Parser, add_arguments
+from fedkern.cli.parser import Parser, add_arguments
 from fedkern.cli.request import Request, find_trusted_code
 from fedkern.process.standard_streams import print_result
 

@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedkern.cli.flags import DATA_FLAGS, as_word, flag
+from fedkern.cli.flags import DATA_FLAGS
 from fedkern.cli.front_page import PROGRAM
+from fedkern.cli.parser import as_word
 from fedkern.cli.request import one_shot
 from fedkern.engine.marks import PLACES, TRAINED
 from fedkern.settings.config import RunConfig
@@ -18,7 +19,7 @@ from fedkern.settings.model import ModelSettings
 from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.settings.stored import load_settings
 from fedkern.settings.training import TrainingSettings
-from fedkern.typed_option import as_typed
+from fedkern.typed_option import as_typed, flag
 
 if TYPE_CHECKING:
     from fedkern.comparison.run_results import Result

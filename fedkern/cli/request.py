@@ -21,7 +21,7 @@ from fedkern.usercode import plugins as plugin_scope
 
 @dataclass(frozen=True)
 class Request:
-    """A parsed command line, with the flags of a run in `fedkern.cli.flags.RUN_FLAGS`.
+    """A parsed command line, with the flags of a run in `fedkern.cli.parser.RUN_FLAGS`.
 
     Attributes:
         command: ``"run"``, ``"resume"``, ``"help"`` or a name in `fedkern.cli.front_page.COMMANDS`.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from fedkern.errors import UserError, suggest_name
+from fedkern.errors import UserError, hint_owners, suggest_name
 from fedkern.methods import method_registry
 from fedkern.ops._core.checks import python_number
 from fedkern.settings.config import RESUMABLE, RunConfig
@@ -95,7 +95,7 @@ def check_option(name: str, methods: Sequence[str], similar: Collection[str] = (
         names = ", ".join(map(method_registry.short_name, methods))
         raise UserError(
             f'None of the methods ({names}) has an option "{name}".{suggest_name(name, {*options, *similar})}'
-            f"{method_registry.hint_owners(name)} METHOD --help lists a method's options."
+            f"{hint_owners(name, method_registry.option_owners())} METHOD --help lists a method's options."
         )
 
 

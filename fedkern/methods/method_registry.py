@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
-from fedkern.errors import UserError, first_of, suggest_name
+from fedkern.errors import UserError, unknown_method
 from fedkern.models.users.user_models import LEVELS, find_level
 from fedkern.typed_option import Value
 from fedkern.usercode.hook_checks import check_hooks
@@ -68,11 +68,6 @@ def get(name: str) -> type[Method]:
     return METHODS[name]
 
 
-def unknown_method(name: str, likely: Iterable[str]) -> UserError:
-    known = f"Known methods: {', '.join(sorted(METHODS))}"
-    return UserError(f'Unknown method "{name}".{suggest_name(name, likely)} {known}; --plugin FILE.py adds others.')
-
-
 def option_names(method: str) -> set[str]:
     return {name for entry in get(method).Options.list_options() for name in (entry.name, entry.field)}
 
@@ -84,10 +79,13 @@ def given_options(method: str, texts: Iterable[str] | Mapping[str, object]) -> d
     return {key: options[key].absolute(value) for key, value in kind.parse(texts, method=method).given_values().items()}
 
 
-def hint_owners(option: str) -> str:
-    """Return a hint on the methods with an option, if any."""
-    methods = [method for method in METHODS if option in option_names(method)]
-    return f" It is a method option of {first_of(methods, 3)}." if methods else ""
+def option_owners() -> dict[str, list[str]]:
+    """Return the methods that have an option, by the option's name."""
+    owners: dict[str, list[str]] = {}
+    for method in METHODS:
+        for name in option_names(method):
+            owners.setdefault(name, []).append(method)
+    return owners
 
 
 def short_name(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedkern.cli.finished_runs import add_network, run_folder, trusted_code
-from fedkern.cli.flags import Parser, add_arguments
+from fedkern.cli.parser import Parser, add_arguments
 from fedkern.cli.request import Request
 from fedkern.engine.store.record_files import plain
 from fedkern.process.standard_streams import print_result

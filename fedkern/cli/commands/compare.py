@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkern.cli import flags
-from fedkern.cli.flags import Parser, add_arguments, as_word, key_values
 from fedkern.cli.front_page import PROGRAM
+from fedkern.cli.parser import Parser, add_arguments, as_word, key_values
 from fedkern.cli.repeat import first_commands
 from fedkern.cli.request import Request, effective_config
 from fedkern.errors import UserError, make_printable

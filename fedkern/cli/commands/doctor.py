@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedkern.cli.flags import Parser, add_arguments
+from fedkern.cli.parser import Parser, add_arguments
 from fedkern.cli.request import Request
 from fedkern.process.standard_streams import print_result
 

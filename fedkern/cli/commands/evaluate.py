@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.cli.finished_runs import add_data, add_network, publish_result, run_folder, trusted_code
-from fedkern.cli.flags import Parser
+from fedkern.cli.parser import Parser
 from fedkern.cli.request import Request
 from fedkern.downstream.tasks import FEATURES, TASKS
 from fedkern.engine.store.record_files import plain

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from fedkern.cli.finished_runs import add_network, run_folder, trusted_code
-from fedkern.cli.flags import Parser, add_arguments
+from fedkern.cli.parser import Parser, add_arguments
 from fedkern.cli.request import Request
 from fedkern.downstream import model_export
 from fedkern.files.filesystem import check_new

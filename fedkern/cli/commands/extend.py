@@ -6,7 +6,7 @@ import dataclasses
 
 from fedkern.cli.commands import run
 from fedkern.cli.finished_runs import add_network, run_folder
-from fedkern.cli.flags import RUN_FLAGS, TRACKERS, Parser, add_arguments
+from fedkern.cli.parser import RUN_FLAGS, TRACKERS, Parser, add_arguments
 from fedkern.cli.request import Request
 from fedkern.errors import UserError
 

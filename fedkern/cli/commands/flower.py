@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from fedkern.cli.finished_runs import run_folder
-from fedkern.cli.flags import Parser, add_arguments
+from fedkern.cli.parser import Parser, add_arguments
 from fedkern.cli.request import Request
 from fedkern.errors import RunFailed, UserError, make_printable
 from fedkern.flower.runs.project import simulation_settings

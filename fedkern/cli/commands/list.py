@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fedkern.cli.flags import Parser, add_arguments
 from fedkern.cli.front_page import PROGRAM
+from fedkern.cli.parser import Parser, add_arguments
 from fedkern.cli.request import Request
 from fedkern.process.standard_streams import print_result
 
@@ -36,15 +36,14 @@ def catalogue() -> dict[str, dict[str, str]]:
     }
 
 
+def describe() -> str:
+    lines = []
+    for title, entries in catalogue().items():
+        width = max(map(len, entries)) + 2
+        lines += [title, *(f"  {name:<{width}}{text}" for name, text in entries.items()), ""]
+    return "\n".join([*lines, f"The options of a method: {PROGRAM} METHOD --help"])
+
+
 def play(request: Request) -> int:
-    sections = catalogue()
-    if request.json:
-        print_result(sections)
-        return 0
-    for i, (title, entries) in enumerate(sections.items()):
-        print(("\n" if i else "") + title)
-        width = max(len(name) for name in entries) + 2
-        for name, text in entries.items():
-            print(f"  {name:<{width}}{text}")
-    print(f"\nThe options of a method: {PROGRAM} METHOD --help")
+    print_result(catalogue() if request.json else describe())
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.cli.finished_runs import add_network, run_folder, trusted_code
-from fedkern.cli.flags import Parser, add_arguments
+from fedkern.cli.parser import Parser, add_arguments
 from fedkern.cli.request import Request
 from fedkern.errors import UserError
 from fedkern.files.filesystem import check_new, expand

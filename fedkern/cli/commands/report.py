@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedkern.cli.finished_runs import add_network
-from fedkern.cli.flags import Parser
+from fedkern.cli.parser import Parser
 from fedkern.cli.repeat import first_commands, repeat_command
 from fedkern.cli.request import Request, find_trusted_code
 from fedkern.errors import UserError

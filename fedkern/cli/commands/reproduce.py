@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from fedkern.cli import extensions, flags
 from fedkern.cli.commands.compare import config_of, print_outcome
-from fedkern.cli.flags import Parser, add_arguments, key_values
 from fedkern.cli.front_page import PROGRAM
+from fedkern.cli.parser import Parser, add_arguments, key_values
 from fedkern.cli.request import Request
 from fedkern.errors import UserError
 from fedkern.process import interrupts

@@ -10,8 +10,8 @@ from typing import Any
 
 from fedkern.cli import flower_project
 from fedkern.cli.backend_check import check_backend
-from fedkern.cli.flags import as_word
 from fedkern.cli.front_page import PROGRAM
+from fedkern.cli.parser import as_word
 from fedkern.cli.repeat import command_line, repeat_command
 from fedkern.cli.request import Request, effective_config, find_trusted_code
 from fedkern.data.dataset_registry import given_options
