@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from fedkern.cli.flags import Parser, add_arguments
 from fedkern.cli.front_page import PROGRAM
+from fedkern.cli.parser import Parser, add_arguments
 from fedkern.cli.request import Request
 from fedkern.errors import UserError
 from fedkern.process.standard_streams import print_result
