@@ -62,8 +62,8 @@ def test_a_notebook_is_stored_with_its_tables_and_pictures(path: Path) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("nbclient", reason="needs nbclient and ipykernel")
-    pytest.importorskip("ipykernel", reason="needs nbclient and ipykernel")
+    pytest.importorskip("nbclient", reason="needs the extra [dev]")
+    pytest.importorskip("ipykernel", reason="needs the extra [dev]")
     from benchmarks.notebooks import play
 
     for name in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):

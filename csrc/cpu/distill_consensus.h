@@ -121,12 +121,14 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
     V inverse[N], sum[N], drift[N];
     LogP<Near> log_of[N];
     Line from[N], power[N];
+#pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
       inverse[i] = stat(kInverse, k + i), log_of[i] = log_p<Near>(k + i);
       from[i] = x(k + i), power[i] = e(k + i);
       sum[i] = drift[i] = zero;
     }
     for (std::int64_t v = 0; v < count; ++v)
+#pragma GCC unroll 8
       for (int i = 0; i < N; ++i) {
         const V value = from[i][v], u = l[v] - log_of[i](value, v), p = power[i][v] * inverse[i];
         if constexpr (Near) {
@@ -276,9 +278,12 @@ class ConsensusLosses : public Lines<T, LanesAreRows> {
     const std::int64_t count = vectors_;
     Line power[N];
     V cross[N];
+#pragma GCC unroll 8
     for (int i = 0; i < N; ++i) power[i] = e(k + i), cross[i] = V::set(0);
     for (std::int64_t v = 0; v < count; ++v)
+#pragma GCC unroll 8
       for (int i = 0; i < N; ++i) cross[i] = fma(power[i][v], l[v], cross[i]);
+#pragma GCC unroll 8
     for (int i = 0; i < N; ++i) cross[i] = cross[i] * (V::set(0) - stat(kInverse, k + i));
     this->template add_totals<N>(kDot, k, cross);
   }

@@ -122,8 +122,10 @@ class Lines : public Shares<T, LanesAreRows> {
   template <int N, bool Depth>
   FEDKERN_INLINE void add_lines(std::int64_t tile, std::int64_t k, bool with_maximum) const {
     V peak[N], sum[N], depth[N];
+#pragma GCC unroll 8
     for (int i = 0; i < N; ++i) peak[i] = stat(kMaximum, k + i);
     if (with_maximum) {
+#pragma GCC unroll 8
       for (int i = 0; i < N; ++i) {
         const V before = peak[i], here = stat(kPeak, k + i);
         peak[i] = tile == 0 ? here : max(before, here);
@@ -140,6 +142,7 @@ class Lines : public Shares<T, LanesAreRows> {
     exponentiate<N, Depth>(k, peak, sum, depth);
     this->template add_totals<N>(kSum, k, sum);
     if (Depth) {
+#pragma GCC unroll 8
       for (int i = 0; i < N; ++i) depth[i] = V::set(0) - depth[i];
       this->template add_totals<N>(kLoss, k, depth);
     }
@@ -154,6 +157,7 @@ class Lines : public Shares<T, LanesAreRows> {
     const bool elsewhere = !kept_ && k < K_;
     // Many teachers are too many streams for the hardware to follow: the next row is asked for here.
     const std::int64_t ahead = elsewhere ? call_.teachers.row_stride[call_.row_dims - 1] : 0;
+#pragma GCC unroll 8
     for (int i = 0; i < N; ++i) {
       from[i] = elsewhere ? Line{const_cast<T*>(teachers_) + (k + i) * call_.teachers.stack_stride} : x(k + i);
       to[i] = e(k + i);
@@ -177,11 +181,13 @@ class Lines : public Shares<T, LanesAreRows> {
       }
     } else {
       for (std::int64_t v = 0; v < count; ++v)
+#pragma GCC unroll 8
         for (int i = 0; i < N; ++i) {
           __builtin_prefetch(from[i].data + v * lanes + ahead);
           add(i, v, from[i][v]);
         }
       if (left)
+#pragma GCC unroll 8
         for (int i = 0; i < N; ++i) add(i, count, V::load_partial(from[i].data + count * lanes, left, kNone<T>));
     }
   }
@@ -189,6 +195,7 @@ class Lines : public Shares<T, LanesAreRows> {
   template <int N>
   FEDKERN_INLINE void exponentiate(std::int64_t k) const {
     V peak[N], sum[N], depth[N];
+#pragma GCC unroll 8
     for (int i = 0; i < N; ++i) peak[i] = stat(kMaximum, k + i);
     exponentiate<N, false>(k, peak, sum, depth);
   }
@@ -222,6 +229,7 @@ class Lines : public Shares<T, LanesAreRows> {
       for (V& x : sum) x = V::set(0);
       for (std::int64_t k = 0; k < K_; ++k, from += apart) {
         const V scale = stat(ByClass ? kInverse : kScaled, k);
+#pragma GCC unroll 8
         for (int i = 0; i < N; ++i) {
           if constexpr (ByClass) {
             const V w = share(k)[v + i];
@@ -231,6 +239,7 @@ class Lines : public Shares<T, LanesAreRows> {
           }
         }
       }
+#pragma GCC unroll 8
       for (int i = 0; i < N; ++i) out.set(v + i, sum[i]);
     });
   }
@@ -297,14 +306,17 @@ class Lines : public Shares<T, LanesAreRows> {
       constexpr int N = decltype(size)::value;
       const T* from = start + v * step;
       V base[N], sum[N];
+#pragma GCC unroll 8
       for (int i = 0; i < N; ++i) base[i] = origin(V::load(from + i * step)), sum[i] = V::set(0);
       for (std::int64_t k = 0; k < K_; ++k, from += apart) {
         const V w = stat(kShare, k);
+#pragma GCC unroll 8
         for (int i = 0; i < N; ++i) {
           __builtin_prefetch(from + i * step + ahead);
           sum[i] = fma(w, V::load(from + i * step) - base[i], sum[i]);
         }
       }
+#pragma GCC unroll 8
       for (int i = 0; i < N; ++i) add(v + i, base[i], sum[i]);
     });
     if (whole < vectors_) {

@@ -113,6 +113,7 @@ class Storage {
   template <int N>
   FEDKERN_INLINE void add_totals(Stat name, std::int64_t k, const V (&sums)[N]) const {
     if constexpr (LanesAreRows) {
+#pragma GCC unroll 8
       for (int i = 0; i < N; ++i) set(name, k + i, stat(name, k + i) + sums[i]);
     } else {
       static_assert(N == 1 || N == kTogether);
@@ -128,6 +129,7 @@ class Storage {
   template <int N>
   FEDKERN_INLINE void set_peaks(std::int64_t k, const V (&peaks)[N]) const {
     if constexpr (LanesAreRows || N != kTogether)
+#pragma GCC unroll 8
       for (int i = 0; i < N; ++i) set(kPeak, k + i, most(peaks[i]));
     else
       reduce_max(peaks, stat_[kPeak].data + k);
@@ -250,12 +252,14 @@ class Storage {
   FEDKERN_INLINE void read_lines(const T* p, const Logits& source, std::int64_t apart, std::int64_t k) const {
     Line out[N];
     V peak[N];
+#pragma GCC unroll 8
     for (int i = 0; i < N; ++i) out[i] = x(k + i), peak[i] = V::set(kNone<T>);
     // Many teachers are too many streams for the hardware to follow: the next rows are asked for here.
     const std::int64_t ahead = LanesAreRows ? lanes : source.row_stride[call_.row_dims - 1];
     const std::int64_t step = LanesAreRows ? source.class_stride : lanes, count = vectors_;
     const std::int64_t whole = LanesAreRows ? count : classes_here() / lanes;
     for (std::int64_t v = 0; v < whole; ++v)
+#pragma GCC unroll 8
       for (int i = 0; i < N; ++i) {
         const T* const from = p + i * apart + v * step;
         const V value = V::load(from);
@@ -267,6 +271,7 @@ class Storage {
       }
     if (whole < count) {
       const std::ptrdiff_t left = classes_here() - whole * lanes;
+#pragma GCC unroll 8
       for (int i = 0; i < N; ++i) {
         const V value = V::load_partial(p + i * apart + whole * lanes, left, kNone<T>);
         if (Keep) out[i].set(whole, value);
