@@ -68,9 +68,11 @@ def make(count: int, size: int) -> tuple[list[Tensor], list[float], Tensor, Tens
 def test_weighted_mean(node: str, count: int, size: int, threads: int) -> None:
     vectors, weights, out, spare = make(count, size)
     runs = {
-        "fedkern": lambda: ops.weighted_mean(vectors, weights, out=out), "add_": add_loop(vectors, weights, spare),
-        "_foreach_add_": foreach_add(vectors, weights, spare), "compile": compile_mean(vectors, weights, spare),
-    }  # fmt: skip
+        "fedkern": lambda: ops.weighted_mean(vectors, weights, out=out),
+        "add_": add_loop(vectors, weights, spare),
+        "_foreach_add_": foreach_add(vectors, weights, spare),
+        "compile": compile_mean(vectors, weights, spare),
+    }
     bytes_ = (count + 1) * size * 4
     case = f"M={count} P={size:,} into out="
     compare(node, "aggregate", case, runs, model_bytes=bytes_, copy=True, threads=threads)

@@ -53,8 +53,10 @@ def test_boxes(node: str, keep: bool, shape: tuple[int, ...], threads: int) -> N
     ours: Callable[..., Tensor] = ops.keep_boxes if keep else ops.erase_boxes
     compiled = torch.compile(erase_masked, dynamic=False)
     runs: dict[str, Callable[[], Tensor]] = {
-        "fedkern": lambda: ours(images, boxes), "loop of slices": lambda: loop(images, boxes, keep),
-        "mask": lambda: erase_masked(images, boxes, keep), "compile": lambda: compiled(images, boxes, keep),
-    }  # fmt: skip
+        "fedkern": lambda: ours(images, boxes),
+        "loop of slices": lambda: loop(images, boxes, keep),
+        "mask": lambda: erase_masked(images, boxes, keep),
+        "compile": lambda: compiled(images, boxes, keep),
+    }
     case = f"{list(shape)}{' keep' if keep else ''}"
     compare(node, "boxes", case, runs, model_bytes=2 * images.nbytes, copy=True, threads=threads)

@@ -66,13 +66,19 @@ def train_step(function: Callable[..., Tensor], inputs: list[Tensor], pool: int)
 
 
 STAGES = {
-    "cnn/8, stage 1": Stage(3, 8, 32, pool=2), "cnn/8, stage 2": Stage(8, 16, 16, pool=2),
-    "cnn/7, stage 1": Stage(3, 7, 32, pool=2), "cnn/7, stage 2": Stage(7, 14, 16, pool=2),
-    "cnn/7, stage 3": Stage(14, 28, 8, pool=2), "cnn/32, stage 1": Stage(3, 32, 32, pool=2),
-    "cnn/32, stage 2": Stage(32, 64, 16, pool=2), "cnn/32, stage 3": Stage(64, 128, 8, pool=2),
-    "resnet8, width 16": Stage(16, 16, 32, residual=True), "resnet8, width 64": Stage(64, 64, 8, residual=True),
-    "one tap, width 64": Stage(32, 64, 16, taps=1), "resnet18, width 256": Stage(256, 256, 8, residual=True),
-}  # fmt: skip
+    "cnn/8, stage 1": Stage(3, 8, 32, pool=2),
+    "cnn/8, stage 2": Stage(8, 16, 16, pool=2),
+    "cnn/7, stage 1": Stage(3, 7, 32, pool=2),
+    "cnn/7, stage 2": Stage(7, 14, 16, pool=2),
+    "cnn/7, stage 3": Stage(14, 28, 8, pool=2),
+    "cnn/32, stage 1": Stage(3, 32, 32, pool=2),
+    "cnn/32, stage 2": Stage(32, 64, 16, pool=2),
+    "cnn/32, stage 3": Stage(64, 128, 8, pool=2),
+    "resnet8, width 16": Stage(16, 16, 32, residual=True),
+    "resnet8, width 64": Stage(64, 64, 8, residual=True),
+    "one tap, width 64": Stage(32, 64, 16, taps=1),
+    "resnet18, width 256": Stage(256, 256, 8, residual=True),
+}
 
 
 @pytest.mark.parametrize("batch", [8, 32, 64])

@@ -60,9 +60,12 @@ LIMIT = {"small": 300.0, "full": 3600.0}
 LEAN = "lean loop"
 # By name: the adapter, and whether it trains in processes; the others train in one.
 FRAMEWORKS = {
-    "Flower": ("flower", True), "BlazeFL": ("blazefl", True), "fluke": ("fluke", False), "pfl": ("pfl", False),
+    "Flower": ("flower", True),
+    "BlazeFL": ("blazefl", True),
+    "fluke": ("fluke", False),
+    "pfl": ("pfl", False),
     "FedLab": ("fedlab", False),
-}  # fmt: skip
+}
 SIDE_BY_SIDE = 2  # Flower's clients on a GPU
 SIGMAS = 3.0  # by which accuracies may differ
 

@@ -136,9 +136,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.dry:
         machine = machines.machine("cpu")
         content = {
-            "machine": machine, "common": COMMON, "methods": dict(METHODS), "iterations": ITERATIONS,
+            "machine": machine,
+            "common": COMMON,
+            "methods": dict(METHODS),
+            "iterations": ITERATIONS,
             "seconds": samples,
-        }  # fmt: skip
+        }
         results_path(machine).write_text(json.dumps(content, indent=1) + "\n")
     return 0
 

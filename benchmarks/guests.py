@@ -201,12 +201,17 @@ def groups(channels: int) -> nn.Module:
 
 
 GUESTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
-    "cnn/16": (cnn, (3, 32, 32)), "McMahan's CNN": (McMahan, (1, 28, 28)), "LeNet-5": (LeNet, (3, 32, 32)),
+    "cnn/16": (cnn, (3, 32, 32)),
+    "McMahan's CNN": (McMahan, (1, 28, 28)),
+    "LeNet-5": (LeNet, (3, 32, 32)),
     "ResNet-8/16": (lambda: resnet((1, 1, 1)), (3, 32, 32)),
     "ResNet-18/16": (lambda: resnet((2, 2, 2, 2)), (3, 32, 32)),
     "ResNet-18/16, group norm": (lambda: resnet((2, 2, 2, 2), norm=groups), (3, 32, 32)),
     "ResNet-50/16": (lambda: resnet((3, 4, 6, 3), block=Bottleneck), (3, 32, 32)),
-    "ResNet-18/64, ImageNet's stem": (imagenet, (3, 64, 64)), "VGG-11/16": (vgg, (3, 32, 32)),
-    "VGG-11/16, batch norm": (lambda: vgg(normed=True), (3, 32, 32)), "SqueezeNet": (squeezenet, (3, 32, 32)),
-    "MobileNetV2": (mobilenet, (3, 32, 32)), "DenseNet-BC": (densenet, (3, 32, 32)),
-}  # fmt: skip
+    "ResNet-18/64, ImageNet's stem": (imagenet, (3, 64, 64)),
+    "VGG-11/16": (vgg, (3, 32, 32)),
+    "VGG-11/16, batch norm": (lambda: vgg(normed=True), (3, 32, 32)),
+    "SqueezeNet": (squeezenet, (3, 32, 32)),
+    "MobileNetV2": (mobilenet, (3, 32, 32)),
+    "DenseNet-BC": (densenet, (3, 32, 32)),
+}

@@ -17,9 +17,13 @@ from fedkern.report.doctor_page import CPUINFO, cpuinfo
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 # A virtual machine's processor often has a name that says no more than the maker: these tell its generation.
 FACTS = {
-    "model name": "cpu", "cpu family": "family", "model": "model", "stepping": "stepping",
-    "CPU implementer": "implementer", "CPU part": "part",
-}  # fmt: skip
+    "model name": "cpu",
+    "cpu family": "family",
+    "model": "model",
+    "stepping": "stepping",
+    "CPU implementer": "implementer",
+    "CPU part": "part",
+}
 
 
 def now() -> str:
@@ -30,9 +34,14 @@ def now() -> str:
 def machine(device: str) -> dict[str, Any]:
     """Return the machine and versions behind numbers, with a forced backend."""
     info: dict[str, Any] = {
-        "time": now(), "commit": recorded_commit(), "cpu": platform.processor(), "cores": os.cpu_count(),
-        "python": platform.python_version(), "torch": torch.__version__, **chip(),
-    }  # fmt: skip
+        "time": now(),
+        "commit": recorded_commit(),
+        "cpu": platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **chip(),
+    }
     try:
         from fedkern.ops._core.backend import cpu_core
 

@@ -70,12 +70,16 @@ class Meter(Listener):
         files = [path.stat().st_size for path in self._out.rglob("*") if path.is_file()]
         self.rows.append(
             {
-                "round": number, "round_seconds": (time.perf_counter() - self._last) / rounds,
-                "cpu_seconds": (time.process_time() - self._used) / rounds, "resident_bytes": _resident(),
+                "round": number,
+                "round_seconds": (time.perf_counter() - self._last) / rounds,
+                "cpu_seconds": (time.process_time() - self._used) / rounds,
+                "resident_bytes": _resident(),
                 "descriptors": len(list(Path("/proc/self/fd").iterdir())),
-                "written_bytes": (written - self._written) / rounds, "files": len(files), "folder_bytes": sum(files),
+                "written_bytes": (written - self._written) / rounds,
+                "files": len(files),
+                "folder_bytes": sum(files),
             }
-        )  # fmt: skip
+        )
         self._last, self._used, self._round, self._written = time.perf_counter(), time.process_time(), number, written
 
 

@@ -431,9 +431,12 @@ def make_run_row(row: bench_methods.Row) -> dict[str, str]:
         return "–" if value is None else f"{value:.2f}×"
 
     return {
-        "run": f"`{row.method}`", "of the default": describe_length(row),
-        "plain PyTorch": seconds(median(row.seconds[plain])), "fedkern": seconds(median(row.seconds[ours])),
-        "fedkern with bf16": seconds(median(row.seconds["bf16"])), TIMES: times(row.speedup(plain)),
+        "run": f"`{row.method}`",
+        "of the default": describe_length(row),
+        "plain PyTorch": seconds(median(row.seconds[plain])),
+        "fedkern": seconds(median(row.seconds[ours])),
+        "fedkern with bf16": seconds(median(row.seconds["bf16"])),
+        TIMES: times(row.speedup(plain)),
         f"{TIMES}, processor seconds": times(row.speedup(plain, of="cpu_seconds")),
         f"{TIMES}, one core": times(row.speedup(one_core[plain], one_core[ours])),
         "times as fast as the operators' references": times(row.speedup("reference")),
@@ -442,7 +445,7 @@ def make_run_row(row: bench_methods.Row) -> dict[str, str]:
         "outside of rounds: fedkern": seconds(row.outside_seconds(ours)),
         "ends at: plain PyTorch": f"{percent(row.figure[plain])} %",
         "ends at: fedkern": f"{percent(row.figure[ours])} %",
-    }  # fmt: skip
+    }
 
 
 TIMES = "times as fast as plain PyTorch"
@@ -525,8 +528,11 @@ def ten_thousand_clients() -> Lines:
         for row in run["rounds"]:
             memory, written, folder = (row[f"{name}_bytes"] / 1e6 for name in ("resident", "written", "folder"))
             cells = [
-                f"{1000 * row['cpu_seconds']:.0f} ms", f"{memory:.0f} MB", f"{written:.2f} MB", f"{row['files']:,}",
-            ]  # fmt: skip
+                f"{1000 * row['cpu_seconds']:.0f} ms",
+                f"{memory:.0f} MB",
+                f"{written:.2f} MB",
+                f"{row['files']:,}",
+            ]
             rows.append([f"`{method}`", f"{row['round']:,}", *cells, f"{folder:.0f} MB"])
     names = ["run", "after round", "processor time of a round", "memory", "written in a round", "files", "run folder"]
     return [*caption(content["machine"]), *table(names, rows).split("\n")]
@@ -536,16 +542,18 @@ def _speed() -> Page:
     return Page(
         "docs/speed.md",
         {
-            "in short": speed_in_short, "whole runs beside plain PyTorch": whole_runs,
+            "in short": speed_in_short,
+            "whole runs beside plain PyTorch": whole_runs,
             "training steps of your networks": networks_of_your_own,
             "rounds of FedAvg beside other frameworks": partial(rounds_of_fedavg, MACHINE),
             "rounds of your networks beside a plain loop": partial(rounds_of_fedavg, f"{MACHINE}-2"),
             "rounds on your Dataset": partial(rounds_on_datasets, OTHER_MACHINE),
             "runs with ten thousand clients": ten_thousand_clients,
             "operators beside PyTorch": partial(operators, MACHINE, OTHER_MACHINE),
-            "last run on a GPU": gpu_figures.last_run, "whole runs on a GPU": gpu_figures.whole_runs,
+            "last run on a GPU": gpu_figures.last_run,
+            "whole runs on a GPU": gpu_figures.whole_runs,
         },
-    )  # fmt: skip
+    )
 
 
 # -- Flower ------------------------------------------------------------------------------------------------------------

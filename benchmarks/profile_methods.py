@@ -33,13 +33,15 @@ PARTS = (FORWARD, BACKWARD, NORM, PRODUCTS, OTHER, OURS, BATCHES, STEP, EVALUATE
 WHOLE = "whole run"  # the region around all others
 
 REGIONS = {
-    "fedkern.settings.run_data:load_data": LOAD, "fedkern.data.images.pixels:Pixels.take": BATCHES,
+    "fedkern.settings.run_data:load_data": LOAD,
+    "fedkern.data.images.pixels:Pixels.take": BATCHES,
     "fedkern.tasks.retrieval:Retrieval.targets": BATCHES,
     "fedkern.engine.parts.evaluation:Evaluation._evaluate": EVALUATE,
     "fedkern.engine.parts.checkpointing:Checkpointing.round_end": KEEP,
-    "fedkern.engine.rounds.client_states:ClientStates._write": KEEP, "fedkern.engine.local.training:stepper": STEP,
+    "fedkern.engine.rounds.client_states:ClientStates._write": KEEP,
+    "fedkern.engine.local.training:stepper": STEP,
     "fedkern.models.networks.conv_norm_layers:run_conv_norm": OURS,
-}  # fmt: skip
+}
 """Functions whose time is one part, as module:name, where a run looks them up; of `stepper` it is the step."""
 OPERATORS = (
     "Accumulator.add", "Accumulator.mean", "FlatParameters.load_vectors", "blend", "consensus",

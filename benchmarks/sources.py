@@ -10,8 +10,16 @@ CSRC = Path(__file__).parent.parent / "csrc"
 # The operators that the files of a family serve; others, such as whole steps of training, use several families.
 GROUPS = {
     "aggregate": (
-        "aggregate", "clip_and_noise", "clip_by_norm", "flower", "geometric_median", "krum", "median",
-        "pairwise_distances", "server_step", "trimmed_mean",
+        "aggregate",
+        "clip_and_noise",
+        "clip_by_norm",
+        "flower",
+        "geometric_median",
+        "krum",
+        "median",
+        "pairwise_distances",
+        "server_step",
+        "trimmed_mean",
     ),
     "blend": ("blend", "boxes"),
     "contrast": ("contrast",),
@@ -19,7 +27,7 @@ GROUPS = {
     "distill": ("consensus", "dual_kl", "ensemble_kl", "entropy", "js_div", "kl_div"),
     "optimise": ("optimise",),
     "fuse": ("fuse_concat", "fuse_mean"),
-}  # fmt: skip
+}
 FAMILIES = {group: family for family, groups in GROUPS.items() for group in groups}
 
 

@@ -84,9 +84,13 @@ def gpu() -> dict[str, Any] | None:
         return None
     name, capability, driver, memory = (word.strip() for word in lines[0].split(","))
     return {
-        "gpu": name, "capability": capability, "driver": driver, "memory": memory, "python": sys.version.split()[0],
+        "gpu": name,
+        "capability": capability,
+        "driver": driver,
+        "memory": memory,
+        "python": sys.version.split()[0],
         "commit": recorded_commit(),
-    }  # fmt: skip
+    }
 
 
 def code() -> str:

@@ -17,10 +17,12 @@ from benchmarks.gpu.playing import wait
 from fedkern import ops
 
 METRICS = {
-    "µs": "gpu__time_duration.sum", "% of memory": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "µs": "gpu__time_duration.sum",
+    "% of memory": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "% of issue slots": "smsp__issue_active.avg.pct_of_peak_sustained_active",
-    "% of warps": "sm__warps_active.avg.pct_of_peak_sustained_active", "registers": "launch__registers_per_thread",
-}  # fmt: skip
+    "% of warps": "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "registers": "launch__registers_per_thread",
+}
 INSIDE = "--inside"
 
 

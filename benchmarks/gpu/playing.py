@@ -92,10 +92,15 @@ class Playing:
         outcome = PASSED if code == 0 else FAILED if code is not None or not (cut or stage.goes_on) else CUT
         last = next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "")
         return {
-            "outcome": outcome, "exit": code, "seconds": round(time.monotonic() - begun, 1), "last": last[-400:],
-            "command": list(stage.command), "environment": dict(stage.environment), "code": self.code,
+            "outcome": outcome,
+            "exit": code,
+            "seconds": round(time.monotonic() - begun, 1),
+            "last": last[-400:],
+            "command": list(stage.command),
+            "environment": dict(stage.environment),
+            "code": self.code,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }  # fmt: skip
+        }
 
     def _note(self, stage: Stage, entry: dict[str, Any]) -> None:
         self.done[stage.name] = entry

@@ -113,10 +113,13 @@ def operators(out: Path) -> list[Stage]:
 
 
 TRACED = {
-    "fedgid": "--rounds 2", "fediod": "--rounds 2 --local-epochs 2", "feddra": "--rounds 2",
-    "fusefl": "--local-epochs 4", "fedlpfm": "--rounds 2",
+    "fedgid": "--rounds 2",
+    "fediod": "--rounds 2 --local-epochs 2",
+    "feddra": "--rounds 2",
+    "fusefl": "--local-epochs 4",
+    "fedlpfm": "--rounds 2",
     "resnet18": "--model resnet18 --width 64 --clients 10 --rounds 2 --precision bf16",
-}  # fmt: skip
+}
 """Flags of short runs of which a round is looked at; ``resnet18`` is FedAvg's."""
 
 

@@ -26,10 +26,13 @@ from fedkern.listeners.events import Listener
 from .task import CLASSES
 
 CASES = {
-    "python": "64 numbers by `__getitem__`", "python-short": "64 numbers by `__getitem__`",
-    "tensors": "64 numbers of a TensorDataset", "tensors-short": "64 numbers of a TensorDataset",
-    "draws": "64 numbers by `__getitem__`, with noise", "images": "images 3 × 32 × 32 by `__getitem__`",
-}  # fmt: skip
+    "python": "64 numbers by `__getitem__`",
+    "python-short": "64 numbers by `__getitem__`",
+    "tensors": "64 numbers of a TensorDataset",
+    "tensors-short": "64 numbers of a TensorDataset",
+    "draws": "64 numbers by `__getitem__`, with noise",
+    "images": "images 3 × 32 × 32 by `__getitem__`",
+}
 """What a Dataset gives, by kind; clients with fewer samples show what a client costs beside its batches."""
 OTHERS = {"loop": "loop around a DataLoader", "arrays": "fedkern's own data"}
 TEST = 1000

@@ -97,9 +97,13 @@ def play(program: Program, task: Judged, *, watch: bool = False, limit: float = 
         command = [str(program.python), "-m", f"benchmarks.rounds.{program.adapter}", str(task.folder), str(out)]
         command += [str(program.threads), str(program.workers), *program.words]
         environment = {
-            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(program.threads),
-            "OMP_WAIT_POLICY": "PASSIVE", MARK: word.partition("=")[2], DEVICE: program.device,
-        }  # fmt: skip
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": str(program.threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            MARK: word.partition("=")[2],
+            DEVICE: program.device,
+        }
         log = out / "log"
         start = time.monotonic()
         with log.open("wb") as written:

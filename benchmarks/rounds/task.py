@@ -129,11 +129,14 @@ def resnet(blocks: tuple[int, ...], width: int, norm: Norm = nn.BatchNorm2d) -> 
 
 
 NETWORKS: dict[str, Callable[[int], nn.Module]] = {
-    "lenet": lambda width: LeNet(), "cnn": cnn, "resnet8": lambda width: resnet((1, 1, 1), width),
-    "resnet18": lambda width: resnet((2, 2, 2, 2), width), "mcmahan": lambda width: McMahan(),
+    "lenet": lambda width: LeNet(),
+    "cnn": cnn,
+    "resnet8": lambda width: resnet((1, 1, 1), width),
+    "resnet18": lambda width: resnet((2, 2, 2, 2), width),
+    "mcmahan": lambda width: McMahan(),
     "own-resnet8": lambda width: resnet((1, 1, 1), width),
     "own-resnet8-gn": lambda width: resnet((1, 1, 1), width, partial(nn.GroupNorm, 8)),
-}  # fmt: skip
+}
 
 
 @dataclass
