@@ -58,14 +58,16 @@ DATASETS: dict[str, dict[str, Any]] = {  # a user's own, for averaging methods w
     for name, network, clients in (("table", "Rows", None), ("text", "Words", None), ("images", "Pixels", 3))
 }  # fmt: skip
 OWN: dict[str, dict[str, Any]] = {  # of a method, and of a method on a task
-    "feddra": {"local_epochs": None}, "fedgid": {"data": "colordigits"},
-    "fedlpfm": {"public_samples": 20, "partition": "iid"}, "fml": {"partition": "iid"},
+    "feddra": {"local_epochs": None},
+    "fedgid": {"data": "colordigits"},
+    "fedlpfm": {"public_samples": 20, "partition": "iid"},
+    "fml": {"partition": "iid"},
     "feddf": {"public_samples": 20, "partition": "iid", "rounds": None},
     **{name: {"rounds": None} for name in ("ccvr", "dense", "ensemble", "fedcgs", "fusefl", "oneshot-fedavg")},
     "ensemble, segmentation": {"options": {"models": "unet-small:2,unet-small:3"}},
     "feddf, segmentation": {"options": {"distill_batch": 4, "distill_epochs": 2}},
     "scaffold, retrieval": {"options": {"control": "II"}},
-}  # fmt: skip
+}
 WRONG = (
     "fedavgg", "fedavg --rounds 0", "fedavg --roundz 2", "fedavg --data nowhere", "fedavg --partition dirichlet",
     "fedavg --method-option lam=1", "fusefl --rounds 3", "feddra --data digits", "fedavg --resume nowhere",

@@ -77,9 +77,11 @@ def _play(tmp_path: Path, words: list[str], code: list[str], images: Path | None
     ``evaluate`` must give the run's figures.
     """
     commands = [
-        [*words, *code, "--out", "run"], ["evaluate", "run", *code, "--json"], ["report", "run", *code],
+        [*words, *code, "--out", "run"],
+        ["evaluate", "run", *code, "--json"],
+        ["report", "run", *code],
         *([["predict", "run", str(images), *code], ["export", "run", *code]] if images else []),
-    ]  # fmt: skip
+    ]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     environment.pop("OMP_NUM_THREADS", None)  # two threads, as a person's run has
     played = subprocess.run(

@@ -398,8 +398,10 @@ def test_an_image_is_built_as_the_wheels_are_and_of_the_whole_checkout(name: str
 def test_the_script_for_the_container_says_what_it_lacks(tmp_path: Path) -> None:
     """The script fails before it installs anything."""
     done = subprocess.run(
-        [shutil.which("bash") or "/bin/bash", str(ROOT / ".ci" / "install-cuda")], env={"PATH": str(tmp_path)},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [shutil.which("bash") or "/bin/bash", str(ROOT / ".ci" / "install-cuda")],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode
     assert "CUDA_RPM_REPOSITORY: set it to" in done.stderr

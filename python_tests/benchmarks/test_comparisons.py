@@ -28,10 +28,12 @@ def cases(path: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"isa": "avx2"}, "toy-amd-epyc-2.json"), ({"cores": 64}, "toy-amd-epyc-2.json"),
-        ({"model": "17"}, "toy-amd-epyc-2.json"), ({"backend": "reference"}, "toy-amd-epyc-reference.json"),
+        ({"isa": "avx2"}, "toy-amd-epyc-2.json"),
+        ({"cores": 64}, "toy-amd-epyc-2.json"),
+        ({"model": "17"}, "toy-amd-epyc-2.json"),
+        ({"backend": "reference"}, "toy-amd-epyc-reference.json"),
     ],
-)  # fmt: skip
+)
 def test_a_few_rows_of_another_kind_delete_nothing(change: dict[str, str], name: str, tmp_path: Path) -> None:
     (result,) = write_results([ROW, OTHER], {**AMD, "model": "1"}, tmp_path)
     before = result.read_bytes()
@@ -243,12 +245,14 @@ def test_results_name_their_commit() -> None:
 @pytest.mark.parametrize(
     ("name", "short"),
     [
-        ("AMD EPYC", "amd-epyc"), ("AMD EPYC 7763 64-Core Processor", "amd-epyc-7763"),
+        ("AMD EPYC", "amd-epyc"),
+        ("AMD EPYC 7763 64-Core Processor", "amd-epyc-7763"),
         ("Intel(R) Xeon(R) Processor", "intel-xeon"),
         ("Intel(R) Xeon(R) Processor (Skylake, IBRS)", "intel-xeon-skylake-ibrs"),
-        ("Intel(R) Core(TM) i7-9700K CPU @ 3.60GHz", "intel-core-i7-9700k"), ("", "unknown"),
+        ("Intel(R) Core(TM) i7-9700K CPU @ 3.60GHz", "intel-core-i7-9700k"),
+        ("", "unknown"),
     ],
-)  # fmt: skip
+)
 def test_files_are_named_by_maker_and_model(name: str, short: str) -> None:
     assert slug({"cpu": name}) == short
     assert slug({"cpu": name, "gpu": "NVIDIA H100 80GB HBM3"}) == "nvidia-h100-80gb-hbm3"

@@ -225,10 +225,12 @@ def test_every_method_has_both_settings():
 @pytest.mark.parametrize(
     ("given", "word"),
     [
-        ({"options": {"distill_on": "logits"}}, "distill_on"), ({"clip_norm": 1.0}, "clip_norm"),
-        ({"buffers": "local"}, "buffers"), ({"lr_steps": "3"}, "lr_steps"),
+        ({"options": {"distill_on": "logits"}}, "distill_on"),
+        ({"clip_norm": 1.0}, "clip_norm"),
+        ({"buffers": "local"}, "buffers"),
+        ({"lr_steps": "3"}, "lr_steps"),
     ],
-)  # fmt: skip
+)
 def test_what_the_plain_method_does_not_compute_is_refused(given, word, tmp_path):
     with pytest.raises(ValueError, match=word):
         bench_methods.plain_words(RunConfig.make("fedgid", **given), tmp_path, seed=0, threads=0)

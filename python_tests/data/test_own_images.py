@@ -349,9 +349,11 @@ def test_bad_masks_are_one_sentence(tmp_path, change, words):
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    ({"names": "a"}, "two or more different classes"), ({"names": "a|a|b"}, "two or more different classes"),
+    ({"names": "a"}, "two or more different classes"),
+    ({"names": "a|a|b"}, "two or more different classes"),
     ({"partition": "dirichlet:0.5"}, 'none for an image, so "dirichlet:0.5" cannot share it'),
-    ({"cue_clients": 1}, "option cue_clients is for classification"), ({"partition": "attribute"}, "has no attribute"),
+    ({"cue_clients": 1}, "option cue_clients is for classification"),
+    ({"partition": "attribute"}, "has no attribute"),
 ])  # fmt: skip
 def test_what_segmentation_cannot_do_is_one_sentence(tmp_path, settings, words):
     write_pairs(tmp_path, images=20)

@@ -13,9 +13,11 @@ ROOT = os.environ.get("FEDKERN_DATA_ROOT")
 pytestmark = [pytest.mark.data, pytest.mark.skipif(not ROOT, reason="FEDKERN_DATA_ROOT names no folder with real data")]
 
 SETS = {
-    "mnist": (60_000, 10_000), "fashionmnist": (60_000, 10_000), "cifar10": (50_000, 10_000),
+    "mnist": (60_000, 10_000),
+    "fashionmnist": (60_000, 10_000),
+    "cifar10": (50_000, 10_000),
     "cifar100": (50_000, 10_000),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -175,7 +175,9 @@ def test_folders_of_sites_are_drawn_of_every_site(tmp_path):
     ({"A": 3, "B": 3}, {"A": 1, "B": 1}, {"A": 1, "B": 1}, []),
     ({"A": 2, "B": 3}, {"A": 1, "B": 1}, {"B": 1}, ["The validation set has no image of A."]),
     (
-        {"A": 1, "B": 1, "C": 30}, {"C": 6}, {"C": 2},
+        {"A": 1, "B": 1, "C": 30},
+        {"C": 6},
+        {"C": 2},
         ["The test set has no image of A, B.", "The validation set has no image of A, B."],
     ),
 ])  # fmt: skip

@@ -476,9 +476,11 @@ def test_nothing_tells_of_a_client_that_is_left_out(make_data, make_config, tmp_
         timeless = ("seconds", "round_seconds", "phases", "device")
         records = [{k: v for k, v in record.items() if k not in timeless} for record in read_metrics(tmp_path / name)]
         seen[name] = (
-            [sorted(record) for record in records], [record["bytes_up"] for record in records],
-            sorted(summary["diagnostics"]), summary["bytes"],
-        )  # fmt: skip
+            [sorted(record) for record in records],
+            [record["bytes_up"] for record in records],
+            sorted(summary["diagnostics"]),
+            summary["bytes"],
+        )
         assert not any("client" in key for key in summary["diagnostics"])
     assert seen["ailing"] == seen["well"]
 

@@ -1215,7 +1215,9 @@ def keep_list(items):
 @pytest.mark.parametrize(
     ("make", "network", "given"),
     [
-        (table, nn.Linear(4, 4), {}), (make_named, Named(4, 4), {}), (triples, Two(), {}),
+        (table, nn.Linear(4, 4), {}),
+        (make_named, Named(4, 4), {}),
+        (triples, Two(), {}),
         (partly, nn.Linear(3, 2), {"loss_fn": masked_loss}),
     ],
 )  # fmt: skip

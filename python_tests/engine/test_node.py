@@ -93,9 +93,11 @@ def ask(context, report):
 
 NUMBERS = {
     **{kind.__name__: (kind(0.5), 0.5) for kind in (float, np.float16, np.float32, np.longdouble, Fraction, Decimal)},
-    **{kind.__name__: (kind(3), 3) for kind in (int, np.int8, np.uint64)}, "bool": (True, True),
-    "tensor": (torch.tensor(0.5), 0.5), "tensor of one": (torch.tensor([0.5], dtype=torch.bfloat16), 0.5),
-}  # fmt: skip
+    **{kind.__name__: (kind(3), 3) for kind in (int, np.int8, np.uint64)},
+    "bool": (True, True),
+    "tensor": (torch.tensor(0.5), 0.5),
+    "tensor of one": (torch.tensor([0.5], dtype=torch.bfloat16), 0.5),
+}
 NO_NUMBERS = {
     "text": "0.5", "none": None, "list": [0.5], "dict": {"a": 1}, "array": np.zeros(3), "tensor": torch.zeros(3),
     "complex": 1j, "complex64": np.complex64(1), "too large": Fraction(10) ** 400,

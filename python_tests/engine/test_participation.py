@@ -120,13 +120,15 @@ def test_the_clock_counts_steps_of_clients_of_usual_speed():
 @pytest.mark.parametrize(
     ("plan", "settings", "fewest"),
     [
-        ([Round()], {}, 5), ([Round(), Round()], {"sample_fraction": 0.4}, 2),
+        ([Round()], {}, 5),
+        ([Round(), Round()], {"sample_fraction": 0.4}, 2),
         ([Round(participants="all"), Round(participants=(2, 3, 4))], {"sample_fraction": 0.2}, 3),
-        ([Round(participants=(1,), one_off=True), Round()], {}, 5), ([Round()], {"dropout_rate": 1.0}, 1),
+        ([Round(participants=(1,), one_off=True), Round()], {}, 5),
+        ([Round()], {"dropout_rate": 1.0}, 1),
         ([Round(participants=(0, 1))], {"straggler_rate": 1.0, "stragglers": "drop"}, 1),
         ([Round(participants=(0, 1))], {"straggler_rate": 1.0}, 2),
     ],
-)  # fmt: skip
+)
 def test_the_fewest_uploads_of_a_plan(plan, settings, fewest):
     assert policy(**settings).fewest_uploads(plan) == fewest
 

@@ -131,9 +131,11 @@ def test_images_of_two_files_are_joined_in_memory(tmp_path):
 
 
 CHANGES = [
-    lambda rows: rows.add_(1), lambda rows: rows.__setitem__(0, 1), lambda rows: rows.fill_(0),
+    lambda rows: rows.add_(1),
+    lambda rows: rows.__setitem__(0, 1),
+    lambda rows: rows.fill_(0),
     lambda rows: torch.relu_(rows),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)

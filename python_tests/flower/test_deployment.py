@@ -22,9 +22,11 @@ QUICKSTART = HERE / "quickstart"
 def faulty(folder: Path, nodes: int, **config) -> Path:
     """Return the app with nodes that misbehave as their node_config says."""
     names = {
-        "task.py": "task.py", "honest_client_app.py": "client_app.py", "client_app.py": "faulty_client_app.py",
+        "task.py": "task.py",
+        "honest_client_app.py": "client_app.py",
+        "client_app.py": "faulty_client_app.py",
         "server_app.py": "strict_server_app.py",
-    }  # fmt: skip
+    }
     files = {name: (QUICKSTART / source).read_text() for name, source in names.items()}
     return write_project(folder, files, **{"nodes": nodes, "rounds": 1, "deadline": 120.0, **config})
 

@@ -111,11 +111,13 @@ def test_bytes_that_do_not_fit_are_refused_by_name(case):
     [
         [np.arange(4, dtype=np.float32), np.float32(7).reshape(()), np.zeros((0, 2), np.float32)],
         [np.arange(4, dtype=np.float32), np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3))],
-        [np.arange(4, dtype=">f4"), np.arange(3, dtype=np.float32)], [np.arange(4, dtype=np.float32), np.arange(3.0)],
-        [np.zeros((0, 3), np.float16), np.zeros(0, np.float16)], [np.arange(5.0)],
+        [np.arange(4, dtype=">f4"), np.arange(3, dtype=np.float32)],
+        [np.arange(4, dtype=np.float32), np.arange(3.0)],
+        [np.zeros((0, 3), np.float16), np.zeros(0, np.float16)],
+        [np.arange(5.0)],
     ],
     ids=["same", "Fortran", "swapped", "mixed", "empty", "one"],
-)  # fmt: skip
+)
 def test_joins_arrays(arrays):
     sent = [save_array(array) for array in arrays]
     found = array_bytes.join_tensors([(data, array_bytes.read_header(data, "'w'")) for data in sent])
@@ -128,9 +130,11 @@ def test_joins_arrays(arrays):
 
 MODEL = {
     "conv.weight": np.random.default_rng(0).standard_normal((100, 100)).astype(np.float32),
-    "bn.weight": np.ones(5, np.float32), "bn.running_var": np.full(5, 0.5, np.float32),
-    "bn.num_batches_tracked": np.array(7), "head": np.arange(6, dtype=np.float32).reshape(2, 3),
-}  # fmt: skip
+    "bn.weight": np.ones(5, np.float32),
+    "bn.running_var": np.full(5, 0.5, np.float32),
+    "bn.num_batches_tracked": np.array(7),
+    "head": np.arange(6, dtype=np.float32).reshape(2, 3),
+}
 
 
 def record(model):

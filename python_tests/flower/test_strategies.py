@@ -338,12 +338,14 @@ def spoil(key, value):
 
 BAD = {
     "keys": client({key: value for key, value in START.items() if key != "b"}),
-    "shapes": client(spoil("b", np.zeros(8, np.float32))), "dtypes": client(spoil("b", np.zeros(7, np.int64))),
-    "finite": client(spoil("w", np.full(SHAPES["w"], np.nan, np.float32))), "norm": client(move(START, 5, 100.0)),
+    "shapes": client(spoil("b", np.zeros(8, np.float32))),
+    "dtypes": client(spoil("b", np.zeros(7, np.int64))),
+    "finite": client(spoil("w", np.full(SHAPES["w"], np.nan, np.float32))),
+    "norm": client(move(START, 5, 100.0)),
     "weight": lambda message: RecordDict({"arrays": arrays_of(START), "metrics": MetricRecord({"loss": 1.0})}),
     "records": lambda message: RecordDict({"metrics": MetricRecord({"num-examples": 1})}),
     "error": lambda message: Error(code=0, reason="out of memory"),
-}  # fmt: skip
+}
 
 
 def size(message):

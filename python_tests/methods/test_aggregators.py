@@ -28,8 +28,10 @@ WEIGHTS = [3.0, 1.0, 2.0, 5.0, 1.0, 4.0, 2.0]
 
 
 @pytest.mark.parametrize(("text", "expected"), [
-    ("median", lambda x, w: ops.median(x, w)), ("trimmed_mean", lambda x, w: ops.trimmed_mean(x, 1, w)),
-    ("trimmed_mean:trim=2", lambda x, w: ops.trimmed_mean(x, 2, w)), ("krum", lambda x, w: ops.krum(x, 1, 1)),
+    ("median", lambda x, w: ops.median(x, w)),
+    ("trimmed_mean", lambda x, w: ops.trimmed_mean(x, 1, w)),
+    ("trimmed_mean:trim=2", lambda x, w: ops.trimmed_mean(x, 2, w)),
+    ("krum", lambda x, w: ops.krum(x, 1, 1)),
     ("krum:keep=3,byzantine=2", lambda x, w: ops.krum(x, 2, 3)),
     ("geometric_median", lambda x, w: ops.geometric_median(x, w)),
 ])  # fmt: skip

@@ -96,7 +96,9 @@ def test_fedprox_stops_where_its_formula_says(mu, clients, tmp_path):
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(("method", "rounds", "options"), [
-    ("scaffold", 40, {"control": "I"}), ("scaffold", 40, {"control": "II"}), ("feddyn", 150, {"alpha": 0.5}),
+    ("scaffold", 40, {"control": "I"}),
+    ("scaffold", 40, {"control": "II"}),
+    ("feddyn", 150, {"alpha": 0.5}),
     ("scaffold", 200, {"control": "II", "sample_fraction": 0.5}),
     ("feddyn", 300, {"alpha": 0.5, "sample_fraction": 0.5}),
 ])  # fmt: skip

@@ -90,9 +90,11 @@ def plain(module: nn.Sequential) -> nn.Sequential:
 
 
 NORMS = {
-    "train": {}, "cumulative average": {"momentum": None}, "no running statistics": {"track_running_stats": False},
+    "train": {},
+    "cumulative average": {"momentum": None},
+    "no running statistics": {"track_running_stats": False},
     "eps": {"eps": 0.3, "momentum": 0.7},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "frozen statistics", "only the batch's", "evaluated by the batch's"])

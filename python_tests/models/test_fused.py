@@ -223,8 +223,10 @@ def test_resnet18_is_cut_as_published():
 
 
 @pytest.mark.parametrize(("name", "cuts"), [
-    ("resnet8", {2: (1,), 3: (1, 2), 4: (0, 1, 2), 5: (0, 1, 2, 3)}), ("mlp", {2: (1,), 3: (0, 1), 4: (0, 1, 2)}),
-    ("cnn", {2: (1,), 3: (0, 1)}), ("vit-tiny", {2: (6,), 4: (3, 6, 9), 13: tuple(range(12))}),
+    ("resnet8", {2: (1,), 3: (1, 2), 4: (0, 1, 2), 5: (0, 1, 2, 3)}),
+    ("mlp", {2: (1,), 3: (0, 1), 4: (0, 1, 2)}),
+    ("cnn", {2: (1,), 3: (0, 1)}),
+    ("vit-tiny", {2: (6,), 4: (3, 6, 9), 13: tuple(range(12))}),
 ])  # fmt: skip
 def test_small_networks_and_transformers(name, cuts):
     model = make(name, width=8, image_size=8)

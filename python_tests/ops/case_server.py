@@ -66,9 +66,11 @@ def cases() -> Iterator[Cases]:
 
     path = [str(Path(fedkern.__file__).parent.parent), *sys.path]
     process = warm_python.Popen(
-        [sys.executable, "-P", "-m", "python_tests.ops.case_server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [sys.executable, "-P", "-m", "python_tests.ops.case_server"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     with process:  # which closes both pipes, and waits
         yield Cases(process)
 

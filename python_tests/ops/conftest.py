@@ -54,9 +54,11 @@ def cache_bytes() -> Iterator[Callable[[int], None]]:
 
 # Tests whose cases are all too large for the interpreter: long vectors, many iterations.
 LARGE = {
-    "test_clients", "test_more_than_a_block", "test_out_may_be_an_input_or_overlap_one",
+    "test_clients",
+    "test_more_than_a_block",
+    "test_out_may_be_an_input_or_overlap_one",
     "test_streamed_results_are_the_same",
-}  # fmt: skip
+}
 
 
 def _in_full(config: pytest.Config) -> bool:

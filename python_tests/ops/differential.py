@@ -835,10 +835,12 @@ def pool_case(draw: st.DrawFn) -> Case:
     shape = [draw(FEW), draw(st.sampled_from([3, 1, 2, 8, 16])), draw(sides), draw(sides)]
     out = draw(st.sampled_from([8, 1, 5, 16, 24]))
     return {
-        "x": draw(tensor(shape, dtype)), "weight": draw(tensor([out, shape[1], side, side], dtype)),
-        "bias": draw(tensor([out], dtype)) if draw(st.booleans()) else None, "padding": padding,
+        "x": draw(tensor(shape, dtype)),
+        "weight": draw(tensor([out, shape[1], side, side], dtype)),
+        "bias": draw(tensor([out], dtype)) if draw(st.booleans()) else None,
+        "padding": padding,
         "relu": draw(st.booleans()),
-    }  # fmt: skip
+    }
 
 
 def close_conv(case: Case, given: Arguments) -> Limits:

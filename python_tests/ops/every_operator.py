@@ -141,7 +141,9 @@ OPERATORS = [
     Operator("blend", lambda x, y: ops.blend(x, y, 0.3), ((4, 3, 2),) * 2, ((64, 20_000),) * 2),
     Operator("blend index", lambda x, y: ops.blend(x, y, 0.3, index=_index(x)), ((4, 3, 2),) * 2, ((64, 20_000),) * 2),
     Operator(
-        "blend alpha", lambda x, y, a: ops.blend(x, y, a.sigmoid()), ((4, 3), (4, 3), (4,)),
+        "blend alpha",
+        lambda x, y, a: ops.blend(x, y, a.sigmoid()),
+        ((4, 3), (4, 3), (4,)),
         ((64, 20_000),) * 2 + ((64,),),
     ),
     Operator("erase_boxes", lambda x: ops.erase_boxes(x, _boxes(x), 0.5), ((3, 2, 5, 6),), ((48, 3, 128, 128),)),
@@ -154,8 +156,10 @@ OPERATORS = [
     Operator("kl_div dim", lambda s, t: ops.kl_div(s, t, 2.0, dim=-1), ((4, 3, 7),) * 2, ((64, 400, 21),) * 2),
     Operator("dual_kl", lambda a, b, t: ops.dual_kl(a, b, t, 2.0), (_LOGITS,) * 3, (_MANY,) * 3),
     Operator(
-        "dual_kl limit", lambda a, b, t: ops.dual_kl(a, b, t, math.inf, direction="student", reduction="none"),
-        (_LOGITS,) * 3, (_MANY,) * 3,
+        "dual_kl limit",
+        lambda a, b, t: ops.dual_kl(a, b, t, math.inf, direction="student", reduction="none"),
+        (_LOGITS,) * 3,
+        (_MANY,) * 3,
     ),
     Operator("entropy", lambda x: ops.entropy(x), (_LOGITS,), (_MANY,)),
     Operator(
@@ -163,8 +167,10 @@ OPERATORS = [
         (_MANY, (3, *_MANY), (3, *_MANY)), positive=(2,),
     ),
     Operator(
-        "ensemble_kl logits", lambda s, t: ops.ensemble_kl(s, t, mix="logits", reduction="none"),
-        (_LOGITS, (3, *_LOGITS)), (_MANY, (3, *_MANY)),
+        "ensemble_kl logits",
+        lambda s, t: ops.ensemble_kl(s, t, mix="logits", reduction="none"),
+        (_LOGITS, (3, *_LOGITS)),
+        (_MANY, (3, *_MANY)),
     ),
     Operator(
         "ensemble_kl mean_of_kl", lambda s, t, w: ops.ensemble_kl(s, t, w, mode="mean_of_kl"),
@@ -210,8 +216,10 @@ OPERATORS = [
     of_maps("fuse_concat", lambda x, y, a, b: ops.fuse_concat([x, y], a, b, "relu")),
     of_maps("fuse_mean", lambda x, y, a, b: ops.fuse_mean([x, y], a, b, "relu")),
     Convolution(
-        "conv_norm", lambda x, w, a, b: ops.conv_norm(x.movedim(-1, 1), w, a / 8, b / 8, None, None, pool=2),
-        (*_CONV, (8,), (8,)), (*_CONVS, (16,), (16,)),
+        "conv_norm",
+        lambda x, w, a, b: ops.conv_norm(x.movedim(-1, 1), w, a / 8, b / 8, None, None, pool=2),
+        (*_CONV, (8,), (8,)),
+        (*_CONVS, (16,), (16,)),
     ),
     Convolution(
         "conv_norm residual",
@@ -229,7 +237,9 @@ OPERATORS = [
         (*_CONVS, (16,), (16,), (16,)),
     ),
     Convolution(
-        "conv_pool", lambda x, w, b: ops.conv_pool(x.movedim(-1, 1), w, b / 8, padding=1), (*_CONV, (8,)),
+        "conv_pool",
+        lambda x, w, b: ops.conv_pool(x.movedim(-1, 1), w, b / 8, padding=1),
+        (*_CONV, (8,)),
         (*_CONVS, (16,)),
     ),
     Convolution("conv_pool relu", lambda x, w: ops.conv_pool(x.movedim(-1, 1), w, relu=False), _CONV, _CONVS),

@@ -34,9 +34,11 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels_last": lambda x: x.movedim(-3, -1).contiguous().movedim(-1, -3),
     "batch_inside": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
     "reversed": lambda x: x.permute(*range(x.dim())[::-1]).contiguous().permute(*range(x.dim())[::-1]),
-    "sliced": _apart, "sliced_transposed": lambda x: _apart(x.mT).mT,
-    "expanded": lambda x: x[..., :1, :].expand(x.shape), "per_channel": lambda x: x[..., :1, :1].expand(x.shape),
-}  # fmt: skip
+    "sliced": _apart,
+    "sliced_transposed": lambda x: _apart(x.mT).mT,
+    "expanded": lambda x: x[..., :1, :].expand(x.shape),
+    "per_channel": lambda x: x[..., :1, :1].expand(x.shape),
+}
 
 BOXES = torch.tensor([[[1.0, 0.0, 3.0, 2.0]], [[0.0, 1.0, 2.0, 3.0]]])
 

@@ -351,10 +351,12 @@ def test_vmap_and_func_grad_or_a_clear_error(operator: Operator) -> None:
 
     if not operator.vmap:
         transforms: list[Callable[..., Any]] = [
-            lambda: torch.vmap(operator.call)(*batches), lambda: torch.func.grad(loss)(*inputs),
-            lambda: torch.func.vjp(operator.results, *inputs), lambda: torch.func.linearize(operator.results, *inputs),
+            lambda: torch.vmap(operator.call)(*batches),
+            lambda: torch.func.grad(loss)(*inputs),
+            lambda: torch.func.vjp(operator.results, *inputs),
+            lambda: torch.func.linearize(operator.results, *inputs),
             lambda: torch.vmap(torch.func.grad(loss, argnums=len(inputs) - 1))(*batches),
-        ]  # fmt: skip
+        ]
         for call in transforms:
             with pytest.raises((RuntimeError, ValueError), match=r"vmap over .* is not supported|has no gradient"):
                 call()

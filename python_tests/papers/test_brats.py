@@ -248,12 +248,14 @@ def header(path, at, kind, value):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"modalities": "t1,t1"}, "different names"), ({"labels": "1|x"}, "labels must be whole, parts, or"),
+        ({"modalities": "t1,t1"}, "different names"),
+        ({"labels": "1|x"}, "labels must be whole, parts, or"),
         ({"labels": "7"}, "no slice under .* holds any class"),
         ({"modalities": "pet", "target": "roi"}, r"no folder with files \*roi"),
-        ({"modalities": "pet"}, r"has no file \*pet"), ({"test_share": 0.9}, "too few"),
+        ({"modalities": "pet"}, r"has no file \*pet"),
+        ({"test_share": 0.9}, "too few"),
     ],
-)  # fmt: skip
+)
 def test_options_that_do_not_fit(tmp_path, options, words):
     write_cases(tmp_path, 3)
     with pytest.raises(UserError, match=words):

@@ -95,11 +95,13 @@ def test_methods_share_the_settings_of_a_data_set():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": 0}, r"--lr must be above 0, not 0"), ({"lr": "fast"}, '--lr must be a number, not "fast"'),
+        ({"lr": 0}, r"--lr must be above 0, not 0"),
+        ({"lr": "fast"}, '--lr must be a number, not "fast"'),
         ({"rounds": 0}, r"--rounds must be in \[1, 100000\]"),
         ({"rounds": 10**9}, r"--rounds must be in \[1, 100000\]"),
         ({"sample_fraction": 1.5}, "--sample-fraction must be above 0 and at most 1"),
-        ({"correlation": 2}, r"--correlation must be in \[0, 1\]"), ({"lr": math.inf}, "--lr must be finite"),
+        ({"correlation": 2}, r"--correlation must be in \[0, 1\]"),
+        ({"lr": math.inf}, "--lr must be finite"),
         ({"augment": "crop-flop"}, '--augment must be one of none, crop.*Did you mean "crop-flip"'),
         ({"momentum": 1}, "--momentum must be below 1"),
         ({"freeze_bn_after": 3, "buffers": "drop"}, "--freeze-bn-after.*--buffers drop.*leave one of the two out"),
@@ -110,7 +112,7 @@ def test_methods_share_the_settings_of_a_data_set():
         ({"data": "colourdigits"}, '"colourdigits".*Did you mean "colordigits"'),
         ({"options": ["alpha=1.5"]}, r'"alpha" must be in \[0, 1\], not 1.5'),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_one_sentence(settings, message):
     with pytest.raises(UserError, match=message):
         RunConfig.make("fedgid", **settings)

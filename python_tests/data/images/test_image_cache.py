@@ -184,10 +184,12 @@ def rotate_images(content, size):
 HEAD = slice(image_cache.HEADER_BYTES, None)
 LOST = {
     "images cut": edit(".images", lambda content, _: content.pop()),
-    "sizes cut": edit(".sizes", lambda content, _: content.pop()), "no images": lambda path: path.unlink(),
-    "no sizes": lambda path: path.with_suffix(".sizes").unlink(), "uncommitted": lose_sizes,
+    "sizes cut": edit(".sizes", lambda content, _: content.pop()),
+    "no images": lambda path: path.unlink(),
+    "no sizes": lambda path: path.with_suffix(".sizes").unlink(),
+    "uncommitted": lose_sizes,
     "another header": change_header,
-}  # fmt: skip
+}
 DAMAGED = {
     "bits": (edit(".images", flip_bits), 2),
     "zeros": (edit(".images", lambda content, size: content.__setitem__(slice(size, 3 * size), bytes(2 * size))), 2),

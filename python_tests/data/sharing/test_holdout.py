@@ -81,9 +81,11 @@ def pools(groups=True):
         rows = [(site, i) for site in range(3) for i in range(start, start + count)]
         images = torch.stack([torch.full((1, 8, 8), value(site, i), dtype=torch.uint8) for site, i in rows])
         return Pool(
-            labels=torch.tensor([i % 2 for _, i in rows]), ids=tuple(f"{SITES[site]}/{i}" for site, i in rows),
-            read=lambda wanted: (images[wanted], None), groups=torch.tensor([site for site, _ in rows]),
-        )  # fmt: skip
+            labels=torch.tensor([i % 2 for _, i in rows]),
+            ids=tuple(f"{SITES[site]}/{i}" for site, i in rows),
+            read=lambda wanted: (images[wanted], None),
+            groups=torch.tensor([site for site, _ in rows]),
+        )
 
     return Source(("a", "b"), pool(0, 20), pool(20, 4), {"": pool(24, 6)}, (0.5,), (0.25,), "none", 3, sites=SITES,
                   named_by="the function")  # fmt: skip

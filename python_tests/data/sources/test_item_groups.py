@@ -134,12 +134,14 @@ OTHERS = TensorDataset(torch.cat([NUMBERS[15:], -NUMBERS[1:]]), torch.cat([torch
 @pytest.mark.parametrize(
     ("train", "test", "count"),
     [
-        (Scans(30, 1), copy.deepcopy(Scans(30, 1)), "30 of 30"), (Scans(30, 1), Scans(20, 2), ""),
-        (Scans(30, 1, (6,)), copy.deepcopy(Scans(30, 1, (6,))), "30 of 30"), (TABLE, OTHERS, "5 of 24"),
+        (Scans(30, 1), copy.deepcopy(Scans(30, 1)), "30 of 30"),
+        (Scans(30, 1), Scans(20, 2), ""),
+        (Scans(30, 1, (6,)), copy.deepcopy(Scans(30, 1, (6,))), "30 of 30"),
+        (TABLE, OTHERS, "5 of 24"),
         (Subset(Scans(60, 3, (6,)), range(40)), Subset(Scans(60, 3, (6,)), range(39, 60)), "1 of 21"),
     ],
     ids=["images", "other images", "items", "tensors", "subsets"],
-)  # fmt: skip
+)
 def test_equal_samples_are_found(train: Dataset, test: Dataset, count: str, tmp_path: Path, capsys: Capture) -> None:
     is_image = train[0][0].dim() == 3
     model = "cnn" if is_image else nn.Linear(len(train[0][0]), 24)

@@ -47,9 +47,11 @@ OTHERS = {
 
 
 READERS = {
-    "list.csv": lambda path: load("csv", root=path), "caption.txt": lambda path: load("pairs", root=path.parent),
-    "boxes.csv": lambda path: BoxesFile(path, []), "boxes.json": lambda path: BoxesFile(path, []),
-}  # fmt: skip
+    "list.csv": lambda path: load("csv", root=path),
+    "caption.txt": lambda path: load("pairs", root=path.parent),
+    "boxes.csv": lambda path: BoxesFile(path, []),
+    "boxes.json": lambda path: BoxesFile(path, []),
+}
 
 
 @pytest.mark.parametrize("kind", OTHERS)

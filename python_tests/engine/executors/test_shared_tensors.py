@@ -150,11 +150,13 @@ def local():
 @pytest.mark.parametrize(
     ("value", "named"),
     [
-        (local(), "<lambda>"), (threading.Lock(), "lock"), (type("Local", (Own,), {})(), "Local"),
+        (local(), "<lambda>"),
+        (threading.Lock(), "lock"),
+        (type("Local", (Own,), {})(), "Local"),
         (torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(1, 1)), "parametrized modules"),
     ],
     ids=["function", "lock", "class", "parametrized"],
-)  # fmt: skip
+)
 def test_what_cannot_be_sent_is_named_and_leaves_nothing_behind(wire, value, named):
     held, before = torch.arange(4.0), open_files()
     with pytest.raises(NotPortable, match=rf"^something that cannot be pickled \(.*{named}.*\)$"):

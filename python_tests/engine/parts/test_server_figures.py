@@ -200,9 +200,11 @@ class Kept:
         self.calls, self.context = [], Context(dp_draws=draws, trained_clients=2)
         report = {"epsilon": 2.0, "delta": 1e-5, "clip": 1.0}
         self.private = SimpleNamespace(
-            planned=rounds / 2, secret="", figures_after=lambda rounds: {"epsilon": rounds / 2},
+            planned=rounds / 2,
+            secret="",
+            figures_after=lambda rounds: {"epsilon": rounds / 2},
             report=lambda rounds: report,
-        )  # fmt: skip
+        )
         self.private.keep = lambda secret: setattr(self.private, "secret", secret)
         checkpoints = SimpleNamespace(
             folder=out, write_at_once=lambda: self.calls.append("at once"), client_state=lambda k: {}

@@ -190,11 +190,13 @@ class Own(FedAvg):
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("fedavg", {}), ("moon", {}), ("fedavg", {"compress": "topk:share=0.3"}),
+        ("fedavg", {}),
+        ("moon", {}),
+        ("fedavg", {"compress": "topk:share=0.3"}),
         *(pytest.param(name, {}, marks=pytest.mark.exhaustive) for name in ("fedprox", "fedntd", "fedgid", "fedlpfm")),
         pytest.param("fedavg", {"compress": "int8"}, marks=pytest.mark.exhaustive),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("text", ["fedbuff:buffer=2", "fedasync:mixing=0.8"])
 def test_the_bits_are_equal_on_workers_and_after_an_interruption(
     text, method, options, make_data, make_public, make_config, tmp_path, monkeypatch
@@ -228,9 +230,11 @@ def test_each_message_is_written_once(make_data, make_config, tmp_path, monkeypa
     monkeypatch.setattr(Checkpoints, "_write", lambda self, name, *how: written.append(name) or real(self, name, *how))
     config = make_config("fedavg", **{**KILLED, "rounds": 12})
     run(
-        config, out=tmp_path / "run", data=make_data(SIZES),
+        config,
+        out=tmp_path / "run",
+        data=make_data(SIZES),
         listener=Hearing(on_round=lambda record: listings.append(of_messages())),
-    )  # fmt: skip
+    )
     files = [name for name in written if name.startswith("messages-")]
     assert len(files) == len(set(files)) > 4
     entries = Checkpoints(tmp_path / "run")._read_manifest()

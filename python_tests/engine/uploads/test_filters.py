@@ -78,12 +78,14 @@ def test_a_filter_that_overrides_nothing_lets_all_pass():
 @pytest.mark.parametrize(
     ("upload", "why"),
     [
-        ({"parameters": START + 1}, ""), ({"parameters": START, "more": 1}, "should not hold more"),
+        ({"parameters": START + 1}, ""),
+        ({"parameters": START, "more": 1}, "should not hold more"),
         ({"parameters": START.double()}, "has parameters of shape"),
-        ({"parameters": START * math.nan}, "holds NaN or infinite values in parameters"), ({}, "is empty"),
+        ({"parameters": START * math.nan}, "holds NaN or infinite values in parameters"),
+        ({}, "is empty"),
         (None, "is NoneType where a dict"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_as_declared_is_refused(upload, why):
     arrival = arrive(upload)
     said = Declared().decode(arrival)

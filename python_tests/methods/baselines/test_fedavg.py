@@ -91,7 +91,9 @@ def test_fedprox_adds_the_gradient_of_its_proximal_term():
 
 
 @pytest.mark.parametrize(("method", "without", "settings"), [
-    ("fedprox", {"mu": 0}, {"mu": 1}), ("fedntd", {"beta": 0}, {}), ("moon", {"mu": 0}, {}),
+    ("fedprox", {"mu": 0}, {"mu": 1}),
+    ("fedntd", {"beta": 0}, {}),
+    ("moon", {"mu": 0}, {}),
     ("fedgid", {"intervention": False, "lambda": 0}, {}),
 ])  # fmt: skip
 def test_without_its_term_a_method_is_fedavg_bit_for_bit(method, without, settings, make_data, make_config, tmp_path):

@@ -308,8 +308,10 @@ def test_feddyn_is_asked_about_the_network_that_it_evaluates(sides):
 
 
 @pytest.mark.parametrize(("method", "entry", "evaluated", "plan"), [
-    (FedAvg(), Round(), True, ["update", *EXCHANGES]), (FedAvg(), Round(), False, ["update"]),
-    (FedAvg(), Round(one_off=True), True, ["update"]), (Local(), Round(), True, ["update"]),
+    (FedAvg(), Round(), True, ["update", *EXCHANGES]),
+    (FedAvg(), Round(), False, ["update"]),
+    (FedAvg(), Round(one_off=True), True, ["update"]),
+    (Local(), Round(), True, ["update"]),
     (FedDRA(), Round(exchanges=("joint", "losses")), False, ["joint", *EXCHANGES, "losses"]),
     (FedDRA(FedDRA.Options(dro=False)), Round(exchanges=("joint",)), False, ["joint", *EXCHANGES]),
     (FedDRA(FedDRA.Options(dro=False, anchors=False)), Round(exchanges=("joint",)), False, ["joint"]),

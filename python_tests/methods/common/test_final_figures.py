@@ -92,8 +92,10 @@ def test_the_same_with_workers_and_after_a_resume_at_the_very_end(make_data, mak
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(("method", "settings"), [
-    ("local", {}), ("fedproto", {"options": {"networks": "personal"}, "rounds": 1, "sample_fraction": 0.67}),
-    ("ensemble", {"rounds": None}), ("fusefl", {"rounds": None, "local_epochs": 2, "options": {"calibrate": True}}),
+    ("local", {}),
+    ("fedproto", {"options": {"networks": "personal"}, "rounds": 1, "sample_fraction": 0.67}),
+    ("ensemble", {"rounds": None}),
+    ("fusefl", {"rounds": None, "local_epochs": 2, "options": {"calibrate": True}}),
 ])  # fmt: skip
 def test_methods_that_evaluate_themselves(method, settings, make_data, make_config, tmp_path):
     config = make_config(method, **settings)
@@ -217,7 +219,9 @@ def test_a_segmentation_has_the_dice_of_every_class(make_config, refuses, tmp_pa
 
 
 @pytest.mark.parametrize(("content", "why"), [
-    ("{", "damaged"), ("[]", "damaged"), ('{"classes": ["a"]}', "it has no 'test_sets'"),
+    ("{", "damaged"),
+    ("[]", "damaged"),
+    ('{"classes": ["a"]}', "it has no 'test_sets'"),
     ('{"classes": ["a", 2], "test_sets": {}}', "no list of names"),
     ('{"classes": ["a", "b"], "test_sets": {"id": [[1, 2], [3]]}}', "every two classes"),
     ('{"classes": ["a"], "test_sets": {"id": [[-1]]}}', "every two classes"),

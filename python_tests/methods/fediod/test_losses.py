@@ -295,10 +295,12 @@ def test_confidence_travels_where_nobody_withholds_it():
         ({"teacher_dp": True}, '"teacher_dp" needs a target'),
         ({"epsilon": 1.0, "mode": "public"}, '"mode" = public sends no gradients'),
         ({"shards": 5}, '"shards" is for the gradients'),
-        ({"shards": 5, **TAUGHT, "mode": "public"}, '"shards" is for the gradients'), ({"epsilon": 0.0}, "epsilon"),
-        ({"delta": 0.0}, "delta"), ({"clip_d": 0.0}, "clip_d"),
+        ({"shards": 5, **TAUGHT, "mode": "public"}, '"shards" is for the gradients'),
+        ({"epsilon": 0.0}, "epsilon"),
+        ({"delta": 0.0}, "delta"),
+        ({"clip_d": 0.0}, "clip_d"),
     ],
-)  # fmt: skip
+)
 def test_options_that_promise_nothing_are_refused(settings, words):
     with pytest.raises(UserError, match=words):
         options(**settings)

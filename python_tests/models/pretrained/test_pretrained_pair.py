@@ -188,9 +188,11 @@ def test_published_setting_on_the_meta_device() -> None:
     ("./nowhere", "bert", "folder nowhere of the image encoder does not exist"),
     ("vit", "some/where", "folder some/where of the text encoder does not exist"),
     ("empty", "bert", "cannot load the image encoder from .*empty"),
-    ("vit", "empty", "cannot load the text encoder from .*empty"), ("bert", "bert", "cannot be used as image encoder"),
+    ("vit", "empty", "cannot load the text encoder from .*empty"),
+    ("bert", "bert", "cannot be used as image encoder"),
     ("resnet", "vit", "cannot load a tokenizer|cannot be used as text encoder"),
-    ("vit", "broken", "1_Pooling.*config.json is damaged"), ("shredded", "bert", "preprocessor_config.json is damaged"),
+    ("vit", "broken", "1_Pooling.*config.json is damaged"),
+    ("shredded", "bert", "preprocessor_config.json is damaged"),
 ])  # fmt: skip
 def test_wrong_folders(folders: dict[str, Path], tmp_path: Path, image: str, text: str, words: str) -> None:
     (tmp_path / "empty").mkdir()

@@ -146,10 +146,12 @@ class Compiled(nn.Module):
 
 
 WRAPPERS = {
-    "OptimizedModule": lambda module: torch.compile(module, backend="eager"), "Compiled": Compiled,
-    "DataParallel": nn.DataParallel, "RecursiveScriptModule": torch.jit.script,
+    "OptimizedModule": lambda module: torch.compile(module, backend="eager"),
+    "Compiled": Compiled,
+    "DataParallel": nn.DataParallel,
+    "RecursiveScriptModule": torch.jit.script,
     "TopLevelTracedModule": lambda module: torch.jit.trace(module, torch.zeros(1, 8)),
-}  # fmt: skip
+}
 SLOW = ("OptimizedModule", "TopLevelTracedModule")
 
 

@@ -303,9 +303,11 @@ ORDERED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "exact": lambda v, w: accumulate(v, w.tolist()).mean(),
 }
 SUMMED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "weighted_mean": ops.weighted_mean, "trimmed_mean": lambda v, w: ops.trimmed_mean(v, 1),
-    "geometric_median": ops.geometric_median, "server_step": lambda v, w: ops.server_step(v.mean(0), v, w).model,
-}  # fmt: skip
+    "weighted_mean": ops.weighted_mean,
+    "trimmed_mean": lambda v, w: ops.trimmed_mean(v, 1),
+    "geometric_median": ops.geometric_median,
+    "server_step": lambda v, w: ops.server_step(v.mean(0), v, w).model,
+}
 
 
 @examples

@@ -201,10 +201,12 @@ WEIGHTS = [1.0, 2.0, 0.5]
 def arguments(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     torch.manual_seed(0)
     return {
-        "global_": torch.randn(SIZE, dtype=dtype), "vectors": torch.randn(3, SIZE, dtype=dtype),
-        "first": torch.zeros(SIZE, dtype=dtype), "second": torch.ones(SIZE, dtype=dtype),
+        "global_": torch.randn(SIZE, dtype=dtype),
+        "vectors": torch.randn(3, SIZE, dtype=dtype),
+        "first": torch.zeros(SIZE, dtype=dtype),
+        "second": torch.ones(SIZE, dtype=dtype),
         "out": torch.empty(SIZE, dtype=dtype),
-    }  # fmt: skip
+    }
 
 
 def memory(start: int, step: int = 1) -> tuple[Tensor, Tensor]:

@@ -193,9 +193,11 @@ def test_vmap_and_grad(dims: tuple[int | None, ...]) -> None:
     torch.manual_seed(1)
     count = 4
     full = (
-        torch.randn(count, 3, 2, 3, dtype=torch.float64), torch.randn(count, 5, 2, 3, dtype=torch.float64),
-        torch.rand(count, 3, dtype=torch.float64), torch.randint(0, 5, (count, 3)),
-    )  # fmt: skip
+        torch.randn(count, 3, 2, 3, dtype=torch.float64),
+        torch.randn(count, 5, 2, 3, dtype=torch.float64),
+        torch.rand(count, 3, dtype=torch.float64),
+        torch.randint(0, 5, (count, 3)),
+    )
     given = [t[0] if d is None else t.movedim(0, d) for t, d in zip(full, dims, strict=True)]
     rows_of_batch = [[t[0] if d is None else t[v] for t, d in zip(full, dims, strict=True)] for v in range(count)]
 

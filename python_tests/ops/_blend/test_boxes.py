@@ -16,11 +16,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool]
 LAYOUTS = {
-    "contiguous": lambda t: t, "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "contiguous": lambda t: t,
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
     "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
-    "cut_out": lambda t: torch.stack([t, t], 1)[:, 1], "every_second_column": lambda t: torch.stack([t, t], -1)[..., 0],
+    "cut_out": lambda t: torch.stack([t, t], 1)[:, 1],
+    "every_second_column": lambda t: torch.stack([t, t], -1)[..., 0],
     "batch_inside": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-}  # fmt: skip
+}
 
 
 def make_boxes(batch: int, height: int, width: int, seed: int) -> list[Tensor]:

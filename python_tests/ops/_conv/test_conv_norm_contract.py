@@ -449,9 +449,11 @@ def test_only_the_gradients_that_are_asked_for(end: dict[str, Any], name: str, c
 
 # Of a map's gradient; one of a batch of one, or of one row, has several layouts whose strides look alike.
 READ: list[Callable[[Tensor], Tensor]] = [
-    lambda y: y.squeeze(0).movedim(-3, -1), lambda y: y.flatten(2).mT, lambda y: y.permute(2, 3, 0, 1),
+    lambda y: y.squeeze(0).movedim(-3, -1),
+    lambda y: y.flatten(2).mT,
+    lambda y: y.permute(2, 3, 0, 1),
     lambda y: y[:, :1].expand(-1, 3, -1, -1),
-]  # fmt: skip
+]
 
 
 @pytest.mark.sampled(4)

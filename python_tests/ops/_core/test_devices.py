@@ -22,9 +22,11 @@ def fake_gpus(monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int], h
 
 def fake_core(runtime: int = 13000, driver: int = 13000, built_for: list[int] = BUILT_FOR) -> Any:
     return SimpleNamespace(
-        architectures=lambda: built_for, versions=lambda: (runtime, driver), take_tensors=lambda *_: None,
+        architectures=lambda: built_for,
+        versions=lambda: (runtime, driver),
+        take_tensors=lambda *_: None,
         blend_fits=lambda *_: 0,
-    )  # fmt: skip
+    )
 
 
 def why_not(core: Any) -> str:

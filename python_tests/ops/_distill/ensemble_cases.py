@@ -216,11 +216,13 @@ def run_ensemble(number: int, names: list[str], device: torch.device = CPU) -> N
 
 AGREEMENTS = pairwise(
     {
-        **COMMON, "operator": ("js_div", "consensus"), "weights": (None, "K", "KB", "rows"),
+        **COMMON,
+        "operator": ("js_div", "consensus"),
+        "weights": (None, "K", "KB", "rows"),
         "needs": ("logits", "weights", "all"),
     },
     seed=4,
-)  # fmt: skip
+)
 NEEDS_OF_AGREEMENTS = {"logits": (False, True, False), "weights": (False, False, True), "all": (False, True, True)}
 
 

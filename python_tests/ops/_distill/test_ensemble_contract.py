@@ -208,9 +208,11 @@ def test_autocast_gives_losses_of_16_bits_in_float32(backend: str, dtype: torch.
     calls += [
         lambda s, t: ops.kl_div(s, t[0]),
         lambda s, t: ops.dual_kl(s, s, t[0], 2.0, direction="student", reduction="none"),
-        lambda s, t: ops.kl_div(s, t[0], 100.0), lambda s, t: ops.js_div(t) + ops.entropy(s),
-        lambda s, t: ops.consensus(t)[1] + ops.entropy(s), lambda s, t: ops.contrastive(s, t[0]),
-    ]  # fmt: skip
+        lambda s, t: ops.kl_div(s, t[0], 100.0),
+        lambda s, t: ops.js_div(t) + ops.entropy(s),
+        lambda s, t: ops.consensus(t)[1] + ops.entropy(s),
+        lambda s, t: ops.contrastive(s, t[0]),
+    ]
     for number, call in enumerate(calls):
         assert call(student, teachers).dtype is dtype
         with torch.autocast("cpu", dtype=dtype):

@@ -251,10 +251,12 @@ def classifier() -> nn.Module:
 
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
-    "residual": Residual, "classifier": classifier, "alone": lambda: nn.Conv2d(4, 3, 1),
+    "residual": Residual,
+    "classifier": classifier,
+    "alone": lambda: nn.Conv2d(4, 3, 1),
     "linear": lambda: nn.Linear(4, 3, bias=False),
     "resnet stage": lambda: models.build("resnet8", classes=3, channels=3, image_size=8, width=4, seed=0).layer2,
-}  # fmt: skip
+}
 
 
 def make_blocks(name: str, count: int = 3) -> list[nn.Module]:

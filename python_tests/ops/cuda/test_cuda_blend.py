@@ -50,9 +50,11 @@ def test_index_out_of_range_stops_the_kernel(device: torch.device) -> None:
 BOX_AXES: dict[str, Any] = {
     "dtype": (torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.int64, torch.bool),
     "shape": ((2, 3, 5, 7), (1, 1, 1, 9), (3, 4, 16, 16), (2, 3, 17, 1), (0, 3, 4, 4), (2, 3, 32, 48), (1, 2, 0, 4)),
-    "layout": ("contiguous", "channels_last", "crop", "transposed", "offset"), "boxes": (0, 1, 3, 70),
-    "keep": (False, True), "fill": ("number", "channels"),
-}  # fmt: skip
+    "layout": ("contiguous", "channels_last", "crop", "transposed", "offset"),
+    "boxes": (0, 1, 3, 70),
+    "keep": (False, True),
+    "fill": ("number", "channels"),
+}
 BOX_CASES = pairwise(BOX_AXES, seed=5)
 
 
