@@ -9,7 +9,11 @@ SETTINGS = {
     "ensemble": {"options": {"models": "cnn:2,resnet8:2", **CALIBRATED}},
     "feddf": {"options": DISTILLED},
     "feddra": {
-        "width": 4, "local_steps": 2, "optimizer": "adamw", "lr": 1e-3, "buffers": "pool",
+        "width": 4,
+        "local_steps": 2,
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "buffers": "pool",
         "options": {"alignment_steps": 1},
     },
     "fedgid": {"options": {"alpha": 0.5}},
@@ -19,4 +23,4 @@ SETTINGS = {
     "fusefl": {"local_epochs": 4, "options": {"blocks": 3, "frozen_bn": "code"}},
     "moon": {"local_epochs": 2},
     "scaffold": {"options": {"control": "I"}},
-}  # fmt: skip
+}

@@ -249,8 +249,11 @@ def test_the_pages_code_runs(code):
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"method": "fedavgg"}, 'Unknown method "fedavgg"'), ({"mus": 1.0}, 'no setting "mus". Did you mean "mu"'),
-        ({"mu": -1.0}, "mu"), ({"data": "digit"}, 'unknown data set "digit"'), ({"rounds": 0}, "rounds"),
+        ({"method": "fedavgg"}, 'Unknown method "fedavgg"'),
+        ({"mus": 1.0}, 'no setting "mus". Did you mean "mu"'),
+        ({"mu": -1.0}, "mu"),
+        ({"data": "digit"}, 'unknown data set "digit"'),
+        ({"rounds": 0}, "rounds"),
         ({"out": 3}, "out must be the path of a folder, not 3"),
         ({"out": ""}, "out must be the path of a folder, not ''"),
         ({"plugins": 3}, "plugins must be a list of files and modules, not 3"),
@@ -263,7 +266,7 @@ def test_the_pages_code_runs(code):
         ({"model": 3}, "an nn.Module, a class or function that makes one, or the name of a network, not 3."),
         ({"model": torch.nn.Flatten}, "module:Flatten has no parameters that require gradients"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_said_and_leave_nothing(given, sentence, tmp_path):
     settings = {"method": "fedprox", **TINY, **given}
     with pytest.raises(fedkern.UserError) as error:

@@ -13,16 +13,24 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 SAYS = {
-    "averaging": "of the trimmed mean", "csv_results": "| FedAvg (PyTorch) | 3 | 76.6 ± 5.2 % |",
+    "averaging": "of the trimmed mean",
+    "csv_results": "| FedAvg (PyTorch) | 3 | 76.6 ± 5.2 % |",
     "distillation": "The student agrees with the labels on 9",
-    "fine_tuning": "from the trained network: 0.9", "finished_run": "round 3: accuracy", "frozen": "3,960 bytes up",
-    "linear_probe": "accuracy of the probe: 0.", "own_dataset": "accuracy after 2 rounds: 0.",
-    "own_loop": "accuracy after 3 rounds", "own_method": "accuracy after 3 rounds",
-    "own_model": "accuracy after 3 rounds", "recorded_loop": "| my loop (PyTorch) | 3 | 9",
-    "regression": "mean absolute error after 5 rounds: 0.3", "table": "accuracy after 5 rounds: 0.9",
-    "text": "perplexity after 5 rounds: 2", "vgg16": "accuracy after 3 rounds",
+    "fine_tuning": "from the trained network: 0.9",
+    "finished_run": "round 3: accuracy",
+    "frozen": "3,960 bytes up",
+    "linear_probe": "accuracy of the probe: 0.",
+    "own_dataset": "accuracy after 2 rounds: 0.",
+    "own_loop": "accuracy after 3 rounds",
+    "own_method": "accuracy after 3 rounds",
+    "own_model": "accuracy after 3 rounds",
+    "recorded_loop": "| my loop (PyTorch) | 3 | 9",
+    "regression": "mean absolute error after 5 rounds: 0.3",
+    "table": "accuracy after 5 rounds: 0.9",
+    "text": "perplexity after 5 rounds: 2",
+    "vgg16": "accuracy after 3 rounds",
     "volumes": "accuracy after 5 rounds: 1.00",
-}  # fmt: skip
+}
 
 
 def test_every_example_is_known() -> None:

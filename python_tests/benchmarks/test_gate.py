@@ -43,10 +43,13 @@ def test_verdicts(ratios: list[float], facts: dict[str, float], outcome: str) ->
 @pytest.mark.parametrize(
     ("outcomes", "joint"),
     [
-        (["pass"], "pass"), (["fail", "skip", "fail", "pass"], "pass"), (["fail"] * 7, "fail"),
-        (["skip", "fail", "skip", "fail"], "fail"), (["fail", "skip", "skip"], "skip"),
+        (["pass"], "pass"),
+        (["fail", "skip", "fail", "pass"], "pass"),
+        (["fail"] * 7, "fail"),
+        (["skip", "fail", "skip", "fail"], "fail"),
+        (["fail", "skip", "skip"], "skip"),
     ],
-)  # fmt: skip
+)
 def test_what_processes_say_together(outcomes: list[str], joint: str) -> None:
     assert gate.joint([gate.Verdict(outcome) for outcome in outcomes]).outcome == joint
 

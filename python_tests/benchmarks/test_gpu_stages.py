@@ -221,13 +221,17 @@ def event(category, name, begin, length, **fields):
 
 
 EVENTS = [
-    event("cpu_op", "aten::conv2d", 0, 100), event("cpu_op", "aten::convolution", 10, 80),
-    event("cuda_runtime", "cudaLaunchKernel", 20, 10), event("kernel", "conv", 50, 300, tid=7, args={"stream": 7}),
-    event("cpu_op", "aten::item", 120, 400), event("cpu_op", "aten::_local_scalar_dense", 130, 380),
-    event("cuda_runtime", "cudaMemcpyAsync", 140, 10), event("cuda_runtime", "cudaStreamSynchronize", 160, 340),
+    event("cpu_op", "aten::conv2d", 0, 100),
+    event("cpu_op", "aten::convolution", 10, 80),
+    event("cuda_runtime", "cudaLaunchKernel", 20, 10),
+    event("kernel", "conv", 50, 300, tid=7, args={"stream": 7}),
+    event("cpu_op", "aten::item", 120, 400),
+    event("cpu_op", "aten::_local_scalar_dense", 130, 380),
+    event("cuda_runtime", "cudaMemcpyAsync", 140, 10),
+    event("cuda_runtime", "cudaStreamSynchronize", 160, 340),
     event("gpu_memcpy", "Memcpy DtoH", 300, 100, tid=7, args={"stream": 7}),
     event("cuda_runtime", "cudaDeviceSynchronize", 900, 100),
-]  # fmt: skip
+]
 
 
 def test_waits_and_idle_time_are_counted(tmp_path):

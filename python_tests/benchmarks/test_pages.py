@@ -84,10 +84,14 @@ def test_a_changed_figure_is_found_wherever_it_stands(path, tmp_path):
 
 
 @pytest.mark.parametrize(("before", "after", "words"), [
-    ("", "", None), ("Of 3 runs", "Of 4 runs", "should be"), ("It wins.", "It wins by 41 %.", "result outside"),
-    ("It wins.", "It has 41 ± 2.", "result outside"), ("It wins.", "It is three times as fast.", "result outside"),
+    ("", "", None),
+    ("Of 3 runs", "Of 4 runs", "should be"),
+    ("It wins.", "It wins by 41 %.", "result outside"),
+    ("It wins.", "It has 41 ± 2.", "result outside"),
+    ("It wins.", "It is three times as fast.", "result outside"),
     ("The published gain", "The gain", "result outside"),
-    ("figures: rates", "figures: dates", "nothing makes the section"), ("<!-- figures: rates -->", "", "is not on it"),
+    ("figures: rates", "figures: dates", "nothing makes the section"),
+    ("<!-- figures: rates -->", "", "is not on it"),
     ("It wins.", "With 50 clients, at a rate of 0.1 (`--share 41 %`, [one](http://a/2%)).", None),
 ])  # fmt: skip
 def test_what_is_wrong_with_a_page(before, after, words, root):

@@ -225,14 +225,18 @@ def detections(path: Path) -> None:
 
 
 READERS = {
-    "boxes.json": lambda path: BoxesFile(path, ["a"]), "boxes.csv": lambda path: BoxesFile(path, ["a"]),
+    "boxes.json": lambda path: BoxesFile(path, ["a"]),
+    "boxes.csv": lambda path: BoxesFile(path, ["a"]),
     "prompts.json": lambda path: read_prompts(str(path), ["a", "b"]),
-    "prompts.txt": lambda path: read_prompts(str(path), ["a", "b"]), "detections.json": detections,
+    "prompts.txt": lambda path: read_prompts(str(path), ["a", "b"]),
+    "detections.json": detections,
     "preprocessor_config.json": lambda path: Preprocessing.read(path.parent, (0.5,), (0.5,), 8),
     "manifest.json": lambda path: Checkpoints(path.parent.parent).peek(),
-    "config.toml": lambda path: load_settings(path.parent), "metrics.jsonl": lambda path: read_metrics(path.parent),
-    "summary.json": lambda path: read_summary(path.parent), "shown.safetensors": lambda path: read_shown(path.parent),
-}  # fmt: skip
+    "config.toml": lambda path: load_settings(path.parent),
+    "metrics.jsonl": lambda path: read_metrics(path.parent),
+    "summary.json": lambda path: read_summary(path.parent),
+    "shown.safetensors": lambda path: read_shown(path.parent),
+}
 
 
 @pytest.mark.parametrize("name", READERS)

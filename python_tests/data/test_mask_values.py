@@ -111,12 +111,16 @@ def test_masks_of_more_bits_hold_the_same_numbers(tmp_path, kind, order, size):
 
 
 @pytest.mark.parametrize(("kind", "order", "value", "words"), [
-    ("f4", "<", 0.5, "holds 0.5, expected class numbers from 0 to 255"), ("f4", ">", np.nan, "holds nan, expected"),
-    ("f4", "<", np.inf, "holds inf, expected"), ("f4", ">", 256, "holds 256, expected"),
-    ("u2", ">", 700, "holds 700, expected"), ("i2", ">", -1, "holds -1, expected"),
+    ("f4", "<", 0.5, "holds 0.5, expected class numbers from 0 to 255"),
+    ("f4", ">", np.nan, "holds nan, expected"),
+    ("f4", "<", np.inf, "holds inf, expected"),
+    ("f4", ">", 256, "holds 256, expected"),
+    ("u2", ">", 700, "holds 700, expected"),
+    ("i2", ">", -1, "holds -1, expected"),
     ("i4", "<", -100, "holds -100, expected"),
     ("f8", "<", 1, r"mask\.tif \(a TIFF of 1 bands of 64 bits, floats, expected grey"),
-    ("f2", "<", 1, "of 16 bits, floats, expected grey"), ("u4", ">", 1, "of 32 bits, expected grey"),
+    ("f2", "<", 1, "of 16 bits, floats, expected grey"),
+    ("u4", ">", 1, "of 32 bits, expected grey"),
 ])  # fmt: skip
 def test_masks_of_other_numbers_are_named_for_what_they_are(tmp_path, kind, order, value, words):
     numbers = NUMBERS.astype(kind)
@@ -158,8 +162,11 @@ def listed_masks(root, masks, table, suffix="png", **options):
 
 @pytest.mark.parametrize("table", [False, True])
 @pytest.mark.parametrize(("suffix", "options"), [
-    ("jpg", {"quality": 100}), ("png", {"format": "JPEG", "quality": 75}), ("webp", {"quality": 90}),
-    ("png", {"format": "WEBP"}), ("tif", {"compression": "jpeg"}),
+    ("jpg", {"quality": 100}),
+    ("png", {"format": "JPEG", "quality": 75}),
+    ("webp", {"quality": 90}),
+    ("png", {"format": "WEBP"}),
+    ("tif", {"compression": "jpeg"}),
 ])  # fmt: skip
 def test_masks_that_compression_changes_are_refused(tmp_path, suffix, options, table):
     listed_masks(tmp_path, [SHOWN * 128] * 12, table, suffix, **options)

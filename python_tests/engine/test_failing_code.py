@@ -31,10 +31,14 @@ ERRORS = {
     "broken pipe": lambda: BrokenPipeError(errno.EPIPE, "Broken pipe"),
     "full disk": lambda: OSError(errno.ENOSPC, "No space left on device", "/somewhere"),
     "missing file": lambda: FileNotFoundError(errno.ENOENT, "No such file", "/somewhere"),
-    "exit": lambda: SystemExit(0), "exit with a text": lambda: SystemExit("bye"), "no text": NoText,
-    "long": lambda: ValueError("x" * 3_000_000), "words": lambda: ValueError("word " * 600_000),
-    "memory": lambda: MemoryError("Unable to allocate 9 GiB"), "end of a generator": GeneratorExit,
-}  # fmt: skip
+    "exit": lambda: SystemExit(0),
+    "exit with a text": lambda: SystemExit("bye"),
+    "no text": NoText,
+    "long": lambda: ValueError("x" * 3_000_000),
+    "words": lambda: ValueError("word " * 600_000),
+    "memory": lambda: MemoryError("Unable to allocate 9 GiB"),
+    "end of a generator": GeneratorExit,
+}
 
 
 @pytest.fixture(autouse=True)

@@ -268,10 +268,15 @@ def surroundings(programs: Path) -> dict[str, str]:
     flwr = importlib.util.find_spec("flwr").submodule_search_locations[0]
     places = [str(Path(fedkern.__file__).parents[1]), str(Path(flwr).parent), os.environ.get("PYTHONPATH", "")]
     return {
-        **os.environ, "PATH": os.pathsep.join([str(programs), os.environ.get("PATH", os.defpath)]),
-        "PYTHONPATH": os.pathsep.join(filter(None, places)), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1",
-        "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
-    }  # fmt: skip
+        **os.environ,
+        "PATH": os.pathsep.join([str(programs), os.environ.get("PATH", os.defpath)]),
+        "PYTHONPATH": os.pathsep.join(filter(None, places)),
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
+    }
 
 
 def commands(folder: Path) -> None:

@@ -280,10 +280,14 @@ def test_rounds_without_a_reply_in_between_do_not_end_a_run():
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("FedAvg", 2**40), ("FedMedian", 20), ("GeometricMedian", 20), ("FedTrimmedAvg", 30), ("Krum", 20),
+        ("FedAvg", 2**40),
+        ("FedMedian", 20),
+        ("GeometricMedian", 20),
+        ("FedTrimmedAvg", 30),
+        ("Krum", 20),
         ("MultiKrum", 30),
     ],
-)  # fmt: skip
+)
 def test_whole_numbers_are_the_rules_own_choice(name, wanted):
     weights = {10: -0.01, 20: 0.0, 30: 0.01, 2**40: 50.0}
     clients = {

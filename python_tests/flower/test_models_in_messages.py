@@ -33,10 +33,16 @@ def save_array(array, stype=NUMPY):
 
 
 ARRAYS = [
-    np.arange(12, dtype=np.float32).reshape(3, 4), np.float64(3.5).reshape(()), np.zeros((0, 3), np.float16),
-    np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.arange(5, dtype=">f4"), np.arange(4, dtype=np.int64),
-    np.arange(4, dtype=">i2"), np.array([True, False]), np.zeros((2, 0), np.uint8),
-]  # fmt: skip
+    np.arange(12, dtype=np.float32).reshape(3, 4),
+    np.float64(3.5).reshape(()),
+    np.zeros((0, 3), np.float16),
+    np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    np.arange(5, dtype=">f4"),
+    np.arange(4, dtype=np.int64),
+    np.arange(4, dtype=">i2"),
+    np.array([True, False]),
+    np.zeros((2, 0), np.uint8),
+]
 
 
 @pytest.mark.parametrize("array", ARRAYS, ids=lambda array: f"{array.dtype.str}{array.shape}")
@@ -83,19 +89,22 @@ def cut(sent, data):
 
 GOOD = save_array(np.arange(4, dtype=np.float32))
 HOSTILE = {
-    "cut": (cut(GOOD, GOOD.data[:-1]), "size"), "longer": (cut(GOOD, GOOD.data + b"\0" * 4), "size"),
-    "empty": (cut(GOOD, b""), "size"), "no header": (cut(GOOD, b"\0" * 64), "size"),
+    "cut": (cut(GOOD, GOOD.data[:-1]), "size"),
+    "longer": (cut(GOOD, GOOD.data + b"\0" * 4), "size"),
+    "empty": (cut(GOOD, b""), "size"),
+    "no header": (cut(GOOD, b"\0" * 64), "size"),
     "a header of 60 kB": (cut(GOOD, GOOD.data[:8] + b"\xff\xff" + b" " * 70_000), "size"),
     "a header of 4 GB": (cut(GOOD, b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b" " * 99), "size"),
     "a header that is no dict": (cut(GOOD, GOOD.data[:10] + b"[" * (len(GOOD.data) - 26) + GOOD.data[-16:]), "dtypes"),
     "pickled objects": (save_array(np.array([{}], dtype=object)), "dtypes"),
-    "complex": (save_array(np.zeros(2, complex)), "dtypes"), "texts": (save_array(np.array(["a"])), "dtypes"),
+    "complex": (save_array(np.zeros(2, complex)), "dtypes"),
+    "texts": (save_array(np.array(["a"])), "dtypes"),
     "fp128": (save_array(np.zeros(2, np.longdouble)), "dtypes"),
     "another encoding": (GOOD._replace(stype="pickle"), "dtypes"),
     "a flat vector of whole numbers": (Sent("int64", (1,), FLAT, b"\0" * 8), "dtypes"),
     "a flat matrix": (Sent("float32", (1, 1), FLAT, b"\0" * 4), "dtypes"),
     "a flat vector of negative size": (Sent("float32", (-1,), FLAT, b""), "dtypes"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", HOSTILE)

@@ -75,10 +75,17 @@ def same(left, right):
 # -- the same as Flower's ----------------------------------------------------------------------------------------------
 
 PAIRS = {
-    "FedAvg": {}, "FedProx": {"proximal_mu": 0.1}, "FedAvgM": {"server_learning_rate": 0.7, "server_momentum": 0.9},
-    "FedAdam": {}, "FedYogi": {"eta": 0.05}, "FedAdagrad": {}, "FedMedian": {}, "FedTrimmedAvg": {"beta": 0.34},
-    "Krum": {"num_malicious_nodes": 1}, "MultiKrum": {"num_malicious_nodes": 1, "num_nodes_to_select": 3},
-}  # fmt: skip
+    "FedAvg": {},
+    "FedProx": {"proximal_mu": 0.1},
+    "FedAvgM": {"server_learning_rate": 0.7, "server_momentum": 0.9},
+    "FedAdam": {},
+    "FedYogi": {"eta": 0.05},
+    "FedAdagrad": {},
+    "FedMedian": {},
+    "FedTrimmedAvg": {"beta": 0.34},
+    "Krum": {"num_malicious_nodes": 1},
+    "MultiKrum": {"num_malicious_nodes": 1, "num_nodes_to_select": 3},
+}
 
 
 @pytest.mark.parametrize("name", PAIRS)

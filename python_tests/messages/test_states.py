@@ -65,11 +65,17 @@ def test_any_state_round_trips(tmp_path_factory, content):
 def test_awkward_tensors_round_trip(tmp_path):
     base = torch.arange(240.0).reshape(2, 4, 5, 6)
     content = {
-        "channels_last": base.to(memory_format=torch.channels_last), "strided": base[:, ::2, :, 1:4],
-        "view": base[0, 0, 0, :2], "shared": base, "scalar": torch.tensor(3.5), "empty": torch.empty(0, 3),
-        "grad": torch.ones(3, requires_grad=True), "array": np.arange(4), "backwards": np.arange(4)[::-1],
+        "channels_last": base.to(memory_format=torch.channels_last),
+        "strided": base[:, ::2, :, 1:4],
+        "view": base[0, 0, 0, :2],
+        "shared": base,
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 3),
+        "grad": torch.ones(3, requires_grad=True),
+        "array": np.arange(4),
+        "backwards": np.arange(4)[::-1],
         "dict": {"$tensor": 1, "tensor": "t0", 3: {"dict": []}},
-    }  # fmt: skip
+    }
     states.save(tmp_path / "x.safetensors", content)
     back = states.load(tmp_path / "x.safetensors")
     assert same({**content, "grad": content["grad"].detach()}, back)

@@ -294,8 +294,12 @@ def make_network():
 
 
 @pytest.mark.parametrize(("kind", "model", "options"), [
-    ("uint8", "cnn", {}), ("uint8", "cnn", IMAGE), ("uint8", "cnn", {"intervention": "off"}), ("float32", "cnn", {}),
-    ("float32", make_network(), {}), ("float32", make_network(), IMAGE),
+    ("uint8", "cnn", {}),
+    ("uint8", "cnn", IMAGE),
+    ("uint8", "cnn", {"intervention": "off"}),
+    ("float32", "cnn", {}),
+    ("float32", make_network(), {}),
+    ("float32", make_network(), IMAGE),
 ])  # fmt: skip
 def test_items_with_the_key_mask_are_images_with_masks(kind, model, options, tmp_path):
     masked = options.get("intervention") != "off"

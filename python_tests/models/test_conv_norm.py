@@ -192,24 +192,33 @@ HOOKED = {
     for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre")
 }
 IN_THE_WAY = {
-    **HOOKED, "parametrization": lambda m: nn.utils.parametrize.register_parametrization(m[0], "weight", Scaled()),
+    **HOOKED,
+    "parametrization": lambda m: nn.utils.parametrize.register_parametrization(m[0], "weight", Scaled()),
     "parametrized norm": lambda m: nn.utils.parametrize.register_parametrization(m[1], "bias", Scaled()),
     "weight norm": lambda m: parametrizations.weight_norm(m[0]),
     "spectral norm": lambda m: nn.utils.spectral_norm(m[0]),
-    "pruning": lambda m: prune.l1_unstructured(m[0], "weight", amount=0.5), "a weight that is no parameter": raw_weight,
+    "pruning": lambda m: prune.l1_unstructured(m[0], "weight", amount=0.5),
+    "a weight that is no parameter": raw_weight,
     "forward of its own": lambda m: set_at(0, forward=lambda x: x[:, :1].expand(-1, 8, -1, -1))(m),
-    "stride": set_at(0, stride=(2, 1)), "padding": set_at(0, padding=(2, 2)),
-    "padding by name": set_at(0, padding="valid"), "dilation": set_at(0, dilation=(2, 1)),
+    "stride": set_at(0, stride=(2, 1)),
+    "padding": set_at(0, padding=(2, 2)),
+    "padding by name": set_at(0, padding="valid"),
+    "dilation": set_at(0, dilation=(2, 1)),
     "padding mode": replace_layer(0, nn.Conv2d(3, 8, 3, padding=1, bias=False, padding_mode="circular")),
     "bias": replace_layer(0, nn.Conv2d(3, 8, 3, padding=1)),
-    "5x5": replace_layer(0, nn.Conv2d(3, 8, 5, padding=1, bias=False)), "groups": group_channels,
+    "5x5": replace_layer(0, nn.Conv2d(3, 8, 5, padding=1, bias=False)),
+    "groups": group_channels,
     "another norm": replace_layer(1, nn.GroupNorm(2, 8)),
     "instance norm": replace_layer(1, nn.InstanceNorm2d(8, affine=True)),
-    "another activation": replace_layer(2, nn.ELU()), "a class of one's own": replace_layer(2, OwnReLU()),
-    "3x3 pooling": replace_layer(3, nn.MaxPool2d(3, 2)), "stride of the pooling": set_at(3, stride=1),
-    "padding of the pooling": set_at(3, padding=1), "dilation of the pooling": set_at(3, dilation=2),
-    "pooling that rounds up": set_at(3, ceil_mode=True), "average pooling": replace_layer(3, nn.AvgPool2d(2)),
-}  # fmt: skip
+    "another activation": replace_layer(2, nn.ELU()),
+    "a class of one's own": replace_layer(2, OwnReLU()),
+    "3x3 pooling": replace_layer(3, nn.MaxPool2d(3, 2)),
+    "stride of the pooling": set_at(3, stride=1),
+    "padding of the pooling": set_at(3, padding=1),
+    "dilation of the pooling": set_at(3, dilation=2),
+    "pooling that rounds up": set_at(3, ceil_mode=True),
+    "average pooling": replace_layer(3, nn.AvgPool2d(2)),
+}
 PARTLY = {"another activation": (False, 1), "a class of one's own": (False, 1), "average pooling": (True, 1)}
 """The operator does what stands before the other layer."""
 
@@ -462,12 +471,17 @@ class OwnPool(nn.MaxPool2d):
 @pytest.mark.parametrize(
     ("name", "layer"),
     [
-        ("conv", OwnConv(3, 8, 3, padding=1, bias=False)), ("conv", nn.Conv2d(3, 8, 1, padding=1, bias=False)),
-        ("norm", OwnNorm(8)), ("norm", nn.GroupNorm(2, 8)), ("relu", OwnReLU()), ("relu", nn.Sigmoid()),
-        ("pool", OwnPool(2)), ("pool", nn.AvgPool2d(2)),
+        ("conv", OwnConv(3, 8, 3, padding=1, bias=False)),
+        ("conv", nn.Conv2d(3, 8, 1, padding=1, bias=False)),
+        ("norm", OwnNorm(8)),
+        ("norm", nn.GroupNorm(2, 8)),
+        ("relu", OwnReLU()),
+        ("relu", nn.Sigmoid()),
+        ("pool", OwnPool(2)),
+        ("pool", nn.AvgPool2d(2)),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
-)  # fmt: skip
+)
 def test_conv_norm_with_another_layer(name, layer, calls):
     module = models.ConvNorm(3, 8, pool=2)
     setattr(module, name, copy.deepcopy(layer))

@@ -76,8 +76,13 @@ def by_hand(setup: Setup, x: torch.Tensor, kind: str) -> torch.Tensor:
 
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize(("names", "blocks", "kind"), [
-    (["resnet8"] * 3, 2, "cnn1x1"), (["resnet8"] * 3, 5, "cnn1x1"), (["resnet8"] * 3, 3, "avg"),
-    (["cnn"] * 2, 3, "sum"), (["mlp"] * 3, 3, "cnn1x1"), (["vit-tiny"] * 2, 4, "cnn1x1"), (["vit-tiny"] * 2, 2, "avg"),
+    (["resnet8"] * 3, 2, "cnn1x1"),
+    (["resnet8"] * 3, 5, "cnn1x1"),
+    (["resnet8"] * 3, 3, "avg"),
+    (["cnn"] * 2, 3, "sum"),
+    (["mlp"] * 3, 3, "cnn1x1"),
+    (["vit-tiny"] * 2, 4, "cnn1x1"),
+    (["vit-tiny"] * 2, 2, "avg"),
     pytest.param(["resnet18", "resnet10", "resnet18"], 4, "cnn1x1", marks=pytest.mark.exhaustive),
     (["resnet10", "resnet18"], 2, "avg"),
 ])  # fmt: skip

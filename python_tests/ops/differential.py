@@ -48,10 +48,13 @@ positions = st.lists(st.sampled_from([1, 0, 2, 3, 5]), max_size=2)
 def tensor(draw, shape, dtype=dtypes, values="normal", grad=True):
     """Draw a tensor's description for :func:`make`."""
     return {
-        "shape": list(shape), "dtype": dtype if isinstance(dtype, str) else draw(dtype),
-        "values": values if isinstance(values, str) else draw(values), "layout": draw(layouts),
-        "grad": grad and draw(st.booleans()), "seed": draw(SEEDS),
-    }  # fmt: skip
+        "shape": list(shape),
+        "dtype": dtype if isinstance(dtype, str) else draw(dtype),
+        "values": values if isinstance(values, str) else draw(values),
+        "layout": draw(layouts),
+        "grad": grad and draw(st.booleans()),
+        "seed": draw(SEEDS),
+    }
 
 
 def make(case: Case) -> Tensor:
@@ -325,10 +328,15 @@ def divergence_case(draw: st.DrawFn, dual: bool) -> Case:
     )
     return {
         **{name: draw(tensor(shape, values=LOGITS)) for name in (*names, "teacher")},
-        "weight": weight and draw(tensor(weight, values="weights")), "temperature": draw(TEMPERATURES),
-        "reduction": draw(REDUCTIONS), "dim": draw(DIMS), "_mask": 0.0 if dual else draw(st.sampled_from([0.0, 0.3])),
-        "_same": draw(st.booleans()), "_stacked": False, **options,
-    }  # fmt: skip
+        "weight": weight and draw(tensor(weight, values="weights")),
+        "temperature": draw(TEMPERATURES),
+        "reduction": draw(REDUCTIONS),
+        "dim": draw(DIMS),
+        "_mask": 0.0 if dual else draw(st.sampled_from([0.0, 0.3])),
+        "_same": draw(st.booleans()),
+        "_stacked": False,
+        **options,
+    }
 
 
 def prepare_divergence(case: Case, given: Arguments) -> Arguments:
@@ -364,12 +372,17 @@ def ensemble_case(draw: st.DrawFn) -> Case:
     return {
         "student": draw(tensor([B, C, *inner], values=LOGITS)),
         "teachers": draw(tensor([K, B, C, *inner], kinds, LOGITS)),
-        "weights": weights and draw(tensor(weights, values="weights")), "temperature": draw(TEMPERATURES),
-        "mix": "probs" if mode == "mean_of_kl" else draw(st.sampled_from(["probs", "logits"])), "mode": mode,
-        "class_mask": draw(st.booleans()) and mode == "kl_of_mean", "log_probs": log_probs,
-        "reduction": draw(REDUCTIONS), "dim": draw(DIMS), "_stacked": True,
+        "weights": weights and draw(tensor(weights, values="weights")),
+        "temperature": draw(TEMPERATURES),
+        "mix": "probs" if mode == "mean_of_kl" else draw(st.sampled_from(["probs", "logits"])),
+        "mode": mode,
+        "class_mask": draw(st.booleans()) and mode == "kl_of_mean",
+        "log_probs": log_probs,
+        "reduction": draw(REDUCTIONS),
+        "dim": draw(DIMS),
+        "_stacked": True,
         "_by_class": weights is not None and len(weights) == 3 + len(inner),
-    }  # fmt: skip
+    }
 
 
 def prepare_ensemble(case: Case, given: Arguments) -> Arguments:
@@ -421,9 +434,13 @@ def stack_case(draw: st.DrawFn) -> Case:
     weights = draw(st.sampled_from([None, [K], [K, B], [K, B, *inner]]))
     return {
         "logits": draw(tensor([K, B, C, *inner], values=LOGITS)),
-        "weights": weights and draw(tensor(weights, values="weights")), "reduction": draw(REDUCTIONS),
-        "dim": draw(DIMS), "_mask": draw(st.sampled_from([0.0, 0.3])), "_stacked": True, "_by_class": False,
-    }  # fmt: skip
+        "weights": weights and draw(tensor(weights, values="weights")),
+        "reduction": draw(REDUCTIONS),
+        "dim": draw(DIMS),
+        "_mask": draw(st.sampled_from([0.0, 0.3])),
+        "_stacked": True,
+        "_by_class": False,
+    }
 
 
 def prepare_stack(case: Case, given: Arguments) -> Arguments:
@@ -459,8 +476,11 @@ def contrastive_case(draw: st.DrawFn) -> Case:
     shape = [draw(SIZES), draw(SIZES)]
     temperature = draw(st.sampled_from([1.0, 0.5, 0.07, 0.01, 30.0, "tensor"]))
     return {
-        "x": draw(tensor(shape)), "y": draw(tensor(shape)), "temperature": temperature, "_learnt": draw(st.booleans()),
-    }  # fmt: skip
+        "x": draw(tensor(shape)),
+        "y": draw(tensor(shape)),
+        "temperature": temperature,
+        "_learnt": draw(st.booleans()),
+    }
 
 
 def prepare_contrastive(case: Case, given: Arguments) -> Arguments:
@@ -517,10 +537,13 @@ def boxes_case(draw: st.DrawFn) -> Case:
     images = draw(tensor([B, C, H, W], st.sampled_from([*DTYPES, "uint8", "int64"]), "integers"))
     images["grad"] = images["grad"] and images["dtype"] in DTYPES
     return {
-        "images": images, "fill": draw(st.sampled_from(["number", "sequence", "tensor"])),
-        "_counts": [draw(st.integers(0, 3)) for _ in range(B)], "_padded": draw(st.booleans()),
-        "_dtype": draw(st.sampled_from(["float32", "float64", "int64", "float16"])), "_seed": draw(SEEDS),
-    }  # fmt: skip
+        "images": images,
+        "fill": draw(st.sampled_from(["number", "sequence", "tensor"])),
+        "_counts": [draw(st.integers(0, 3)) for _ in range(B)],
+        "_padded": draw(st.booleans()),
+        "_dtype": draw(st.sampled_from(["float32", "float64", "int64", "float16"])),
+        "_seed": draw(SEEDS),
+    }
 
 
 def prepare_boxes(case: Case, given: Arguments) -> Arguments:
@@ -626,10 +649,13 @@ def server_case(draw: st.DrawFn) -> Case:
     states = ("first", "second")[: {"mean": 0, "momentum": 1}.get(rule, 2)]
     kinds = {"first": "normal", "second": "positive"}
     return {
-        **case, "global_": draw(tensor([size], vectors["dtype"], grad=False)), "rule": rule,
+        **case,
+        "global_": draw(tensor([size], vectors["dtype"], grad=False)),
+        "rule": rule,
         **{name: {**state, "shape": [size], "values": kinds[name]} if name in states else None for name in kinds},
-        "learning_rate": draw(st.sampled_from([None, 0.5])), "_out": draw(st.sampled_from([None, *DTYPES])),
-    }  # fmt: skip
+        "learning_rate": draw(st.sampled_from([None, 0.5])),
+        "_out": draw(st.sampled_from([None, *DTYPES])),
+    }
 
 
 def server_step(**given: Any) -> list[Tensor]:
@@ -763,14 +789,19 @@ def step_case(draw: st.DrawFn, adamw: bool) -> Case:
         moments = {"first": vector(own=True), "second": vector("positive", own=True)}
         own = {**moments, "betas": betas, "step": step, "eps": 1e-3}
     return {
-        "parameters": vector(own=True), "gradients": vector(own=True), **own, "anchor": vector() if anchored else None,
+        "parameters": vector(own=True),
+        "gradients": vector(own=True),
+        **own,
+        "anchor": vector() if anchored else None,
         "correction": vector() if draw(st.booleans()) else None,
-        "gradient_sum": vector(own=True) if draw(st.booleans()) else None, "lr": rates,
+        "gradient_sum": vector(own=True) if draw(st.booleans()) else None,
+        "lr": rates,
         "weight_decay": draw(st.sampled_from([0.0, 0.01, 1.0])),
         "proximal": draw(st.sampled_from([0.0, 0.01, 2.0])) if anchored else 0.0,
-        "max_norm": draw(st.sampled_from([None, 0.5, 1e4])), "zero": draw(st.booleans()),
+        "max_norm": draw(st.sampled_from([None, 0.5, 1e4])),
+        "zero": draw(st.booleans()),
         "_tensor": form == "tensor" and len(shape) == 2,
-    }  # fmt: skip
+    }
 
 
 def prepare_step(case: Case, given: Arguments) -> Arguments:

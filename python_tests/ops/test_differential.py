@@ -43,9 +43,13 @@ def search(server: Cases, operator: str, seconds: float, start: int) -> int:
 
     @seed(start)
     @settings(
-        max_examples=1_000_000, deadline=None, database=None, phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck), print_blob=False,
-    )  # fmt: skip
+        max_examples=1_000_000,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
     @given(differential.OPERATORS[operator].cases, st.sampled_from(["", "", *ISAS, "reference"]))
     def one(case: differential.Case, where: str) -> None:
         nonlocal tried

@@ -415,14 +415,22 @@ def test_wrong_vectors() -> None:
 
 
 READS = {
-    "vector": lambda f: f.vector, "parameters": lambda f: f.parameters, "buffers": lambda f: f.buffers,
-    "groups": lambda f: f.groups, "integers": lambda f: f.integers, "load": lambda f: f.load(torch.zeros(3)),
+    "vector": lambda f: f.vector,
+    "parameters": lambda f: f.parameters,
+    "buffers": lambda f: f.buffers,
+    "groups": lambda f: f.groups,
+    "integers": lambda f: f.integers,
+    "load": lambda f: f.load(torch.zeros(3)),
     "load_vectors": lambda f: f.load_vectors({"integers": torch.zeros(4, dtype=torch.int64)}),
-    "load_integers": lambda f: f.load_integers(torch.zeros(4, dtype=torch.int64)), "copy_": lambda f: f.copy_(f),
-    "copy_ of another": lambda f: FlatParameters(net()).copy_(f), "layout": lambda f: f.layout(),
-    "views": lambda f: f.views(torch.zeros(3)), "gradients": lambda f: f.gradients(),
-    "gradients of a dtype": lambda f: f.gradients(torch.float32), "mark_changed": lambda f: f.mark_changed(),
-}  # fmt: skip
+    "load_integers": lambda f: f.load_integers(torch.zeros(4, dtype=torch.int64)),
+    "copy_": lambda f: f.copy_(f),
+    "copy_ of another": lambda f: FlatParameters(net()).copy_(f),
+    "layout": lambda f: f.layout(),
+    "views": lambda f: f.views(torch.zeros(3)),
+    "gradients": lambda f: f.gradients(),
+    "gradients of a dtype": lambda f: f.gradients(torch.float32),
+    "mark_changed": lambda f: f.mark_changed(),
+}
 
 
 def _other(module: Net) -> dict[str, Tensor]:

@@ -185,7 +185,10 @@ def _fuse() -> tuple[Tensor, Tensor]:
 
 
 LARGE: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
-    "blend": _blend, "boxes": _boxes, "kl_div": _kl, "kl_div gradient": _kl_gradient,
+    "blend": _blend,
+    "boxes": _boxes,
+    "kl_div": _kl,
+    "kl_div gradient": _kl_gradient,
     "dual_kl gradients": partial(ends, _dual_kl_gradients, 2**28 + 5),
     "entropy gradient": partial(ends, _entropy_gradient, 2**28 + 5),
     "ensemble_kl gradients": partial(ends, _ensemble_gradients, 2**27 + 5),
@@ -193,10 +196,16 @@ LARGE: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
     "ensemble_kl mean gradients": partial(ends, partial(_ensemble_gradients, mode="mean_of_kl"), 2**27 + 5),
     "ensemble_kl limit gradients": partial(ends, partial(_ensemble_gradients, temperature=torch.inf), 2**27 + 5),
     "js_div gradient": partial(ends, _js_gradient, 2**27 + 5),
-    "consensus gradient": partial(ends, _consensus_gradient, 2**27 + 5), "weighted_mean": _mean, "median": _median,
-    "trimmed_mean": _trimmed_mean, "server_step": _server_step, "clip_by_norm": _clip,
-    "clip_and_noise": _clip_and_noise, "fuse_concat": _fuse, "fuse_mean": _fuse_mean,
-}  # fmt: skip
+    "consensus gradient": partial(ends, _consensus_gradient, 2**27 + 5),
+    "weighted_mean": _mean,
+    "median": _median,
+    "trimmed_mean": _trimmed_mean,
+    "server_step": _server_step,
+    "clip_by_norm": _clip,
+    "clip_and_noise": _clip_and_noise,
+    "fuse_concat": _fuse,
+    "fuse_mean": _fuse_mean,
+}
 
 
 @pytest.mark.slow

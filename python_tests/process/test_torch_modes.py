@@ -66,12 +66,15 @@ def inference():
 
 
 MODES = {
-    "float64": lambda: dtype(torch.float64), "bfloat16": lambda: dtype(torch.bfloat16),
-    "default device meta": lambda: holding("default_device", META), "block on device meta": lambda: META,
-    "no gradients": no_gradients, "inference mode": inference,
+    "float64": lambda: dtype(torch.float64),
+    "bfloat16": lambda: dtype(torch.bfloat16),
+    "default device meta": lambda: holding("default_device", META),
+    "block on device meta": lambda: META,
+    "no gradients": no_gradients,
+    "inference mode": inference,
     "matrix products in bf16": lambda: holding("float32_matmul_precision", "medium"),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
-}  # fmt: skip
+}
 
 
 def weights(out):
@@ -126,10 +129,13 @@ def played_on(run, folder):
 
 PICTURES = torch.arange(2 * 1024).remainder(256).to(torch.uint8).reshape(2, 1, 32, 32)
 USES = {
-    "model": lambda run, _: run.model().state_dict(), "predict": lambda run, _: run.predict(PICTURES.clone()),
-    "evaluate": lambda run, _: run.evaluate(), "extend": played_on,
+    "model": lambda run, _: run.model().state_dict(),
+    "predict": lambda run, _: run.predict(PICTURES.clone()),
+    "evaluate": lambda run, _: run.evaluate(),
+    "extend": played_on,
     "plot": lambda run, _: {path.name: path.read_bytes() for path in run.plot()},
-    "report": lambda run, _: run.report().read_bytes(), "attack": lambda run, _: attack(run.out, keep=False),
+    "report": lambda run, _: run.report().read_bytes(),
+    "attack": lambda run, _: attack(run.out, keep=False),
     "load_data": lambda run, _: [split.labels for split in load_data(run.config).clients],
     "read_model": lambda run, _: read_model(run.out)[0].state_dict(),
     "evaluate_run": lambda run, _: evaluate_run(run.out)[0],
@@ -140,7 +146,7 @@ USES = {
     "retrieve": lambda pair, _: retrieve(Finished.open(pair.out)),
     "probe": lambda pair, _: probe(Finished.open(pair.out), [1], draws=1),
     "decode": lambda pair, _: decode(Finished.open(pair.out), epochs=1, samples=8),
-}  # fmt: skip
+}
 """Whatever runs the network of a finished run, or reads its data."""
 OF_PAIRS = {"zero_shot", "retrieve", "probe", "decode"}
 
@@ -217,17 +223,21 @@ def test_what_a_worker_takes_over_is_set_where_it_changes(monkeypatch):
 SETTINGS = {
     "default dtype": "torch.set_default_dtype(torch.float64)",
     "default tensor": "torch.set_default_tensor_type(torch.DoubleTensor)",
-    "default device": "torch.set_default_device('meta')", "gradients": "torch.set_grad_enabled(False)",
-    "anomalies": "torch.autograd.set_detect_anomaly(True)", "threads": "torch.set_num_threads(3)",
-    "denormal numbers": "torch.set_flush_denormal(True)", "oneDNN": "torch.backends.mkldnn.enabled = False",
+    "default device": "torch.set_default_device('meta')",
+    "gradients": "torch.set_grad_enabled(False)",
+    "anomalies": "torch.autograd.set_detect_anomaly(True)",
+    "threads": "torch.set_num_threads(3)",
+    "denormal numbers": "torch.set_flush_denormal(True)",
+    "oneDNN": "torch.backends.mkldnn.enabled = False",
     "matrix products": "torch.set_float32_matmul_precision('medium')",
     "matrix products of the CPU": "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
     "convolutions": "torch.backends.mkldnn.conv.fp32_precision = 'bf16'",
     "every precision": "torch.backends.fp32_precision = 'tf32'",
     "cuDNN": "torch.backends.cudnn.benchmark = True; torch.backends.cudnn.enabled = False",
-    "attention": "torch.backends.cuda.enable_flash_sdp(False)", "floating errors": "numpy.seterr(all='raise')",
+    "attention": "torch.backends.cuda.enable_flash_sdp(False)",
+    "floating errors": "numpy.seterr(all='raise')",
     "working folder": "os.chdir('/')",
-}  # fmt: skip
+}
 """What a file may do when it is imported, which changes bits of, or ends, what runs afterwards."""
 
 

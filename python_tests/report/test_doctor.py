@@ -139,13 +139,16 @@ def fake_nvml(**changes) -> types.SimpleNamespace:
         raise _NVMLError("Not Supported")
 
     functions = {
-        "NVMLError": _NVMLError, "nvmlInit": lambda: None, "nvmlShutdown": lambda: None,
-        "nvmlSystemGetDriverVersion": lambda: "580.1", "nvmlDeviceGetCount": lambda: 1,
+        "NVMLError": _NVMLError,
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlSystemGetDriverVersion": lambda: "580.1",
+        "nvmlDeviceGetCount": lambda: 1,
         "nvmlDeviceGetHandleByIndex": lambda i: i,
         "nvmlDeviceGetMemoryInfo": lambda handle: types.SimpleNamespace(total=150_000_000_000, used=1_500_000_000),
         "nvmlDeviceGetUtilizationRates": lambda handle: types.SimpleNamespace(gpu=37),
         "nvmlDeviceGetName": lambda handle: "NVIDIA H200",
-    }  # fmt: skip
+    }
     if changes.pop("no_utilisation", False):
         functions["nvmlDeviceGetUtilizationRates"] = raise_unsupported
     return types.SimpleNamespace(**{**functions, **changes})

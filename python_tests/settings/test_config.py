@@ -181,9 +181,16 @@ def test_bad_files(text, message):
 
 def test_toml_text_is_what_the_standard_library_reads():
     table = {
-        "text": 'quotes " and \\ and \n and \x7f and ü', "number": -3, "real": 1e-30, "whole": 2.0, "inf": math.inf,
-        "flag": True, "list": ["a", 1, 2.5, False], "sub": {"odd key!": "x", "plain": 1}, "empty": {},
-    }  # fmt: skip
+        "text": 'quotes " and \\ and \n and \x7f and ü',
+        "number": -3,
+        "real": 1e-30,
+        "whole": 2.0,
+        "inf": math.inf,
+        "flag": True,
+        "list": ["a", 1, 2.5, False],
+        "sub": {"odd key!": "x", "plain": 1},
+        "empty": {},
+    }
     assert tomllib.loads(toml.dumps(table)) == table
     assert isinstance(tomllib.loads(toml.dumps(table))["whole"], float)
     with pytest.raises(TypeError, match="NoneType"):

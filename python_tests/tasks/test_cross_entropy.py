@@ -211,11 +211,20 @@ def is_question(node):
 
 
 @pytest.mark.parametrize(("code", "count"), [
-    ('data.task == "segmentation"', 1), ("task in (A, B) and x", 1), ('getattr(data, "task", "") == x', 1),
-    ("labels.dim() == 3", 1), ("split.labels.ndim > 1 or len(batch.targets.shape) == 2", 2),
-    ("batch.tokens is None", 1), ('if "classes" not in data.task.offers: pass', 1), ("1 if task.pair else 2", 1),
-    ("isinstance(task, Own)", 1), ("match task:\n    case _: pass", 1), ("if task.name: pass", 0),
-    ("data.task.loss(model, batch)", 0), ("images.dim() == 4", 0), ("texts = None", 0),
+    ('data.task == "segmentation"', 1),
+    ("task in (A, B) and x", 1),
+    ('getattr(data, "task", "") == x', 1),
+    ("labels.dim() == 3", 1),
+    ("split.labels.ndim > 1 or len(batch.targets.shape) == 2", 2),
+    ("batch.tokens is None", 1),
+    ('if "classes" not in data.task.offers: pass', 1),
+    ("1 if task.pair else 2", 1),
+    ("isinstance(task, Own)", 1),
+    ("match task:\n    case _: pass", 1),
+    ("if task.name: pass", 0),
+    ("data.task.loss(model, batch)", 0),
+    ("images.dim() == 4", 0),
+    ("texts = None", 0),
 ])  # fmt: skip
 def test_the_parser_knows_a_question(code, count):
     assert sum(map(is_question, ast.walk(ast.parse(code)))) == count
@@ -263,8 +272,11 @@ def test_a_figure_has_a_title_for_people(name, title, short):
 
 
 @pytest.mark.parametrize(("name", "short", "noun"), [
-    ("", "", "test set"), ("id", "ID", "in-distribution test set"), ("held_out", "held-out client", "held-out client"),
-    ("minority", "minority", "minority test set"), ("validation", "validation", "validation set"),
+    ("", "", "test set"),
+    ("id", "ID", "in-distribution test set"),
+    ("held_out", "held-out client", "held-out client"),
+    ("minority", "minority", "minority test set"),
+    ("validation", "validation", "validation set"),
     ("north", "north", 'test set "north"'),
 ])  # fmt: skip
 def test_a_test_set_has_a_name_in_columns_and_in_sentences(name, short, noun):
@@ -272,12 +284,18 @@ def test_a_test_set_has_a_name_in_columns_and_in_sentences(name, short, noun):
 
 
 @pytest.mark.parametrize(("names", "owner"), [
-    (["validation"], "the validation set"), (["north", "validation", ""], "the validation set"),
-    (["", "test"], "the test set without a name"), (["test", ""], "the test set without a name"),
-    (["mean_client"], "the clients"), (["worst_client", "a"], "the clients"),
-    (["", "balanced"], "the test set without a name"), (["mean", ""], "the test set without a name"),
-    (["a", "a_balanced"], 'the test set "a"'), (["id_macro", "id"], "the in-distribution test set"),
-    (["a", "a_b"], 'the test set "a"'), (["b", ""], "the test set without a name"),
+    (["validation"], "the validation set"),
+    (["north", "validation", ""], "the validation set"),
+    (["", "test"], "the test set without a name"),
+    (["test", ""], "the test set without a name"),
+    (["mean_client"], "the clients"),
+    (["worst_client", "a"], "the clients"),
+    (["", "balanced"], "the test set without a name"),
+    (["mean", ""], "the test set without a name"),
+    (["a", "a_balanced"], 'the test set "a"'),
+    (["id_macro", "id"], "the in-distribution test set"),
+    (["a", "a_b"], 'the test set "a"'),
+    (["b", ""], "the test set without a name"),
     (["validation_b"], "the validation set"),
 ])  # fmt: skip
 def test_a_name_that_means_something_is_refused(names, owner):

@@ -224,17 +224,20 @@ def test_a_module_that_code_imports_by_itself_counts_by_its_file(tmp_path, monke
 @pytest.mark.parametrize(
     ("thing", "said"),
     [
-        (threading.Lock(), "lock"), ([Holder(1), (x for x in ())], "generator"),
+        (threading.Lock(), "lock"),
+        ([Holder(1), (x for x in ())], "generator"),
         (chain_of(1, DEEP + 5), f"deeper than {DEEP} levels"),
         (torch.zeros(LIMIT), f"all after its first {LIMIT:,} bytes"),
         ("a" * 2 * LIMIT, f"all after its first {LIMIT:,} bytes"),
         ([*range(LIMIT)], f"all after its first {LIMIT:,} bytes"),
         ([Holder(n) for n in range(NODES)], f"this and all after {NODES:,} values"),
-        (os.environ, "environment of the process"), (random.random, "generator of the process"),
-        (np.random.rand, "generator of the process"), (torch.default_generator, "generator of the process"),
+        (os.environ, "environment of the process"),
+        (random.random, "generator of the process"),
+        (np.random.rand, "generator of the process"),
+        (torch.default_generator, "generator of the process"),
     ],
     ids=range(11),
-)  # fmt: skip
+)
 def test_what_is_not_compared_is_listed(thing, said):
     (listed,) = list_uncompared(table(thing))
     assert said in listed

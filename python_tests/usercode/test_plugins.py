@@ -113,12 +113,15 @@ def test_an_exception_takes_back_what_was_registered_before(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere/own.py", "cannot be read: No such file"), ("folder.py", "cannot be read: it is a folder"),
-        ("no such-module", "must name a file FILE.py or a module"), ("", "must name a file FILE.py or a module"),
+        ("nowhere/own.py", "cannot be read: No such file"),
+        ("folder.py", "cannot be read: it is a folder"),
+        ("no such-module", "must name a file FILE.py or a module"),
+        ("", "must name a file FILE.py or a module"),
         ("module_that_is_not_there", "is no module that Python can import"),
-        ("json.nothing", "is no module that Python can import"), ("own", r"is no module .*\(or --plugin own.py\)"),
+        ("json.nothing", "is no module that Python can import"),
+        ("own", r"is no module .*\(or --plugin own.py\)"),
     ],
-)  # fmt: skip
+)
 def test_a_plugin_that_is_not_there(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])

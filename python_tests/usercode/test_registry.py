@@ -88,12 +88,15 @@ def wrong(self, *values):
     ("base", "members", "hook"),
     [
         (FedAvg, {"server_udpate": wrong}, "server_update"),
-        (Helped, {"client_updates": staticmethod(wrong)}, "client_update"), (FedAvg, {"losss": wrong}, "loss"),
-        (FedAvg, {"stateles": True}, "stateless"), (FedAvg, {"Option": FedAvg.Options}, "Options"),
-        (Listener, {"on_round_ended": wrong}, "on_round"), (Listener, {"on_train_begin": wrong}, "on_start"),
+        (Helped, {"client_updates": staticmethod(wrong)}, "client_update"),
+        (FedAvg, {"losss": wrong}, "loss"),
+        (FedAvg, {"stateles": True}, "stateless"),
+        (FedAvg, {"Option": FedAvg.Options}, "Options"),
+        (Listener, {"on_round_ended": wrong}, "on_round"),
+        (Listener, {"on_train_begin": wrong}, "on_start"),
         (fedkern.Part, {"rounds_end": wrong}, "round_end"),
     ],
-)  # fmt: skip
+)
 def test_a_misspelt_hook_is_named(base, members, hook, tmp_path):
     kind = type("Mine", (base,), {**members, "__doc__": "A class of a script."})
     run = {"data": "digits", "rounds": 1, "out": tmp_path / "run", "progress": False}

@@ -96,7 +96,8 @@ def test_boxes_are_in_pixels_of_the_stored_image_or_in_fractions(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
-    ("b.json", '{"boxes": {"train/0": [[1, 2, 3, 4]', "not valid JSON"), ("b.json", "[1]", r'expected \{"boxes"'),
+    ("b.json", '{"boxes": {"train/0": [[1, 2, 3, 4]', "not valid JSON"),
+    ("b.json", "[1]", r'expected \{"boxes"'),
     ("b.json", '{"boxes": {"train/0": 3}}', 'image "train/0" needs a list'),
     ("b.json", '{"boxes": {"train/0": [[1, 2, 3]]}}', "expected four numbers"),
     ("b.json", '{"boxes": {"train/0": [[1, 2, 3, "x"]]}}', "expected four numbers"),
@@ -106,12 +107,16 @@ def test_boxes_are_in_pixels_of_the_stored_image_or_in_fractions(tmp_path: Path)
     ("b.json", '{"units": "cm", "boxes": {}}', "units must be"),
     ("b.json", '{"boxes": {"train/0": [[1, 2, 3, ' + "9" * 400 + "]]}}", "expected four numbers"),
     ("b.json", '{"boxes": {"train/0": [[1, 2, 3, ' + "9" * 5000 + "]]}}", "not valid JSON"),
-    ("b.json", "[" * 100_000, "not valid JSON"), ("b.csv", "x" * 200_000 + "\n", "is not CSV"),
+    ("b.json", "[" * 100_000, "not valid JSON"),
+    ("b.csv", "x" * 200_000 + "\n", "is not CSV"),
     ("b.csv", "image,x1,y1,x2,y2\n" + "x" * 200_000 + ",1,2,3,4\n", "is not CSV"),
-    ("b.csv", "image,x1,y1\n", "header line lacks x2, y2"), ("b.csv", "", "header line lacks image"),
+    ("b.csv", "image,x1,y1\n", "header line lacks x2, y2"),
+    ("b.csv", "", "header line lacks image"),
     ("b.csv", "image,x1,y1,x2,y2\ntrain/0,1,2,3\n", "line 2: expected four numbers"),
-    ("b.csv", "image,x1,y1,x2,y2\ntrain/9,1,2,3,4\n", 'no image "train/9"'), ("b.txt", "", "ending in .json or .csv"),
-    ("b.csv", b"\xff\xfe\xfa", "not UTF-16"), ("b.json", None, "No such file"),
+    ("b.csv", "image,x1,y1,x2,y2\ntrain/9,1,2,3,4\n", 'no image "train/9"'),
+    ("b.txt", "", "ending in .json or .csv"),
+    ("b.csv", b"\xff\xfe\xfa", "not UTF-16"),
+    ("b.json", None, "No such file"),
 ])  # fmt: skip
 def test_bad_boxes_files(tmp_path: Path, name: str, content: str | bytes | None, message: str) -> None:
     path = tmp_path / name

@@ -158,15 +158,24 @@ def test_more_clients_than_samples(spec: str) -> None:
 
 
 @pytest.mark.parametrize(("spec", "message"), [
-    ("dirichelt:0.1", 'unknown partition "dirichelt:0.1".*Did you mean "dirichlet"'), ("", "unknown partition"),
-    ("dirichlet", "needs a value, for example dirichlet:0.5"), ("dirichlet:", "needs a value"),
-    ("dirichlet:x", "positive number ALPHA"), ("dirichlet:0", "positive number ALPHA"),
-    ("dirichlet:-1", "positive number ALPHA"), ("dirichlet:inf", "positive number ALPHA"),
+    ("dirichelt:0.1", 'unknown partition "dirichelt:0.1".*Did you mean "dirichlet"'),
+    ("", "unknown partition"),
+    ("dirichlet", "needs a value, for example dirichlet:0.5"),
+    ("dirichlet:", "needs a value"),
+    ("dirichlet:x", "positive number ALPHA"),
+    ("dirichlet:0", "positive number ALPHA"),
+    ("dirichlet:-1", "positive number ALPHA"),
+    ("dirichlet:inf", "positive number ALPHA"),
     ("dirichlet:1e308:plain", r"positive number ALPHA up to 1e\+09.*stratified gives equal shares"),
-    ("dirichlet:nan", "positive number ALPHA"), ("dirichlet:1:mim=3", 'cannot read "mim=3"'),
-    ("classes", "needs a value, for example classes:2"), ("classes:0", "whole number S"),
-    ("classes:1.5", "whole number S"), ("classes:2:3", "whole number S"), ("iid:3", "iid takes no value"),
-    ("classes:11", "only 10 classes"), ("classes:1", "leaves out 5 of 10; take classes:2 or 10 clients"),
+    ("dirichlet:nan", "positive number ALPHA"),
+    ("dirichlet:1:mim=3", 'cannot read "mim=3"'),
+    ("classes", "needs a value, for example classes:2"),
+    ("classes:0", "whole number S"),
+    ("classes:1.5", "whole number S"),
+    ("classes:2:3", "whole number S"),
+    ("iid:3", "iid takes no value"),
+    ("classes:11", "only 10 classes"),
+    ("classes:1", "leaves out 5 of 10; take classes:2 or 10 clients"),
 ])  # fmt: skip
 def test_bad_specifications(spec: str, message: str) -> None:
     with pytest.raises(UserError, match=message):

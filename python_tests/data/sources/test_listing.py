@@ -16,8 +16,12 @@ def read(name, root, change=lambda line, row: None, again=(), said=None, rows=24
     listed = []
     for i in [*range(rows), *again]:
         row = {
-            "name": f"{i}.png", "value": i, "box": (0, 0, 4, 4 + i % 4), "label": "ab"[i // 2 % 2], "text": f"text {i}",
-        }  # fmt: skip
+            "name": f"{i}.png",
+            "value": i,
+            "box": (0, 0, 4, 4 + i % 4),
+            "label": "ab"[i // 2 % 2],
+            "text": f"text {i}",
+        }
         row |= {
             "client": "AB"[i % 2],
             "patient_id": f"p{i // 2}",

@@ -20,11 +20,14 @@ DTYPES = [
 ]
 SOME = torch.arange(24.0).view(4, 6)
 LAYOUTS = {
-    "transposed": SOME.t(), "every second": SOME[:, ::2], "expanded": SOME[:1].expand(5, -1),
+    "transposed": SOME.t(),
+    "every second": SOME[:, ::2],
+    "expanded": SOME[:1].expand(5, -1),
     "from the middle": SOME[2:],
     "channels-last": torch.arange(120.0).view(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
-    "conjugated": torch.complex(SOME, SOME).conj(), "negated": torch._neg_view(SOME),
-}  # fmt: skip
+    "conjugated": torch.complex(SOME, SOME).conj(),
+    "negated": torch._neg_view(SOME),
+}
 
 
 def open_files():

@@ -300,11 +300,14 @@ class Unsteady(Stranger):
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        (Tossing, "draws from the generator of random"), (Noisy, "draws from the generator of NumPy"),
-        (Dropping, "draws from the generator of torch"), (Counted, "it changes calls"),
-        (Unsteady, "does not repeat its own bits"), (Indexing, "cannot read batch.indices"),
+        (Tossing, "draws from the generator of random"),
+        (Noisy, "draws from the generator of NumPy"),
+        (Dropping, "draws from the generator of torch"),
+        (Counted, "it changes calls"),
+        (Unsteady, "does not repeat its own bits"),
+        (Indexing, "cannot read batch.indices"),
     ],
-)  # fmt: skip
+)
 def test_a_stranger_that_recording_would_freeze_runs_eagerly(kind, why, make_data, make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(Indexing, "replayable", None)
     monkeypatch.setitem(METHODS, "fedavg", kind)

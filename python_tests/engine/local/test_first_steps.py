@@ -277,15 +277,19 @@ class Freezing(nn.Module):
 
 
 ACCEPTED = {
-    "freezing": {"model": Freezing(), "weight_decay": 0.1}, "gradient of inputs": {"batch_loss": with_a_penalty},
-    "gradient of parameters": {"batch_loss": with_an_inner_step}, "cleared gradients": {"batch_loss": with_backward},
+    "freezing": {"model": Freezing(), "weight_decay": 0.1},
+    "gradient of inputs": {"batch_loss": with_a_penalty},
+    "gradient of parameters": {"batch_loss": with_an_inner_step},
+    "cleared gradients": {"batch_loss": with_backward},
     "without pairs": {"batch_loss": without_pairs},
     "network's gradient": {"model": Force(), "loss_fn": lambda o, t: (o[:, 0] - t).square().mean()},
-    "counting": {"batch_loss": Counting()}, "fixed weight": {"loss_fn": Weighted(False)},
-    "hook": {"batch_loss": hooking_once}, "checkpoint": {"batch_loss": reentrant},
+    "counting": {"batch_loss": Counting()},
+    "fixed weight": {"loss_fn": Weighted(False)},
+    "hook": {"batch_loss": hooking_once},
+    "checkpoint": {"batch_loss": reentrant},
     "temporary": {"batch_loss": with_a_temporary},
     "groups": {"optimizer": lambda parameters: torch.optim.SGD([{"params": [p]} for p in parameters], lr=0.1)},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("given", ACCEPTED.values(), ids=ACCEPTED)

@@ -169,8 +169,11 @@ def test_a_record_says_what_may_be_told(private, tmp_path):
     assert values(entry)["clients"] == {"1": {"name": "y", "loss": 0.5}}
     assert ("clients" in entry.public) is not private
     assert (entry.public["round"], entry.public["rounds"], entry.public["evaluated"], entry.public["name"]) == (
-        1, 3, True, "train",
-    )  # fmt: skip
+        1,
+        3,
+        True,
+        "train",
+    )
     assert entry.public["dropped"] == [{"round": 1, "client": 0}]
     (line,) = noted.lines()
     assert line.keys() == entry.public.keys() - {"rounds", "evaluated"}

@@ -415,8 +415,11 @@ def test_clients_of_a_stateless_method_keep_nothing():
 
 def test_ledger_counts_tensors_numbers_and_texts():
     message = {
-        "a": torch.zeros(5), "b": {"c": torch.zeros(3, dtype=torch.float16), "n": 2}, "t": "äb", "l": [1.0, None],
-    }  # fmt: skip
+        "a": torch.zeros(5),
+        "b": {"c": torch.zeros(3, dtype=torch.float16), "n": 2},
+        "t": "äb",
+        "l": [1.0, None],
+    }
     assert message_bytes(message) == 20 + 6 + 8 + 3 + 8
     ledger = Ledger(2)
     ledger.book(0, "up", message, phase=Phase(0, "level1", "update"))

@@ -170,10 +170,14 @@ def test_a_cut_off_last_line_is_no_record_and_damage_elsewhere_is_named(tmp_path
 @pytest.mark.parametrize(
     "names",
     [
-        ["validation_north", "validation_"], ["mean", "worst"], ["", "loss"], ["a", "a_b"], ["id", "id_north"],
+        ["validation_north", "validation_"],
+        ["mean", "worst"],
+        ["", "loss"],
+        ["a", "a_b"],
+        ["id", "id_north"],
         ["_", "a_"],
     ],
-)  # fmt: skip
+)
 def test_every_set_has_rows_of_its_own(names):
     figures = {"accuracy": 0.5, "top2": 0.75}
     metrics = {f"{name}_{figure}" if name else figure: v for name in names for figure, v in figures.items()}

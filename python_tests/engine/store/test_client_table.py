@@ -62,13 +62,16 @@ def test_line_ends_of_windows_are_named(tmp_path):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda path, place: path.unlink(), lambda path, place: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path, place: path.unlink(),
+        lambda path, place: path.write_bytes(path.read_bytes()[:-1]),
         lambda path, place: path.write_bytes(path.read_bytes().replace(b"1", b"2")),
-        lambda path, place: place.update(file="../elsewhere.jsonl"), lambda path, place: place.update(file=3),
-        lambda path, place: place.update(bytes=10**18), lambda path, place: place.update(bytes=-1),
+        lambda path, place: place.update(file="../elsewhere.jsonl"),
+        lambda path, place: place.update(file=3),
+        lambda path, place: place.update(bytes=10**18),
+        lambda path, place: place.update(bytes=-1),
         lambda path, place: place.pop("sum"),
     ],
-)  # fmt: skip
+)
 def test_damage_is_a_value_error(damage, tmp_path):
     place = ClientTable(tmp_path).add(1, {1: row(1, 1)})
     damage(tmp_path / place["file"], place)

@@ -157,8 +157,15 @@ def test_the_way_out_of_a_folder_that_cannot_be_written(name, number, make_data,
 
 
 HOSTILE_NAMES = (
-    "../../victim", "../metrics.jsonl", "ABSOLUTE", "", ".", "..", "manifest.json", "client-00001-000001/../../x",
-)  # fmt: skip
+    "../../victim",
+    "../metrics.jsonl",
+    "ABSOLUTE",
+    "",
+    ".",
+    "..",
+    "manifest.json",
+    "client-00001-000001/../../x",
+)
 
 
 @pytest.fixture

@@ -40,11 +40,14 @@ def test_bits_of_nan_and_zero():
     "tensor",
     [
         torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
-        torch.randn(4, 1, 5, 5).to(memory_format=torch.channels_last), torch.randn(6, 4).T, torch.tensor(3.5),
-        torch.empty(0, 3), torch.randn(7, 1)[:, 0],
+        torch.randn(4, 1, 5, 5).to(memory_format=torch.channels_last),
+        torch.randn(6, 4).T,
+        torch.tensor(3.5),
+        torch.empty(0, 3),
+        torch.randn(7, 1)[:, 0],
     ],
     ids=["channels-last", "one channel", "transposed", "scalar", "empty", "column"],
-)  # fmt: skip
+)
 def test_strides_stay(tensor):
     found = unpack_value(pack_value([tensor]))[0]
     assert found.stride() == tensor.stride()
@@ -105,21 +108,28 @@ TENSOR = torch.zeros(2, 3)
 @pytest.mark.parametrize(
     ("message", "why"),
     [
-        (b"", "cannot be read"), (pack_value(TENSOR)[:-1], "cannot be read"), (b"\xff" * 100, "4,194,304 is the most"),
-        (save({"t0": TENSOR}), "cannot be read"), (forge("{"), "cannot be read"),
+        (b"", "cannot be read"),
+        (pack_value(TENSOR)[:-1], "cannot be read"),
+        (b"\xff" * 100, "4,194,304 is the most"),
+        (save({"t0": TENSOR}), "cannot be read"),
+        (forge("{"), "cannot be read"),
         (forge({"tensor": ["t0", [0], False]}), "did not come with it"),
         (forge({"tensor": "t0"}, t0=TENSOR), "did not come with it"),
         (forge({"tensor": ["t0", 1, False]}, t0=TENSOR), "did not come with it"),
         (forge({"tensor": ["t0", [0], False]}, t0=TENSOR), "dimensions that it does not have"),
         (forge({"tensor": ["t0", [1, 1], False]}, t0=TENSOR), "dimensions that it does not have"),
         (forge({"tensor": ["t0", [0, -1], False]}, t0=TENSOR), "dimensions that it does not have"),
-        (forge({"pickle": "x"}), "describes no value"), (forge({"dict": [["a"]]}), "an invalid dict"),
-        (forge({"dict": [[[1], 2]]}), "an invalid dict"), (forge({"float": "1"}), "describes no value"),
-        (forge({"list": [], "dict": []}), "describes no value"), (forge([]), "describes no value"),
-        (forge("Infinity"), "describes no value"), (forge("NaN"), "describes no value"),
+        (forge({"pickle": "x"}), "describes no value"),
+        (forge({"dict": [["a"]]}), "an invalid dict"),
+        (forge({"dict": [[[1], 2]]}), "an invalid dict"),
+        (forge({"float": "1"}), "describes no value"),
+        (forge({"list": [], "dict": []}), "describes no value"),
+        (forge([]), "describes no value"),
+        (forge("Infinity"), "describes no value"),
+        (forge("NaN"), "describes no value"),
         (forge("1e999"), "describes no value"),
     ],
-)  # fmt: skip
+)
 def test_what_is_refused(message, why):
     with pytest.raises(Malformed, match=why):
         unpack_value(message)

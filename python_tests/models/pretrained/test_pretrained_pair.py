@@ -336,8 +336,11 @@ def test_it_is_silent(folders: dict[str, Path], capfd: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(("settings", "height", "width"), [
-    (PICTURES, 12, 12), (PICTURES, 40, 25), ({**PICTURES, "resample": 3}, 12, 30),
-    ({**PICTURES, "resample": 0, "size": {"height": 61, "width": 61}}, 48, 48), ({**PICTURES, "resample": 0}, 40, 40),
+    (PICTURES, 12, 12),
+    (PICTURES, 40, 25),
+    ({**PICTURES, "resample": 3}, 12, 30),
+    ({**PICTURES, "resample": 0, "size": {"height": 61, "width": 61}}, 48, 48),
+    ({**PICTURES, "resample": 0}, 40, 40),
     ({**PICTURES, "resample": 0}, 12, 12),
     ({**PICTURES, "size": {"shortest_edge": 20}, "do_center_crop": True, "crop_size": 16}, 30, 45),
     ({**PICTURES, "size": 20, "do_center_crop": True, "crop_size": {"height": 18, "width": 16}}, 20, 20),

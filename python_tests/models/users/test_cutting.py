@@ -185,10 +185,14 @@ class InPlace(nn.Module):
 
 
 @pytest.mark.parametrize(("make", "why"), [
-    (Tutorial, "give other logits|do not run"), (Pairs, "do not run one after another"),
-    (Zero, "give other logits|do not run"), (Raw, "parameters outside"), (Tied, "one and two share parameters"),
+    (Tutorial, "give other logits|do not run"),
+    (Pairs, "do not run one after another"),
+    (Zero, "give other logits|do not run"),
+    (Raw, "parameters outside"),
+    (Tied, "one and two share parameters"),
     (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), "no linear layer"),
-    (lambda: nn.Linear(16, 3), "no submodules"), (InPlace, "give other logits"),
+    (lambda: nn.Linear(16, 3), "no submodules"),
+    (InPlace, "give other logits"),
 ])  # fmt: skip
 def test_why_a_network_is_not_cut(make, why):
     with pytest.raises(NotCut, match=why):

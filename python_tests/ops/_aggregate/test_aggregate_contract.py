@@ -33,13 +33,16 @@ G = torch.ones(4)
 # Those without a gradient.
 CALLS: dict[str, Callable[..., Any]] = {
     "trimmed_mean": lambda v: trimmed_mean(v, 1),
-    "weighted trimmed_mean": lambda v: trimmed_mean(v, 1, [1.0, 2.0, 3.0, 4.0, 5.0]), "median": median,
-    "weighted median": lambda v: median(v, torch.arange(1.0, 6.0)), "pairwise_distances": pairwise_distances,
-    "krum": lambda v: krum(v, 1, 2), "geometric_median": lambda v: geometric_median(v, [1.0, 2.0, 3.0, 4.0, 5.0]),
+    "weighted trimmed_mean": lambda v: trimmed_mean(v, 1, [1.0, 2.0, 3.0, 4.0, 5.0]),
+    "median": median,
+    "weighted median": lambda v: median(v, torch.arange(1.0, 6.0)),
+    "pairwise_distances": pairwise_distances,
+    "krum": lambda v: krum(v, 1, 2),
+    "geometric_median": lambda v: geometric_median(v, [1.0, 2.0, 3.0, 4.0, 5.0]),
     "clip_by_norm": lambda v: clip_by_norm(v, 1.5),
     "clip_and_noise": lambda v: clip_and_noise(v, 1.5, 0.1, (1 << 64) - 1, (1 << 63) + 5),
     "server_step": lambda v: server_step(v[0] * 0, v, [1.0, 2.0, 3.0, 4.0, 5.0]),
-}  # fmt: skip
+}
 
 WRONG_VECTORS = [
     ([], ValueError, "vectors must hold at least one tensor"),

@@ -72,11 +72,15 @@ def by_weights(vectors: Tensor, weights: Any) -> Tensor:
 
 
 WEIGHED: dict[str, Callable[[Tensor, Any], Tensor]] = {
-    "weighted_mean": weighted_mean, "of a list": lambda v, w: weighted_mean(list(v), w),
-    "gradient": lambda v, w: torch.func.grad(lambda x: weighted_mean(x, w).square().sum())(v), "by weights": by_weights,
-    "trimmed_mean": lambda v, w: trimmed_mean(v, 1, w), "median": median, "geometric_median": geometric_median,
+    "weighted_mean": weighted_mean,
+    "of a list": lambda v, w: weighted_mean(list(v), w),
+    "gradient": lambda v, w: torch.func.grad(lambda x: weighted_mean(x, w).square().sum())(v),
+    "by weights": by_weights,
+    "trimmed_mean": lambda v, w: trimmed_mean(v, 1, w),
+    "median": median,
+    "geometric_median": geometric_median,
     "server_step": lambda v, w: torch.cat([x.double() for x in server_step(v[0], v, w)]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -124,10 +124,13 @@ def test_an_infinity_in_all_models_stays_and_changes_nothing(backend: str, rule:
 @pytest.mark.parametrize("rule", RULES)
 def test_pairs(backend: str, rule: str) -> None:
     axes = {
-        "count": [1, 2, 5, 10, 17], "size": [0, 1, 3, 31, 32, 33, 127, 128, 129, 700], "dtype": list(DTYPES),
-        "kind": ["equal", "counts", "zeros", "tiny"], "state": [torch.float32, torch.float64],
+        "count": [1, 2, 5, 10, 17],
+        "size": [0, 1, 3, 31, 32, 33, 127, 128, 129, 700],
+        "dtype": list(DTYPES),
+        "kind": ["equal", "counts", "zeros", "tiny"],
+        "state": [torch.float32, torch.float64],
         "defaults": [True, False],
-    }  # fmt: skip
+    }
     for seed, case in enumerate(thin_out(pairwise(axes, seed=len(rule)))):
         check(rule, **case, seed=seed)
 

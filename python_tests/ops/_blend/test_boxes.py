@@ -68,8 +68,11 @@ def check(name, shape, dtype, layout, per_channel, keep, seed):
 def test_pairs(name: str) -> None:
     axes = {
         "shape": [(0, 3, 4, 4), (1, 1, 1, 1), (2, 3, 7, 5), (3, 4, 1, 9), (3, 2, 8, 1), (2, 1, 6, 6), (2, 3, 0, 4)],
-        "dtype": DTYPES, "layout": list(LAYOUTS), "per_channel": [False, True], "keep": [False, True],
-    }  # fmt: skip
+        "dtype": DTYPES,
+        "layout": list(LAYOUTS),
+        "per_channel": [False, True],
+        "keep": [False, True],
+    }
     for seed, case in enumerate(pairwise(axes, seed=11)):
         check(name, **case, seed=seed)
 

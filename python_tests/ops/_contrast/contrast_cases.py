@@ -15,10 +15,17 @@ from fedkern.ops._contrast.reference import contrastive_reference
 from python_tests.ops.operator_cases import DTYPES, assert_close, move_to
 
 AXES: dict[str, Any] = {
-    "pairs": (1, 2, 3, 31, 64, 65, 130), "size": (1, 5, 64), "dtype": DTYPES, "temperature": (1.0, 0.07, 0.005),
-    "length": (1.0, 6.0), "learnt": (False, True), "layout": ("contiguous", "transposed", "gaps", "expanded"),
-    "needs": ("both", "x", "y", "temperature"), "way": ("held", "tiles", "onednn"), "grad": (1.0, -2.5),
-}  # fmt: skip
+    "pairs": (1, 2, 3, 31, 64, 65, 130),
+    "size": (1, 5, 64),
+    "dtype": DTYPES,
+    "temperature": (1.0, 0.07, 0.005),
+    "length": (1.0, 6.0),
+    "learnt": (False, True),
+    "layout": ("contiguous", "transposed", "gaps", "expanded"),
+    "needs": ("both", "x", "y", "temperature"),
+    "way": ("held", "tiles", "onednn"),
+    "grad": (1.0, -2.5),
+}
 
 
 def choose(way: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,10 +80,14 @@ def arguments(
 
     given = {
         "x": randn(batch, channels, height, width).contiguous(memory_format=LAST),
-        "weight": randn(out, channels, side, side) / (side * channels**0.5), "scale": 1 + randn(out) / 4,
-        "shift": randn(out) / 2, "mean": randn(out) / 4, "variance": 0.5 + randn(out).abs(), "bias": None,
+        "weight": randn(out, channels, side, side) / (side * channels**0.5),
+        "scale": 1 + randn(out) / 4,
+        "shift": randn(out) / 2,
+        "mean": randn(out) / 4,
+        "variance": 0.5 + randn(out).abs(),
+        "bias": None,
         "residual": None,
-    }  # fmt: skip
+    }
     if grouped:
         given |= {"mean": None, "variance": None, "bias": randn(out) / 2}
     if residual:
@@ -287,11 +291,15 @@ class Overriding(TorchFunctionMode):
 
 
 SURROUNDINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16), "dispatch mode": Calls, "function mode": Overriding,
-    "fake tensors": lambda: FakeTensorMode(allow_non_fake_inputs=True), "forward-mode AD": forward_ad.dual_level,
-    "reference": lambda: ops.use_backend("reference"), "triton": lambda: ops.use_backend("triton"),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "dispatch mode": Calls,
+    "function mode": Overriding,
+    "fake tensors": lambda: FakeTensorMode(allow_non_fake_inputs=True),
+    "forward-mode AD": forward_ad.dual_level,
+    "reference": lambda: ops.use_backend("reference"),
+    "triton": lambda: ops.use_backend("triton"),
     "cuda": lambda: ops.use_backend("cuda"),
-}  # fmt: skip
+}
 
 
 def serving(**call: Any) -> ConvKernels | None:

@@ -34,13 +34,19 @@ CASES = [
     for layer in sorted({shape[:2] for shape in SHAPES})
     for case in pairwise(
         {
-            "shape": [shape for shape in SHAPES if shape[:2] == layer], "batch": (1, 2, 5, 33), "relu": (True, False),
-            "pool": (1, 2), "residual": (False, True), "training": (True, False), "update": (True, False),
-            "statistics": (True, False), "weight_last": (True, False),
+            "shape": [shape for shape in SHAPES if shape[:2] == layer],
+            "batch": (1, 2, 5, 33),
+            "relu": (True, False),
+            "pool": (1, 2),
+            "residual": (False, True),
+            "training": (True, False),
+            "update": (True, False),
+            "statistics": (True, False),
+            "weight_last": (True, False),
         }
     )
     if (case["statistics"] or case["training"]) and not (case["residual"] and case["pool"] == 2)
-]  # fmt: skip
+]
 
 # Of a group norm, groups "all": one for each channel.
 GROUP_NORMS = [
@@ -48,12 +54,16 @@ GROUP_NORMS = [
     for layer in sorted({shape[:2] for shape in GROUPED})
     for case in pairwise(
         {
-            "shape": [shape for shape in GROUPED if shape[:2] == layer], "batch": (1, 2, 5, 33), "relu": (True, False),
-            "end": ({}, {"pool": 2}, {"residual": True}), "groups": (1, 2, 8, "all"), "bias": (True, False),
+            "shape": [shape for shape in GROUPED if shape[:2] == layer],
+            "batch": (1, 2, 5, 33),
+            "relu": (True, False),
+            "end": ({}, {"pool": 2}, {"residual": True}),
+            "groups": (1, 2, 8, "all"),
+            "bias": (True, False),
             "weight_last": (True, False),
         }
     )
-]  # fmt: skip
+]
 
 
 @pytest.mark.sampled(26)

@@ -36,11 +36,17 @@ from python_tests.ops.operator_runs import Named
 
 # How a call ends, with what its gradient must know.
 ENDS: list[dict[str, Any]] = [
-    {"pool": 2}, {"pool": 2, "training": False}, {"residual": True}, {"residual": True, "training": False},
-    {"residual": True, "relu": False}, {"relu": False, "pool": 2}, {"relu": False, "side": 1, "stride": 2},
-    {"groups": 4, "residual": True}, {"groups": 2, "pool": 2, "training": False},
+    {"pool": 2},
+    {"pool": 2, "training": False},
+    {"residual": True},
+    {"residual": True, "training": False},
+    {"residual": True, "relu": False},
+    {"relu": False, "pool": 2},
+    {"relu": False, "side": 1, "stride": 2},
+    {"groups": 4, "residual": True},
+    {"groups": 2, "pool": 2, "training": False},
     {"groups": 16, "relu": False, "side": 1, "stride": 2},
-]  # fmt: skip
+]
 
 
 NORMS = pytest.mark.parametrize("norm", [{"training": True}, {"training": False}, {"groups": 2}], ids=str)
@@ -137,24 +143,34 @@ def test_fits_is_where_the_kernel_serves_and_never_raises() -> None:
             assert serving(**given) is None, label
     assert serving(**given) is not None
     changed: dict[str, dict[str, Any]] = {
-        "float64": exact(given), "bfloat16": arguments(dtype=torch.bfloat16),
-        "meta": {n: x.to("meta") if isinstance(x, Tensor) else x for n, x in given.items()}, "empty": arguments(0),
+        "float64": exact(given),
+        "bfloat16": arguments(dtype=torch.bfloat16),
+        "meta": {n: x.to("meta") if isinstance(x, Tensor) else x for n, x in given.items()},
+        "empty": arguments(0),
         "a subclass": {**given, "x": given["x"].detach().as_subclass(Named)},
-        "no affine norm": {**given, "scale": None, "shift": None}, "one statistic": {**given, "variance": None},
+        "no affine norm": {**given, "scale": None, "shift": None},
+        "one statistic": {**given, "variance": None},
         "a gradient of a statistic": {**given, "mean": given["mean"].requires_grad_()},
-        "another stride": {**given, "stride": 3}, "another pooling": {**given, "pool": 3},
-        "pooled residual": {**arguments(residual=True), "pool": 2}, "one position": arguments(1, 16, 16, 1, 1),
+        "another stride": {**given, "stride": 3},
+        "another pooling": {**given, "pool": 3},
+        "pooled residual": {**arguments(residual=True), "pool": 2},
+        "one position": arguments(1, 16, 16, 1, 1),
         "no window": {**arguments(4, 16, 16, 1, 8), "pool": 2},
         "other channels": {**given, "weight": torch.randn(16, 4, 3, 3)},
-        "other taps": {**given, "weight": torch.randn(16, 8, 5, 5)}, "three axes": {**given, "x": given["x"][0]},
-        "groups and statistics": {**given, "groups": 4}, "a bias alone": {**given, "bias": torch.ones(16)},
-        "groups that do not divide": {**grouped, "groups": 3}, "groups below 0": {**grouped, "groups": -1},
-        "many groups": {**grouped, "groups": 10**30}, "groups of another type": {**grouped, "groups": 4.0},
+        "other taps": {**given, "weight": torch.randn(16, 8, 5, 5)},
+        "three axes": {**given, "x": given["x"][0]},
+        "groups and statistics": {**given, "groups": 4},
+        "a bias alone": {**given, "bias": torch.ones(16)},
+        "groups that do not divide": {**grouped, "groups": 3},
+        "groups below 0": {**grouped, "groups": -1},
+        "many groups": {**grouped, "groups": 10**30},
+        "groups of another type": {**grouped, "groups": 4.0},
         "a short bias": {**grouped, "groups": 4, "bias": torch.ones(8)},
         "one tap of many weights": {**arguments(1, 256, 256, side=1, grouped=True), "groups": 4},
-        "channels of zeros": {**arguments(channels=12, grouped=True), "groups": 4}, "text": {**given, "x": "x"},
+        "channels of zeros": {**arguments(channels=12, grouped=True), "groups": 4},
+        "text": {**given, "x": "x"},
         "beyond 64 bits": {**given, "stride": -(10**30), "pool": 10**30},
-    }  # fmt: skip
+    }
     for label, call in changed.items():
         assert serving(**call) is None, label
 

@@ -49,11 +49,15 @@ CASES = [
     for shape in POOLED
     for case in pairwise(
         {
-            "shape": [shape], "batch": (1, 2, 5, 33), "relu": (True, False), "bias": (True, False),
-            "last": (False, True), "weight_last": (False, True),
+            "shape": [shape],
+            "batch": (1, 2, 5, 33),
+            "relu": (True, False),
+            "bias": (True, False),
+            "last": (False, True),
+            "weight_last": (False, True),
         }
     )
-]  # fmt: skip
+]
 
 
 def pool(given: dict[str, Any], grad: Tensor | None = None, **settings: Any) -> dict[str, Tensor]:
@@ -286,7 +290,8 @@ def test_where_it_serves_and_that_asking_never_raises() -> None:
         assert choose_pool_kernels(**given) is None
     assert choose_pool_kernels(**given) is not None
     changed: dict[str, dict[str, Any]] = {
-        "float64": exact(given), "bfloat16": pool_arguments(dtype=torch.bfloat16),
+        "float64": exact(given),
+        "bfloat16": pool_arguments(dtype=torch.bfloat16),
         "meta": {n: x.to("meta") if isinstance(x, Tensor) else x for n, x in given.items()},
         "no samples": pool_arguments(batch=0),
         "no channels": {**given, "x": torch.randn(4, 0, 8, 8), "weight": torch.randn(8, 0, 3, 3)},
@@ -296,21 +301,27 @@ def test_where_it_serves_and_that_asking_never_raises() -> None:
         "a negative view": {**given, "x": torch._neg_view(given["x"].detach())},
         "many channels": {**given, "x": torch.randn(4, 264, 8, 8), "weight": torch.randn(8, 264, 3, 3)},
         "many results at few windows": pool_arguments((3, 1, 64, 64, 2, 2)),
-        "large maps": pool_arguments((3, 1, 1, 64, 64, 64), 1), "no window": pool_arguments((3, 0, 3, 8, 3, 8)),
+        "large maps": pool_arguments((3, 1, 1, 64, 64, 64), 1),
+        "no window": pool_arguments((3, 0, 3, 8, 3, 8)),
         "a map below the kernel": pool_arguments((5, 0, 3, 8, 3, 3)),
         "other channels": {**given, "weight": torch.randn(8, 4, 3, 3)},
         "one tap": {**given, "weight": torch.randn(8, 3, 1, 1), "padding": 0},
-        "a long kernel": {**given, "weight": torch.randn(8, 3, 3, 5)}, "another padding": {**given, "padding": 2},
-        "negative padding": {**given, "padding": -1}, "a flag as padding": {**given, "padding": True},
-        "padding beyond 64 bits": {**given, "padding": 10**30}, "and below": {**given, "padding": -(10**30)},
-        "padding in words": {**given, "padding": "same"}, "two paddings": {**given, "padding": (1, 1)},
+        "a long kernel": {**given, "weight": torch.randn(8, 3, 3, 5)},
+        "another padding": {**given, "padding": 2},
+        "negative padding": {**given, "padding": -1},
+        "a flag as padding": {**given, "padding": True},
+        "padding beyond 64 bits": {**given, "padding": 10**30},
+        "and below": {**given, "padding": -(10**30)},
+        "padding in words": {**given, "padding": "same"},
+        "two paddings": {**given, "padding": (1, 1)},
         "another bias": {**given, "bias": torch.randn(7)},
         "a bias of float64": {**given, "bias": torch.randn(8).double()},
         "a weight of float64": {**given, "weight": given["weight"].double()},
-        "three axes": {**given, "x": given["x"][0]}, "text": {**given, "x": "x"},
+        "three axes": {**given, "x": given["x"][0]},
+        "text": {**given, "x": "x"},
         "all text": {"x": "x", "weight": "weight", "bias": "bias", "padding": "padding"},
         "nothing": dict.fromkeys(given),
-    }  # fmt: skip
+    }
     for label, call in changed.items():
         assert choose_pool_kernels(**call) is None, label
 

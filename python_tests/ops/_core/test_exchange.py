@@ -55,14 +55,20 @@ def make_csr() -> Tensor:
 
 UNREADABLE: dict[str, Callable[[], object]] = {
     "a negated view": lambda: torch._neg_view(torch.ones(3, 4)),
-    "integers": lambda: torch.ones(3, 4, dtype=torch.int64), "truth values": lambda: torch.ones(3, 4, dtype=torch.bool),
+    "integers": lambda: torch.ones(3, 4, dtype=torch.int64),
+    "truth values": lambda: torch.ones(3, 4, dtype=torch.bool),
     "complex numbers": lambda: torch.ones(3, 4, dtype=torch.complex64),
-    "eight bits": lambda: torch.ones(3, 4).to(torch.float8_e4m3fn), "sparse": sparse, "compressed": make_csr,
+    "eight bits": lambda: torch.ones(3, 4).to(torch.float8_e4m3fn),
+    "sparse": sparse,
+    "compressed": make_csr,
     "on no device": lambda: torch.ones(3, 4, device="meta"),
-    "without memory": lambda: torch._efficientzerotensor((3, 4)), "outlived its transform": make_outlived, "fake": fake,
-    "a subclass": lambda: torch.ones(3, 4).as_subclass(Named), "no tensor": lambda: [[1.0, 2.0]],
+    "without memory": lambda: torch._efficientzerotensor((3, 4)),
+    "outlived its transform": make_outlived,
+    "fake": fake,
+    "a subclass": lambda: torch.ones(3, 4).as_subclass(Named),
+    "no tensor": lambda: [[1.0, 2.0]],
     "nothing": lambda: None,
-}  # fmt: skip
+}
 
 
 def step(parameters: object, gradients: object, **others: Any) -> Call:
@@ -377,11 +383,14 @@ SHAPES = (
 FORMATS = (torch.contiguous_format, torch.channels_last)
 # What a loss reads of a map, which decides in what layout the gradient arrives.
 READ: dict[str, Callable[[Tensor], Tensor]] = {
-    "the map": lambda y: y, "channels behind": lambda y: y.squeeze(0).movedim(-3, -1),
-    "turned": lambda y: y.permute(2, 3, 0, 1), "transposed": lambda y: y.mT, "tokens": lambda y: y.flatten(2).mT,
+    "the map": lambda y: y,
+    "channels behind": lambda y: y.squeeze(0).movedim(-3, -1),
+    "turned": lambda y: y.permute(2, 3, 0, 1),
+    "transposed": lambda y: y.mT,
+    "tokens": lambda y: y.flatten(2).mT,
     "without axes of size 1": lambda y: y.squeeze().movedim(0, -1),
     "a channel": lambda y: y[:, :1].expand(-1, 3, -1, -1),
-}  # fmt: skip
+}
 
 
 def laid_out(x: Tensor, kind: torch.memory_format, unusual: bool) -> Tensor:

@@ -187,12 +187,16 @@ def agreement(case: dict[str, Any]) -> tuple[Callable[..., Tensor], Callable[...
 
 ENSEMBLES = pairwise(
     {
-        **COMMON, "temperature": (0.5, 1.0, 4.0, math.inf), "mix": ("probs", "logits", "mean"),
-        "log_probs": (False, True), "weights": (None, "K", "KB", "KB1", "KC", "K1C", "KBC", "full"),
-        "mask": (False, True), "needs": ("student", "teachers", "all"),
+        **COMMON,
+        "temperature": (0.5, 1.0, 4.0, math.inf),
+        "mix": ("probs", "logits", "mean"),
+        "log_probs": (False, True),
+        "weights": (None, "K", "KB", "KB1", "KC", "K1C", "KBC", "full"),
+        "mask": (False, True),
+        "needs": ("student", "teachers", "all"),
     },
     seed=3,
-)  # fmt: skip
+)
 NEEDS = {"student": (True, False, False), "teachers": (False, True, False), "all": (True, True, True)}
 
 
@@ -279,10 +283,13 @@ def compare_random_masks(name: str, scale: float, rows: int, device: torch.devic
 def compare_dtypes_of_weights(name: str, device: torch.device = CPU) -> None:
     """Compare weights of any dtype with logits of any other, in every shape, with a mask and without."""
     axes: dict[str, Any] = {
-        "shape": ("K", "KB1", "K1C", "KBC"), "masked": (False, True), "size": ((20, 5), (3, 40)),
+        "shape": ("K", "KB1", "K1C", "KBC"),
+        "masked": (False, True),
+        "size": ((20, 5), (3, 40)),
         "dtype": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
-        "weights_dtype": (torch.float64, torch.float32, torch.bfloat16, torch.float16), "mix": ("probs", "logits"),
-    }  # fmt: skip
+        "weights_dtype": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
+        "mix": ("probs", "logits"),
+    }
     for case in pairwise(axes, seed=1):
         rows, classes = case["size"]
         fixed = {"teachers": 3, "rows": rows, "classes": classes, "near": None, "special": None, "zeros": False}

@@ -43,14 +43,18 @@ def test_every_case_in_tritons_interpreter(number: int) -> None:
 @pytest.mark.parametrize(
     "how",
     [
-        {"temperature": 2.0}, {"weights": "K1C"}, {"weights": "K1C", "log_probs": True},
-        {"mix": "logits", "weights": "K1C", "temperature": 2.0}, {"mix": "mean", "log_probs": True},
-        {"weights": "K1C", "temperature": math.inf}, {"mix": "mean", "temperature": math.inf},
+        {"temperature": 2.0},
+        {"weights": "K1C"},
+        {"weights": "K1C", "log_probs": True},
+        {"mix": "logits", "weights": "K1C", "temperature": 2.0},
+        {"mix": "mean", "log_probs": True},
+        {"weights": "K1C", "temperature": math.inf},
+        {"mix": "mean", "temperature": math.inf},
         {"operator": "js_div", "weights": "KB", "zeros": False},
         {"operator": "consensus", "weights": "KB", "zeros": False},
     ],
     ids=str,
-)  # fmt: skip
+)
 @pytest.mark.parametrize("near", [None, 1e-2])
 def test_rows_longer_than_the_workspace(name: str, how: dict[str, Any], near: float | None) -> None:
     """The rows are so long that every pass reads all teachers' rows again."""

@@ -51,11 +51,16 @@ def check(function, features, scale=None, shift=None, activation=None):
 
 
 AXES = {
-    "function": ["concat", "mean"], "dtype": DTYPES, "maps": [1, 2, 5, 11], "batch": [0, 1, 2, 33],
+    "function": ["concat", "mean"],
+    "dtype": DTYPES,
+    "maps": [1, 2, 5, 11],
+    "batch": [0, 1, 2, 33],
     "channels": [1, 3, 14, 20, 29, 64, 130],
     "positions": [(), (1,), (1, 1), (7,), (3, 5), (16, 17), (2, 3, 4), (1, 1300)],
-    "affine": ["none", "scale", "shift", "both", "wide"], "activation": [None, "relu"], "channels_last": [False, True],
-}  # fmt: skip
+    "affine": ["none", "scale", "shift", "both", "wide"],
+    "activation": [None, "relu"],
+    "channels_last": [False, True],
+}
 
 
 @pytest.mark.sampled
@@ -365,14 +370,18 @@ class Branching(nn.Module):
         (nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 3, 1)), "ParametrizedConv2d"),
         (nn.Sequential(nn.BatchNorm2d(2, momentum=None)), r"layer 0 \(BatchNorm2d\) with these settings"),
         (nn.Sequential(nn.Flatten(0)), r"layer 0 \(Flatten\) with these settings"),
-        (Mixing(lambda y: y.softmax(1)), "call softmax"), (Mixing(lambda y: torch.cat([y, y], 1)), "call cat"),
-        (Mixing(lambda y: y.flatten()), "call flatten"), (Mixing(lambda y: y.mean(1)), "call mean"),
-        (Branching(), "cannot trace the forward of Branching"), (make_hooked(), "hooks or a replaced forward"),
-        (make_replaced(), "hooks or a replaced forward"), (make_tied(), "tied parameters"),
+        (Mixing(lambda y: y.softmax(1)), "call softmax"),
+        (Mixing(lambda y: torch.cat([y, y], 1)), "call cat"),
+        (Mixing(lambda y: y.flatten()), "call flatten"),
+        (Mixing(lambda y: y.mean(1)), "call mean"),
+        (Branching(), "cannot trace the forward of Branching"),
+        (make_hooked(), "hooks or a replaced forward"),
+        (make_replaced(), "hooks or a replaced forward"),
+        (make_tied(), "tied parameters"),
         ("conv", "blocks must hold modules, not str"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_cannot_be_grouped_is_refused_by_name(block: Any, words: str) -> None:
     with pytest.raises(TypeError, match=words):
         ops.FusedBlocks([block, block])
@@ -387,11 +396,14 @@ def make_scaled() -> nn.Module:
 @pytest.mark.parametrize(
     ("block", "name"),
     [
-        (Residual().eval(), "training"), (Residual().double(), "conv.weight"),
-        (Residual().requires_grad_(False), "conv.weight"), (make_scaled(), "scale"), (nn.Conv2d(4, 4, 3), ""),
+        (Residual().eval(), "training"),
+        (Residual().double(), "conv.weight"),
+        (Residual().requires_grad_(False), "conv.weight"),
+        (make_scaled(), "scale"),
+        (nn.Conv2d(4, 4, 3), ""),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_blocks_that_differ(block: nn.Module, name: str) -> None:
     with pytest.raises(ValueError, match=rf"blocks\[1\] must equal blocks\[0\] but for its values; .* in '{name}"):
         ops.FusedBlocks([Residual(), block])

@@ -18,11 +18,15 @@ from python_tests.ops._aggregate.aggregate_cases import REFINED, REFINED_SEED, a
 from python_tests.ops.operator_cases import DTYPES, assert_close, describe, pairwise
 
 AXES: dict[str, Any] = {
-    "count": (1, 2, 4, 5, 7, 10, 17, 33, 64), "size": (0, 1, 7, 64, 1000, 2051), "dtype": DTYPES,
+    "count": (1, 2, 4, 5, 7, 10, 17, 33, 64),
+    "size": (0, 1, 7, 64, 1000, 2051),
+    "dtype": DTYPES,
     "layout": ("list", "stack", "transposed", "strided", "mixed", "offset"),
-    "weights": ("numbers", "zero", "device", "strided"), "rule": range(len(RULES)), "special": (None, "nan", "equal"),
+    "weights": ("numbers", "zero", "device", "strided"),
+    "rule": range(len(RULES)),
+    "special": (None, "nan", "equal"),
     "state": (torch.float32, torch.float64),
-}  # fmt: skip
+}
 CASES = pairwise(AXES, seed=6)
 
 

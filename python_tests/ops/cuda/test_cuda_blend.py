@@ -12,10 +12,13 @@ from python_tests.ops._blend.test_blend import check
 from python_tests.ops.operator_cases import DTYPES, describe, lay_out_map, move_to, pairwise
 
 AXES: dict[str, Any] = {
-    "rows": (0, 1, 5, 33), "size": (1, 7, 8, 129, 3202, 17000), "dtype": DTYPES,
+    "rows": (0, 1, 5, 33),
+    "size": (1, 7, 8, 129, 3202, 17000),
+    "dtype": DTYPES,
     "index": ("identity", "permutation", "repeated", "one", "many"),
-    "alpha": ("number", "zero", "one", "tensor", "double"), "layout": ("rows", "gaps", "offset", "channels_last"),
-}  # fmt: skip
+    "alpha": ("number", "zero", "one", "tensor", "double"),
+    "layout": ("rows", "gaps", "offset", "channels_last"),
+}
 CASES = pairwise(AXES, seed=3)
 
 

@@ -11,12 +11,19 @@ from fedkern.ops._fuse.reference import fuse_concat_reference, fuse_mean_referen
 from python_tests.ops.operator_cases import DTYPES, assert_close, describe, lay_out_map, pairwise
 
 AXES: dict[str, Any] = {
-    "operator": ("concat", "mean"), "count": (1, 2, 5, 50), "channels": (1, 3, 8, 16), "uneven": (False, True),
-    "batch": (0, 1, 3), "positions": ((), (1, 1), (5, 7), (4, 8), (12,), (2, 0)), "dtype": DTYPES,
+    "operator": ("concat", "mean"),
+    "count": (1, 2, 5, 50),
+    "channels": (1, 3, 8, 16),
+    "uneven": (False, True),
+    "batch": (0, 1, 3),
+    "positions": ((), (1, 1), (5, 7), (4, 8), (12,), (2, 0)),
+    "dtype": DTYPES,
     "layout": ("contiguous", "channels_last", "crop", "offset", "transposed"),
-    "vectors": ("both", "scale", "shift", "none", "double", "like"), "relu": (False, True),
-    "needs": ("all", "maps", "vectors"), "grad": ("like", "expanded", "other"),
-}  # fmt: skip
+    "vectors": ("both", "scale", "shift", "none", "double", "like"),
+    "relu": (False, True),
+    "needs": ("all", "maps", "vectors"),
+    "grad": ("like", "expanded", "other"),
+}
 CASES = pairwise(AXES, seed=8)
 
 
