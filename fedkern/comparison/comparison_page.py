@@ -250,7 +250,7 @@ def _runs(result: Result) -> Iterator[Block]:
             figures = [human_metric(name, run.metrics[name]) if name in run.metrics else "" for name in result.figures]
             warnings = ", ".join(map(str, run.summary.get("diagnostics") or ()))
             rows.append(
-                [group.label, str(seed), *figures, cost_text(human_bytes, run.total_bytes),
+                [group.label, str(seed), *figures, cost_text(human_bytes, run.summary["bytes"]["total"]),
                  cost_text(human_time, run.summary["seconds"]), warnings, run.folder.name]
             )  # fmt: skip
     yield Table(header, rows)

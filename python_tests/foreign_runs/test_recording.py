@@ -16,7 +16,7 @@ from fedkern.comparison.comparison_page import read_comparison
 from fedkern.errors import UserError
 from fedkern.run import main
 
-HOW = {"method": "mine", "framework": "lab", "settings": {"lr": 0.1, "clients": 2}}
+HOW = {"method": "mine", "framework": "lab", "settings": {"lr": 0.1, "clients": 2, "none": None, "sides": (3, 4)}}
 LABELS = [0, 1, 1, 0]
 
 
@@ -97,7 +97,7 @@ def test_an_interrupted_run_is_resumed(tmp_path):
     with fedkern.record(tmp_path / "y", seed=0, resume=2, **HOW):
         assert not (tmp_path / "y/summary.json").exists()
     for changed, message in (
-        ({"resume": 5}, "has no round 5 to continue after; its last ones are 1, 2"),
+        ({"resume": 5}, "has no round 5 to continue after; its rounds are, last first: 2, 1"),
         ({"resume": 2, "method": "other"}, "was recorded with another method"), ({}, "is there already"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
@@ -109,14 +109,15 @@ def test_an_interrupted_run_is_resumed(tmp_path):
     [
         ({"method": ""}, "fedkern.record: method must be a text of one line, not ''"),
         ({"seed": -1}, "seed must be a whole number from 0 on, not -1"),
-        ({"main": "mae"}, 'main="mae" needs better="max" or better="min"'),
-        ({"better": "high"}, 'better must be "max" or "min"'),
+        ({"main": "mae"}, """better, for mae, must be "max" or "min", not ''"""),
+        ({"better": "high"}, 'better, for accuracy, must be "max" or "min"'),
+        ({"settings": {"lr": [None]}}, "settings: lr must be a text of one line, a number"),
         ({"main": "round", "better": "max"}, "no figure can have the name 'round'"),
         ({"settings": 3}, "settings must be a table by name, not 3"),
         ({"settings": {"lr": {}}}, "settings: lr must be a text of one line, a number"),
         ({"sizes": {"clients": 1.5}}, "sizes: clients must be a whole number from 0 on, not 1.5"),
         ({"test_labels": "abc"}, "test_labels: test must be the result of fedkern.hash_labels, not 'abc'"),
-        ({"resume": 1}, "has no recorded run to continue"),
+        ({"resume": 1}, "record.toml is missing or damaged"),
     ],
 )
 def test_mistakes_in_arguments(changed, message, tmp_path):
@@ -140,7 +141,7 @@ def test_mistakes_in_rounds(number, figures, message, tmp_path):
     with pytest.raises(UserError, match=message):
         write_rounds(tmp_path / "x", (1, {"loss": 1.0}), (number, figures))
     assert len((tmp_path / "x/metrics.jsonl").read_text().splitlines()) == 1
-    with pytest.raises(UserError, match='has the main figure "accuracy", so the run is not finished'):
+    with pytest.raises(UserError, match='has the main figure "accuracy": give it to round'):
         write_rounds(tmp_path / "x", resume=1)
     assert not (tmp_path / "x/summary.json").exists()
 
@@ -175,7 +176,7 @@ def test_runs_are_compared_with_those_of_fedkern(own_runs, tmp_path):
     assert (same["bytes"], same["seconds"], same["rounds_to_target"], same["bytes_to_target"]) == (20, 4, 2, 20)
     notes = " ".join(found.notes)
     assert "Not paired with fedavg, as the test labels differ: other (lab)." in notes
-    assert "as a hash of the test labels is missing: unknown (lab)." in notes
+    assert "as a hash of them is missing: unknown (lab)." in notes
     assert "lr" not in notes  # is the same
     assert all((tmp_path / f"z/comparison.{end}").exists() for end in ("csv", "md", "tex", "png"))
     assert [group.label for group in read_comparison(found.folder).groups] == [*rows]
