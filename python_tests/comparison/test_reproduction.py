@@ -423,7 +423,7 @@ baseline = "loop"
     assert (loop.verdict.kind, played.verdict.detail) == ("nothing published", "1 of 3 runs finished")
     assert compared.verdict.gap.mean == pytest.approx(compared.verdict.ours.mean - 0.5)
     assert compared.notes == [
-        "Nothing shows that the test labels are those of loop, as a hash of the test labels is missing: compared."
+        "Nothing shows that the test labels are those of loop, as a hash of them is missing: compared."
     ]
 
 
