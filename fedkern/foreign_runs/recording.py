@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -18,9 +17,6 @@ from fedkern.files import atomic, toml
 from fedkern.files.filesystem import expand
 from fedkern.foreign_runs import recorded_run
 from fedkern.foreign_runs.recorded_run import COSTS, METRICS, RECORD, SUMMARY, Header, Table, dump
-
-PIECE = 1 << 20
-"""Labels that are hashed at once."""
 
 
 def hash_labels(labels: object) -> str:
@@ -40,8 +36,7 @@ def hash_labels(labels: object) -> str:
     try:
         array = np.asarray(labels)
         sha256 = hashlib.sha256(repr(array.shape).encode())
-        for piece in np.array_split(array, 1 + array.size // PIECE):
-            sha256.update((np.ascontiguousarray(piece, "<f8") + 0.0).tobytes())  # -0.0 + 0.0 is 0.0
+        sha256.update((np.asarray(array, "<f8") + 0.0).tobytes())  # -0.0 + 0.0 is 0.0
     except (TypeError, ValueError, RuntimeError):
         raise UserError(f"Test labels must be numbers in an array on the CPU, not {format_value(labels)}.") from None
     return sha256.hexdigest()
@@ -54,8 +49,7 @@ class Recording:
     """Whether every round is flushed to the disk, so that it outlives a power cut."""
 
     def __init__(self, folder: Path, header: Header, records: list[Table]) -> None:
-        self._folder, self._header, self._records = folder, header, records
-        self._time = time.monotonic()
+        self._folder, self._header, self._records, self._time = folder, header, records, time.monotonic()
 
     def round(
         self, number: int, *, seconds: float | None = None, bytes_up: float | None = None,
@@ -88,6 +82,7 @@ class Recording:
         except ValueError as error:
             raise UserError(f"Round {format_value(number)} of {self._folder}: {error}.") from None
         if not self._records:
+            _check_free(self._folder)  # a second program may have begun
             atomic.make_folder(self._folder)
             atomic.write_bytes(self._folder / RECORD, _dump_header(self._header).encode())
         with atomic.open_in_place(self._folder / METRICS, "ab", durable=self.durable) as file:
@@ -100,7 +95,7 @@ def _read_number(name: str, value: object) -> float | None:
         number = float("none" if isinstance(value, str) else value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several values
         raise ValueError(f"{name} must be a number, not {format_value(value)}") from None
-    return number if math.isfinite(number) else None
+    return number if np.isfinite(number) else None
 
 
 @contextmanager
@@ -144,15 +139,20 @@ def record(
         header = Header(method, seed, framework, main, way, settings, sizes, hashes)
     except ValueError as error:
         raise UserError(f"fedkern.record: {error}.") from None
-    if resume is None and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} is there already: name another folder, or continue its run by resume=ROUND.")
-    records = [] if resume is None else _cut_rounds(path, header, resume)
+    records = _check_free(path) if resume is None else _cut_rounds(path, header, resume)
     yield Recording(path, header, records)
     if not any(main in record for record in records):
         raise UserError(
             f'No round of {path} has the main figure "{main}": give it to round(), or name another by main=.'
         )
     atomic.write_bytes(path / SUMMARY, dump(recorded_run.summarise(records)))
+
+
+def _check_free(folder: Path) -> list[Table]:
+    """Return the records of an absent or empty folder, which are none, or raise UserError."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already: name another folder, or continue its run by resume=ROUND.")
+    return []
 
 
 def _dump_header(header: Header) -> str:

@@ -104,6 +104,14 @@ def test_an_interrupted_run_is_resumed(tmp_path):
             write_rounds(tmp_path / "y", **changed)
 
 
+def test_two_programs_do_not_share_a_folder(tmp_path):
+    slow_run = fedkern.record(tmp_path / "x", seed=0, **HOW).__enter__()
+    write_run(tmp_path / "x", [0.5])
+    with pytest.raises(UserError, match="is there already"):
+        slow_run.round(1, accuracy=0.1)
+    assert "0.5" in (tmp_path / "x/summary.json").read_text()
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
