@@ -67,8 +67,8 @@ def _require(is_right: object, name: object, kind: str, value: object) -> None:
         raise ValueError(f"{name} must be {kind}, not {format_value(value)}")
 
 
-def _is_text(value: object, least: int = 1) -> bool:
-    return isinstance(value, str) and value.isprintable() and least <= len(value) <= WORD
+def _is_text(value: object, shortest: int = 1) -> bool:
+    return isinstance(value, str) and value.isprintable() and shortest <= len(value) <= WORD
 
 
 def _is_count(value: object) -> bool:

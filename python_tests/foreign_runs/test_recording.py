@@ -27,7 +27,7 @@ def write_run(folder, accuracies, seed=0, **changed):
     return folder
 
 
-def interrupted(accuracies):
+def raise_after(accuracies):
     yield from accuracies
     raise ZeroDivisionError
 
@@ -54,8 +54,8 @@ def test_no_torch_is_imported():
 def test_labels_have_one_hash_in_any_form():
     forms = LABELS, np.array(LABELS, np.uint8), torch.tensor(LABELS), torch.tensor([-0.0, 1, 1, 0])
     assert len({fedkern.hash_labels(labels) for labels in forms}) == 1
-    others = [1, 0, 1, 0], [0, 1, 1], [LABELS]
-    assert len({fedkern.hash_labels(labels) for labels in (LABELS, *others)}) == 4
+    different = [1, 0, 1, 0], [0, 1, 1], [LABELS]
+    assert len({fedkern.hash_labels(labels) for labels in (LABELS, *different)}) == 4
     with pytest.raises(UserError, match="Test labels must be numbers"):
         fedkern.hash_labels(["cat", "dog"])
 
@@ -80,10 +80,10 @@ def test_the_files_of_a_run(tmp_path):
 
 
 def test_an_interrupted_run_is_resumed(tmp_path):
-    whole = write_run(tmp_path / "whole", [0.1, 0.2, 0.3])
+    complete = write_run(tmp_path / "complete", [0.1, 0.2, 0.3])
     for name, accuracies in (("x", ()), ("y", (0.1, 0.9))):
         with pytest.raises(ZeroDivisionError):
-            write_run(tmp_path / name, interrupted(accuracies))
+            write_run(tmp_path / name, raise_after(accuracies))
     assert not (tmp_path / "x").exists()
     with (tmp_path / "y/metrics.jsonl").open("a") as file:
         file.write('{"round": 3, "acc')  # cut off by a crash
@@ -93,7 +93,7 @@ def test_an_interrupted_run_is_resumed(tmp_path):
         for number, accuracy in ((2, 0.2), (3, 0.3)):
             run.round(number, accuracy=accuracy, bytes_up=10, seconds=2)
     for name in ("record.toml", "metrics.jsonl", "summary.json"):
-        assert (tmp_path / "y" / name).read_bytes() == (whole / name).read_bytes()
+        assert (tmp_path / "y" / name).read_bytes() == (complete / name).read_bytes()
     with fedkern.record(tmp_path / "y", seed=0, resume=2, **HOW):
         assert not (tmp_path / "y/summary.json").exists()
     for changed, message in (
@@ -180,8 +180,8 @@ def test_runs_are_compared_with_those_of_fedkern(own_runs, tmp_path):
     assert rows["other (lab)"]["accuracy_difference"] is None
     differences = [rows[f"{name} (lab)"]["accuracy_difference"] for name in ("same", "unknown")]
     assert differences == [pytest.approx(0.625 - rows["fedavg"]["accuracy"])] * 2
-    same = rows["same (lab)"]
-    assert (same["bytes"], same["seconds"], same["rounds_to_target"], same["bytes_to_target"]) == (20, 4, 2, 20)
+    paired = rows["same (lab)"]
+    assert (paired["bytes"], paired["seconds"], paired["rounds_to_target"], paired["bytes_to_target"]) == (20, 4, 2, 20)
     notes = " ".join(found.notes)
     assert "Not paired with fedavg, as the test labels differ: other (lab)." in notes
     assert "as a hash of them is missing: unknown (lab)." in notes
