@@ -261,15 +261,19 @@ def _settings(result: Result, commands: Mapping[str, str]) -> Iterator[Block]:
         yield "The commands that repeat the first run of every group:"
         yield from map(Code, commands.values())
     labels = [group.label for group in result.groups]
-    tables = [next(iter(group.runs.values())).settings for group in result.groups]
+    runs = [next(iter(group.runs.values())) for group in result.groups]
+    tables, own_tables = [run.settings for run in runs], [run.settings for run in runs if isinstance(run, OwnRun)]
     names = list(dict.fromkeys(name for table in tables for name in table))
-    differ = [name for name in names if len({str(table.get(name)) for table in tables}) > 1]
+    # A recorded run that does not name a setting may have any value.
+    values = {name: [t.get(name) for t in tables if name in t or t in own_tables] for name in names}
+    differ = [name for name in names if len({*map(str, values[name])}) > 1]
     if differ:
         cells = {name: [spell_value(table[name]) if name in table else "" for table in tables] for name in differ}
         if len(tables) > COLUMNS:
             labels, cells = ["values"], {k: [", ".join(filter(None, dict.fromkeys(v)))] for k, v in cells.items()}
         rows = [[name, *texts] for name, texts in cells.items()]
         yield Table(["setting", *labels], rows, "Settings that differ", words=1 + len(labels))
-    same_rows = [[name, spell_value(tables[0][name])] for name in names if name not in differ]
-    yield Table(["setting", "value"], same_rows, "Settings of all groups", words=2)
+    same_rows = [[name, spell_value(values[name][0])] for name in names if name not in differ]
+    caption = f"Settings of all groups{'' if len(own_tables) == len(tables) else ' that name them'}"
+    yield Table(["setting", "value"], same_rows, caption, words=2)
     yield versions_table(run.summary.get("versions") or {} for run in result.runs)

@@ -84,13 +84,11 @@ class Result:
             for figure in self.figures:
                 row[figure], row[f"{figure}_std"] = complete_mean([*group.values(figure).values()])
                 difference = None if group is base else group.compare_to(base, figure)
-                row[f"{figure}_difference"] = None if difference is None else difference.mean
-                row[f"{figure}_low"] = None if difference is None else difference.low
-                row[f"{figure}_high"] = None if difference is None else difference.high
-            row["bytes"], row["bytes_std"] = complete_mean(
-                [run.summary["bytes"]["total"] for run in group.runs.values()]
-            )
-            row["seconds"], row["seconds_std"] = complete_mean([run.summary["seconds"] for run in group.runs.values()])
+                for part, name in (("difference", "mean"), ("low", "low"), ("high", "high")):
+                    row[f"{figure}_{part}"] = getattr(difference, name, None)
+            summaries = [run.summary for run in group.runs.values()]
+            row["bytes"], row["bytes_std"] = complete_mean([summary["bytes"]["total"] for summary in summaries])
+            row["seconds"], row["seconds_std"] = complete_mean([summary["seconds"] for summary in summaries])
             if self.target is not None:
                 took = [self.target.cost_of_target(run.records) or {} for run in group.runs.values()]
                 row["reached"] = len([*filter(None, took)])

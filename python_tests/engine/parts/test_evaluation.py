@@ -117,7 +117,8 @@ def test_what_the_summary_gets(own):
         ]  # fmt: skip
         assert summary.entries["worst_client"] == {"client": 1, "metric": "accuracy", "value": 0.5}
     else:
-        assert summary.entries.keys() == {"per_class", "better", "intervals"}
+        assert summary.entries.keys() == {"per_class", "better", "intervals", "test_labels"}
+        assert summary.entries["test_labels"].keys() == {"id", "ood"}
         assert summary.of_clients == {}
         assert summary.entries["better"]["ood_loss"] == "min"
 
