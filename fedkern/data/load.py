@@ -192,13 +192,20 @@ def _share_out(
     pools = (source.train, source.validation, *source.tests.values())
     shape = len(source.mean), *sets["validation"].images.shape[2:]
     return FederatedData(
-        name=name, classes=source.classes, clients=splits, validation=sets["validation"], tests=tests,
+        name=name,
+        classes=source.classes,
+        clients=splits,
+        validation=sets["validation"],
+        tests=tests,
         form=ImageForm(shape, source.mean, source.std, source.augment, **source.files),
         statistics=dataclasses.replace(statistics, names=names, own_tests=tuple(map(len, client_tests))),
         image_ids=frozenset(image for pool in pools for image in pool.ids),
-        public=sets["public"] if len(public_rows) else None, client_tests=client_tests, client_names=names,
-        drawn_validation=source.drawn_validation, identity=identity,
-    )  # fmt: skip
+        public=sets["public"] if len(public_rows) else None,
+        client_tests=client_tests,
+        client_names=names,
+        drawn_validation=source.drawn_validation,
+        identity=identity,
+    )
 
 
 def _center_cropped(source: Source, split: Split, are_clients: bool) -> Split:

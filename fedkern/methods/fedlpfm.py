@@ -72,8 +72,10 @@ class FedLPFM(LocalTraining):
         teacher: str = option(
             "pretrained",
             "frozen teachers, separated by commas: pretrained[:MODEL/WIDTH], clip:PATH_OR_NAME, efficientnet-lite0, "
-            "logits:FILE, FILE.py:NAME, MODULE:NAME", path=named_teachers.absolute, code=named_teachers.list_code,
-        )  # fmt: skip
+            "logits:FILE, FILE.py:NAME, MODULE:NAME",
+            path=named_teachers.absolute,
+            code=named_teachers.list_code,
+        )
         lam: float = option(0.5, "weight of the distillation loss; 0 is FedAvg", low=0, name="lambda")
         temperature: float = option(1.0, "temperature of the distillation loss", above=0, infinite=True)
         mixing: str = option(
@@ -82,9 +84,11 @@ class FedLPFM(LocalTraining):
             choices=("convex", "additive"),
         )
         divergence: str = option(
-            "kl", "distillation loss: kl (KL(teacher || proxy)), mse (half the variance of the logit difference, its "
-            "limit at high temperature), js (Jensen-Shannon)", choices=("kl", "mse", "js"),
-        )  # fmt: skip
+            "kl",
+            "distillation loss: kl (KL(teacher || proxy)), mse (half the variance of the logit difference, its "
+            "limit at high temperature), js (Jensen-Shannon)",
+            choices=("kl", "mse", "js"),
+        )
         prompts: str = option(
             DEFAULT, "CLIP's prompts: a template, a file of templates, or JSON by class", path=templates.absolute
         )
@@ -95,9 +99,11 @@ class FedLPFM(LocalTraining):
             choices=("consistent", "random", "random-each-round"),
         )
         teacher_view: str = option(
-            "cached", "images that the teacher sees: cached (not augmented; answered once), or same (as the proxy, in "
-            "every step)", choices=("cached", "same"),
-        )  # fmt: skip
+            "cached",
+            "images that the teacher sees: cached (not augmented; answered once), or same (as the proxy, in "
+            "every step)",
+            choices=("cached", "same"),
+        )
         teacher_tuning: str = option(
             "zero-shot",
             "training of the teacher on the client's own samples: none (zero-shot), its head (probe), or all of "

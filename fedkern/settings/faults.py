@@ -24,9 +24,11 @@ class FaultSettings(FederationSettings):
         choices=("stop", "skip"),
     )
     max_update_norm: float = option(
-        0.0, "averaging methods: refuse a client's update (its parameters minus those sent) above this Euclidean norm; "
-        "0: no limit", low=0,
-    )  # fmt: skip
+        0.0,
+        "averaging methods: refuse a client's update (its parameters minus those sent) above this Euclidean norm; "
+        "0: no limit",
+        low=0,
+    )
     clip_update_norm: float = option(
         0.0, "averaging methods: scale a client's update down to at most this Euclidean norm; 0: no limit", low=0
     )

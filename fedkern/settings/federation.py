@@ -65,13 +65,18 @@ class FederationSettings(DataSettings):
         + ", ".join(SERVER_RULES),
     )
     server_lr: float | None = option(
-        None, "averaging methods: learning rate of the server; if left out, 1 for mean and momentum, 0.1 for adam and "
-        "adagrad, 0.01 for yogi", above=0, type=float,
-    )  # fmt: skip
+        None,
+        "averaging methods: learning rate of the server; if left out, 1 for mean and momentum, 0.1 for adam and "
+        "adagrad, 0.01 for yogi",
+        above=0,
+        type=float,
+    )
     asynchronous: str | None = option(
-        None, "averaging methods: let the server step as uploads arrive, without waiting for whole rounds: "
-        "fedbuff:buffer=K,staleness=A or fedasync:mixing=M,staleness=A; every step counts as a round", type=str,
-    )  # fmt: skip
+        None,
+        "averaging methods: let the server step as uploads arrive, without waiting for whole rounds: "
+        "fedbuff:buffer=K,staleness=A or fedasync:mixing=M,staleness=A; every step counts as a round",
+        type=str,
+    )
     eval_every: int = option(1, "evaluate every N rounds, and always after the last", low=1)
     stop_at: str | None = option(
         None, "end the run once a figure of the records reaches this value: accuracy>=0.9, loss<=0.1", type=str
@@ -79,16 +84,22 @@ class FederationSettings(DataSettings):
     patience: int | None = option(
         None,
         "end the run after N evaluations without a better main figure on the validation set; best.safetensors keeps "
-        "the network of the best round", low=1, type=int,
-    )  # fmt: skip
+        "the network of the best round",
+        low=1,
+        type=int,
+    )
     max_seconds: float | None = option(
-        None, "most seconds of work, over all resumptions; a round that would exceed them is not run", above=0,
+        None,
+        "most seconds of work, over all resumptions; a round that would exceed them is not run",
+        above=0,
         type=float,
-    )  # fmt: skip
+    )
     max_bytes: float | None = option(
-        None, "most bytes up and down, set-up rounds included; a round that would exceed them is not run", above=0,
+        None,
+        "most bytes up and down, set-up rounds included; a round that would exceed them is not run",
+        above=0,
         type=float,
-    )  # fmt: skip
+    )
 
     def resolve(self) -> Values:
         values = {**super().resolve(), "aggregator": Rule(self.aggregator).text}

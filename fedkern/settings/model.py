@@ -38,16 +38,20 @@ class ModelSettings(Section):
     init: str | None = option(
         None,
         "initial weights of the network: the folder of a finished run, or a state dict with the network's names and "
-        "shapes in a .safetensors or .pt file", type=str, path=absolute,
-    )  # fmt: skip
+        "shapes in a .safetensors or .pt file",
+        type=str,
+        path=absolute,
+    )
     init_partial: bool = option(False, "load only the tensors of --init that fit the network, and list the others")
     freeze: str | None = option(
         None, "parameters of the network that are neither trained nor sent, by name: backbone.*,head.bias", type=str
     )
     personal: str | None = option(
-        None, "averaging methods: parameters and buffers of the network that never leave their client, by name: "
-        "head.*,norm1.*", type=str,
-    )  # fmt: skip
+        None,
+        "averaging methods: parameters and buffers of the network that never leave their client, by name: "
+        "head.*,norm1.*",
+        type=str,
+    )
     features: str | None = option(
         None, "submodule of your own network whose output is the features, for methods that compare features", type=str
     )
@@ -75,9 +79,11 @@ class ModelSettings(Section):
         choices=("average", "local", "drop", "pool"),
     )
     freeze_bn_after: int | None = option(
-        None, "rounds after which batch norm normalises by the received running statistics and keeps them (FixBN)",
-        low=0, type=int,
-    )  # fmt: skip
+        None,
+        "rounds after which batch norm normalises by the received running statistics and keeps them (FixBN)",
+        low=0,
+        type=int,
+    )
     precision: str = option(
         "fp32", "number format of the computation: fp32, or bf16 by autocast with fp32 weights", choices=PRECISIONS
     )

@@ -34,8 +34,10 @@ class PrivacySettings(FaultSettings, ModelSettings):
         None,
         "averaging methods: standard deviation of the Gaussian noise that the server adds to the sum of the clients' "
         "changes, in multiples of --dp-clip. 0 only clips and gives no guarantee. More noise makes epsilon smaller, "
-        "and more clients in a round make the noise on their mean smaller", low=0, type=float,
-    )  # fmt: skip
+        "and more clients in a round make the noise on their mean smaller",
+        low=0,
+        type=float,
+    )
     dp_delta: float | None = option(
         None, "delta at which epsilon is reported; if left out, the smaller one of 1e-5 and clients^-1.1",
         above=0, high=0.5, type=float,

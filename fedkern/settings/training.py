@@ -38,9 +38,12 @@ class TrainingSettings(Section):
     weight_decay: float = option(COMMON["weight_decay"], "weight decay of the clients' optimiser", low=0)
     clip_norm: float = option(0.0, "largest gradient norm of a step; 0: no clipping", low=0)
     teachers: str | None = option(
-        None, "use networks that the clients have already trained, and skip training: a run folder, or a folder with "
-        "client-0.safetensors, client-1.safetensors, ...", type=str, path=absolute,
-    )  # fmt: skip
+        None,
+        "use networks that the clients have already trained, and skip training: a run folder, or a folder with "
+        "client-0.safetensors, client-1.safetensors, ...",
+        type=str,
+        path=absolute,
+    )
 
     def resolve(self) -> Values:
         values = super().resolve()
