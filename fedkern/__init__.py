@@ -44,9 +44,11 @@ _LAZY = {
     **dict.fromkeys(("option", "register", "register_aggregator", "register_metric"), "fedkern.methods"),
     **dict.fromkeys(("Part", "Stop"), "fedkern.engine.parts.part"),
     **dict.fromkeys(("register_filter", "register_part"), "fedkern.engine.setup.order"),
-    "About": "fedkern.privacy.disclosure", "Filter": "fedkern.engine.uploads.filters", "UserError": "fedkern.errors",
+    "About": "fedkern.privacy.disclosure",
+    "Filter": "fedkern.engine.uploads.filters",
+    "UserError": "fedkern.errors",
     "register_model": "fedkern.models",
-}  # fmt: skip
+}
 """Names that are imported on first use, with their modules, because torch takes a second to load."""
 
 

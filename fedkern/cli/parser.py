@@ -16,8 +16,11 @@ FOLDERS = ("config", "out", "resume", "flower", "data_root", "cache", "teachers"
 """Flags that name a folder or a file. An empty value would mean the current folder, or none."""
 RUN_FLAGS: dict[str, tuple[Any, ...]] = {
     "method_option": ("key=value", "an option of the method; repeatable", []),
-    "plugin": ("FILE.py|MODULE", "Python code that registers user-defined methods, data, metrics ... "
-                                 "(docs/plugins.md); repeatable", []),
+    "plugin": (
+        "FILE.py|MODULE",
+        "Python code that registers user-defined methods, data, metrics ... (docs/plugins.md); repeatable",
+        [],
+    ),
     "config": ("FILE.toml", "settings from a file; flags override it"),
     "out": ("DIR", "run folder; default runs/<method>-<data>-<time>"),
     "resume": ("DIR", "continue the run in this folder"),
@@ -30,7 +33,7 @@ RUN_FLAGS: dict[str, tuple[Any, ...]] = {
     "report": ("", "write report.html at the end, one file to read in a browser"),
     "quiet": ("", "print nothing but the run folder at the end"),
     "json": ("", "print only the summary, as JSON"),
-}  # fmt: skip
+}
 """Flags of a run that are not settings, as `add_arguments` takes them."""
 TRACKERS = ("tensorboard", "wandb")
 

@@ -47,17 +47,20 @@ SIDE = 8192
 READING = {
     "max_image_pixels": Option(MAX_PIXELS, "largest image in pixels (or volume in voxels) that is decoded", low=1),
     "bits": Option(
-        0, "bits of a grey value in files with more than 8, alike in all images; 0: as the values need", low=0,
-        high=16),
+        0, "bits of a grey value in files with more than 8, alike in all images; 0: as the values need", low=0, high=16
+    ),
     "window": Option(
-        "", "grey values of files with more than 8 bits that become black to white: CENTRE,WIDTH in stored values, "
-        "such as 1064,400 where they are HU + 1024, or percentiles such as 1%,99%; others become black or white"),
+        "",
+        "grey values of files with more than 8 bits that become black to white: CENTRE,WIDTH in stored values, such as "
+        "1064,400 where they are HU + 1024, or percentiles such as 1%,99%; others become black or white",
+    ),
     "size": Option(64, "side in pixels to which images are resized", low=8, high=SIDE),
     "colour": Option("rgb", "three channels, or one", choices=("rgb", "grey")),
     "test_share": Option(0.2, "share held out as test set where there is none", low=0, high=0.9),
     "validation_share": Option(
-        0.1, "share of the training images held out as validation set where there is none", low=0, high=0.9),
-}  # fmt: skip
+        0.1, "share of the training images held out as validation set where there is none", low=0, high=0.9
+    ),
+}
 """Options on how image files are read, see :class:`fedkern.data.Reading`."""
 
 DETECTION_OPTIONS = ("boxes", "detector", "box_threshold", "text_threshold", "detector_cache")

@@ -44,17 +44,25 @@ _RISING = frozenset({
 })  # fmt: skip
 """Built-in figures for which larger is better."""
 _FIGURES = {
-    "macro_auroc": "AUROC, mean of the labels", "mean_average_precision": "average precision, mean of the labels",
-    "macro_f1": "F1, mean of the classes", "exact_match": "images with all labels right",
-    "auroc": "AUROC, one class against the rest, mean", "ece": "expected calibration error",
-    "dice": "Dice, mean of the classes", "iou": "intersection over union",
-    "hd95": "Hausdorff distance (95 %) in pixels", "confidence": "confidence in the true class",
-    "gradcam_in_object": "Grad-CAM mass inside the object", "object_area": "area of the object",
-    "gallery": "candidates in retrieval", PART: "epsilon of the covered part alone", **RECALLS,
+    "macro_auroc": "AUROC, mean of the labels",
+    "mean_average_precision": "average precision, mean of the labels",
+    "macro_f1": "F1, mean of the classes",
+    "exact_match": "images with all labels right",
+    "auroc": "AUROC, one class against the rest, mean",
+    "ece": "expected calibration error",
+    "dice": "Dice, mean of the classes",
+    "iou": "intersection over union",
+    "hd95": "Hausdorff distance (95 %) in pixels",
+    "confidence": "confidence in the true class",
+    "gradcam_in_object": "Grad-CAM mass inside the object",
+    "object_area": "area of the object",
+    "gallery": "candidates in retrieval",
+    PART: "epsilon of the covered part alone",
+    **RECALLS,
     "ensemble_uniform": "teachers' ensemble with equal weights",
     "ensemble_weighted": "teachers' ensemble with the student's weights",
     "holdout": "teachers on their clients' hold-outs",
-}  # fmt: skip
+}
 _SHORT = {
     "dice": "Dice", "i2t_r1": "recall at 1, image to text", "auroc": "AUROC", "macro_auroc": "macro AUROC",
 }  # fmt: skip

@@ -85,11 +85,18 @@ class Retrieval(Task):
         if config.image_encoder not in models.IMAGE_ENCODERS:  # such an encoder has its own scale of images
             mean, std = data.form.scale(f"The image encoder {config.image_encoder}")
         words = models.learn_vocabulary(texts, kind).tokens if kind in models.TEXT_ENCODERS else None
-        return {"pair": {
-            "image_encoder": config.image_encoder, "text_encoder": kind, "channels": channels, "image_size": size,
-            "mean": list(mean), "std": list(std), "vocabulary": None if words is None else list(words),
-            "width": config.width,
-        }}  # fmt: skip
+        return {
+            "pair": {
+                "image_encoder": config.image_encoder,
+                "text_encoder": kind,
+                "channels": channels,
+                "image_size": size,
+                "mean": list(mean),
+                "std": list(std),
+                "vocabulary": None if words is None else list(words),
+                "width": config.width,
+            }
+        }
 
     def build(self, about: Description, seed: int) -> nn.Module:
         return models.build_pair(**about["pair"], seed=seed) if "pair" in about else super().build(about, seed)

@@ -36,13 +36,15 @@ PARTITIONERS: dict[str, PartitionerInfo] = {
     "stratified": PartitionerInfo("stratified", "equal shares of every class"),
     "dirichlet": PartitionerInfo(
         "dirichlet:ALPHA[:min=N][:plain]",
-        "label skew (class shares differ by client) by a Dirichlet(ALPHA) draw per class; small ALPHA, strong skew"),
+        "label skew (class shares differ by client) by a Dirichlet(ALPHA) draw per class; small ALPHA, strong skew",
+    ),
     "classes": PartitionerInfo(
-        "classes:S", "label skew (class shares differ by client): every client holds S classes only"),
+        "classes:S", "label skew (class shares differ by client): every client holds S classes only"
+    ),
     "attribute": PartitionerInfo(
-        "attribute",
-        "attribute skew (images differ by client): every client has its own contexts or background colours"),
-}  # fmt: skip
+        "attribute", "attribute skew (images differ by client): every client has its own contexts or background colours"
+    ),
+}
 
 
 @dataclass(frozen=True)

@@ -81,14 +81,20 @@ def parts_of_arrays(
     labels = [split.labels.numpy() for split in splits.values()]
     statistics = PartitionStatistics.of(labels, names, "attribute", model.task)
     return {
-        "name": NAME, "classes": names, "clients": tuple(splits.values()), "validation": validation_split,
+        "name": NAME,
+        "classes": names,
+        "clients": tuple(splits.values()),
+        "validation": validation_split,
         "tests": tests,
         "form": ImageForm(
-            (channels, *shape[1:]), tuple(mean) if mean is not None else (MEAN,) * channels,
-            tuple(std) if std is not None else (STD,) * channels, augment,
+            (channels, *shape[1:]),
+            tuple(mean) if mean is not None else (MEAN,) * channels,
+            tuple(std) if std is not None else (STD,) * channels,
+            augment,
         ),
-        "statistics": replace(statistics, names=sites), "client_names": sites,
-    }  # fmt: skip
+        "statistics": replace(statistics, names=sites),
+        "client_names": sites,
+    }
 
 
 def key_by_text(sets: Mapping[K, T], noun: str, training: str = "") -> dict[str, T]:

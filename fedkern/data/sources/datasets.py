@@ -344,13 +344,18 @@ def parts_of_datasets(
             homes = _places([group_names[value] for value in split.groups.tolist()], sites)
             unseen[name] = replace(split, groups=None, homes=torch.from_numpy(homes))
     return {
-        "name": PAIRS if is_captioned else NAME, "classes": names, "clients": tuple(splits.values()),
+        "name": PAIRS if is_captioned else NAME,
+        "classes": names,
+        "clients": tuple(splits.values()),
         "validation": unseen["validation"],
         "drawn_validation": isinstance(validation, Mapping) and not {*validations}.isdisjoint(named),
         "tests": {name: unseen[f"test {name}"] for name in tests},
         "form": SampleForm.of(batch, not getattr(learnt, "takes_batches", False), _scale(normalize)),
-        "statistics": counted, "public": unseen.get("public"), "client_tests": client_tests, "client_names": sites,
-    }  # fmt: skip
+        "statistics": counted,
+        "public": unseen.get("public"),
+        "client_tests": client_tests,
+        "client_names": sites,
+    }
 
 
 def _scale(normalize: Normalize | None) -> Scale | None:

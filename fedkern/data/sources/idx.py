@@ -33,12 +33,17 @@ class IdxSet:
 
 IDX_SETS = {
     "mnist": IdxSet(
-        "MNIST", ("MNIST/raw", "mnist", "MNIST"), tuple(str(digit) for digit in range(10)), 0.1307, 0.3081, False),
+        "MNIST", ("MNIST/raw", "mnist", "MNIST"), tuple(str(digit) for digit in range(10)), 0.1307, 0.3081, False
+    ),
     "fashionmnist": IdxSet(
-        "Fashion-MNIST", ("FashionMNIST/raw", "fashionmnist", "FashionMNIST", "fashion"),
-        ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"), 0.2860,
-        0.3530, True),
-}  # fmt: skip
+        "Fashion-MNIST",
+        ("FashionMNIST/raw", "fashionmnist", "FashionMNIST", "fashion"),
+        ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
+        0.2860,
+        0.3530,
+        True,
+    ),
+}
 
 _FILES = "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 

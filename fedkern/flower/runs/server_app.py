@@ -52,14 +52,22 @@ def play(grid: Grid, run_config: UserConfig) -> Summary:
     registry = NodeRegistry(channel, wait=settings.wait, own_data=settings.own_data)
     try:
         summary = run(
-            config, data=declare_federation(config, registry, _warn) if settings.own_data else None, out=out,
-            resume=settings.resume, listener=listener, trusted=(*code, *config.plugins),
+            config,
+            data=declare_federation(config, registry, _warn) if settings.own_data else None,
+            out=out,
+            resume=settings.resume,
+            listener=listener,
+            trusted=(*code, *config.plugins),
             predictions=settings.predictions,
             remote=lambda run: Nodes(
-                run, channel, registry, deadline=settings.deadline, half=settings.transport == "bf16",
+                run,
+                channel,
+                registry,
+                deadline=settings.deadline,
+                half=settings.transport == "bf16",
                 own_data=settings.own_data,
             ),
-        )  # fmt: skip
+        )
     except ClientFailed as error:
         log(ERROR, "%s\n%s", error, error.traceback)
         raise

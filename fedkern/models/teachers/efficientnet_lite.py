@@ -43,10 +43,13 @@ IMAGENET: Mapping[str, Sequence[int]] = {
     "automobile": (436, 468, 511, 609, 627, 656, 661, 751, 817),
     "bird": (*range(7, 25), *range(80, 101), *range(127, 147)),
     "cat": range(281, 286),
-    "deer": (351, 352, 353), "dog": range(151, 269), "frog": (30, 31, 32), "horse": (339,),
+    "deer": (351, 352, 353),
+    "dog": range(151, 269),
+    "frog": (30, 31, 32),
+    "horse": (339,),
     "ship": (403, 484, 510, 554, 625, 628, 724, 780, 814, 871, 914),
     "truck": (555, 569, 675, 717, 864, 867),
-}  # fmt: skip
+}
 """Classes of ImageNet (2012, counted from 0) for every class of CIFAR-10."""
 
 

@@ -94,10 +94,16 @@ def load_or_pretrain(
     """
     device = next(network.parameters()).device
     identity: Identity = {
-        "model": name, "data": _digest(data, cache.mean, cache.std, seed), "seed": seed, **asdict(recipe),
-        "initial": hash_state(network), "fedkern": __version__, "torch": str(torch.__version__),
-        "device": device.type, "threads": torch.get_num_threads() if device.type == "cpu" else 0,
-    }  # fmt: skip
+        "model": name,
+        "data": _digest(data, cache.mean, cache.std, seed),
+        "seed": seed,
+        **asdict(recipe),
+        "initial": hash_state(network),
+        "fedkern": __version__,
+        "torch": str(torch.__version__),
+        "device": device.type,
+        "threads": torch.get_num_threads() if device.type == "cpu" else 0,
+    }
     stored = cache.read("weights", identity)
     if stored is not None:
         network.load_state_dict(stored)

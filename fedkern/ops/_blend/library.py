@@ -129,6 +129,9 @@ BLEND_BACKWARD = library.register(
     "blend_backward",
     "(Tensor grad, Tensor? foreground, Tensor? background, Tensor? alpha, float value, Tensor? index, "
     "SymInt background_rows, bool need_foreground, bool need_background, bool need_alpha) -> (Tensor, Tensor, Tensor)",
-    _backward_implementation, fake=_backward_fake, setup_context=_setup_second, backward=second_derivative,
+    _backward_implementation,
+    fake=_backward_fake,
+    setup_context=_setup_second,
+    backward=second_derivative,
     vmap=_vmap_backward,
-)  # fmt: skip
+)

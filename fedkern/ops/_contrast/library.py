@@ -90,5 +90,9 @@ CONTRASTIVE = library.register(
     "contrastive",
     "(Tensor x, Tensor y, Tensor? learnt, float temperature, bool need_x, bool need_y, bool need_temperature) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    _run, fake=_fake, setup_context=_setup_context, backward=_backward, reference=_loss_alone,
-)  # fmt: skip
+    _run,
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    reference=_loss_alone,
+)

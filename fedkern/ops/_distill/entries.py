@@ -29,17 +29,37 @@ def _kernel_of_divergence(call: Divergence) -> DistillKernels | None:
     return select_at(call.temperature, "kl_div" if call.peer is None else "dual_kl", *call[:4])
 
 
-DIVERGENCE: Callable[..., Tensor] = define_loss(Loss(
-    name="divergence", tensors=("student", "other?", "teacher", "weight?"), differentiable=4,
-    settings=("float temperature", "bool reverse", "int reduction"), results=1, axes=(0, 0, 0, 0), call=Divergence,
-    kernel=_kernel_of_divergence, method="divergence", reference=divergence_reference,
-    dtype=lambda tensors: result_dtype(*tensors[:3]),
-))  # fmt: skip
-ENTROPY: Callable[..., Tensor] = define_loss(Loss(
-    name="entropy", tensors=("logits",), differentiable=1, settings=("int reduction",), results=1, axes=(0,),
-    call=entropy_call, kernel=lambda call: _select("entropy", call.teacher), method="divergence", skips=2,
-    reference=entropy_rows_reference, dtype=lambda tensors: tensors[0].dtype,
-))  # fmt: skip
+DIVERGENCE: Callable[..., Tensor] = define_loss(
+    Loss(
+        name="divergence",
+        tensors=("student", "other?", "teacher", "weight?"),
+        differentiable=4,
+        settings=("float temperature", "bool reverse", "int reduction"),
+        results=1,
+        axes=(0, 0, 0, 0),
+        call=Divergence,
+        kernel=_kernel_of_divergence,
+        method="divergence",
+        reference=divergence_reference,
+        dtype=lambda tensors: result_dtype(*tensors[:3]),
+    )
+)
+ENTROPY: Callable[..., Tensor] = define_loss(
+    Loss(
+        name="entropy",
+        tensors=("logits",),
+        differentiable=1,
+        settings=("int reduction",),
+        results=1,
+        axes=(0,),
+        call=entropy_call,
+        kernel=lambda call: _select("entropy", call.teacher),
+        method="divergence",
+        skips=2,
+        reference=entropy_rows_reference,
+        dtype=lambda tensors: tensors[0].dtype,
+    )
+)
 
 
 def _check_weights(weights: Tensor | None, dims: int) -> None:
@@ -54,12 +74,21 @@ def _kernel_of_ensemble(call: Ensemble) -> DistillKernels | None:
     return select_at(call.temperature, "ensemble_kl", *call[:3])
 
 
-ENSEMBLE: Callable[..., Tensor] = define_loss(Loss(
-    name="ensemble", tensors=("student", "teachers", "weights?", "class_mask?"), differentiable=3,
-    settings=("float temperature", "int mix", "bool log_probs", "int reduction"), results=1, axes=(0, 1, 1, None),
-    call=Ensemble, kernel=_kernel_of_ensemble, method="ensemble", reference=ensemble_reference,
-    dtype=lambda tensors: result_dtype(tensors[0], None, tensors[1]),
-))  # fmt: skip
+ENSEMBLE: Callable[..., Tensor] = define_loss(
+    Loss(
+        name="ensemble",
+        tensors=("student", "teachers", "weights?", "class_mask?"),
+        differentiable=3,
+        settings=("float temperature", "int mix", "bool log_probs", "int reduction"),
+        results=1,
+        axes=(0, 1, 1, None),
+        call=Ensemble,
+        kernel=_kernel_of_ensemble,
+        method="ensemble",
+        reference=ensemble_reference,
+        dtype=lambda tensors: result_dtype(tensors[0], None, tensors[1]),
+    )
+)
 
 
 def _over_logits(name: str, operator: str, call: Callable[..., Ensemble], results: int, reference: Reference) -> Loss:

@@ -88,13 +88,19 @@ def stack(grads: Pair, call: Ensemble, log_probs: bool, gradients: Gradients, re
     student = None if student is None else make_readable(student, to_student)
     weights, grad, more_grad = _readable_members(weights), make_rows_readable(grad), make_rows_readable(more_grad)
     by_row = reduction == NONE
-    plan, steps = plan_rows(logits[0], [
-        known_steps(logits, 2), known_steps(student, 1),
-        known_steps(None if weights is None else weights.unsqueeze(2), 2),
-        row_steps_of(grad) or ALL_ROWS if by_row else ALL_ROWS,
-        row_steps_of(more_grad) or ALL_ROWS if by_row else ALL_ROWS,
-        known_steps(None if to_weights is None else to_weights.unsqueeze(2), 2),
-    ], 4, compute)  # fmt: skip
+    plan, steps = plan_rows(
+        logits[0],
+        [
+            known_steps(logits, 2),
+            known_steps(student, 1),
+            known_steps(None if weights is None else weights.unsqueeze(2), 2),
+            row_steps_of(grad) or ALL_ROWS if by_row else ALL_ROWS,
+            row_steps_of(more_grad) or ALL_ROWS if by_row else ALL_ROWS,
+            known_steps(None if to_weights is None else to_weights.unsqueeze(2), 2),
+        ],
+        4,
+        compute,
+    )
     t_steps, s_steps, w_steps, g_steps, m_steps, b_steps = steps
     tops, logs = _members(logits, t_steps, plan, temperature, compute, log_probs)
     totals = [totals_of(result, reduction, plan) for result in results]

@@ -57,9 +57,17 @@ class Mixture(NamedTuple):
         student, teachers = make_readable(student, to_student), make_readable(teachers, to_teachers, 2)
         weights, grad = None if weights is None else make_readable(weights, None, 2), make_rows_readable(grad)
         plan, steps = plan_rows(
-            student, [known_steps(student, 1), known_steps(teachers, 2), known_steps(weights, 2),
-                      row_steps_of(grad) or ALL_ROWS if by_row else ALL_ROWS, known_steps(to_weights, 2)], 4, compute,
-        )  # fmt: skip
+            student,
+            [
+                known_steps(student, 1),
+                known_steps(teachers, 2),
+                known_steps(weights, 2),
+                row_steps_of(grad) or ALL_ROWS if by_row else ALL_ROWS,
+                known_steps(to_weights, 2),
+            ],
+            4,
+            compute,
+        )
         return cls(
             compute, plan, row_count(student) if reduction == BATCHMEAN else 1, student, teachers, weights,
             None if class_mask is None else class_mask.view(torch.uint8), grad, (to_student, to_teachers, to_weights),
