@@ -78,10 +78,10 @@ import math
 import re
 import shlex
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 from fedkern.comparison.cells import read_seeds, read_sweep
 from fedkern.comparison.seed_statistics import Target
@@ -97,8 +97,10 @@ EXAMPLE = Path(__file__).with_name("example.toml")
 """A file to start from."""
 ROUNDS = "rounds"
 """The only figure that is not a run's final figure: rounds up to a target."""
+_PATTERN = {*"*?["}
 _SELECT = ("figure", "validation")
 _TABLES = {"title": str, "citation": str, "note": str, "words": dict, "defaults": dict, "before": list, "cells": list}
+_OF_BEFORE = ("name", "command", "minutes")
 _OF_COMMANDS = ("command", "seeds", "sweep", "select", "before", "minutes")
 """Keys of cells that are played. A cell of recorded runs does not take them."""
 
@@ -108,23 +110,12 @@ class NotHere(UserError):
 
 
 @dataclass(frozen=True)
-class Before:
-    """Runs that cells need, one for every seed of the cell."""
-
-    WORD: ClassVar = "entry of before"
-    name: str
-    command: str
-    minutes: float = 0.0
-
-
-@dataclass(frozen=True)
 class PublishedCell:
     """A cell of a paper's table. The attributes are the keys of the file.
 
     ``figure`` is "" for a run's main figure. ``published`` and ``tolerance`` are in the figure's own unit.
     """
 
-    WORD: ClassVar = "cell"
     name: str
     command: str = ""
     runs: tuple[str, ...] = ()
@@ -151,13 +142,16 @@ class PublishedCell:
         return not self.figure or scale(self.figure)[1] == "%"
 
 
+_KEYS = tuple(key_field.name for key_field in dataclasses.fields(PublishedCell))
+
+
 @dataclass(frozen=True)
 class Paper:
     """A file of cells. ``mistakes`` are sentences on what is wrong, without the file's name."""
 
     path: Path
     cells: tuple[PublishedCell, ...] = ()
-    befores: Mapping[str, Before] = dataclasses.field(default_factory=dict)
+    befores: Mapping[str, PublishedCell] = dataclasses.field(default_factory=dict)
     phrases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     title: str = ""
     citation: str = ""
@@ -184,10 +178,11 @@ class Paper:
         """Return the folders of a cell's recorded runs, or raise NotHere."""
         folders = []
         for pattern in cell.runs:
-            path = self.folder / expand(pattern)
-            found = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-            if not (found := [folder for folder in found if folder.is_dir()]):
-                raise NotHere(f"there is no folder {path}.")
+            path = expand(pattern)
+            base = Path(path.anchor) if path.is_absolute() else self.folder
+            paths = sorted(base.glob(str(path.relative_to(path.anchor)))) if _PATTERN & {*pattern} else [base / path]
+            if not (found := [folder for folder in paths if folder.is_dir()]):
+                raise NotHere(f"there is no folder {self.folder / path}.")
             folders += found
         return folders
 
@@ -247,9 +242,6 @@ def _folder_of_package(word: str) -> Path:
     return folder
 
 
-Entry = TypeVar("Entry", bound=Before | PublishedCell)
-
-
 def list_papers() -> list[str]:
     return sorted(path.stem for path in PAPERS.glob("*.toml"))
 
@@ -287,8 +279,8 @@ def _paper(path: Path, table: dict[str, Any]) -> Paper:
     mistakes += [f"{name} in words must be a text." for name, text in words if not isinstance(text, str)]
     if not table["cells"]:
         mistakes.append("there is no cell: write [[cells]].")
-    befores, _ = _entries(Before, table["before"], {}, mistakes)
-    cells, wrong = _entries(PublishedCell, table["cells"], table["defaults"], mistakes)
+    befores, wrong_befores = _read_cells("entry of before", _OF_BEFORE, table["before"], {}, mistakes)
+    cells, wrong = _read_cells("cell", _KEYS, table["cells"], table["defaults"], mistakes)
     compared = {cell.baseline for cell in cells.values()}
     for name, cell in cells.items():
         text, base = "", cells.get(cell.baseline)
@@ -302,104 +294,91 @@ def _paper(path: Path, table: dict[str, Any]) -> Paper:
             text = "at a smaller scale it needs a baseline, by which cells are ordered."
         if text:
             mistakes.append(f'cell "{name}": {text}')
+        if text or cell.before in wrong_befores:
             wrong.add(name)
     right = tuple(cell for name, cell in cells.items() if name not in wrong)
     texts = {key: table[key] for key in ("title", "citation", "note")}
-    return Paper(path, right, befores, dict(words), **texts, mistakes=mistakes)
+    return Paper(path, right, befores, {name: str(text) for name, text in words}, **texts, mistakes=mistakes)
 
 
-def _entries(
-    kind: type[Entry], tables: Sequence[object], defaults: Mapping[str, Any], mistakes: list[str]
-) -> tuple[dict[str, Entry], set[str]]:
+def _read_cells(
+    word: str, keys: Sequence[str], tables: Sequence[object], defaults: Mapping[str, object], mistakes: list[str]
+) -> tuple[dict[str, PublishedCell], set[str]]:
     """Return entries by name and the names of wrong ones, made of their right keys, and add what is wrong."""
-    entries: dict[str, Entry] = {}
+    cells: dict[str, PublishedCell] = {}
     wrong: set[str] = set()
     for number, table in enumerate(tables, 1):
         if not isinstance(table, Mapping):
-            mistakes.append(f"{kind.WORD} {number} must be a table.")
+            mistakes.append(f"{word} {number} must be a table.")
             continue
         common = {key: value for key, value in defaults.items() if "runs" not in table or key not in _OF_COMMANDS}
-        values, errors = _read_values(kind, {**common, **table})
-        if kind is PublishedCell:
-            errors = _contradictions({**common, **table}, values) | errors
-        label = f'{kind.WORD} "{values["name"]}"' if values["name"] else f"{kind.WORD} {number}"
-        entry = kind(**{**values, "name": values["name"] or label})
-        if entry.name in entries:
+        cell, errors = _read_cell({**common, **table}, keys)
+        label = f'{word} "{cell.name}"' if cell.name else f"{word} {number}"
+        if cell.name in cells:
             errors["name"] = "this name is there twice: give every cell a name of its own."
-        entries[entry.name] = entry
+        cells[cell.name or label] = cell
         for key, text in errors.items():
             sentence = f"{'defaults' if key in common.keys() - table.keys() else label}: {text}"
             mistakes += [sentence] if sentence not in mistakes else []
-            wrong.add(entry.name)
-    return entries, wrong
+            wrong.add(cell.name or label)
+    return cells, wrong
 
 
-def _read_values(kind: type[Entry], table: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the values of an entry's keys, and what is wrong with other keys."""
-    fields = {key_field.name: key_field for key_field in dataclasses.fields(kind)}
-    values: dict[str, Any] = {key: "" for key, item in fields.items() if item.default is dataclasses.MISSING}
-    errors = {key: f"{key} is missing." for key in values if key not in table} | _unknown_keys(table, fields)
-    for key in [key for key in fields if key in table]:
+def _read_cell(table: Mapping[str, object], keys: Sequence[str]) -> tuple[PublishedCell, dict[str, str]]:
+    """Return a cell of the right keys, and what is wrong by key."""
+    errors, values = _unknown_keys(table, keys), dict[str, Any](name="", figure=ROUNDS if "target" in table else "")
+    for key in [key for key in keys if key in table]:
         try:
-            values[key] = _value(key, table[key], str(fields[key].type))
+            values[key] = _value(key, table[key])
         except UserError as error:
             errors[key] = str(error)
-    if kind is PublishedCell:
-        values.setdefault("figure", ROUNDS if "target" in values else "")
-        percentages = [key for key in ("published", "tolerance") if key in values and isinstance(table[key], str)]
-        if values["figure"] == ROUNDS:
-            errors |= {key: f'{key} must be a number of rounds, not "{table[key]}".' for key in percentages}
-        values |= _in_own_unit(PublishedCell(**values), percentages)
-    return values, errors
-
-
-def _contradictions(table: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, str]:
-    """Return what is wrong with keys of a cell that exclude or need one another."""
-    errors = {key: f"recorded runs have no {key}: leave it out." for key in _OF_COMMANDS if {key, "runs"} <= {*table}}
-    if not table.keys() & {"command", "runs"}:
-        errors["command"] = 'command = "METHOD ..." is missing, or runs = "FOLDER".'
-    if (values["figure"] == ROUNDS) != bool(values.get("target")):
-        errors["target"] = f'the figure "{ROUNDS}" and a target go together: give both, or leave both out.'
     cell = PublishedCell(**values)
-    if cell.published is not None and cell.is_share and not 0 <= cell.published <= 1:
-        errors["published"] = "published must be a fraction from 0 to 1, or a percentage up to 100."
-    return errors
+    percentages = [key for key in ("published", "tolerance") if key in values and isinstance(table[key], str)]
+    if cell.published is not None:
+        published, tolerance = _in_own_unit(cell, cell.published, percentages)
+        cell = dataclasses.replace(cell, published=published, tolerance=tolerance)
+        if cell.is_share and not 0 <= published <= 1:
+            errors["published"] = "published must be a fraction from 0 to 1, or a percentage up to 100."
+    if "name" not in table:
+        errors["name"] = "name is missing."
+    if not table.keys() & {"command", "runs"}:
+        errors["command"] = "command is missing" + (', or runs = "FOLDER".' if "runs" in keys else ".")
+    if "runs" in table:
+        errors |= {key: f"recorded runs have no {key}: leave it out." for key in _OF_COMMANDS if key in table}
+    if cell.figure == ROUNDS:
+        errors |= {key: f'{key} must be a number of rounds, not "{table[key]}".' for key in percentages}
+    if (cell.figure == ROUNDS) != ("target" in table):
+        errors["target"] = f'the figure "{ROUNDS}" and a target go together: give both, or leave both out.'
+    return cell, errors
 
 
-def _in_own_unit(cell: PublishedCell, percentages: Sequence[str]) -> dict[str, float]:
+def _in_own_unit(cell: PublishedCell, published: float, percentages: Sequence[str]) -> tuple[float, float]:
     """Return published value and tolerance in the figure's own unit.
 
     ``percentages`` are those that were written with a percent sign.
     """
-    if (published := cell.published) is None:
-        return {}
     in_percent = "published" in percentages or (cell.is_share and published > 1)
     published = published / 100 if in_percent else published
     if cell.tolerance is None:
-        return {"published": published, "tolerance": 0.02 if cell.is_share else 0.05 * abs(published)}
-    in_points = in_percent or "tolerance" in percentages
-    return {"published": published, "tolerance": cell.tolerance / 100 if in_points else cell.tolerance}
+        return published, 0.02 if cell.is_share else 0.05 * abs(published)
+    return published, cell.tolerance / 100 if in_percent or "tolerance" in percentages else cell.tolerance
 
 
-def _unknown_keys(table: Mapping[str, object], known: Mapping[str, object]) -> dict[str, str]:
+def _unknown_keys(table: Iterable[str], known: Collection[str]) -> dict[str, str]:
     hints = {key: suggest_name(key, known) or f" The keys are {', '.join(known)}." for key in table if key not in known}
     return {key: f'there is no key "{key}".{hint}' for key, hint in hints.items()}
 
 
-def _value(key: str, value: Any, kind: str) -> Any:
+def _value(key: str, value: Any) -> object:
     if key == "seeds":
         return read_seeds(value)
     if key in ("sweep", "runs"):
         texts = [value] if key == "runs" and isinstance(value, str) else value
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        if not (isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)):
             raise UserError(f"{key} must be a list of texts, not {format_value(value)}.")
-        if key == "sweep":
-            read_sweep(texts)
-        return tuple(texts)
-    if "float" in kind:
-        percentage = (
-            re.fullmatch(r"\s*(\d+\.?\d*)\s*%\s*", value) if isinstance(value, str) and key != "minutes" else None
-        )
+        return tuple(texts) if key == "runs" or read_sweep(texts) else ()
+    if key in ("published", "tolerance", "minutes"):
+        percentage = re.fullmatch(r"\s*(\d+\.?\d*)\s*%\s*", str(value)) if key != "minutes" else None
         number = float(percentage[1]) if percentage else value
         if isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number):
             return float(number)
@@ -409,7 +388,7 @@ def _value(key: str, value: Any, kind: str) -> Any:
         return str(value)
     if not isinstance(value, str):
         raise UserError(f"{key} must be a text, not {format_value(value)}.")
-    if key == "target" and value:
+    if key == "target":
         Target.read(value)
     if key == "name" and ("," in value or not value.strip()):
         raise UserError("a name must have a letter and no comma, which parts names in --cells.")

@@ -13,26 +13,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedkern.comparison import reproduction_table
+from fedkern.comparison import reproduction_table, verdicts
 from fedkern.comparison.boards import Board
 from fedkern.comparison.cell_runner import Runner, check_out
 from fedkern.comparison.cells import Variant, read_sweep, run_name, spell_value, variants
 from fedkern.comparison.found_runs import FoundRun, Group, check_provenance, group_runs, read_runs
-from fedkern.comparison.published import Before, NotHere, Paper, PublishedCell
+from fedkern.comparison.published import NotHere, Paper, PublishedCell
 from fedkern.comparison.reproduction_table import Row, by_reason
 from fedkern.comparison.run_results import label_notes
-from fedkern.comparison.verdicts import (
-    NO_DATA,
-    NOT_PLAYED,
-    Outcome,
-    Verdict,
-    best_value,
-    figure_of,
-    figure_text,
-    judge_cell,
-    name_figure,
-    rate_run,
-)
+from fedkern.comparison.verdicts import NO_DATA, NOT_PLAYED, Outcome, Verdict, figure_of, figure_text, name_figure
 from fedkern.engine.store.record_files import METRICS, SUMMARY, read_metrics
 from fedkern.errors import UserError, describe_error, first_of
 from fedkern.files import atomic
@@ -91,15 +80,17 @@ class Job:
     """
 
     def __init__(
-        self, paper: Paper, entry: PublishedCell | Before, seeds: Sequence[int],
+        self, paper: Paper, entry: PublishedCell, seeds: Sequence[int],
         read: Callable[[Sequence[str]], Command], out: Path, runner: Mapping[str, Any],
     ) -> None:  # fmt: skip
         self.paper, self.entry, self.seeds, self._read = paper, entry, tuple(seeds), read
-        name, sweep = (entry.before, entry.sweep) if isinstance(entry, PublishedCell) else ("", ())
-        self.before = Job(paper, paper.befores[name], seeds, read, out, runner) if name else None
+        before = paper.befores[entry.before] if entry.before else None
+        self.before = None if before is None else Job(paper, before, seeds, read, out, runner)
         self._commands: dict[Path | None, Command] = {}
         first_command = self._command(self.seeds[0])
-        self.points = variants([first_command.method], read_sweep(sweep), first_command.names)[first_command.method]
+        self.points = variants([first_command.method], read_sweep(entry.sweep), first_command.names)[
+            first_command.method
+        ]
         text = paper.text(entry.command) + ("" if self.before is None else self.before.folder.name)
         self.folder: Path = out / f"{first_command.method}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         self.runner = Runner(
@@ -184,12 +175,11 @@ class Job:
         """Return the best point of a finished sweep, None if all failed."""
         if len(self.points) == 1:
             return self.points[0]
-        assert isinstance(self.entry, PublishedCell)
         scores, undefined = [], None
         for point, run in self.first_runs():
             try:
                 if run is not None:
-                    scores.append((rate_run(self.entry, run), point))
+                    scores.append((verdicts.rate_run(self.entry, run), point))
             except UserError as error:  # a figure that is NaN
                 undefined = error
         if undefined is not None and not scores:
@@ -409,7 +399,7 @@ class Reproduction:
                 if base is not None and base_outcome is not None:
                     pairs, notes = _pair_seeds(cell, base, runs)
                     base_outcome = replace(base_outcome, values={seed: base_outcome.values[seed] for seed in pairs})
-                verdict = judge_cell(cell, outcome, base_outcome, None if base is None else base.published)
+                verdict = verdicts.judge_cell(cell, outcome, base_outcome, None if base is None else base.published)
             elif name in self.absent:
                 verdict = Verdict(NO_DATA, self.absent[name])
             elif job is None or name in self.failures:
@@ -499,4 +489,4 @@ def _reached_text(cell: PublishedCell, run: FoundRun | None) -> str:
     if value is not None:
         return figure_text(cell, value)
     assert cell.goal is not None
-    return f"misses the target with {human_metric(cell.goal.figure, best_value(cell.goal.figure, run))}"
+    return f"misses the target with {human_metric(cell.goal.figure, verdicts.best_value(cell.goal.figure, run))}"

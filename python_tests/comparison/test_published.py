@@ -52,8 +52,9 @@ def test_defaults_hold_where_a_cell_says_nothing_else(write):
         (CELL + 'minutes = "3 %"', "minutes must be a number, not '3 %'"),
         (CELL.replace("0.9", "900"), "published must be a fraction from 0 to 1, or a percentage up to 100"),
         (CELL + 'runs = "runs/*"', "recorded runs have no command: leave it out"),
-        (CELL.replace("command", "source"), 'command = "METHOD ..." is missing, or runs = "FOLDER"'),
+        (CELL.replace("command", "source"), 'command is missing, or runs = "FOLDER"'),
         (CELL.replace('command = "fedavg --lr 0.1"', 'runs = "r"\nseeds = 3'), "recorded runs have no seeds"),
+        (CELL + "runs = []", "runs must be a list of texts, not []"),
         (CELL + "runs = [1]", "runs must be a list of texts, not [1]"),
         (CELL + "seeds = 0", "--seeds must be"),
         (CELL + 'sweep = "lr=1"', "sweep must be a list of texts"),
@@ -110,7 +111,7 @@ def test_all_mistakes_are_told_at_once(write):
     said, *mistakes = re.split(r" ?\(\d+\) ", str(error.value))
     assert said.endswith(f"mine.toml has {len(mistakes)} mistakes:")
     assert sorted(mistake.partition(".")[0] for mistake in mistakes) == [
-        'cell "a": command = "METHOD ',
+        'cell "a": command is missing, or runs = "FOLDER"',
         'cell "a": published must be a number, or a percentage such as "41',
         'cell "a": there is no cell "c" for its baseline',
         'cell "b": select must be figure or validation, not "best"',
