@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import shutil
 from collections.abc import Collection, Iterable, Mapping
@@ -14,7 +15,7 @@ from fedkern.comparison.cells import folder_name
 from fedkern.errors import UserError, first_of, suggest_name
 from fedkern.files import atomic
 from fedkern.files.inputs import read_text, report_unreadable
-from fedkern.foreign_runs.recorded_run import COSTS, check_figure
+from fedkern.foreign_runs.recorded_run import COSTS, check_record
 from fedkern.foreign_runs.recording import record
 from fedkern.tasks.figure_names import direction
 
@@ -58,9 +59,8 @@ class CsvResults:
         self.figures = [name for name in self.columns if name not in (*_KEYS, *COSTS)]
         self._lines: dict[tuple[str, int, int], int] = {}
         with report_unreadable(self.path):
-            lines = read_text(self.path, "utf-8-sig").splitlines(keepends=True)
-        head = lines[0] if lines else ""
-        reader = csv.reader(lines, delimiter=max(",;\t", key=head.count), strict=True)
+            text = read_text(self.path, "utf-8-sig")
+        reader = csv.reader(io.StringIO(text), delimiter=max(",;\t", key=text.partition("\n")[0].count), strict=True)
         mistakes = []
         try:
             header = [name.strip() for name in next(reader, [])]
@@ -76,6 +76,15 @@ class CsvResults:
                         mistakes.append(f"{where}it has {len(row)} values, and the first line has {len(header)}")
         except csv.Error as error:
             mistakes.append(f"line {reader.line_num}: {error}")
+        mistakes += (
+            []
+            if mistakes
+            else [
+                f"no line of {method}, seed {seed}, has the main figure, {self.figures[0]}"
+                for (method, seed), rounds in self.runs.items()
+                if not any(self.figures[0] in values for values in rounds.values())
+            ]
+        )
         if mistakes:
             raise UserError(f"{self.path} cannot be imported: {first_of(mistakes, _SHOWN, '; ')}.")
         if not self.runs:
@@ -103,9 +112,10 @@ class CsvResults:
 
     def _add(self, texts: Mapping[str, str], line: int) -> Iterable[str]:
         """Add a row's results, or yield what is wrong with them."""
-        method, numbers, values = texts.get("method", self.method), {"round": 1}, dict[str, float]()
-        if not method:
-            yield "the method is empty"
+        method, values = texts.get("method", self.method), dict[str, float]()
+        numbers = {} if "round" in texts else {"round": 1}
+        if not (method and method.isprintable()):
+            yield "the method must be a text of one line"
         for name, text in texts.items():
             try:
                 if name in ("seed", "round"):
@@ -114,11 +124,12 @@ class CsvResults:
                     values[name] = self._read_number(name, text)
             except ValueError as error:
                 yield str(error)
-        key = method, numbers.get("seed", -1), numbers["round"]
-        if (line_before := self._lines.setdefault(key, line)) != line and "seed" in numbers:
-            way = "" if "round" in self.columns else ", unless a column of rounds is named, round=COLUMN"
-            yield f"method, seed{' and round' * (not way)} are those of line {line_before}{way}"
-        self.runs.setdefault(key[:2], {})[key[2]] = values
+        if numbers.keys() >= {"seed", "round"}:
+            key = method, numbers["seed"], numbers["round"]
+            if (line_before := self._lines.setdefault(key, line)) != line:
+                way = "" if "round" in texts else ", unless a column of rounds is named, round=COLUMN"
+                yield f"method, seed{' and round' * (not way)} are those of line {line_before}{way}"
+            self.runs.setdefault(key[:2], {})[key[2]] = values
 
     def _read_number(self, name: str, text: str) -> float:
         try:
@@ -126,29 +137,24 @@ class CsvResults:
         except InvalidOperation:
             raise ValueError(f'{name} must be a number, not "{text}"') from None
         number = float(exact.scaleb(-2) if text.endswith("%") or name in self.percent else exact)
-        if name in self.figures:
-            try:
-                check_figure(name, number if math.isfinite(number) else None)
-            except ValueError as error:
-                raise ValueError(f"{error}{f' (a percentage: --percent {name})' * (1 < number <= 100)}") from None
-        elif not (math.isfinite(number) and number >= 0):
-            raise ValueError(f'{name} must be a number from 0 on, not "{text}"')
+        try:
+            check_record({"round": 0, name: number if math.isfinite(number) else None}, -1)
+        except ValueError as error:
+            is_percentage = name in self.figures and 1 < number <= 100
+            raise ValueError(f"{error}{f' (a percentage: --percent {name})' * is_percentage}") from None
         return number
 
-    def write(self, out: Path, *, main: str = "", better: str = "", framework: str = "own code") -> list[Path]:
+    def write(self, out: Path, *, better: str = "", framework: str = "own code") -> list[Path]:
         """Record the runs in new folders of ``out``, which must be empty or missing, or write nothing.
 
         Args:
-            main: the main figure, by default the first one.
-            better: ``"max"`` or ``"min"``, needed for a main figure that fedkern does not know.
+            better: ``"max"`` or ``"min"``, needed if fedkern does not know the main figure, which is the first one.
             framework: name of the program that made the results.
 
         Returns:
             The folders of the runs.
         """
-        main = main or self.figures[0]
-        if main not in self.figures:
-            raise UserError(f'--main "{main}" is none of the figures {", ".join(self.figures)}.')
+        main = self.figures[0]
         if not (better := better or direction(main, {}) or ""):
             raise UserError(f"Nothing says whether a low {main} is a good one: give --better max or --better min.")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):

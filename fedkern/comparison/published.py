@@ -254,7 +254,7 @@ def read_paper(name: str) -> Paper:
 
 
 def load_paper(name: str) -> Paper:
-    """Read a paper that fedkern ships, or a file, with its mistakes. Cells that have any are left out."""
+    """Read a paper that fedkern ships, or a file, with its mistakes. Wrong keys of cells are left out."""
     path = expand(name) if name.endswith(".toml") else PAPERS / f"{name}.toml"
     if not name.endswith(".toml") and name not in list_papers():
         raise UserError(
@@ -292,13 +292,12 @@ def _paper(path: Path, table: dict[str, Any]) -> Paper:
             text = f'there is no entry "{cell.before}" of before.{suggest_name(cell.before, befores)}'
         elif cell.smaller and cell.published is not None and not cell.baseline and name not in compared:
             text = "at a smaller scale it needs a baseline, by which cells are ordered."
-        if text:
-            mistakes.append(f'cell "{name}": {text}')
-        if text or cell.before in wrong_befores:
-            wrong.add(name)
-    right = tuple(cell for name, cell in cells.items() if name not in wrong)
+        mistakes += [f'cell "{name}": {text}'] if text else []
+    # Wrong cells too, for the mistakes of their commands.
+    usable = {"", *befores} - wrong_befores
+    right = [cell for cell in cells.values() if cell.name and (cell.command or cell.runs) and cell.before in usable]
     texts = {key: table[key] for key in ("title", "citation", "note")}
-    return Paper(path, right, befores, {name: str(text) for name, text in words}, **texts, mistakes=mistakes)
+    return Paper(path, tuple(right), befores, {name: str(text) for name, text in words}, **texts, mistakes=mistakes)
 
 
 def _read_cells(

@@ -30,8 +30,7 @@ def add_flags(parser: Parser) -> None:
         "percent": ("NAME,NAME", "figures whose numbers are percentages; values such as 41.5 %% need no mention"),
         "method": ("NAME", "the method of all rows, if no column has it"),
         "framework": ("NAME", "the program that made the results, which stands behind the method; default own code"),
-        "main": ("NAME", "the main figure; default the first one of --columns"),
-        "better": ("max|min", "whether high or low values of the main figure are better, if fedkern does not know it"),
+        "better": ("max|min", "the better values of the main figure, the first of --columns, if fedkern does not know"),
         "out": ("DIR", "folder of the runs, which must be new or empty; default runs/<name of the file>"),
         "json": ("", "print the folders as JSON"),
     })  # fmt: skip
@@ -58,7 +57,7 @@ def play(request: Request) -> int:
     path = expand(arguments["file"])
     results = CsvResults(path, arguments["columns"], arguments["percent"], request.method or "")
     out = request.out or Path("runs") / path.stem
-    options = {name: arguments[name] for name in ("main", "better", "framework") if arguments[name]}
+    options = {name: arguments[name] for name in ("better", "framework") if arguments[name]}
     folders = results.write(out, **options)
     text = f"{len(folders)} run{'s' * (len(folders) > 1)} from {path} in {out}\ncompare them: {PROGRAM} compare {out}"
     print_result({"folder": str(out), "runs": [str(folder) for folder in folders]} if request.json else text)

@@ -74,10 +74,10 @@ def test_a_row_may_be_a_finished_run(result, write, tmp_path):
         (TABLE + "a,2,1.5,5\n", 'line 6: round must be a whole number from 0 on, not "1.5"'),
         (TABLE + "a,2,1,high\n", 'line 6: accuracy must be a number, not "high"'),
         (TABLE + "a,2,1,900\n", "line 6: accuracy must be a fraction from 0 to 1, not 9.0"),
-        (TABLE + ",2,1,9\n", "line 6: the method is empty"),
+        (TABLE + ",2,1,9\n", "line 6: the method must be a text of one line"),
         (TABLE + "a,1,1,9\n", "line 6: method, seed and round are those of line 5"),
         (TABLE + 'a,2,1,"9\n', "line 6: unexpected end of data"),
-        (TABLE + "a,2,1,\n", 'the main figure "accuracy"'),
+        (TABLE + "a,2,1,\n", "no line of a, seed 2, has the main figure, accuracy"),
     ],
 )
 def test_mistakes_in_a_table_leave_nothing(fails, write, tmp_path, text, said):
@@ -86,11 +86,12 @@ def test_mistakes_in_a_table_leave_nothing(fails, write, tmp_path, text, said):
 
 
 def test_all_mistakes_are_told_at_once(fails, write):
-    said = fails("import", write(TABLE + "a,x,y,z\na,1\n"), *FLAGS)
+    said = fails("import", write(TABLE + "a,x,y,z\na,1\na,0,y,1\n"), *FLAGS)
     assert said.startswith("error: table.csv cannot be imported: line 6: seed must")
     assert "; line 6: round must" in said
     assert "; line 6: accuracy must" in said
     assert "; line 7: it has 2 values" in said
+    assert said.endswith('; line 8: round must be a whole number from 0 on, not "y".')
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,6 @@ def test_all_mistakes_are_told_at_once(fails, write):
         (("table.csv", "--columns", "method=algo,seed"), "No column holds a figure"),
         (("table.csv", "--columns", COLUMNS, "--percent", "f1"), "--percent f1: it is none of the figures accuracy"),
         (("table.csv", "--columns", COLUMNS), "not 50.0 (a percentage: --percent accuracy)"),
-        (("table.csv", *FLAGS, "--main", "f1"), '--main "f1" is none of the figures accuracy'),
         (("table.csv", "--columns", "method=algo,seed,round=epoch,hits=test_acc"), "give --better max or --better min"),
         (("table.csv", "--columns", "method=algo,seed,accuracy=test_acc", "--percent", "accuracy"), "round=COLUMN"),
         (("table.csv", *FLAGS[:-1], "full"), "full is there already: name another --out"),
