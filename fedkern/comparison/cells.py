@@ -167,22 +167,17 @@ def cells(choices: Iterable[Variant], seeds: Sequence[int], make: Callable[[Vari
 
 def read_seeds(text: str | int | Sequence[int], first_seed: int = 0) -> tuple[int, ...]:
     """Return seeds from a number (``3``: three seeds from ``first_seed``) or a list (``0,4,7``), or raise UserError."""
-    wrong = f'--seeds must be a number of seeds, at least 1, or a list such as 0,4,7, not "{text}".'
+    wrong = UserError(f'--seeds must be a number of seeds, at least 1, or a list such as 0,4,7, not "{text}".')
     try:
         if isinstance(text, str):
             text = [int(part) for part in text.split(",")] if "," in text else int(text)
-    except ValueError:
-        raise UserError(wrong) from None
-    if isinstance(text := python_number(text), int):
-        if isinstance(text, bool) or not 1 <= text <= MOST_CELLS:
-            raise UserError(wrong)
-        return tuple(range(first_seed, first_seed + text))
-    try:
-        seeds = tuple(python_number(seed) for seed in text)
-    except TypeError:
-        raise UserError(wrong) from None
+        if type(count := python_number(text)) is int and 1 <= count <= MOST_CELLS:
+            return tuple(range(first_seed, first_seed + count))
+        seeds = tuple(python_number(seed) for seed in text)  # type: ignore[union-attr]
+    except (TypeError, ValueError):
+        raise wrong from None
     if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int for seed in seeds):
-        raise UserError(wrong)
+        raise wrong
     return seeds
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -83,25 +84,20 @@ class Job:
         self, paper: Paper, entry: PublishedCell, seeds: Sequence[int],
         read: Callable[[Sequence[str]], Command], out: Path, runner: Mapping[str, Any],
     ) -> None:  # fmt: skip
-        self.paper, self.entry, self.seeds, self._read = paper, entry, tuple(seeds), read
+        self.entry, self.seeds = entry, tuple(seeds)
+        self._read = cache(lambda before: read(paper.words(entry.command, before)))
         before = paper.befores[entry.before] if entry.before else None
         self.before = None if before is None else Job(paper, before, seeds, read, out, runner)
-        self._commands: dict[Path | None, Command] = {}
-        first_command = self._command(self.seeds[0])
-        self.points = variants([first_command.method], read_sweep(entry.sweep), first_command.names)[
-            first_command.method
-        ]
+        command = self._command(self.seeds[0])
+        self.points = variants([command.method], read_sweep(entry.sweep), command.names)[command.method]
         text = paper.text(entry.command) + ("" if self.before is None else self.before.folder.name)
-        self.folder: Path = out / f"{first_command.method}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        self.folder: Path = out / f"{command.method}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
         self.runner = Runner(
-            self.folder, lambda point, seed: self._command(seed).make(point, seed), first_command.names, **runner
+            self.folder, lambda point, seed: self._command(seed).make(point, seed), command.names, **runner
         )
 
     def _command(self, seed: int) -> Command:
-        before = None if self.before is None else self.before.folder_of(seed, self.before.points[0])
-        if before not in self._commands:
-            self._commands[before] = self._read(self.paper.words(self.entry.command, before))
-        return self._commands[before]
+        return self._read(None if self.before is None else self.before.folder_of(seed, self.before.points[0]))
 
     def folder_of(self, seed: int, point: Variant) -> Path:
         return self.folder / run_name(point, seed)
@@ -191,12 +187,12 @@ class Job:
         return [(point, self.runs(point).get(self.seeds[0])) for point in self.points]
 
     def histories(self) -> Groups:
-        histories = {}
-        for point in self.points:
-            for seed in self.seeds:
-                if ((folder := self.folder_of(seed, point)) / METRICS).exists():
-                    histories[", ".join(filter(None, (_point(point), f"seed {seed}")))] = [read_metrics(folder)]
-        return histories
+        return {
+            ", ".join(filter(None, (_point(point), f"seed {seed}"))): [read_metrics(folder)]
+            for point in self.points
+            for seed in self.seeds
+            if ((folder := self.folder_of(seed, point)) / METRICS).exists()
+        }
 
     def runs(self, point: Variant) -> dict[int, FoundRun]:
         seeds = [seed for seed in self.seeds if self.is_finished(seed, point)]
@@ -268,16 +264,10 @@ class Reproduction:
         for name in names:
             if not any(fnmatchcase(cell.name, name) for cell in cells):
                 self.paper.find(name)  # raises
-        chosen = [
-            cell
-            for cell in cells
-            if table in (None, cell.table) and (not names or any(fnmatchcase(cell.name, name) for name in names))
-        ]
-        if not chosen:
-            raise UserError(
-                f'table "{table}" of {self.paper.name} has no cell {" or ".join(names)}: leave --table out.'
-            )
-        return chosen
+        matching = [cell for cell in cells if not names or any(fnmatchcase(cell.name, name) for name in names)]
+        if chosen := [cell for cell in matching if table in (None, cell.table)]:
+            return chosen
+        raise UserError(f'table "{table}" of {self.paper.name} has no cell {" or ".join(names)}: leave --table out.')
 
     def plan(self, cells: Sequence[PublishedCell]) -> tuple[list[PublishedCell], list[str]]:
         """Return the cells that have runs left, the most expensive last, and lines on all cells for people.
@@ -297,10 +287,10 @@ class Reproduction:
         for reason, names in by_reason((self.absent.get(cell.name, ""), cell.name) for cell in cells).items():
             lines.append(f"{NO_DATA}: {first_of(names, 3)} ({reason})")
         planned = []
-        for name in sorted(
-            jobs.keys() - self.absent.keys(), key=lambda name: (jobs[name].seconds, [*jobs].index(name))
-        ):
-            job, left = jobs[name], jobs[name].runs_left
+        for name, job in sorted(jobs.items(), key=lambda item: item[1].seconds):
+            if name in self.absent:
+                continue
+            left = job.runs_left
             planned += [self.paper.find(name)] if left else []
             about = f", about {human_time(job.seconds)} left" if job.seconds else ""
             left_words = f"next: {name} ({job.total - left} of {job.total} runs finished{about})"
