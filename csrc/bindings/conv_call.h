@@ -31,7 +31,7 @@ inline std::int64_t kept_channels(const ConvShape& s, long groups) {
   if (!served || !s.batch) return 0;
   const ConvShape wide = served(s);
   if (!groups) return wide.out;
-  if (groups < 0 || s.out % groups || wide.in != s.in || wide.out != s.out) return 0;
+  if (groups < 0 || s.out % groups || wide.out != s.out) return 0;
   return s.kernel == 1 && s.in * s.out > std::max<std::int64_t>(16384, 32 * s.result().positions()) ? 0 : s.out;
 }
 

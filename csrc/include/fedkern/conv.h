@@ -101,7 +101,7 @@ struct ConvTable {
   // The shape in which a call of this shape is computed: its own, or with channels of zeros behind; batch 0 where PyTorch's own
   // operators are faster; null: everywhere.
   ConvShape (*served)(const ConvShape&);
-  // Of a group norm channels of zeros are not filled in: `served` must give its own shape.
+  // A group norm's own channels are not filled up, only those of x.
   // False where an infinity or NaN is met, which kernels spread further than convolutions do: results are void, running statistics
   // unchanged.
   bool (*forward)(const ConvForward&);

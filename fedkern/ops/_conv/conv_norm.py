@@ -81,9 +81,9 @@ def conv_norm(
     Where both numbers of channels are multiples of 16, 3x3 convolutions of stride 1 take Winograd's products
     (F(2x2, 3x3), arXiv 1509.09308), with rounding errors of a few 1e-6 of the largest value. Where the kernel meets an
     infinity or NaN, PyTorch's operators compute the call again, since Winograd's products would spread it. Other
-    numbers of channels are filled up with zeros where that costs at most half as many products again, but not with
-    groups. The gradient of wide weights takes memory for every thread: with 1,024 channels and a batch of 256 a pass
-    has 1.45 times PyTorch's peak on one thread, and 1.7 times on two.
+    numbers of channels are filled up with zeros where that costs at most half as many products again, with groups
+    only those of x. The gradient of wide weights takes memory for every thread: with 1,024 channels and a batch of 256
+    a pass has 1.45 times PyTorch's peak on one thread, and 1.7 times on two.
 
     PyTorch's own batch norm (2.13) reads the gradient of a batch of one, or of maps of one row or column, in the wrong
     order where that gradient is contiguous with the channels behind, as after ``y.squeeze(0).permute(1, 2, 0)``. Its
