@@ -116,11 +116,14 @@ def test_batch_norm_does_what_torchs_does(norm, mode, calls):
 
 @pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("relu", [False, True])
-def test_layers_behind_the_norm(relu, pool, calls):
+@pytest.mark.parametrize("groups", [0, 2])
+def test_layers_behind_the_norm(groups, relu, pool, calls):
     module = stage(relu=relu, pool=pool)
+    if groups:
+        module[1] = nn.GroupNorm(groups, 8, eps=0.3)
     expected = learnt(plain(module))
     same(learnt(module), expected)
-    assert [(call["relu"], call["pool"]) for call in calls] == [(relu, 1 + pool)] * 2
+    assert [(call["groups"], call["relu"], call["pool"]) for call in calls] == [(groups, relu, 1 + pool)] * 2
 
 
 def test_a_residual(calls):
@@ -208,7 +211,6 @@ IN_THE_WAY = {
     "bias": replace_layer(0, nn.Conv2d(3, 8, 3, padding=1)),
     "5x5": replace_layer(0, nn.Conv2d(3, 8, 5, padding=1, bias=False)),
     "groups": group_channels,
-    "another norm": replace_layer(1, nn.GroupNorm(2, 8)),
     "instance norm": replace_layer(1, nn.InstanceNorm2d(8, affine=True)),
     "another activation": replace_layer(2, nn.ELU()),
     "a class of one's own": replace_layer(2, OwnReLU()),
@@ -351,8 +353,8 @@ def test_torch_export_and_jit_trace_record_the_layers(monkeypatch):
 # -- networks --------------------------------------------------------------------------------------------------------
 
 SERVED = {
-    "cnn": 3, "cnn-gn": 0, "resnet8": 9, "resnet8-t": 9, "resnet10": 12, "resnet18": 20, "resnet8-gn": 0,
-    "unet": 18, "unet-small": 14, "unet-small-gn": 0, "mlp": 0, "mobilenetv2": 0, "efficientnet-b0": 0, "vit-tiny": 0,
+    "cnn": 3, "cnn-gn": 3, "resnet8": 9, "resnet8-t": 9, "resnet10": 12, "resnet18": 20, "resnet8-gn": 9,
+    "unet": 18, "unet-small": 14, "unet-small-gn": 14, "mlp": 0, "mobilenetv2": 0, "efficientnet-b0": 0, "vit-tiny": 0,
 }  # fmt: skip
 """Convolutions that the operator computes."""
 
@@ -474,7 +476,7 @@ class OwnPool(nn.MaxPool2d):
         ("conv", OwnConv(3, 8, 3, padding=1, bias=False)),
         ("conv", nn.Conv2d(3, 8, 1, padding=1, bias=False)),
         ("norm", OwnNorm(8)),
-        ("norm", nn.GroupNorm(2, 8)),
+        ("norm", nn.InstanceNorm2d(8)),
         ("relu", OwnReLU()),
         ("relu", nn.Sigmoid()),
         ("pool", OwnPool(2)),

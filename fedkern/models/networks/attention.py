@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.models.precision import Layer, autocasts, to_fp32
+from fedkern.ops._core.backend import forced_backend, is_intercepted
 
 HEAD_WIDTH = 64
 
@@ -14,6 +15,23 @@ HEAD_WIDTH = 64
 def head_count(width: int) -> int:
     """Return the largest number of heads of at least 64 channels that divides ``width``, or 1."""
     return max(heads for heads in range(1, max(1, width // HEAD_WIDTH) + 1) if width % heads == 0)
+
+
+def token_rows(mask: Tensor) -> Tensor | None:
+    """Return the positions int64 ``[n]`` of tokens in a flattened mask bool ``[B, N]``, or None to compute padding too.
+
+    Their number is unknown to compilers and transforms, and a GPU would be waited for.
+    """
+    if mask.device.type != "cpu" or torch.jit.is_tracing() or is_intercepted() or forced_backend() == "reference":
+        return None
+    rows = mask.flatten().nonzero().flatten()
+    return rows if len(rows) < mask.numel() else None
+
+
+def unpack(tokens: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
+    """Return packed tokens ``[n, d]`` in their places of ``[B, N, d]``, with zeros as padding."""
+    zeros = tokens.new_zeros(mask.numel(), tokens.shape[1])
+    return zeros.index_copy(0, rows, tokens).view(*mask.shape, -1)
 
 
 class TransformerLayer(nn.Module):
@@ -34,11 +52,14 @@ class TransformerLayer(nn.Module):
         self.widen = nn.Linear(width, 4 * width)
         self.narrow: Layer = nn.Linear(4 * width, width)
 
-    def _attend(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        query, key, value = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    def _attend(self, tokens: Tensor, mask: Tensor | None, rows: Tensor | None) -> Tensor:
+        mixed = self.qkv(tokens)
+        if mask is not None and rows is not None:
+            mixed = unpack(mixed, mask, rows)
+        query, key, value = mixed.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         visible = None if mask is None else mask[:, None, None, :]
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
-        return self.project(attended.transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible).transpose(1, 2).flatten(2)
+        return self.project(attended if rows is None else attended.flatten(0, 1).index_select(0, rows))
 
     @autocasts
     def first_token(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -66,10 +87,13 @@ class TransformerLayer(nn.Module):
     def _fed(self, tokens: Tensor) -> Tensor:
         return self.narrow(F.gelu(self.widen(tokens)))
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map tokens fp32 ``[B, N, d]``, with attention to the tokens where ``mask`` (bool ``[B, N]``) is True."""
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+        """Map tokens fp32 ``[B, N, d]``, with attention to the tokens where ``mask`` (bool ``[B, N]``) is True.
+
+        With ``rows`` (:func:`token_rows` of the mask) tokens are packed, fp32 ``[n, d]``, and only attention pads them.
+        """
         if self.norm_first:
-            tokens = tokens + self._attend(self.norm1(tokens), mask)
+            tokens = tokens + self._attend(self.norm1(tokens), mask, rows)
             return tokens + self._fed(self.norm2(tokens))
-        tokens = self.norm1(tokens + self._attend(tokens, mask))
+        tokens = self.norm1(tokens + self._attend(tokens, mask, rows))
         return self.norm2(tokens + self._fed(tokens))

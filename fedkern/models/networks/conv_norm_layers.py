@@ -1,4 +1,4 @@
-"""Convolution, batch norm, ReLU and max pooling of networks as one operator, :func:`fedkern.ops.conv_norm`.
+"""Convolution, batch or group norm, ReLU and max pooling of networks as one operator, :func:`fedkern.ops.conv_norm`.
 
 PyTorch's layers keep their names, states and hooks.  The operator replaces them if calling them has no other effect.
 """
@@ -21,6 +21,7 @@ from fedkern.ops._core.private_torch import functorch_active
 
 _POOL = attrgetter("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
 _SERVED_POOL = (2, 2, 0, 1, False, False)
+_NORMS = (nn.BatchNorm2d, nn.GroupNorm)
 _BUFFERS = itemgetter("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -61,7 +62,7 @@ def _run_operator(
             return None
         called.append(pool)
     parts = convolution(conv)
-    if parts is None or type(norm) is not nn.BatchNorm2d:
+    if parts is None:
         return None
     for layer in called:
         if has_hooks(layer) or not layer.__dict__.keys().isdisjoint(("forward", "_conv_forward")):
@@ -69,19 +70,25 @@ def _run_operator(
     weight, bias, side, stride, padding = parts
     try:
         scale, shift = PARAMETERS(norm._parameters)
-        mean, variance, count = _BUFFERS(norm._buffers)
+        if type(norm) is nn.BatchNorm2d:
+            mean, variance, count = _BUFFERS(norm._buffers)
+            training, momentum, eps, groups = norm.training, norm.momentum, norm.eps, 0
+            tracks = training and norm.track_running_stats
+        elif type(norm) is nn.GroupNorm:
+            mean = variance = count = None
+            training, tracks, momentum, eps, groups = True, False, 0.0, norm.eps, norm.num_groups
+        else:
+            return None
     except KeyError:  # no parameter or buffer, but another object
         return None
-    training, momentum = norm.training, norm.momentum
-    tracks = training and norm.track_running_stats
     if training and not tracks:
         mean = variance = None
     size = 1 if pool is None else 2
-    if padding != side // 2 or bias is not None or norm.eps <= 0 or any(GLOBAL_HOOKS):  # batch norm refuses such an eps
+    if padding != side // 2 or bias is not None or eps <= 0 or any(GLOBAL_HOOKS):  # batch norm refuses such an eps
         return None
     batch = training or (mean is None and variance is None)
     inputs = Inputs(x, weight, scale, shift, None, residual)
-    settings = Settings(mean, variance, momentum or 0.0, norm.eps, stride, relu is not None, size, tracks, batch)
+    settings = Settings(mean, variance, momentum or 0.0, eps, stride, relu is not None, size, tracks, batch, groups)
     kernel = choose_norm_kernels(inputs, settings)
     if kernel is None:
         return None
@@ -110,7 +117,7 @@ class ConvSequential(nn.Sequential):
         while (layer := layers[at]) is not None:
             norm, relu, pool = layers[at + 1 : at + 4]
             at += 1
-            if type(layer) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
+            if type(layer) is not nn.Conv2d or type(norm) not in _NORMS:
                 x = apply_norm(layer, x) if isinstance(layer, nn.BatchNorm2d) else layer(x)
                 continue
             if type(relu) is not nn.ReLU:

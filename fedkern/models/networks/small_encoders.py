@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fedkern.models.networks.attention import TransformerLayer
+from fedkern.models.networks.attention import TransformerLayer, token_rows, unpack
+from fedkern.models.networks.conv_norm_layers import ConvSequential
 from fedkern.models.networks.vit import patch_size
 from fedkern.models.precision import Layer
 from fedkern.models.pretrained.vocabulary import Tokens, Vocabulary
@@ -61,7 +62,7 @@ class ConvTokens(ImageEncoder):
             ]
             if i < halvings:
                 stages.append(nn.MaxPool2d(2))
-        self.stages = nn.Sequential(*stages)
+        self.stages = ConvSequential(*stages)
         height, across = image_size
         self.grid = height >> halvings, across >> halvings
         self.width = width
@@ -116,7 +117,10 @@ class TextTransformer(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Map tokens ``[B, L]`` to vectors ``[B, L, d]``, meaningless at padding."""
-        x = self.embedding(tokens.ids)
+        x, rows = self.embedding(tokens.ids), token_rows(tokens.mask)
+        if rows is not None:
+            x = x.flatten(0, 1).index_select(0, rows)
         for layer in self.layers:
-            x = layer(x, tokens.mask)
-        return self.norm(x)
+            x = layer(x, tokens.mask, rows)
+        x = self.norm(x)
+        return x if rows is None else unpack(x, tokens.mask, rows)

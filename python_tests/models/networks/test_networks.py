@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedkern import models
+from fedkern import models, ops
 from fedkern.models import Generator
-from fedkern.models.networks.attention import TransformerLayer
+from fedkern.models.networks.attention import TransformerLayer, token_rows, unpack
 from fedkern.models.networks.discriminator import PatchDiscriminators, receptive_field, whole_image
 from fedkern.models.networks.vit import Encoder, PatchEmbedding, patch_size
 
@@ -29,8 +29,24 @@ def test_the_first_token_is_that_of_the_whole_layer(norm_first, width, heads, ma
     assert torch.allclose(token, full, rtol=1e-12, atol=1e-12)
     upstream = torch.randn(full.shape, generator=generator, dtype=torch.float64)
     inputs = [tokens, *layer.parameters()]
-    for a, b in zip(*(torch.autograd.grad(x, inputs, upstream) for x in (full, token)), strict=True):
+    for a, b in zip(*(torch.autograd.grad(x, inputs, upstream, True) for x in (full, token)), strict=True):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+    if masked:
+        rows = token_rows(mask)
+        packed = unpack(layer(tokens.flatten(0, 1)[rows], mask, rows), mask, rows)
+        assert torch.allclose(packed, mask[..., None] * layer(tokens, mask), rtol=1e-12, atol=1e-12)
+        for a, b in zip(*(torch.autograd.grad(x, inputs, upstream) for x in (full, packed[:, 0])), strict=True):
+            assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_tokens_are_packed_only_where_their_number_may_be_read():
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert token_rows(mask).tolist() == [0, 1, 3]
+    assert token_rows(mask[:, :1]) is token_rows(mask.to("meta")) is None
+    torch.vmap(lambda part: part if token_rows(part) is None else None)(mask[None])
+    assert torch.compile(lambda x: x if token_rows(mask) is None else None, backend="eager")(mask) is not None
+    with ops.use_backend("reference"):
+        assert token_rows(mask) is None
 
 
 # -- vit ---------------------------------------------------------------------------------------------------------------
