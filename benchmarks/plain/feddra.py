@@ -119,14 +119,12 @@ def pool_statistics(model: Any, datasets: Sequence[common.Images], weights: Sequ
 
 def image_inputs(model: Any, data: common.Images) -> Tensor:
     batches = DataLoader(data, batch_size=128)
-    return torch.cat(
-        [model.image_align.first_token(model.encode_image(images)) for images, _ in on(batches, common.device_of(model))]
-    )
+    return torch.cat([model.image_token(images) for images, _ in on(batches, common.device_of(model))])
 
 
 def text_inputs(model: Any, data: common.Images) -> Tensor:
     batches = on(DataLoader(data, batch_size=128), common.device_of(model))
-    return torch.cat([model.text_align.first_token(model.encode_text(tokens), tokens.mask) for _, tokens in batches])
+    return torch.cat([model.text_token(tokens) for _, tokens in batches])
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.uploads import Declaration, make_once
 from fedkern.models.state import personal_parts
-from fedkern.models.towers import PARTS, PairNetwork
+from fedkern.models.towers import PARTS, PairNetwork, unit_rows
 from fedkern.tasks.retrieval import TEMPERATURE
 from fedkern.typed_option import option
 
@@ -159,7 +159,12 @@ class FedDRA(Robust):
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         if phase.exchange == LOSSES:
-            return super().client_update(client, phase, message)
+            answer = super().client_update(client, phase, message)
+            # What the exchange of statistics computed with the model that the client keeps.
+            client.state["heads"] = {}
+            if "heads" in client.round_cache and self.options.anchors and client.device.type == "cpu":
+                client.state["heads"] = {"rows": client.round_cache["rows"], **client.round_cache["heads"]}
+            return answer
         client.report["weight"] = message["weight"]
         rows = self.rows(client)[0]
         if phase.exchange == "alignment":
@@ -168,13 +173,16 @@ class FedDRA(Robust):
             result = client.train(self, phase, {**message, **model}, parts=ALIGNMENT, steps=steps, rows=rows)
             client.round_cache["alignment"] = result
             return result if self.averaged else {}
+        extras = {}
         if self.paired:
             model, part = client.round_cache.get("model") or client.state["model"], vectors_of(message)
             alignment = client.round_cache.get("alignment", part) if self.options.joint_start == "own" else part
             start, anchor = splice_ends(model, alignment), splice_ends(model, part)
         else:
             model = start = anchor = self.held(client, message)
-        result = client.train(self, phase, {**message, **start}, rows=rows, anchor=anchor)
+            if model is client.state.get("model"):
+                extras = client.state["heads"]
+        result = client.train(self, phase, {**message, **start}, rows=rows, anchor=anchor, extras=extras)
         client.report["drift"] = float(torch.linalg.vector_norm(result["parameters"] - model["parameters"]))
         return result
 
@@ -192,9 +200,9 @@ class FedDRA(Robust):
             def anchor(side: str) -> Tensor:
                 # In the first stage the local encoders equal the global ones, so both branches share their outputs.
                 glob: PairNetwork = received.model
-                if side == "image":
-                    return glob.project_image(image if frozen else glob.encode_image(batch.inputs))
-                return glob.project_text(text if frozen else glob.encode_text(batch.targets), mask)
+                if frozen:
+                    return glob.project_image(image) if side == "image" else glob.project_text(text, mask)
+                return unit_rows(getattr(glob, f"{side}_head")(head_inputs(side, glob, batch, received.extras)))
 
             distance = mse_loss(x, cached_rows("image", batch, received, lambda: anchor("image"))) + mse_loss(
                 y, cached_rows("text", batch, received, lambda: anchor("text"))
@@ -205,6 +213,21 @@ class FedDRA(Robust):
     def judge(self, model: nn.Module, batch: Batch) -> Tensor:
         x, y = model(batch.inputs, batch.targets)
         return float(self.options.lambda1) * ops.contrastive(x, y, TEMPERATURE)
+
+
+def head_inputs(side: str, network: PairNetwork, batch: Batch, known: Mapping[str, Tensor]) -> Tensor:
+    """Return the inputs fp32 ``[B, d]`` of the ``"image"`` or ``"text"`` head, computed for unknown rows alone."""
+    compute = network.image_token if side == "image" else network.text_token
+    samples = batch.inputs if side == "image" else batch.targets
+    if batch.fresh or not known:
+        return compute(samples)
+    rows, indices = known["rows"], torch.from_numpy(batch.indices)
+    at = torch.searchsorted(rows, indices).clamp(max=len(rows) - 1)
+    unknown = (rows[at] != indices).nonzero().flatten()
+    inputs = known[f"{side}_head"][at]
+    if len(unknown):
+        inputs[unknown] = compute(samples[unknown] if side == "image" else samples.take(unknown))
+    return inputs
 
 
 def part_sizes(network: nn.Module) -> dict[str, int]:

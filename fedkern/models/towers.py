@@ -76,21 +76,29 @@ class PairNetwork(nn.Module):
         vectors: Tensor = self.text_encoder(tokens)
         return vectors
 
+    def image_token(self, images: Tensor) -> Tensor:
+        """Map normalised images fp32 ``[B, C, H, W]`` to the inputs of their head ``[B, d]``."""
+        return self.image_align.first_token(self.encode_image(images))
+
+    def text_token(self, tokens: Tokens) -> Tensor:
+        """Map tokens ``[B, L]`` to the inputs of their head ``[B, d]``."""
+        return self.text_align.first_token(self.encode_text(tokens), tokens.mask)
+
     def project_image(self, sequence: Tensor) -> Tensor:
         """Map the output of :meth:`encode_image` to unit vectors ``[B, 128]``."""
-        return _unit(self.image_head(self.image_align.first_token(sequence)))
+        return unit_rows(self.image_head(self.image_align.first_token(sequence)))
 
     def project_text(self, sequence: Tensor, mask: Tensor) -> Tensor:
         """Map the output of :meth:`encode_text` and the tokens' mask bool ``[B, L]`` to unit vectors ``[B, 128]``."""
-        return _unit(self.text_head(self.text_align.first_token(sequence, mask)))
+        return unit_rows(self.text_head(self.text_align.first_token(sequence, mask)))
 
     def image_embedding(self, images: Tensor) -> Tensor:
         """Map normalised images fp32 ``[B, C, H, W]`` to unit vectors ``[B, 128]``."""
-        return self.project_image(self.encode_image(images))
+        return unit_rows(self.image_head(self.image_token(images)))
 
     def text_embedding(self, tokens: Tokens) -> Tensor:
         """Map tokens ``[B, L]`` to unit vectors ``[B, 128]``."""
-        return self.project_text(self.encode_text(tokens), tokens.mask)
+        return unit_rows(self.text_head(self.text_token(tokens)))
 
     def forward(self, images: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Return the unit vectors ``[B, 128]`` of images and of their texts."""
@@ -101,7 +109,7 @@ SHORTEST = 0.1
 """Smallest norm of a row that still has a direction; after the last batch norm a row's norm is about 11."""
 
 
-def _unit(projected: Tensor) -> Tensor:
+def unit_rows(projected: Tensor) -> Tensor:
     """Scale rows ``[B, 128]`` to norm 1, or less for rows shorter than :data:`SHORTEST`.
 
     In a batch of equal images or texts, batch norm leaves only rounding errors of a row, whose gradient at norm 1 would

@@ -16,7 +16,8 @@ from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import FedDRA, Federation
-from fedkern.methods.feddra import ALIGNMENT, splice_ends
+from fedkern.methods.common.pooling import EXCHANGES, Pooling
+from fedkern.methods.feddra import ALIGNMENT, head_inputs, splice_ends
 from fedkern.models.towers import PARTS
 from fedkern.settings.config import RunConfig
 from python_tests.methods.feddra_parts import ALIGN, JOINT, LOSSES, SETTINGS
@@ -118,7 +119,7 @@ def test_the_local_objective(parts):
     model, glob = p.context.networks.build().train(), p.context.networks.build().eval()
     for parameter in glob.parameters():
         parameter.data.mul_(1.1)
-    received = types.SimpleNamespace(model=glob, round_cache={}, epochs=1, samples=20, message={})
+    received = types.SimpleNamespace(model=glob, round_cache={}, epochs=1, samples=20, message={}, extras={})
     loss, seen = p.method.loss(model, batch, received)
     with torch.no_grad():
         (x, y), (zx, zy) = (
@@ -134,12 +135,39 @@ def test_the_local_objective(parts):
 def test_no_gradient_reaches_the_anchors_or_frozen_encoders(parts):
     p = parts()
     model, glob = p.context.networks.build().train(), p.context.networks.build().eval()
-    received = types.SimpleNamespace(model=glob, round_cache={}, epochs=1, samples=20, message={})
+    received = types.SimpleNamespace(model=glob, round_cache={}, epochs=1, samples=20, message={}, extras={})
     batch = dataclasses.replace(p.clients[0].batch(np.arange(8)), phase=ALIGN)
     p.method.loss(model, batch, received)[0].backward()
     assert all(parameter.grad is None for parameter in glob.parameters())
     assert all(parameter.grad is None for name in PARTS[:2] for parameter in getattr(model, name).parameters())
     assert all(parameter.grad is not None for parameter in model.image_head.parameters())
+
+
+def test_anchors_use_what_the_statistics_computed_with_the_same_model(parts, monkeypatch):
+    p = parts(stage_schedule="sequential")
+    pooling, client, extras = Pooling(p.method), p.clients[0], []
+    real = Client.train
+    monkeypatch.setattr(Client, "train", lambda *args, **how: extras.append(how["extras"]) or real(*args, **how))
+    for _ in range(2):
+        p.exchange(JOINT)
+        message = pooling.send(p.server, dataclasses.replace(JOINT, exchange=EXCHANGES[0]))
+        for k in p.clients:
+            pooling.client_update(k, dataclasses.replace(JOINT, exchange=EXCHANGES[0]), message)
+        p.exchange(LOSSES)
+    assert [bool(known) for known in extras] == [False] * 3 + [True] * 3
+    known, rows = client.state["heads"], p.method.rows(client)[0]
+    network, batch = client.frozen(client.state["model"]), client.batch(np.arange(client.samples)[::-1].copy())
+    assert known["rows"].tolist() == rows.tolist() == sorted(rows)
+    for side in ("image", "text"):
+        compute, seen = getattr(network, f"{side}_token"), []
+        monkeypatch.setattr(network, f"{side}_token", lambda part: seen.append(part) or compute(part))  # noqa: B023
+        with torch.no_grad():
+            found, expected = head_inputs(side, network, batch, known), head_inputs(side, network, batch, {})
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+        counts = [len(part if side == "image" else part.ids) for part in seen]
+        assert counts == [client.samples - len(rows), client.samples]
+        fresh = head_inputs(side, network, dataclasses.replace(batch, fresh=True), known)
+        assert torch.equal(fresh, expected)
 
 
 def test_losses_are_taken_on_samples_that_never_train_and_in_batches_of_one_size(parts, monkeypatch):

@@ -154,7 +154,9 @@ def feddra_loss(data, exchange, anchors="eval"):
         local.update({name: value for name, value in frozen.items() if "encoder" in name})
     network, anchor = pair_network(local).train(), pair_network(frozen).train(anchors == "train").requires_grad_(False)
     lr, mu, weight = data["settings"].tolist()
-    received = types.SimpleNamespace(model=anchor, message={"scale": weight}, round_cache={}, epochs=1, samples=12)
+    received = types.SimpleNamespace(
+        model=anchor, message={"scale": weight}, round_cache={}, epochs=1, samples=12, extras={}
+    )
     loss, parts = FedDRA(mu=mu, dro_apply="loss_code").loss(network, feddra_batch(data, exchange=exchange), received)
     return network, torch.stack([parts["contrastive"], parts["anchor"], loss]), lr
 

@@ -99,8 +99,9 @@ class Pooling:
         with torch.no_grad():
             for start in range(0, len(rows), CHUNK):
                 batch = client.batch(rows[start : start + CHUNK])
-                images.append(network.image_align.first_token(network.encode_image(batch.inputs)))
-                texts.append(network.text_align.first_token(network.encode_text(batch.targets), batch.targets.mask))
+                images.append(network.image_token(batch.inputs))
+                texts.append(network.text_token(batch.targets))
+        client.round_cache["rows"] = torch.from_numpy(rows)
         return {"image_head": torch.cat(images), "text_head": torch.cat(texts)}
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
