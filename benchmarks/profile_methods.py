@@ -38,7 +38,7 @@ REGIONS = {
     "fedkern.tasks.retrieval:Retrieval.targets": BATCHES,
     "fedkern.engine.parts.evaluation:Evaluation._evaluate": EVALUATE,
     "fedkern.engine.parts.checkpointing:Checkpointing.round_end": KEEP,
-    "fedkern.engine.rounds.client_states:ClientStates._write": KEEP,
+    "fedkern.engine.rounds.round_log:ClientStates._write": KEEP,
     "fedkern.engine.local.training:stepper": STEP,
     "fedkern.models.networks.conv_norm_layers:run_conv_norm": OURS,
 }

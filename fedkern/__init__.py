@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fedkern.foreign_runs.recording import hash_labels, record
     from fedkern.methods import option, register, register_aggregator, register_metric
     from fedkern.models import register_model
-    from fedkern.privacy.disclosure import About
+    from fedkern.privacy.guarantee import About
 
 try:
     __version__ = metadata.version("fedkern")
@@ -44,7 +44,7 @@ _LAZY = {
     **dict.fromkeys(("option", "register", "register_aggregator", "register_metric"), "fedkern.methods"),
     **dict.fromkeys(("Part", "Stop"), "fedkern.engine.parts.part"),
     **dict.fromkeys(("register_filter", "register_part"), "fedkern.engine.setup.order"),
-    "About": "fedkern.privacy.disclosure",
+    "About": "fedkern.privacy.guarantee",
     "Filter": "fedkern.engine.uploads.filters",
     "UserError": "fedkern.errors",
     "register_model": "fedkern.models",

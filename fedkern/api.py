@@ -23,8 +23,7 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine.local.script_objects import ScriptObjects
 from fedkern.engine.run import run
 from fedkern.engine.store import initial_weights
-from fedkern.engine.store.data_facts import DataFacts
-from fedkern.engine.store.record_files import read_metrics, read_summary
+from fedkern.engine.store.record_files import DataFacts, read_metrics, read_summary
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import ADVICE, UserError, format_value, hint_owners, suggest_name
 from fedkern.files.filesystem import check_new, check_text
@@ -42,7 +41,7 @@ from fedkern.tasks import Task
 from fedkern.tasks.user_tasks import user_module
 from fedkern.typed_option import Value
 from fedkern.usercode import named_code, plugins
-from fedkern.usercode.hook_checks import check_hooks
+from fedkern.usercode.registry import check_hooks
 
 
 class History:

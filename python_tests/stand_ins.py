@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import torch
 
-from fedkern.engine.notices import Notices
+from fedkern.engine.context import Notices
 from fedkern.engine.parts.part import Record
 from fedkern.engine.rounds.progress import Progress
-from fedkern.engine.rounds.timing import Timing
+from fedkern.engine.rounds.round_log import Timing
 from fedkern.methods.base import Round
-from fedkern.privacy.disclosure import Disclosure
+from fedkern.privacy.guarantee import Disclosure
 
 PRIVATE = Disclosure(clients=False, server=False, derived_figures=())
 SETTINGS = {

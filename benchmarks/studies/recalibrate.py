@@ -22,7 +22,7 @@ from fedkern.data import normalise
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.methods.common.calibration import CalibrationOptions, ClassStatistics, calibrate
-from fedkern.methods.fusefl.levels import plain_head
+from fedkern.methods.fusefl.method import plain_head
 from fedkern.models import Ensemble
 from fedkern.models.fused import FusedLevel, FusedNetwork
 from fedkern.models.state.allocate import linear_of

@@ -1,4 +1,4 @@
-// aggregate on CUDA: clipping and noise. The numbers are those of fedkern/ops/_aggregate/philox.py, where they are specified: a
+// aggregate on CUDA: clipping and noise. The numbers are those of fedkern/ops/_aggregate/reference.py, where they are specified: a
 // thread takes one counter of Philox4x32-10, whose four numbers lie sixteen places apart.
 #include "aggregate_uploads.cuh"
 

@@ -43,7 +43,7 @@ from fedkern.data.sources.listing import SPLITS, split_rows
 from fedkern.data.sources.site_folders import describe_unread_files
 from fedkern.data.sources.table import gunzip, need_root
 from fedkern.errors import first_of
-from fedkern.files.inputs import open_regular, real_file
+from fedkern.files.filesystem import open_regular, real_file
 from fedkern.process.extras import import_extra
 from fedkern.tasks.segmentation import largest_classes
 

@@ -23,7 +23,7 @@ from fedkern.data import READING, Listing, Reading, Source, to_source
 from fedkern.data.images.image_files import list_images
 from fedkern.data.sources.site_folders import describe_unread_files
 from fedkern.data.sources.table import find_folder, read_file
-from fedkern.files.inputs import describe_file_kind
+from fedkern.files.filesystem import describe_file_kind
 
 SIDE = 64
 _FOLDERS = ("tiny-imagenet-200", "tinyimagenet", "tiny-imagenet")

@@ -25,8 +25,7 @@ from fedkern.acceleration import pending
 from fedkern.acceleration.layers import GLOBAL_HOOKS, HOOKS, SETTINGS, Windows, has_hooks, is_untouched, square_windows
 from fedkern.acceleration.pending import Chain, Node, Norm, Pending, Run, Site, compute_node, compute_pending, is_plain
 from fedkern.messages.leaves import map_leaves
-from fedkern.ops._conv.conv_norm import choose_norm_kernels, compute_conv_norm
-from fedkern.ops._conv.conv_pool import choose_pool_kernels, run_pooling
+from fedkern.ops._conv.conv_norm import choose_norm_kernels, choose_pool_kernels, compute_conv_norm, run_pooling
 from fedkern.ops._conv.kernels import Inputs, Pooling, Settings
 from fedkern.ops._core.backend import is_intercepted
 from fedkern.ops._core.private_torch import functorch_active, saved_hooks

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedkern.errors import UserError, make_printable
-from fedkern.files.filesystem import expand
-from fedkern.files.inputs import read_text
+from fedkern.files.filesystem import expand, read_text
 from fedkern.usercode import plugins
 
 

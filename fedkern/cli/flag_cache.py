@@ -20,8 +20,7 @@ from fedkern.cli.extensions import flag_values
 from fedkern.cli.front_page import COMMANDS
 from fedkern.cli.parser import Parser, find_command, read_command, read_run
 from fedkern.errors import UserError
-from fedkern.files.filesystem import cache_folder, replace
-from fedkern.files.inputs import read_text
+from fedkern.files.filesystem import cache_folder, read_text, replace
 from fedkern.process.launcher import JOB
 from fedkern.usercode.plugins import GROUP
 

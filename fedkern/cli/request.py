@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.errors import UserError, suggest_name
-from fedkern.files.filesystem import expand
-from fedkern.files.inputs import read_text
+from fedkern.files.filesystem import expand, read_text
 from fedkern.methods import METHODS
 from fedkern.methods.method_registry import given_options
 from fedkern.settings.config import RunConfig

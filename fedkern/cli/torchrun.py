@@ -33,9 +33,9 @@ def play_on_ranks(request: Request, words: Sequence[str], handle: Callable[[Requ
     with torchrun_group.join_ranks(launched) as ranks:
         ranks.meet(words)
         if launched.rank:
-            from fedkern.engine.executors import rank
+            from fedkern.engine.executors.ranks import serve
 
-            return rank.serve(ranks)
+            return serve(ranks)
         code = handle(_again(request, launched))
         ranks.leave(code)
         return code

@@ -16,8 +16,8 @@ from fedkern.comparison.run_results import CSV, MARKDOWN, Result, cost_text, spr
 from fedkern.comparison.seed_statistics import mean_std, plus_minus
 from fedkern.engine.store.record_files import SUMMARY
 from fedkern.errors import UserError, printable_name
-from fedkern.files.inputs import read_text
-from fedkern.report.figures.comparison_plot import comparison_panels, on_clock
+from fedkern.files.filesystem import read_text
+from fedkern.report.figures.curves import comparison_panels, on_clock
 from fedkern.report.names import CELL, capitalize
 from fedkern.report.pages import html_page, run_page
 from fedkern.report.pages.charts import bars, curves, dots

@@ -14,7 +14,7 @@ from pathlib import Path
 from fedkern.comparison.cells import folder_name
 from fedkern.errors import UserError, first_of, suggest_name
 from fedkern.files import atomic
-from fedkern.files.inputs import read_text, report_unreadable
+from fedkern.files.filesystem import read_text, report_unreadable
 from fedkern.foreign_runs.recorded_run import COSTS, check_record
 from fedkern.foreign_runs.recording import record
 from fedkern.tasks.figure_names import direction

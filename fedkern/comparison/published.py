@@ -86,8 +86,7 @@ from typing import Any
 from fedkern.comparison.cells import read_seeds, read_sweep
 from fedkern.comparison.seed_statistics import Target
 from fedkern.errors import UserError, first_of, format_value, suggest_name
-from fedkern.files.filesystem import expand
-from fedkern.files.inputs import read_text
+from fedkern.files.filesystem import expand, read_text
 from fedkern.tasks.figure_names import scale
 
 PAPERS = Path(__file__).parent / "papers"

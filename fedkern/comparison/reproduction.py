@@ -28,7 +28,7 @@ from fedkern.errors import UserError, describe_error, first_of
 from fedkern.files import atomic
 from fedkern.files.folder_lock import FolderLock, InUse
 from fedkern.listeners.events import Listener
-from fedkern.report.figures.comparison_plot import Groups
+from fedkern.report.figures.curves import Groups
 from fedkern.report.pages import html_page
 from fedkern.report.tables import human_metric, human_time
 from fedkern.settings.config import RunConfig

@@ -11,7 +11,7 @@ from fedkern.comparison.run_results import csv_text
 from fedkern.comparison.seed_statistics import Difference, interval_text
 from fedkern.comparison.verdicts import NO_DATA, VERDICTS, Outcome, Verdict, figure_text
 from fedkern.errors import first_of, join_words
-from fedkern.report.figures.comparison_plot import Groups, comparison_panels
+from fedkern.report.figures.curves import Groups, comparison_panels
 from fedkern.report.pages.charts import curves
 from fedkern.report.pages.html_page import Block, Code, Page, make_section
 from fedkern.report.tables import human_metric, human_time

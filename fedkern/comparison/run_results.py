@@ -173,8 +173,7 @@ class Result:
         from fedkern.report.figures.matplotlib_import import without_docstrings
 
         with without_docstrings():
-            from fedkern.report.figures.comparison_plot import comparison_panels
-            from fedkern.report.figures.curves import draw_panels
+            from fedkern.report.figures.curves import comparison_panels, draw_panels
             from fedkern.report.figures.plots import save_png, warn_of_missing_letters
 
         folder.mkdir(parents=True, exist_ok=True)

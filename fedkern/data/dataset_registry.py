@@ -13,7 +13,7 @@ from fedkern.data.data_option import COMMON_OPTIONS, READING, CommonOptions
 from fedkern.data.sharing.coloured import PALETTES, Palette
 from fedkern.data.sharing.partition import parse_partition
 from fedkern.data.sources.captions import CLIENTS, PROMPTS, make_captions
-from fedkern.data.sources.cifar import open_cifar10, open_cifar100
+from fedkern.data.sources.cifar import open_cifar10, open_cifar100, open_svhn
 from fedkern.data.sources.data_function import DataFunction
 from fedkern.data.sources.digits import open_digits
 from fedkern.data.sources.idx import open_idx
@@ -21,7 +21,6 @@ from fedkern.data.sources.labelled_images import CSV_TASKS, open_csv, open_folde
 from fedkern.data.sources.listing import Reading
 from fedkern.data.sources.segdigits import open_segdigits
 from fedkern.data.sources.site_folders import LAYOUTS
-from fedkern.data.sources.svhn import open_svhn
 from fedkern.data.sources.table import AUTO
 from fedkern.data.types import DataRequest, FederatedData, Source
 from fedkern.errors import UserError, suggest_name

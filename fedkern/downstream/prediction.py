@@ -22,13 +22,12 @@ from fedkern.data.images.image_files import MAX_PIXELS, ImageFiles, list_images
 from fedkern.data.sources.datasets import is_dataset, items_like
 from fedkern.data.sources.items import name_cause
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine.batches.item_batches import ItemReader
-from fedkern.engine.setup.serving import as_in_the_run
+from fedkern.engine.batches.reader import ItemReader
+from fedkern.engine.setup.own_model import as_in_the_run
 from fedkern.engine.store.resuming import load_unedited
 from fedkern.errors import RAISED, UserError
 from fedkern.files import atomic, filesystem
-from fedkern.files.filesystem import check_text
-from fedkern.files.inputs import describe_file_kind
+from fedkern.files.filesystem import check_text, describe_file_kind
 from fedkern.messages.leaves import Keywords, Positional, join_batches, map_leaves, move_to_device
 from fedkern.methods.protocol import batch_slices
 from fedkern.process.torch_modes import reproducible

@@ -28,10 +28,9 @@ from fedkern.engine.batches.reader import Reader
 from fedkern.engine.evaluate import Key, batch_size, evaluate, set_evaluation_threads, sets_by_prefix
 from fedkern.engine.figures.final_figures import final_figures
 from fedkern.engine.figures.intervals import Row, intervals
-from fedkern.engine.local.item_sets import Trial
 from fedkern.engine.local.network import place
-from fedkern.engine.local.samples import reader
-from fedkern.engine.setup.serving import as_in_the_run
+from fedkern.engine.local.samples import Trial, reader
+from fedkern.engine.setup.own_model import as_in_the_run
 from fedkern.engine.store.resuming import load_unedited
 from fedkern.errors import UserError, first_of, locate_errors
 from fedkern.files.filesystem import absolute
@@ -43,9 +42,8 @@ from fedkern.models.precision import compute_in
 from fedkern.process.torch_modes import cpu_threads, reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_sets, finished_data, with_images
-from fedkern.tasks.figure_names import set_noun
+from fedkern.tasks.figure_names import metrics_of, set_noun
 from fedkern.tasks.protocols import Description
-from fedkern.tasks.registered_metrics import metrics_of
 from fedkern.usercode import named_code
 
 

@@ -26,7 +26,7 @@ from fedkern.engine.store.resuming import load_unedited
 from fedkern.engine.store.run_folder import BEST
 from fedkern.engine.store.saved_model import FORMAT, MODEL, RUNNING, norms
 from fedkern.errors import UserError, describe_error, first_of, format_value, require_format
-from fedkern.files.inputs import parse_json
+from fedkern.files.filesystem import parse_json
 from fedkern.process.torch_modes import reproducible
 from fedkern.settings.run_format import check_format
 from fedkern.settings.stored import check_regular, check_run_folder, load_plugins

@@ -23,11 +23,11 @@ from fedkern.downstream.run_evaluation import Finished
 from fedkern.engine.batches.images import Images
 from fedkern.errors import UserError
 from fedkern.models import PairNetwork, initialise
-from fedkern.models.teachers.prompts import read_prompts
+from fedkern.models.teachers.clip import read_prompts
 from fedkern.process.torch_modes import reproducible
 from fedkern.streams import stream
 from fedkern.tasks import SEGMENTATION
-from fedkern.tasks.classification_figures import macro_auc
+from fedkern.tasks.classification import macro_auc
 from fedkern.tasks.cross_entropy import cross_entropy
 from fedkern.tasks.retrieval import TEMPERATURE, Gallery, recalls
 from fedkern.tasks.segmentation import segmentation
@@ -194,7 +194,7 @@ def retrieve(run: Finished, ks: Sequence[int] = (1, 5, 10)) -> list[Row]:
 def zero_shot(run: Finished, prompts: str = "") -> list[Row]:
     """Classify by the nearest prompt. Rows have ``set``, ``accuracy``, ``auc``.
 
-    ``prompts``: see :func:`fedkern.models.teachers.prompts.read_prompts` (empty: the data set's own).
+    ``prompts``: see :func:`fedkern.models.teachers.clip.read_prompts` (empty: the data set's own).
     """
     classes = _classes(run)
     default_prompts = lookup(run.data.name).prompts

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from fedkern.data.sharing.holdout import number_patients
 from fedkern.data.types import AnySplit
 from fedkern.engine.batches.reader import Reader
-from fedkern.engine.context import RunContext
+from fedkern.engine.context import Node, RunContext
 from fedkern.engine.local.network import Network, NetworkPart, Trainable
 from fedkern.engine.local.private_training import count_declared, train_privately
 from fedkern.engine.local.training import Diverged, EpochBatches, ReceivedMessage, Schedule, train_async
 from fedkern.engine.marks import TRAINED
-from fedkern.engine.node import Node
 from fedkern.engine.participation import share_of_work
 from fedkern.engine.uploads.encoders import STATES, Drift
 from fedkern.errors import UserError, format_value

@@ -1,4 +1,4 @@
-"""Client-level differential privacy of a run (`fedkern.privacy.client_level`): mechanism, epsilon and checks.
+"""Client-level differential privacy of a run (`fedkern.privacy.accounting`): mechanism, epsilon and checks.
 
 The server of a method sees no single upload. Every round has one upload, the noised mean of the clients' clipped
 changes (`fedkern.engine.uploads.private_mean`), so whatever the server computes from it costs no more.
@@ -19,7 +19,7 @@ from fedkern.errors import UserError
 from fedkern.messages.states import State
 from fedkern.methods.base import VECTORS, Method, Phase
 from fedkern.methods.uploads import Values, like
-from fedkern.privacy.client_level import ClientGuarantee, ClientLevel
+from fedkern.privacy.accounting import ClientGuarantee, ClientLevel
 from fedkern.settings.config import RunConfig
 
 

@@ -10,13 +10,12 @@ from pathlib import Path
 
 from fedkern.data.types import FederatedData
 from fedkern.engine.executors.choice import executor_of, own_fork_server
-from fedkern.engine.executors.worker_messages import Setup
+from fedkern.engine.executors.executor import Setup
 from fedkern.engine.local.script_objects import ScriptObjects
 from fedkern.engine.parts.part import Part
 from fedkern.engine.rounds.loop import Loop
 from fedkern.engine.setup.order import filters_of, parts_of, restore, states_of
-from fedkern.engine.setup.preparing import make_context, prepare
-from fedkern.engine.setup.run_objects import Remote, Request, RunObjects, open_store
+from fedkern.engine.setup.run_objects import Remote, Request, RunObjects, make_context, open_store, prepare
 from fedkern.engine.store.extending import check_extension, former_results_folder, write_extension
 from fedkern.engine.store.resuming import check_place, finished_summary, resumed_settings, warn_changes, warn_damage
 from fedkern.engine.store.run_folder import check_vacant, keep_settings, writing

@@ -9,8 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fedkern import ops
-from fedkern.engine.context import RunContext
-from fedkern.engine.node import Node
+from fedkern.engine.context import Node, RunContext
 from fedkern.engine.store.artifacts import prepare_artifact
 from fedkern.errors import UserError, warn_instead
 from fedkern.messages.states import State

@@ -234,7 +234,7 @@ def without_arrays(content: RecordDict) -> RecordDict:
 TRAIN, QUERY = MessageType.TRAIN, MessageType.QUERY
 _HEADER, _MESSAGE = "fedkern.header", "fedkern.message"
 _BYTES = "fedkern.bytes"
-"""Encoding of an array: the bytes of a packed message (`fedkern.flower.runs.portable`)."""
+"""Encoding of an array: the bytes of a packed message (`fedkern.flower.array_bytes`)."""
 _LOST = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
 
 

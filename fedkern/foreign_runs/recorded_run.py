@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedkern.errors import WORD, format_value, require_format
-from fedkern.files.inputs import describe_file_kind, parse_json, read_json, read_text, report_damage
+from fedkern.files.filesystem import describe_file_kind, parse_json, read_json, read_text, report_damage
 
 RECORD, METRICS, SUMMARY = "record.toml", "metrics.jsonl", "summary.json"
 FORMAT, LARGEST = 1, 1e300

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedkern.errors import RAISED, UserError, describe_error, error_origin, user_message
 from fedkern.listeners.events import Listener, Listeners, RunInfo
-from fedkern.usercode.code_execution import host_code
+from fedkern.usercode.named_code import host_code
 
 
 class ListenerGroup(Listeners):

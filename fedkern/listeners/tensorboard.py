@@ -8,8 +8,7 @@ from typing import Any
 
 from fedkern.errors import UserError
 from fedkern.files import atomic
-from fedkern.listeners.events import Listener, RunInfo
-from fedkern.listeners.scalars import scalars
+from fedkern.listeners.events import Listener, RunInfo, scalars
 from fedkern.process.extras import import_extra
 
 FOLDER = "tensorboard"

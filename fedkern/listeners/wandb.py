@@ -11,9 +11,8 @@ from typing import Any
 
 from fedkern.errors import UserError
 from fedkern.files import atomic
-from fedkern.files.inputs import read_json
-from fedkern.listeners.events import Listener, RunInfo
-from fedkern.listeners.scalars import scalars
+from fedkern.files.filesystem import read_json
+from fedkern.listeners.events import Listener, RunInfo, scalars
 from fedkern.process.extras import import_extra
 
 FOLDER, LOGGED = "wandb", "fedkern.json"

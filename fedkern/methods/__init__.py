@@ -31,7 +31,7 @@ from fedkern.methods.protocol import Backgrounds, Batch, Federation, Message, Ph
 from fedkern.methods.roles import Client, Objective, Server
 from fedkern.methods.terms import GradientSum, Terms
 from fedkern.methods.uploads import Maybe, Number, Values, like
-from fedkern.tasks.registered_metrics import METRICS, register_metric
+from fedkern.tasks.figure_names import METRICS, register_metric
 from fedkern.typed_option import option
 
 __all__ = [

@@ -31,7 +31,7 @@ from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.uploads import Declaration, make_once
-from fedkern.models.state import personal_parts
+from fedkern.models.state import freezing
 from fedkern.models.towers import PARTS, PairNetwork, unit_rows
 from fedkern.tasks.retrieval import TEMPERATURE
 from fedkern.typed_option import option
@@ -233,7 +233,7 @@ def head_inputs(side: str, network: PairNetwork, batch: Batch, known: Mapping[st
 def part_sizes(network: nn.Module) -> dict[str, int]:
     """Return the sizes of the first stage's submodules (`ALIGNMENT`), by vector."""
     sizes = {}
-    for vector, places in personal_parts.flatten(network).places().items():
+    for vector, places in freezing.flatten(network).places().items():
         slices = [place for name, place in places.items() if name.partition(".")[0] in ALIGNMENT]
         sizes[vector] = slices[-1].stop - slices[0].start if slices else 0
     return sizes

@@ -44,9 +44,9 @@ from fedkern.methods.roles import Client, Drawn, Server, TestSet
 from fedkern.methods.uploads import Declaration, Maybe, Number
 from fedkern.models.cost import count_flops, measure_cost
 from fedkern.models.precision import compute_in
+from fedkern.models.teachers import clip as templates
 from fedkern.models.teachers import named_teachers
-from fedkern.models.teachers import prompts as templates
-from fedkern.models.teachers.prompts import DEFAULT
+from fedkern.models.teachers.clip import DEFAULT
 from fedkern.models.teachers.teacher import Teacher, trained_teacher
 from fedkern.models.teachers.teacher_cache import LogitsCache
 from fedkern.models.teachers.teacher_training import FINETUNE_LR, PROBE_LR, Recipe, load_or_pretrain, tune_copy

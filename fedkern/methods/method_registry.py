@@ -10,8 +10,7 @@ from torch import nn
 from fedkern.errors import UserError, unknown_method
 from fedkern.models.users.user_models import LEVELS, find_level
 from fedkern.typed_option import Value
-from fedkern.usercode.hook_checks import check_hooks
-from fedkern.usercode.registry import Registry
+from fedkern.usercode.registry import Registry, check_hooks
 
 if TYPE_CHECKING:
     from fedkern.methods.base import Method

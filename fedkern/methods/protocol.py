@@ -9,7 +9,7 @@ from typing import Any, Literal, NoReturn, Protocol
 import numpy as np
 from torch import Tensor
 
-from fedkern.privacy.unit import IMAGE, Unit
+from fedkern.privacy.guarantee import IMAGE, Unit
 from fedkern.streams import stream
 from fedkern.tasks import CLASSIFICATION, Task
 

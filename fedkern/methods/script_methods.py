@@ -17,7 +17,7 @@ from fedkern.methods.options import Options
 from fedkern.typed_option import Value
 from fedkern.usercode import named_code
 from fedkern.usercode.code_identity import PLAIN, digest, find_changes, fold_table, identity_table, is_unchanged
-from fedkern.usercode.hook_checks import check_hooks
+from fedkern.usercode.registry import check_hooks
 
 _MISSING = object()
 

@@ -18,8 +18,7 @@ from fedkern.models.networks.cnn import CNN
 from fedkern.models.networks.efficientnet import EfficientNetB0
 from fedkern.models.networks.mlp import MLP
 from fedkern.models.networks.mobilenet import MobileNetV2
-from fedkern.models.networks.resnet import ResNet, Stem
-from fedkern.models.networks.resnet8t import ResNet8T
+from fedkern.models.networks.resnet import ResNet, ResNet8T, Stem
 from fedkern.models.networks.staged import StagedNetwork
 from fedkern.models.networks.unet import UNet
 from fedkern.models.networks.vit import ViT

@@ -4,16 +4,14 @@ A plain PyTorch reference specifies each.
 """
 
 from fedkern.ops._aggregate.accumulator import Accumulator
-from fedkern.ops._aggregate.clipping import clip_and_noise, clip_by_norm
 from fedkern.ops._aggregate.distances import geometric_median, krum, pairwise_distances
 from fedkern.ops._aggregate.mean import weighted_mean
-from fedkern.ops._aggregate.robust import median, trimmed_mean
+from fedkern.ops._aggregate.robust import clip_and_noise, clip_by_norm, median, trimmed_mean
 from fedkern.ops._aggregate.server_step import ServerStep, server_step
 from fedkern.ops._blend.blend import blend
 from fedkern.ops._blend.boxes import erase_boxes, keep_boxes
 from fedkern.ops._contrast.contrast import contrastive
-from fedkern.ops._conv.conv_norm import conv_norm
-from fedkern.ops._conv.conv_pool import conv_pool
+from fedkern.ops._conv.conv_norm import conv_norm, conv_pool
 from fedkern.ops._core.backend import use_backend, use_isa
 from fedkern.ops._core.memory import empty_cache
 from fedkern.ops._core.torchscript import unscriptable

@@ -5,13 +5,11 @@ Accounting and DP-SGD need the packages of the extra ``privacy``; the attack doe
 
 from __future__ import annotations
 
-from fedkern.privacy.accounting import Accountant, Figure, least_noise
+from fedkern.privacy.accounting import Accountant, ClientGuarantee, ClientLevel, Figure, least_noise
 from fedkern.privacy.bounds import need_accounting
-from fedkern.privacy.client_level import ClientGuarantee, ClientLevel
 from fedkern.privacy.dpsgd import DPSGD
-from fedkern.privacy.guarantee import LEDGER, Guarantee
+from fedkern.privacy.guarantee import IMAGE, LEDGER, UNITS, Guarantee, Unit
 from fedkern.privacy.membership import Attack, membership_attack
-from fedkern.privacy.unit import IMAGE, UNITS, Unit
 
 __all__ = [
     "DPSGD", "IMAGE", "LEDGER", "UNITS", "Accountant", "Attack", "ClientGuarantee", "ClientLevel", "Figure",

@@ -1,14 +1,53 @@
-"""Differential-privacy guarantee of a method: the covered releases, and the sentences that a run prints."""
+"""Differential-privacy guarantee of a method: the covered releases, and the sentences that a run prints.
+
+Neighbouring data sets differ in a unit of privacy: an image, a patient with all images, or a client.  ``--records``
+rules what a run may disclose outside checkpoints/.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from enum import Enum
+from typing import ClassVar, TypeVar
 
 from fedkern.errors import join_words
-from fedkern.privacy.unit import IMAGE, Unit
+
+UNITS = ("image", "patient")
+"""The units that ``--privacy-unit`` names."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Unit of privacy: neighbouring data sets differ in one replaced unit.
+
+    A client's number of units is public.
+
+    Attributes:
+        name: one of `UNITS`, or ``"client"``.
+        images: the largest number of images of a unit. A patient may have fewer, and that number is not public.
+    """
+
+    name: str = "image"
+    images: int = 1
+
+    def __str__(self) -> str:
+        """Return the units in words that continue "one of its"."""
+        if self.name == "image":
+            return "images"
+        return f"patients (each with at most {self.images} image{'s' * (self.images != 1)})"
+
+    @property
+    def change(self) -> str:
+        """The difference between neighbouring data sets, as a clause."""
+        by_client = self.name == "client"
+        return "the whole data set of one is replaced" if by_client else f"one of a client's {self} is replaced"
+
+
+IMAGE = Unit()
+CLIENT = Unit("client")
+
 
 LEDGER = "privacy"
 """Key in a client's state of the ledger of its releases (an ``Accountant``'s ``state``), which the engine reads."""
@@ -99,3 +138,56 @@ class Guarantee:
             f"The whole release has no epsilon: what is told as {PART} covers {covered}, not "
             f"{join_words(list(self.leaves.values()))}{advice}."
         )
+
+
+T = TypeVar("T")
+
+
+class About(Enum):
+    """Subject of an entry in a record or a summary."""
+
+    RUN = "the run and its network"
+    SERVER = "what the server computes from the clients' messages"
+    CLIENTS = "single clients"
+
+
+@dataclass(frozen=True)
+class Disclosure:
+    """Rules for metrics.jsonl, summary.json, pictures and displays.
+
+    Figures of the run's network on test sets are always disclosed, because the network is released.
+
+    Attributes:
+        clients: whether to disclose facts of single clients, or from data that clients did not send.
+        server: whether to disclose what the server computes from the clients' messages.
+        derived_figures: names of the figures of ``Method.oracle_metrics`` to disclose; None: all.
+    """
+
+    clients: bool = True
+    server: bool = True
+    derived_figures: Collection[str] | None = None
+
+    @classmethod
+    def of(cls, records: str | None, guarantee: Guarantee | None) -> Disclosure:
+        """Return the rules for a value of ``--records`` and the run's guarantee."""
+        if records != "private":
+            return cls()
+        covered = guarantee is not None and guarantee.complete
+        return cls(
+            clients=False,
+            server=covered,
+            derived_figures=guarantee.derived_figures if guarantee is not None and covered else (),
+        )
+
+    def oracle_metrics(self, figures: Mapping[str, float], prefixes: Iterable[str]) -> dict[str, float]:
+        if self.derived_figures is None:
+            return dict(figures)
+        names = {prefix + name for prefix in prefixes for name in self.derived_figures}
+        return {name: value for name, value in figures.items() if name in names}
+
+    def filter_entries(self, entries: Mapping[str, tuple[About, T]]) -> dict[str, T]:
+        withheld = {About.RUN: False, About.SERVER: not self.server, About.CLIENTS: not self.clients}
+        return {name: value for name, (about, value) in entries.items() if not withheld[about]}
+
+    def client(self, info: Mapping[str, T]) -> dict[str, T]:
+        return dict(info) if self.clients else {}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedkern.errors import UserError
 from fedkern.files import atomic
-from fedkern.files.inputs import read_text
+from fedkern.files.filesystem import read_text
 from fedkern.privacy.keys import SECRET_BYTES
 
 NAME = "server-secret.txt"

@@ -14,8 +14,7 @@ from fedkern.engine.store.artifacts import Artifact
 from fedkern.engine.store.artifacts import read as read_artifacts
 from fedkern.engine.store.checkpoints import read_newest
 from fedkern.engine.store.confusions import Confusions
-from fedkern.engine.store.data_facts import DataFacts
-from fedkern.engine.store.record_files import METRICS, read_metrics, read_summary
+from fedkern.engine.store.record_files import METRICS, DataFacts, read_metrics, read_summary
 from fedkern.engine.store.resuming import load_unedited
 from fedkern.listeners.events import Record, Summary
 from fedkern.report.tables import sort_metrics

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import fedkern
-from fedkern.files.inputs import open_regular, report_unreadable
+from fedkern.files.filesystem import open_regular, report_unreadable
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_format import FOLDER, NAME
 from fedkern.settings.section import Values
-from fedkern.usercode import named_code, plugin_files
+from fedkern.usercode import named_code
 
 OF_DATA = ("classes", "sizes", "names", "labels", "images", "samples", "function")
 """Entries of a run's identity for the data (`fedkern.data.identity`), unlike those with the name of a setting."""
@@ -43,7 +43,7 @@ def files_identity(config: RunConfig) -> dict[str, str]:
                 identity[name] = digest.hexdigest()
     for name, text in {"data": config.data, **dict(config.method_options.code())}.items():
         if (location := named_code.parse(text)) is not None and location.file:
-            identity[name] = plugin_files.read_code(Path(os.path.realpath(location.file)), str(location)).identity
+            identity[name] = named_code.read_code(Path(os.path.realpath(location.file)), str(location)).identity
     return identity
 
 

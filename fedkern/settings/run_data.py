@@ -33,9 +33,8 @@ from fedkern.process.torch_modes import reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.settings.section import Values
 from fedkern.tasks import TASKS
-from fedkern.tasks.figure_names import check_metric_names, check_set_names, set_noun
+from fedkern.tasks.figure_names import check_metric_names, check_set_names, metrics_of, set_noun
 from fedkern.tasks.partition_statistics import PartitionStatistics
-from fedkern.tasks.registered_metrics import metrics_of
 
 
 @reproducible()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.errors import require_format
-from fedkern.files.inputs import read_json
+from fedkern.files.filesystem import read_json
 from fedkern.messages.states import State
 
 NAME = "config.toml"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkern.errors import UserError, suggest_name
-from fedkern.files.inputs import describe_special_file, read_text
+from fedkern.files.filesystem import describe_special_file, read_text
 from fedkern.foreign_runs.recorded_run import RECORD
 from fedkern.methods import script_methods
 from fedkern.methods.base import Method

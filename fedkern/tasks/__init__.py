@@ -13,7 +13,7 @@ from fedkern.tasks.segmentation import SEGMENTATION as SEGMENTATION
 from fedkern.tasks.task import Constant as Constant
 from fedkern.tasks.task import Figures as Figures
 from fedkern.tasks.task import Task as Task
-from fedkern.tasks.user_classes import OwnClassification as OwnClassification
+from fedkern.tasks.user_tasks import OwnClassification as OwnClassification
 from fedkern.tasks.user_tasks import OwnTask as OwnTask
 
 TASKS: dict[str, Task] = {task.name: task for task in list(globals().values()) if isinstance(task, Task)}

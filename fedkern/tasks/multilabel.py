@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from fedkern.tasks.classification_figures import areas
+from fedkern.tasks.classification import areas
 from fedkern.tasks.protocols import JudgedSet, Label, SampleSet, TaskBatch
 from fedkern.tasks.task import Figures, Floats, Rows, Task, check_shape, mean, to_dict
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
-from fedkern.tasks import classification_figures as of_classes
+from fedkern.tasks import classification as of_classes
 from fedkern.tasks.protocols import Description, JudgedSet, SampleSet, TaskBatch
 from fedkern.tasks.task import Constant, Figures, Rows, Task, iterate_outputs, mean, to_dict
 

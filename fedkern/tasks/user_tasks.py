@@ -1,4 +1,4 @@
-"""User-defined tasks."""
+"""User-defined tasks, and classification with a user-defined loss or additional metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import deepcopy
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple, SupportsFloat
+from typing import Any, ClassVar, Literal, NamedTuple, SupportsFloat, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,12 @@ from fedkern.files.filesystem import check_text
 from fedkern.messages.leaves import join_batches, leaves, map_leaves, move_to_device
 from fedkern.models.precision import autocast_on, to_fp32
 from fedkern.models.users.cutting import find_logits
+from fedkern.tasks.classification import CLASSIFICATION, Classification
 from fedkern.tasks.cross_entropy import cross_entropy as mean_cross_entropy
 from fedkern.tasks.cross_entropy import repeatable
 from fedkern.tasks.protocols import JudgedSet, TaskBatch
 from fedkern.tasks.task import Task
-from fedkern.usercode.code_execution import explain_errors
+from fedkern.usercode.named_code import explain_errors
 
 _GRAPH = threading.Lock()
 """Held while parameters take part in a graph, as threads may evaluate sets side by side."""
@@ -424,3 +425,53 @@ def _check_loss(name: str, loss: object) -> None:
 def _number(name: str, metric: Callable[..., SupportsFloat], *arguments: object) -> float:
     with explain_errors(name, metric):
         return float(metric(*arguments))
+
+
+TAKEN = ("accuracy", "loss", "confidence", "balanced_accuracy", "macro_f1", "auroc", "ece")
+"""Names of the figures of every classification."""
+
+
+class OwnClassification(OwnTask, Classification):
+    """Classification with a user-defined loss of logits and classes, or with user-defined metrics.
+
+    Args:
+        loss_fn, metrics: as in `OwnTask`. Outputs are logits, for NLL logarithms of probabilities.
+        main, better: the main figure (None: the accuracy) and its better values.
+    """
+
+    name, target, network, noun = "classification", "class", "classes", "samples"
+    built_in = TAKEN[:3]
+    concurrent = False
+    member_figures = Task.member_figures
+
+    def __init__(
+        self,
+        loss_fn: Callable[..., Tensor] | None = None,
+        metrics: Mapping[str, object] | None = None,
+        main: str | None = None,
+        better: Literal["max", "min"] | None = None,
+        batch_loss: None = None,
+    ) -> None:
+        super().__init__(loss_fn, metrics, main, better)
+        if name := next((name for name in self.metrics if name in TAKEN), None):
+            raise UserError(f"metrics has one called {name}, which every classification has: give it another name.")
+        if main is None and self.better == "min":
+            raise UserError('better="min" is of the main figure, the accuracy: name another one with main=.')
+        options = torch_loss(self.loss_code) or TorchLoss()
+        self.ignored, self._logarithms = options.ignored, options.logarithms  # type: ignore[misc]
+        # Logarithms of probabilities are not linear in the features.
+        self.offers = CLASSIFICATION.offers - ({"features"} if options.logarithms else set())  # type: ignore[misc]
+
+    @torch.no_grad()
+    def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
+        return self.figures_of_client(model, data, None)
+
+    def figures_of_client(self, model: nn.Module, data: JudgedSet, client: int | None) -> dict[str, float]:
+        evaluation = SetEvaluation(self, model, data)
+        with evaluation.turn:
+            pairs = cast("Iterator[tuple[Tensor, Tensor]]", evaluation.batches())
+            figures = self.figures_of(pairs, data, client) | evaluation.figures()
+        return {self.main: figures[self.main], **figures}
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits.exp() if self._logarithms else super().probabilities(logits)

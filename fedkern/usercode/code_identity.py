@@ -62,7 +62,7 @@ from types import (
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from fedkern.files.inputs import open_regular, report_unreadable
+from fedkern.files.filesystem import open_regular, report_unreadable
 
 PLAIN = (bool, int, float, str)
 LIMIT, DEEP, NODES, READABLE, ROWS = 1 << 20, 40, 1 << 14, 60, 200

@@ -27,10 +27,9 @@ from typing import Any
 
 from fedkern.errors import UserError, first_of
 from fedkern.files.filesystem import cache_folder, check_text, expand, is_own
-from fedkern.usercode import code_execution, plugin_files
-from fedkern.usercode.code_execution import module_name
+from fedkern.usercode import named_code
 from fedkern.usercode.code_identity import find_changes, module_identity
-from fedkern.usercode.named_code import refuse_changed, refuse_untrusted, trust
+from fedkern.usercode.named_code import module_name, refuse_changed, refuse_untrusted, trust
 from fedkern.usercode.registry import REGISTRIES, Registry, read_docstring
 
 GROUP = "fedkern.plugins"
@@ -95,10 +94,10 @@ def load(name: str) -> Plugin:
     if path is None:
         plugin = plugin or _execute(Plugin(name, _module_identity(name)))
     else:
-        code = plugin_files.read_code(path, f"The plugin {path}")
+        code = named_code.read_code(path, f"The plugin {path}")
         if plugin is None or plugin.identity != code.identity:
             unload(name)
-            plugin_files.forget_changed(path, code, module_name(name, code.source))
+            named_code.forget_changed(path, code, module_name(name, code.source))
             plugin = _execute(Plugin(name, code.identity, code.source, modules=code.modules))
     _LOADED[name] = plugin = replace(plugin, given=True)
     return plugin
@@ -139,7 +138,7 @@ def unload(name: str) -> None:
 
 def _forget(plugin: Plugin, kept: Collection[str] = ()) -> None:
     """Unload a plugin's module, and those beside it that it imports, except for ``kept`` ones."""
-    names = plugin_files.loaded_modules(Path(plugin.name).parent, plugin.modules)
+    names = named_code.loaded_modules(Path(plugin.name).parent, plugin.modules)
     for name in {_module_name(plugin), *names} - {*kept}:
         sys.modules.pop(name, None)
 
@@ -207,7 +206,7 @@ def _check_apart(plugin: Plugin) -> None:
     """Raise UserError if a plugin of another folder has loaded an imported module's name."""
     for loaded in _LOADED.values():
         folder = Path(loaded.name).parent
-        shared = plugin_files.loaded_modules(folder, {*loaded.modules} & {*plugin.modules})
+        shared = named_code.loaded_modules(folder, {*loaded.modules} & {*plugin.modules})
         if shared and folder != Path(plugin.name).parent:
             raise UserError(
                 f"The plugin {plugin.name} imports {shared[0]}, and another {shared[0]} is loaded already, of the "
@@ -218,10 +217,10 @@ def _check_apart(plugin: Plugin) -> None:
 def _run(plugin: Plugin, name: str) -> None:
     try:
         if plugin.source is None:
-            code_execution.run_module(name)
+            named_code.run_module(name)
         else:
             sys.modules.pop(name, None)  # perhaps executed as a network's code, without a record of its entries
-            code_execution.run_module(name, plugin.name, plugin.source)
+            named_code.run_module(name, plugin.name, plugin.source)
     except UserError as error:
         raise UserError(f"The plugin {plugin.name} cannot be loaded: {error}") from None
     except (Exception, SystemExit) as error:
@@ -349,8 +348,8 @@ def restore(stored: Mapping[str, str], folder: str | os.PathLike[str], trusted: 
 def _differences(name: str, path: Path | None, identity: str, source: bytes | None = None) -> list[str]:
     old, new = {"": identity}, {"": "" if path is not None else _module_identity(name)}
     if path is not None:
-        code = plugin_files.read_code(path, f"The plugin {path}", source)
-        old, new = plugin_files.parse_identity(identity) or old, code.hashes
+        code = named_code.read_code(path, f"The plugin {path}", source)
+        old, new = named_code.parse_identity(identity) or old, code.hashes
     tables = ({str(Path(name).parent / part) if part else name: table[part] for part in table} for table in (old, new))
     return [_short(text) for text in find_changes(*tables)]
 

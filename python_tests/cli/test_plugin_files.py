@@ -12,7 +12,7 @@ import pytest
 import fedkern
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
-from fedkern.usercode import plugin_files, plugins
+from fedkern.usercode import named_code, plugins
 from fedkern.usercode.code_identity import content_hash
 from python_tests.plugin_sources import Executed, begin, check_refused, no_plugins, unload_all  # noqa: F401
 
@@ -70,7 +70,7 @@ def check_untouched(fails, cut, pair, *parts):
 @pytest.mark.exhaustive
 def test_an_unchanged_neighbour_goes_on(result, cut, pair):
     stored = tomllib.loads((cut / "config.toml").read_text())["plugins"][str(pair.path)]
-    assert list(plugin_files.parse_identity(stored)) == ["", "helpers_of_a_test.py"]
+    assert list(named_code.parse_identity(stored)) == ["", "helpers_of_a_test.py"]
     result("--resume", str(cut), "--quiet")
     assert pair.runs == 2
     assert "other-plugin" not in json.loads((cut / "summary.json").read_text())["diagnostics"]
@@ -98,7 +98,7 @@ def test_a_neighbour_that_is_gone_or_new_is_a_change(fails, cut, pair):
 
 def test_a_folder_that_leaves_a_neighbour_out_is_refused(fails, cut, pair):
     config = cut / "config.toml"
-    stored = plugin_files.parse_identity(tomllib.loads(config.read_text())["plugins"][str(pair.path)])
+    stored = named_code.parse_identity(tomllib.loads(config.read_text())["plugins"][str(pair.path)])
     identity = f"{stored['']}; helpers_of_a_test.py {stored['helpers_of_a_test.py']}"
     assert identity in config.read_text()
     for changed, said in (
@@ -161,7 +161,7 @@ def test_plugins_of_two_folders_cannot_import_modules_of_one_name(pair, tmp_path
     assert "yours" not in METHODS
     beside = pair.path.with_name("beside.py")
     beside.write_text(OWN.replace('"mine"', '"beside"'))
-    assert plugin_files.parse_identity(plugins.load(str(beside)).identity).keys() == {"", "helpers_of_a_test.py"}
+    assert named_code.parse_identity(plugins.load(str(beside)).identity).keys() == {"", "helpers_of_a_test.py"}
     assert pair.runs == 1  # both share the module
 
 
@@ -180,7 +180,7 @@ def test_neighbours_are_found_from_import_to_import(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    found = plugin_files.parse_identity(plugins.load(str(tmp_path / "own.py")).identity)
+    found = named_code.parse_identity(plugins.load(str(tmp_path / "own.py")).identity)
     own = {name for name in files if name not in ("own.py", "unused.py")}
     assert found.keys() == {"", *own}
     for name in own:
@@ -190,28 +190,27 @@ def test_neighbours_are_found_from_import_to_import(tmp_path):
 def test_installed_code_in_the_folder_is_no_neighbour(tmp_path, monkeypatch):
     root = Path(fedkern.__file__).resolve().parents[1]
     assert (
-        plugin_files.imported_modules(root / "own.py", b"import fedkern.ops\nfrom fedkern.methods import FedAvg\n")
-        == {}
+        named_code.imported_modules(root / "own.py", b"import fedkern.ops\nfrom fedkern.methods import FedAvg\n") == {}
     )
     for place in ("stdlib", "vendored"):
         (tmp_path / place).mkdir()
         (tmp_path / place / "x.py").write_text("")
     monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path / "stdlib"))
-    found = plugin_files.imported_modules(tmp_path / "own.py", b"import stdlib.x, vendored.x, json")
+    found = named_code.imported_modules(tmp_path / "own.py", b"import stdlib.x, vendored.x, json")
     assert found == {tmp_path / "vendored" / "x.py": "vendored.x"}
 
 
 def test_an_identity_is_read_as_it_is_written():
     hashes = {"": content_hash(b"own"), "a file.py": content_hash(b"a")}
-    text = plugin_files.CodeFile(b"own", hashes, ()).identity
-    assert plugin_files.parse_identity(text) == hashes
-    assert plugin_files.parse_identity(text.partition("; ")[2]) == {}
+    text = named_code.CodeFile(b"own", hashes, ()).identity
+    assert named_code.parse_identity(text) == hashes
+    assert named_code.parse_identity(text.partition("; ")[2]) == {}
     for unreadable in ("", "sha256:12", "1.0, sha256:" + 64 * "a" + ", /a/file.py", text + "; x"):
-        assert plugin_files.parse_identity(unreadable) == {}
+        assert named_code.parse_identity(unreadable) == {}
 
 
 def test_a_neighbour_that_cannot_be_read_leaves_nothing_registered(pair, monkeypatch):
-    monkeypatch.setattr(plugin_files, "imported_modules", lambda *_: {pair.path.parent / "missing.py": "missing"})
+    monkeypatch.setattr(named_code, "imported_modules", lambda *_: {pair.path.parent / "missing.py": "missing"})
     with pytest.raises(UserError, match=r"missing\.py, which a plugin imports, cannot be read"):
         plugins.load(str(pair.path))
     assert "mine" not in METHODS

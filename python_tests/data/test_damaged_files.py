@@ -22,7 +22,7 @@ from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.errors import UserError
 from fedkern.models.pretrained.preprocessing import Preprocessing
-from fedkern.models.teachers.prompts import read_prompts
+from fedkern.models.teachers.clip import read_prompts
 from fedkern.settings.stored import load_settings
 from python_tests.papers_data import BRATS, open_all
 

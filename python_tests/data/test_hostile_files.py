@@ -17,8 +17,8 @@ from fedkern.data.images.detections import BoxesFile
 from fedkern.data.images.image_files import FORMATS, ImageFiles, list_images, open_image, read_mask
 from fedkern.data.sources.table import gunzip
 from fedkern.errors import UserError
-from fedkern.files.inputs import open_regular, parse_json
-from fedkern.models.teachers.prompts import read_prompts
+from fedkern.files.filesystem import open_regular, parse_json
+from fedkern.models.teachers.clip import read_prompts
 from fedkern.run import main
 from python_tests.in_time import in_time
 

@@ -20,8 +20,7 @@ from fedkern.engine.rounds.loop import Loop
 from fedkern.engine.run import run
 from fedkern.engine.store import checkpoints as module
 from fedkern.engine.store import client_table
-from fedkern.engine.store.background_writer import BackgroundWriter
-from fedkern.engine.store.checkpoints import Checkpoints
+from fedkern.engine.store.checkpoints import BackgroundWriter, Checkpoints
 from fedkern.engine.store.client_table import ClientTable
 from fedkern.errors import UserError
 from fedkern.files import filesystem

@@ -11,10 +11,9 @@ import torch
 
 from fedkern.engine import hooks
 from fedkern.engine.client import Client
-from fedkern.engine.context import RunContext
+from fedkern.engine.context import TAKEN, RunContext
 from fedkern.engine.executors.executor import Answer
 from fedkern.engine.executors.serial import Serial
-from fedkern.engine.node import TAKEN
 from fedkern.engine.run import run
 from fedkern.engine.server import Server
 from fedkern.engine.store.record_files import read_metrics
@@ -22,7 +21,7 @@ from fedkern.errors import UserError
 from fedkern.messages.packets import Packer, Unpacker
 from fedkern.methods import METHODS
 from fedkern.methods.base import Phase
-from fedkern.privacy.disclosure import Disclosure
+from fedkern.privacy.guarantee import Disclosure
 from fedkern.settings.config import RunConfig
 from fedkern.usercode import plugins
 from python_tests.interrupted import outcome

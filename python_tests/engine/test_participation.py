@@ -17,7 +17,7 @@ from fedkern.engine.participation import (
     speed,
 )
 from fedkern.engine.run import run
-from fedkern.engine.setup import preparing
+from fedkern.engine.setup import run_objects
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
@@ -262,7 +262,7 @@ def test_no_upload_of_a_synchronous_round_is_stale(make_data, make_config, tmp_p
 
 
 def test_what_a_policy_keeps_survives_an_interruption(make_data, make_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(preparing, "Participation", Belated)
+    monkeypatch.setattr(run_objects, "Participation", Belated)
     heard = heard_by(monkeypatch)
     settings = {"clients": 4, "rounds": 5, "buffers": "local"}
     run(make_config("fedavg", workers="2", **settings), out=tmp_path / "whole", data=make_data(SIZES))
@@ -272,7 +272,7 @@ def test_what_a_policy_keeps_survives_an_interruption(make_data, make_config, tm
     assert again == outcome(tmp_path / "whole")
     names = {path.name for path in (out / "checkpoints").glob("participation-*")}
     assert names == {f"participation-{plan:06d}.safetensors" for plan in (4, 5)}  # of the checkpoints that are kept
-    monkeypatch.setattr(preparing, "Participation", Participation)
+    monkeypatch.setattr(run_objects, "Participation", Participation)
     run(config, out=tmp_path / "now", data=make_data(SIZES))
     assert outcome(tmp_path / "now")[0] != outcome(tmp_path / "whole")[0]
 

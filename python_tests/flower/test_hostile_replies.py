@@ -16,7 +16,7 @@ from flwr.app.error import Error
 from fedkern.errors import RunFailed
 from fedkern.flower import strategies
 from fedkern.flower.array_bytes import FLAT, LISTING, NUMPY
-from fedkern.flower.strategies.flat_arrays import pack
+from fedkern.flower.strategies.averaging import pack
 from python_tests.flower.fake_grid import FakeGrid, arrays_of, client, content
 
 pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("audible")]

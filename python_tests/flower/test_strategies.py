@@ -19,7 +19,7 @@ from fedkern import ops
 from fedkern.errors import RunFailed, UserError
 from fedkern.flower import adapter, strategies
 from fedkern.flower.array_bytes import FLAT
-from fedkern.flower.strategies.flat_arrays import pack, unpack
+from fedkern.flower.strategies.averaging import pack, unpack
 from python_tests.flower.fake_grid import FakeGrid, arrays_of, client, content, numbers
 
 pytestmark = [pytest.mark.flower, pytest.mark.usefixtures("audible")]

@@ -12,7 +12,7 @@ from fedkern.cli.commands import run
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.listeners import WandB
-from fedkern.listeners.scalars import scalars
+from fedkern.listeners.events import scalars
 from python_tests.interrupted import Kill, KillAt
 
 WORDS = [

@@ -21,7 +21,7 @@ from fedkern.methods.common.calibration import CalibrationOptions, ClassStatisti
 from fedkern.methods.common.robust_weights import distance, exponentiated_step, project
 from fedkern.methods.fediod import losses
 from fedkern.methods.fediod.client import Answers
-from fedkern.methods.fusefl.levels import LocalPart, plain_head, tensors_of
+from fedkern.methods.fusefl.method import LocalPart, plain_head, tensors_of
 from fedkern.methods.protocol import Batch
 from fedkern.models.blocks import cut_network
 from fedkern.models.fused import Branch, FusedLevel, FusedNetwork, make_adaptor

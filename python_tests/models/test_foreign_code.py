@@ -14,7 +14,7 @@ import pytest
 
 import fedkern
 from fedkern.errors import UserError
-from fedkern.models.pretrained import pretrained_pair
+from fedkern.models import towers
 from fedkern.models.pretrained.detector import GroundingDino
 from fedkern.models.pretrained.safe_loading import quiet
 from fedkern.models.teachers.clip import clip_teacher
@@ -65,11 +65,11 @@ def dino(path: Path) -> Any:
 
 
 def image(path: Path) -> Any:
-    return pretrained_pair.image_encoder(path, channels=3, image_size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
+    return towers.read_image_encoder(path, channels=3, image_size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 def text(path: Path) -> Any:
-    return pretrained_pair.text_encoder(path, longest=8)
+    return towers.read_text_encoder(path, longest=8)
 
 
 @pytest.mark.parametrize("load", [clip, dino, image, text])
@@ -86,7 +86,7 @@ def test_code_of_a_tokenizer_is_not_run(folder: Path, monkeypatch: pytest.Monkey
     """The network has no code, only its tokenizer."""
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     network = transformers.BertModel(transformers.BertConfig(**small, vocab_size=8))
-    monkeypatch.setattr(pretrained_pair, "_network", lambda *_: network)
+    monkeypatch.setattr(towers, "_network", lambda *_: network)
     with pytest.raises(UserError, match=f"cannot load a tokenizer from {folder}: it comes with Python code"):
         text(folder)
     assert not ran(folder)

@@ -18,7 +18,7 @@ from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
-from fedkern.models.state import personal_parts
+from fedkern.models.state import freezing
 from fedkern.tasks import CLASSIFICATION
 from python_tests.interrupted import Kill, KillAt, forge_state, outcome
 from python_tests.own_networks import Small
@@ -419,11 +419,11 @@ def test_the_network_of_a_script(make_data, tmp_path):
 
 def test_marks_stay_with_the_layers():
     network = small()
-    personal_parts.keep(network, ["head.*", "backbone.1.running_*"], "net")
+    freezing.keep(network, ["head.*", "backbone.1.running_*"], "net")
     expected = ["backbone.1.running_mean", "backbone.1.running_var", "head.bias", "head.weight"]
-    assert personal_parts.names(network) == personal_parts.names(copy.deepcopy(network)) == expected
-    assert personal_parts.names(nn.ModuleList([network])) == [f"0.{name}" for name in expected]
-    assert personal_parts.names(small()) == []
+    assert freezing.names(network) == freezing.names(copy.deepcopy(network)) == expected
+    assert freezing.names(nn.ModuleList([network])) == [f"0.{name}" for name in expected]
+    assert freezing.names(small()) == []
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------

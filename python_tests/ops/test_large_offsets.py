@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops._aggregate.philox import normal
+from fedkern.ops._aggregate.reference import normal
 from python_tests.ops.every_operator import Operator, each_operator
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,8 +12,8 @@ import torch
 
 from fedkern.errors import UserError
 from fedkern.privacy import Accountant, ClientGuarantee, ClientLevel, bounds, least_noise
+from fedkern.privacy.accounting import keep_variances
 from fedkern.privacy.bounds import DP_SGD, GAUSSIAN, Entry, added_or_removed, bound_replaced
-from fedkern.privacy.client_level import keep_variances
 from fedkern.report.tables import describe_epsilon
 
 DELTA = 1e-5

@@ -28,7 +28,7 @@ from fedkern.listeners import Listener
 from fedkern.methods import register
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.privacy import Accountant, Guarantee
-from fedkern.privacy.disclosure import Disclosure
+from fedkern.privacy.guarantee import Disclosure
 from fedkern.report.figures.pictures import write_pictures
 from fedkern.report.live.progress_bar import Live
 from fedkern.report.pages.run_page import write_report

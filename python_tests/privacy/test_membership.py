@@ -20,7 +20,7 @@ from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.store import saved_model
 from fedkern.errors import UserError
-from fedkern.methods.fediod import local_teachers
+from fedkern.methods.fediod import method
 from fedkern.privacy import membership, membership_attack
 from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
@@ -422,7 +422,7 @@ def test_what_a_method_keeps_from_the_training_is_no_member(tmp_path, data, monk
     assert (found["members"], found["untrained"]) == (80, 20)
     splits, _ = attacking.find_trained(config, data)
     for k, split in enumerate(splits):  # those that the teacher is trained on
-        rows, _ = local_teachers.split_holdout(Client(RunContext(config, data), k, {}), 0.2)
+        rows, _ = method.split_holdout(Client(RunContext(config, data), k, {}), 0.2)
         assert torch.equal(split.images, data.clients[k].images[torch.from_numpy(rows)])
     monkeypatch.setattr(attacking, "load_data", lambda config, masks: data)
     assert play_request(parse_words(["attack", str(folder)])) == 0

@@ -24,10 +24,10 @@ from fedkern.engine.local.training import Schedule
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.methods.base import Objective, Phase
-from fedkern.methods.common.class_counts import class_counts
+from fedkern.methods.common.figures import class_counts
 from fedkern.methods.fediod import private_messages as privacy
 from fedkern.methods.fediod.iod_options import IODOptions
-from fedkern.methods.fediod.local_teachers import split_holdout as held_out
+from fedkern.methods.fediod.method import split_holdout as held_out
 from fedkern.privacy import DPSGD, LEDGER
 from fedkern.report.live.progress_bar import Lines
 from fedkern.settings.run_data import kept_data

@@ -27,9 +27,9 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.models.users.user_models import Own
 from fedkern.process import torch_modes
 from fedkern.settings.run_data import load_data
-from fedkern.tasks.registered_metrics import METRICS
+from fedkern.tasks.figure_names import METRICS
 from fedkern.usercode import named_code, plugins
-from fedkern.usercode.code_execution import host_code
+from fedkern.usercode.named_code import host_code
 
 TINY = {"data": "digits", "clients": 3, "train_samples": 120, "local_steps": 2, "rounds": 2, "threads": 1,
         "grad_cam": 0, "progress": False, "pictures": False}  # fmt: skip

@@ -18,7 +18,7 @@ from fedkern.engine.parts.evaluation import Evaluation
 from fedkern.engine.parts.part import Stop
 from fedkern.engine.parts.stopping import Patience
 from fedkern.engine.store.confusions import Confusions
-from fedkern.engine.store.data_facts import DataFacts
+from fedkern.engine.store.record_files import DataFacts
 from fedkern.report import run_contents, tables
 from fedkern.report.figures.curves import accuracy_panels, client_panels, draw_panels
 from fedkern.report.pages import run_page

@@ -21,7 +21,7 @@ from fedkern.listeners import RunInfo
 from fedkern.listeners.tensorboard import TensorBoard, scalars
 from fedkern.methods.base import Round
 from fedkern.report import doctor_page, tables
-from fedkern.report.figures import answer_sheets, artifact_sheet, comparison_plot, confusion_sheet, curves, plots
+from fedkern.report.figures import answer_sheets, curves, plots, sheet
 from fedkern.report.live.notebook import choose_display
 from fedkern.report.names import TICK, TITLE, label
 from fedkern.report.pages import charts
@@ -88,12 +88,12 @@ def test_pictures(name, texts, tmp_path):
     draw = {
         "partition": lambda: plots.partition_picture(statistics, title=name),
         "curves": lambda: curves.draw_panels(curves.accuracy_panels(records, "accuracy"), title=name),
-        "confusion": lambda: confusion_sheet.draw_confusions(confusions, title=name),
+        "confusion": lambda: plots.draw_confusions(confusions, title=name),
         "weights": lambda: curves.draw_panels(curves.weight_panels(records), title=name),
-        "table": lambda: artifact_sheet.draw_sheet(
+        "table": lambda: sheet.draw_sheet(
             [Artifact("x", 1, torch.eye(3), (name, "class"))], title=name, classes=(name, "b", "c")
         ),
-        "images": lambda: artifact_sheet.draw_sheet(
+        "images": lambda: sheet.draw_sheet(
             [Artifact("x", 1, torch.zeros(2, 3, 4, 4, dtype=torch.uint8), ("", ""))], title=name
         ),
     }  # fmt: skip
@@ -232,7 +232,7 @@ def named_curves(name):
          "1": {"weight": 0.6, "name": "b"}}} for r in x
     ]  # fmt: skip
     series = [curves.Curve(name, x, y), curves.Curve("b", x, y), curves.Curve(f"{name}s", x, y, curves.SOFT)]
-    compared = comparison_plot.comparison_panels({name: [[{"round": 1, "accuracy": 0.1}]], "b": []}, ["accuracy"])
+    compared = curves.comparison_panels({name: [[{"round": 1, "accuracy": 0.1}]], "b": []}, ["accuracy"])
     figures = [curves.draw_panels(panels) for panels in (
         curves.accuracy_panels(records, "accuracy", tests=["", name]), curves.weight_panels(records),
         [*compared.values()],

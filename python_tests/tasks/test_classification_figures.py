@@ -18,9 +18,9 @@ import fedkern
 from fedkern import UserError
 from fedkern.methods import METHODS, Batch
 from fedkern.tasks import MULTILABEL, retrieval
-from fedkern.tasks import classification_figures as figures
+from fedkern.tasks import classification as figures
 from fedkern.tasks import multilabel as of_labels
-from fedkern.tasks.classification_figures import areas
+from fedkern.tasks.classification import areas
 from fedkern.tasks.ordinal import ORDINAL, CumulativeLink, quadratic_kappa
 from fedkern.tasks.retrieval import Gallery, recalls
 

@@ -79,7 +79,7 @@ void geometric_shares(const Uploads& x, const double* weights, std::int64_t iter
 // the mean of the lower and upper weighted median instead. At most kMostSorted vectors; weights (may be null) not with fp64.
 void sorted_mean(const Uploads& x, const UploadWeights* weights, int low, int high, bool median, void* out, const Place& place);
 
-// out_m = factors[m] x_m + deviation * normal(seed, offset + m P + j), see fedkern/ops/_aggregate/philox.py. `out` is written, of
+// out_m = factors[m] x_m + deviation * normal(seed, offset + m P + j), see fedkern/ops/_aggregate/reference.py. `out` is written, of
 // the vectors' dtype and unit stride.
 void scale_and_noise(const Uploads& x, const double* factors, double deviation, std::uint64_t seed, std::uint64_t offset, const Uploads& out,
                      const Place& place);

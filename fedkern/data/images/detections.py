@@ -38,8 +38,7 @@ from fedkern.data.images.background import rasterise
 from fedkern.data.sources.table import parse_table, read_file
 from fedkern.data.split import Split
 from fedkern.errors import UserError, require_format, suggest_name
-from fedkern.files.filesystem import cache_folder, expand, hold_lock, replace
-from fedkern.files.inputs import parse_json, read_json
+from fedkern.files.filesystem import cache_folder, expand, hold_lock, parse_json, read_json, replace
 
 Box = tuple[float, float, float, float]
 

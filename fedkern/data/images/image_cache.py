@@ -33,10 +33,9 @@ from torch import Tensor
 from fedkern.data.images.image_files import ImageFiles, ImageReader, unreadable
 from fedkern.data.types import Pool
 from fedkern.errors import UserError
-from fedkern.files.filesystem import cache_folder, expand, hold_lock, is_own
+from fedkern.files.filesystem import cache_folder, expand, hold_lock, is_own, open_regular
 from fedkern.files.filesystem import replace as replace_file
 from fedkern.files.image_rows import ImageStore
-from fedkern.files.inputs import open_regular
 
 
 def note_cache(out: Path, cache: str | None) -> None:

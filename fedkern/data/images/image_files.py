@@ -20,9 +20,8 @@ from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from fedkern.errors import UserError
-from fedkern.files.filesystem import check_text
+from fedkern.files.filesystem import check_text, describe_file_kind, open_regular, real_file
 from fedkern.files.image_rows import ImageRows, ImageStore
-from fedkern.files.inputs import describe_file_kind, open_regular, real_file
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"})
 FORMATS = "JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF"

@@ -20,8 +20,8 @@ from fedkern.data.types import DataRequest, FederatedData, Pool, Source
 from fedkern.errors import UserError
 from fedkern.tasks import Task, task_of
 from fedkern.typed_option import Option
-from fedkern.usercode.code_execution import explain_errors, host_code
 from fedkern.usercode.code_identity import digest, identity_table
+from fedkern.usercode.named_code import explain_errors, host_code
 from fedkern.usercode.registry import keyword_options
 
 PARAMETERS = ("root", "clients", "partition", "seed", "reading")

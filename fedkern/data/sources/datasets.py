@@ -30,7 +30,7 @@ from fedkern.streams import stream
 from fedkern.tasks import CLASSIFICATION, RETRIEVAL, OwnClassification, OwnTask, Task
 from fedkern.tasks.partition_statistics import PartitionStatistics
 from fedkern.tasks.user_tasks import INTEGERS, torch_loss
-from fedkern.usercode.hook_checks import check_hooks
+from fedkern.usercode.registry import check_hooks
 
 
 class Captioned:

@@ -19,7 +19,7 @@ from fedkern.data.images.image_files import SUFFIXES, is_hidden, list_images, su
 from fedkern.data.sources.listing import SPLITS
 from fedkern.data.sources.table import CLIENT, PATIENT, Table
 from fedkern.errors import UserError, first_of
-from fedkern.files.inputs import real_file
+from fedkern.files.filesystem import real_file
 
 LAYOUTS = "auto", "sites", "patients"
 """Values of the option ``layout``: the meaning of the outer of two levels of folders.

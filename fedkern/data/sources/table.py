@@ -23,8 +23,7 @@ from fedkern.data.images.image_files import is_hidden
 from fedkern.data.labels.spelling import classes_of, clean_cell, describe_missing, unify_spelling
 from fedkern.data.sources.listing import SPLITS, Labels, Listing
 from fedkern.errors import UserError, suggest_name
-from fedkern.files.filesystem import expand
-from fedkern.files.inputs import describe_file_kind, open_regular
+from fedkern.files.filesystem import describe_file_kind, expand, open_regular
 from fedkern.tasks import task_of
 
 MAX_CONTENT_BYTES = 1 << 32

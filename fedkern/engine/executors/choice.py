@@ -12,9 +12,8 @@ import torch
 from fedkern.data.sources.items import Items
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors import fork_server
-from fedkern.engine.executors.executor import Executor
+from fedkern.engine.executors.executor import Executor, Setup
 from fedkern.engine.executors.ranks import Ranks
-from fedkern.engine.executors.worker_messages import Setup
 from fedkern.engine.executors.workers import Workers
 from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.engine.transport import torchrun_group

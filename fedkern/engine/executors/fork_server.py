@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import fedkern
+from fedkern.engine.executors.executor import Setup
 from fedkern.engine.executors.shared_tensors import Channel
-from fedkern.engine.executors.worker_messages import Setup
 from fedkern.messages.packets import Packer
 from fedkern.process.forking import has_threads, read_positions
 from fedkern.usercode import plugins

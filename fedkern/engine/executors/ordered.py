@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors.executor import Answer, Request, States
+from fedkern.engine.executors.executor import Answer, Clear, Done, Forget, Job, Notice, Request, States
 from fedkern.engine.executors.serial import Serial
-from fedkern.engine.executors.worker_messages import Clear, Done, Forget, Job, Notice
 from fedkern.engine.uploads.encoders import Encoder
 from fedkern.messages.packets import NotPortable, Packer, Packet, PacketStream, Unpacker
 from fedkern.messages.states import State

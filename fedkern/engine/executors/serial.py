@@ -9,17 +9,14 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor
 
 from fedkern.engine.client import Client
-from fedkern.engine.context import RunContext
-from fedkern.engine.executors.executor import Answer, Handler, Request, States
-from fedkern.engine.executors.worker_messages import Done, Job
+from fedkern.engine.context import TAKEN, RunContext, convert_figures
+from fedkern.engine.executors.executor import Answer, Done, Handler, Job, Request, States
 from fedkern.engine.local.first_steps import UnfitStep
 from fedkern.engine.local.lanes import lanes, on_this_stream, side_by_side
 from fedkern.engine.local.training import Diverged
-from fedkern.engine.node import TAKEN, convert_figures
 from fedkern.engine.uploads.encoders import Departure, Encoder
 from fedkern.errors import RAISED, ClientFailed
-from fedkern.messages.digest import Fingerprint
-from fedkern.messages.states import State
+from fedkern.messages.states import Fingerprint, State
 from fedkern.methods.base import ClientId, Message, Messages, Phase
 from fedkern.process.torch_modes import cpu_threads
 

@@ -8,7 +8,7 @@ A worker works as a :class:`~fedkern.engine.executors.serial.Serial` does. It en
 process or with its parent. It ignores SIGINT, which a terminal sends to every process in the foreground: the run's
 process handles that.
 
-Message classes are in `fedkern.engine.executors.worker_messages`: as ``__main__``, this module would define other
+Message classes are in `fedkern.engine.executors.executor`: as ``__main__``, this module would define other
 classes than the run's process imports.
 """
 
@@ -28,9 +28,9 @@ from typing import NoReturn
 
 import torch
 
+from fedkern.engine.executors.executor import Clear, Done, Forget, Job, Notice, Setup
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.shared_tensors import Channel
-from fedkern.engine.executors.worker_messages import Clear, Done, Forget, Job, Notice, Setup
 from fedkern.messages.packets import NotPortable, Packer, PacketStream, Unpacker, copy_error
 from fedkern.methods import method_registry
 from fedkern.models import MODELS

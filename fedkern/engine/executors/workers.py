@@ -13,12 +13,11 @@ import socket
 from collections.abc import Mapping
 
 from fedkern.engine.context import RunContext
-from fedkern.engine.executors.executor import Answer, Handler, States
+from fedkern.engine.executors.executor import Answer, Handler, Setup, States
 from fedkern.engine.executors.fork_server import ForkServer, Gone, fork_server_of
 from fedkern.engine.executors.ordered import Ordered
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.executors.shared_tensors import Channel
-from fedkern.engine.executors.worker_messages import Setup
 from fedkern.errors import RunFailed
 from fedkern.messages.packets import NotPortable, only_code_bars
 from fedkern.methods.base import ClientId

@@ -13,7 +13,7 @@ from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.methods.base import VECTORS
 from fedkern.models.pretrained.weight_files import bare_names, describe_misfits
-from fedkern.models.state import personal_parts
+from fedkern.models.state import freezing
 from fedkern.models.state.freezing import constant_buffers, freeze_bn_after, frozen_norms, train_mode
 from fedkern.models.users.python_state import hash_attributes
 from fedkern.models.users.user_models import channels_last
@@ -36,10 +36,10 @@ class Network:
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module = module = place(module, device)
-        self._flat = personal_parts.flatten(module)
+        self._flat = freezing.flatten(module)
         self.parameters: Tensor = self._flat.parameters
         self.personal: Tensor = self._flat.personal
-        self._own = personal_parts.tensors(user_module(module))
+        self._own = freezing.tensors(user_module(module))
         self.frozen: Tensor = self._flat.frozen
         self.buffers: Tensor = self._flat.buffers
         self.constants = []
@@ -117,10 +117,10 @@ class Network:
         self._flat.load_vectors(message)
 
     def read_personal(self) -> dict[str, Tensor]:
-        return personal_parts.copies(self._own)
+        return freezing.copies(self._own)
 
     def write_personal(self, tensors: Mapping[str, Tensor]) -> None:
-        personal_parts.write(self._own, tensors)
+        freezing.write(self._own, tensors)
 
     def take(self, module: nn.Module) -> None:
         """Copy a module's tensors into the network by name, except frozen ones."""

@@ -15,7 +15,7 @@ from fedkern.engine.local.network import Trained
 from fedkern.errors import UserError, format_value
 from fedkern.messages.states import State
 from fedkern.methods.terms import Terms
-from fedkern.usercode.code_execution import explain_errors
+from fedkern.usercode.named_code import explain_errors
 
 Factory = Callable[[list[nn.Parameter]], object]
 """User's factory, which should return an optimiser of the parameters."""

@@ -20,11 +20,11 @@ from fedkern.engine.figures.intervals import intervals
 from fedkern.engine.parts.part import Record, RunPart, Summary, register_part
 from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.engine.store import record_files
-from fedkern.engine.store.evaluation_file import ONLY, OWN
+from fedkern.engine.store.record_files import ONLY, OWN
 from fedkern.errors import warn_instead
 from fedkern.messages.states import State
 from fedkern.methods.common.figures import gradcam
-from fedkern.privacy.disclosure import About
+from fedkern.privacy.guarantee import About
 from fedkern.tasks.figure_names import direction
 from fedkern.tasks.task import better_values
 

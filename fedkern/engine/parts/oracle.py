@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedkern.engine.clients import AllClients
-from fedkern.engine.node import convert_figures
+from fedkern.engine.context import convert_figures
 from fedkern.engine.parts.part import Part, RunPart, Summary, register_part
 from fedkern.engine.setup.run_objects import RunObjects
 

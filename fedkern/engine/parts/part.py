@@ -13,9 +13,8 @@ from fedkern.engine.figures.final_figures import FinalFigures
 from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.messages.states import State
 from fedkern.methods.base import Round
-from fedkern.privacy.disclosure import About
-from fedkern.usercode.hook_checks import register_class
-from fedkern.usercode.registry import Registry
+from fedkern.privacy.guarantee import About
+from fedkern.usercode.registry import Registry, register_class
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import time
 
 from fedkern.engine.parts.part import Record, RunPart, Summary, register_part
 from fedkern.messages.states import State
-from fedkern.privacy.disclosure import About
+from fedkern.privacy.guarantee import About
 from fedkern.process import device_use
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from fedkern.engine.node import convert_figures
+from fedkern.engine.context import convert_figures
 from fedkern.engine.parts.part import Record, RunPart, Summary, register_part
 from fedkern.messages.states import State
-from fedkern.privacy.disclosure import About
+from fedkern.privacy.guarantee import About
 from fedkern.tasks.figure_names import FIGURE_NAMES, RECORD_NAMES
 
 

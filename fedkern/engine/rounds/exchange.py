@@ -8,8 +8,8 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
+from fedkern.engine.context import TAKEN, convert_figures
 from fedkern.engine.executors.executor import Answer, Executor
-from fedkern.engine.node import TAKEN, convert_figures
 from fedkern.engine.rounds.round_log import RoundLog
 from fedkern.engine.uploads.filters import Arrival, ExchangeRequest, Filter, encoders_of
 from fedkern.errors import locate_errors

@@ -13,7 +13,7 @@ from fedkern.engine.rounds.exchange import Exchange
 from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.engine.uploads.filters import ExchangeRequest, Filter
 from fedkern.methods.base import Phase, Round
-from fedkern.privacy.disclosure import About
+from fedkern.privacy.guarantee import About
 from fedkern.process.interrupts import check
 
 

@@ -1,4 +1,7 @@
-"""Checkpoints: files of a round, never rewritten once committed by one manifest that is replaced atomically."""
+"""Checkpoints: files of a round, never rewritten once committed by one manifest that is replaced atomically.
+
+One thread writes them while training continues.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,78 @@ import json
 import re
 import shlex
 import zlib
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
 from fedkern.engine.store import releases
-from fedkern.engine.store.background_writer import BackgroundWriter
 from fedkern.engine.store.client_table import STATE, TABLE, ClientTable, Place, Row, read_rows, sound_place
 from fedkern.errors import OtherFormat, UserError
 from fedkern.files import atomic, filesystem
-from fedkern.files.inputs import describe_file_kind, explain_line_ends, open_regular, report_damage
+from fedkern.files.filesystem import describe_file_kind, explain_line_ends, open_regular, report_damage
 from fedkern.messages import states
 from fedkern.messages.states import State
 from fedkern.methods.protocol import Message
 from fedkern.privacy import server_secret
 from fedkern.settings.run_format import FOLDER, FORMAT, MANIFEST, read_manifest
+
+PENDING_BYTES = 256 << 20
+"""Bytes of content that may wait to be written, beyond which a call waits."""
+
+
+class BackgroundWriter:
+    """One thread that runs jobs in order, and none after a failure.
+
+    A job's content must not change any more. A job must not compute with torch: a second thread would have its own
+    OpenMP threads.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fedkern-writer")
+        self._pending: deque[tuple[Future[None], int]] = deque()
+        self._failed: BaseException | None = None
+
+    def give(self, job: Callable[[], object], size: int) -> Future[None]:
+        """Add a job with ``size`` bytes of content, and return its future for :meth:`settle`.
+
+        Raises:
+            What an earlier job raised; the new job is not run.
+        """
+        while self._pending and (
+            self._pending[0][0].done() or sum(waiting for _, waiting in self._pending) + size > PENDING_BYTES
+        ):
+            self._first()
+        self._check()
+        future = self._thread.submit(self._do, job)
+        self._pending.append((future, size))
+        return future
+
+    def settle(self, until: Future[None] | None = None) -> None:
+        """Wait until all jobs, or all jobs up to ``until``, are done."""
+        while self._pending and (until is None or not until.done()):
+            self._first()
+        self._check()
+
+    def _do(self, job: Callable[[], object]) -> None:
+        if self._failed is None:
+            try:
+                job()
+            except BaseException as error:
+                self._failed = error
+
+    def _first(self) -> None:
+        wait([self._pending[0][0]])  # before the job is removed: Ctrl-C may come while waiting
+        self._pending.popleft()
+
+    def _check(self) -> None:
+        if self._failed is not None:
+            raise self._failed
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
+
 
 KEEP = 2
 _NAMED = ("server", "participation")

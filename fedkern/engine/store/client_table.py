@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TypedDict, TypeGuard
 
 from fedkern.files import atomic
-from fedkern.files.inputs import explain_line_ends, open_regular, parse_json
+from fedkern.files.filesystem import explain_line_ends, open_regular, parse_json
 
 SLACK = 1 << 16
 """Bytes of changes that a table may hold, however short its first line is."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedkern.engine.store.checkpoints import check_results
 from fedkern.files import atomic
-from fedkern.files.inputs import describe_file_kind, read_json, report_damage
+from fedkern.files.filesystem import describe_file_kind, read_json, report_damage
 
 FILE = "confusion.json"
 LARGEST = 1 << 53

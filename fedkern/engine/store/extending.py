@@ -14,7 +14,7 @@ from fedkern.engine.store.run_folder import ATTACKS, NODES
 from fedkern.engine.store.saved_model import RESULTS
 from fedkern.errors import UserError
 from fedkern.files import atomic, toml
-from fedkern.files.inputs import describe_file_kind, read_json
+from fedkern.files.filesystem import describe_file_kind, read_json
 from fedkern.methods.base import Federation, Method, Round
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_format import FOLDER

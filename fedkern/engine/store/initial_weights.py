@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedkern.engine.store.checkpoints import check_results, read_newest
 from fedkern.errors import UserError
 from fedkern.files import atomic
-from fedkern.files.inputs import describe_file_kind, open_regular, report_unreadable
+from fedkern.files.filesystem import describe_file_kind, open_regular, report_unreadable
 from fedkern.models.pretrained.weight_files import read_state_dict
 from fedkern.settings.run_format import INIT
 from fedkern.settings.run_format import NAME as CONFIG

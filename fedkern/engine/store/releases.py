@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fedkern.errors import UserError
 from fedkern.files import atomic
-from fedkern.messages.digest import digest
+from fedkern.messages.states import digest
 
 NAME = "releases.jsonl"
 DIVERGED = "diverged"

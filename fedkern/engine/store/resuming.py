@@ -27,7 +27,7 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.run_format import NAME as SETTINGS
 from fedkern.settings.run_format import read_code
 from fedkern.settings.stored import load_settings, make_portable
-from fedkern.usercode import named_code, plugin_files, plugins
+from fedkern.usercode import named_code, plugins
 from fedkern.usercode.code_identity import digest, find_changes, fold_table, is_unchanged
 
 MOVABLE = ("data_options.boxes", "data_options.detector_cache")
@@ -186,7 +186,7 @@ def check_user_code(
             words = ([f"{began} then, {current} now"] if group == "training" and began != current else []) + words
             changed.append((subject, name, words))
     if named_code.parse(config.model) is not None and stored.model_sha256 not in (None, config.model_sha256):
-        files = (plugin_files.parse_identity(str(sha256)) for sha256 in (stored.model_sha256, config.model_sha256))
+        files = (named_code.parse_identity(str(sha256)) for sha256 in (stored.model_sha256, config.model_sha256))
         changed.append((f"the network {config.model}", config.model, find_changes(*files)))
     warnings = []
     for subject, name, words in changed:

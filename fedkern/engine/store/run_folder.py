@@ -14,13 +14,12 @@ from fedkern.engine.store import (
     artifacts,
     checkpoints,
     confusions,
-    evaluation_file,
     initial_weights,
     predictions,
     record_files,
     saved_model,
 )
-from fedkern.engine.store.data_facts import FILE as FACTS
+from fedkern.engine.store.record_files import FILE as FACTS
 from fedkern.errors import NoEffect, UserError
 from fedkern.files import atomic, filesystem, folder_lock
 from fedkern.methods import method_registry
@@ -42,7 +41,7 @@ NODES = "flower.json"
 """File of a run with clients on nodes of Flower: the name under which the nodes keep their states."""
 NAMES = (
     config.NAME, FOLDER, record_files.METRICS, record_files.SUMMARY, saved_model.MODEL, artifacts.FILE, TRACE,
-    *ATTACKS.values(), BEST, *BEST_SO_FAR, NODES, confusions.FILE, evaluation_file.EVALUATION, predictions.FILE,
+    *ATTACKS.values(), BEST, *BEST_SO_FAR, NODES, confusions.FILE, record_files.EVALUATION, predictions.FILE,
     INIT, FACTS,
 )  # fmt: skip
 """All files and folders that the engine writes into a run folder, except the lock."""

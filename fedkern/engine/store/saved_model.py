@@ -15,10 +15,9 @@ from fedkern import models
 from fedkern.engine.context import RunContext
 from fedkern.engine.store.checkpoints import Entry, checksum
 from fedkern.engine.store.confusions import FILE as CONFUSION
-from fedkern.engine.store.data_facts import FILE as FACTS
-from fedkern.engine.store.evaluation_file import EVALUATION
 from fedkern.engine.store.predictions import FILE as PREDICTIONS
-from fedkern.engine.store.record_files import SUMMARY
+from fedkern.engine.store.record_files import EVALUATION, SUMMARY
+from fedkern.engine.store.record_files import FILE as FACTS
 from fedkern.files import atomic
 from fedkern.messages.states import State
 from fedkern.settings.config import RunConfig

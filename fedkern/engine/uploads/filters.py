@@ -11,8 +11,7 @@ from fedkern.engine.hooks import Hooks
 from fedkern.engine.uploads.encoders import Encoder, Encoders
 from fedkern.messages.states import State
 from fedkern.methods.base import ClientId, Declaration, Message, Phase, Round, Upload
-from fedkern.usercode.hook_checks import register_class
-from fedkern.usercode.registry import Registry
+from fedkern.usercode.registry import Registry, register_class
 
 
 @dataclass(frozen=True)

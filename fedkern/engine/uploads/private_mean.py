@@ -14,8 +14,8 @@ from fedkern.engine.server import Server
 from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.engine.uploads.filters import ExchangeRequest, Filter, register_filter
 from fedkern.methods.base import VECTORS, ClientId, Declaration, Message, Method, Phase, Upload
-from fedkern.models.state import personal_parts
-from fedkern.privacy.client_level import CHANNEL, ClientLevel, keep_variances
+from fedkern.models.state import freezing
+from fedkern.privacy.accounting import CHANNEL, ClientLevel, keep_variances
 from fedkern.privacy.keys import SECRET_BYTES, NoiseKey, noise_key
 from fedkern.settings.config import RunConfig
 from fedkern.streams import stream
@@ -116,7 +116,7 @@ class PrivateMean(Filter):
 
 def variances(network: nn.Module) -> Tensor:
     """Return where running variances are among a network's floating buffers, bool ``[Q]``."""
-    flat = personal_parts.flatten(network)
+    flat = freezing.flatten(network)
     mask = torch.zeros(len(flat.buffers), dtype=torch.bool)
     for name, place in flat.places()["buffers"].items():
         mask[place] = name.endswith("running_var")

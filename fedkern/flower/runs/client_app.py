@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fedkern.files.inputs import parse_json
+from fedkern.files.filesystem import parse_json
 from fedkern.flower.adapter import INFO, ClientApp, Context, Message, for_one_message, log, make_reply, unpack_message
 from fedkern.flower.runs import client_daemon
 from fedkern.flower.runs.node_config import STAYS, own_client
@@ -32,8 +32,8 @@ def introduce(message: Message, context: Context) -> Message:
     request = parse_json(header)
     if isinstance(request, dict) and isinstance(request.get("end"), str):
         return make_reply(message, _end_run(request["end"], context))
+    from fedkern.flower.array_bytes import pack_value
     from fedkern.flower.runs.node_client import PROTOCOL
-    from fedkern.flower.runs.portable import pack_value
 
     entries: dict[str, Any] = {"protocol": PROTOCOL, "client": own_client(context.node_config)}
     if isinstance(request, dict) and request.get("data") is True:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fedkern.errors import Malformed, UserError
-from fedkern.files.inputs import parse_json
+from fedkern.files.filesystem import parse_json
 from fedkern.flower.runs.node_config import STAYS, UserConfig
 
 PATIENCE = 10.0

@@ -3,46 +3,139 @@
 Only the method's messages travel. Each message names the state that the client's round begins with. A process that has
 not seen the round's earlier messages loads that state and replays the messages from its disk. The bits are those of a
 client that stays in memory.
+
+Its folder holds the states of its last rounds, and the messages of the current round. A state is written before its
+answer is sent. The server names the state that a round begins with: its checkpoints keep the name of the last state
+whose answer arrived. So a node need not notice that a server was lost and resumed.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fedkern.data.identity import data_fingerprint
 from fedkern.engine.client import Client, check_client
-from fedkern.engine.context import RunContext
+from fedkern.engine.context import TAKEN, RunContext
 from fedkern.engine.executors.executor import Answer, Handler
 from fedkern.engine.executors.serial import Serial
 from fedkern.engine.figures.privacy_report import guarantee
 from fedkern.engine.local.training import Diverged
 from fedkern.engine.marks import PLACES
-from fedkern.engine.node import TAKEN
 from fedkern.engine.server import Server
 from fedkern.engine.setup import own_model
 from fedkern.engine.store.releases import DIVERGED, Releases
 from fedkern.errors import ClientFailed, Malformed, UserError, make_printable
-from fedkern.flower.runs.node_folder import NodeFolder, Version
-from fedkern.flower.runs.portable import pack_value, unpack_value
+from fedkern.files import atomic
+from fedkern.files.filesystem import hold_lock, open_regular, parse_json
+from fedkern.flower.array_bytes import pack_value, unpack_value
+from fedkern.messages import states
 from fedkern.methods.base import Message, Phase
 from fedkern.methods.common.pooling import Pooling
 from fedkern.methods.protocol import BEFORE
 from fedkern.models import available
 from fedkern.models.precision import compute_in
 from fedkern.privacy import LEDGER
-from fedkern.privacy.disclosure import Disclosure
+from fedkern.privacy.guarantee import Disclosure
 from fedkern.process.allocator import keep_freed_memory
 from fedkern.process.torch_modes import cpu_threads, reproducible
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import check_data, complete_settings, data_of_one, inspect_items, kept_data, load_data
+
+KEPT_RUNS = 16
+_RUN = re.compile(r"[0-9a-f]{32}")
+_STATE = re.compile(r"state-(\d{6})-(\d{6})\.safetensors")
+_MESSAGE = re.compile(r"message-(\d{6})-(\d{6})\.packed")
+
+
+class Version(NamedTuple):
+    """Name of a state: round of the plan, from 1, and message number in this round, from 0."""
+
+    plan: int
+    number: int
+
+
+class NodeFolder:
+    def __init__(self, base: Path, run: str, client: int) -> None:
+        self.path = base / run / f"client-{client:05d}"
+        new = not (base / run).exists()
+        atomic.make_folder(self.path)
+        os.utime(base / run)
+        if new:
+            _drop_runs(base)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Wait until no other process works for this client."""
+        with hold_lock(self.path / "lock"):
+            yield
+
+    # -- states ----------------------------------------------------------------------------------------------------
+
+    def read_state(self, version: Version | None) -> dict[str, object]:
+        if version is None:
+            return {}
+        try:
+            return states.load(self._state(version))
+        except ValueError as error:
+            raise UserError(
+                f"The client's state cannot be read ({error}): put the folder back, or start the run again."
+            ) from None
+
+    def write_state(self, version: Version, content: dict[str, object], oldest: int) -> None:
+        """Write a state, and delete states that no server checkpoint can name (of rounds before ``oldest``)."""
+        states.save(self._state(version), content)
+        names = [Version(*numbers) for numbers in self._list_versions(_STATE)]
+        before = max((name for name in names if name.plan == version.plan and name < version), default=None)
+        for name in names:
+            of_this_round = name.plan == version.plan and name not in (version, before)
+            if name.plan < oldest or of_this_round:
+                self._state(name).unlink(missing_ok=True)
+
+    def _state(self, version: Version) -> Path:
+        return self.path / f"state-{version.plan:06d}-{version.number:06d}.safetensors"
+
+    # -- messages --------------------------------------------------------------------------------------------------
+
+    def keep_message(self, version: Version, header: dict[str, object], packed: bytes) -> None:
+        """Store a message, in case another process gets the round's next message."""
+        atomic.write_bytes(self._message(version), json.dumps(header).encode() + b"\n" + packed)
+
+    def message(self, version: Version) -> tuple[dict[str, object], bytes]:
+        try:
+            with open_regular(self._message(version)) as file:
+                return parse_json(file.readline().decode()), file.read()
+        except (OSError, ValueError) as error:
+            raise UserError(f"An earlier message of this round cannot be read ({error}).") from None
+
+    def drop_messages(self, plan: int) -> None:
+        for numbers in self._list_versions(_MESSAGE):
+            if numbers[0] < plan:
+                self._message(Version(*numbers)).unlink(missing_ok=True)
+
+    def _message(self, version: Version) -> Path:
+        return self.path / f"message-{version.plan:06d}-{version.number:06d}.packed"
+
+    def _list_versions(self, pattern: re.Pattern[str]) -> list[tuple[int, int]]:
+        matches = (pattern.fullmatch(path.name) for path in self.path.iterdir())
+        return [(int(match[1]), int(match[2])) for match in matches if match is not None]
+
+
+def _drop_runs(base: Path) -> None:
+    runs = [path for path in base.iterdir() if _RUN.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
+    for path in sorted(runs, key=lambda path: path.stat().st_mtime_ns)[:-KEPT_RUNS]:
+        shutil.rmtree(path, ignore_errors=True)
+
 
 PROTOCOL = 10
 """Version of the messages, which both ends must share."""

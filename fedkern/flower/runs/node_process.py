@@ -9,8 +9,7 @@ from typing import Any
 
 from fedkern.engine.executors.executor import Answer
 from fedkern.errors import ClientFailed, Malformed, UserError
-from fedkern.files.filesystem import cache_folder, expand
-from fedkern.files.inputs import parse_json
+from fedkern.files.filesystem import cache_folder, expand, parse_json
 from fedkern.flower.runs import node_config, run_settings
 from fedkern.flower.runs.node_client import ClientRequest, NodeClients, pack_reply
 from fedkern.flower.runs.node_config import UserConfig

@@ -19,7 +19,7 @@ from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import data_of_one, declared_data
 
 if TYPE_CHECKING:
-    from fedkern.flower.runs.node_registry import NodeRegistry
+    from fedkern.flower.runs.node_executor import NodeRegistry
 
 
 def form_of(data: FederatedData) -> dict[str, object]:

@@ -18,8 +18,7 @@ from fedkern.errors import ClientFailed, RunFailed, UserError
 from fedkern.flower.adapter import ERROR, INFO, WARNING, Context, Grid, NodeChannel, ServerApp, log, warn_of_version
 from fedkern.flower.runs import run_settings
 from fedkern.flower.runs.node_config import UserConfig
-from fedkern.flower.runs.node_executor import Nodes
-from fedkern.flower.runs.node_registry import NodeRegistry
+from fedkern.flower.runs.node_executor import NodeRegistry, Nodes
 from fedkern.flower.runs.own_data import declare_federation
 from fedkern.listeners.events import Listener, Record, RunInfo, Summary
 from fedkern.settings.error_wording import key_words

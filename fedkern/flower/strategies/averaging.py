@@ -1,4 +1,7 @@
-"""Flower's FedAvg and FedProx with fedkern's mean, which leaves bad replies out: the base of the other strategies."""
+"""Flower's FedAvg and FedProx with fedkern's mean, which leaves bad replies out: the base of the other strategies.
+
+Between clients and servers that both use fedkern, a model can travel as one flat vector.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,11 +22,72 @@ from torch import Tensor
 from fedkern.errors import RunFailed, UserError, make_printable, printable_name
 from fedkern.flower import adapter
 from fedkern.flower.adapter import ArrayRecord, ConfigRecord, Grid, Message, MetricRecord, RecordDict, Result, flower
-from fedkern.flower.array_bytes import Misfit
+from fedkern.flower.array_bytes import FLOATS, Misfit, dtype_name
 from fedkern.flower.model_layout import Layout, Model
 from fedkern.flower.model_sums import AllModels, Integers, NewModel, RunningMean
 from fedkern.ops._core.checks import check_count, check_flag, check_number
 from fedkern.streams import stream
+
+__all__ = ["pack", "unpack"]
+
+
+def pack(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> adapter.ArrayRecord:
+    """Write a state dict as one vector of all floating entries, and an array for every other entry.
+
+    Args:
+        state: tensors by name, on any device, as ``module.state_dict()`` returns them.
+        dtype: float32, float64, float16 or bfloat16, to which the vector is rounded. None: the widest dtype of the
+            floating entries.
+
+    Returns:
+        A record that `fedkern.flower.strategies` and :func:`unpack` read.
+
+    Raises:
+        UserError: an entry is not a tensor of real numbers, or ``dtype`` is another one.
+    """
+    dtypes = tuple(FLOATS.values())
+    if dtype is not None and dtype not in dtypes:
+        raise UserError(f"pack: dtype must be float32, float64, bfloat16 or float16, not {dtype}.")
+    forms = []
+    for key, value in state.items():
+        is_tensor = isinstance(value, Tensor)
+        if not is_tensor or value.is_complex() or (value.is_floating_point() and value.dtype not in dtypes):
+            kind = value.dtype if is_tensor else type(value).__name__
+            raise UserError(f"pack: {key!r} must be a tensor of real numbers, not {kind}.")
+        forms.append((key, tuple(value.shape), str(value.dtype).removeprefix("torch.")))
+    layout = Layout(forms)
+    layout.flat = dtype_name(dtype or layout.dtype)
+    parts = [state[entry.key].detach().cpu().reshape(-1).to(FLOATS[layout.flat]) for entry in layout.floating]
+    vector = torch.cat(parts) if parts else torch.empty(0, dtype=FLOATS[layout.flat])
+    integer_arrays = {entry.key: state[entry.key].detach().cpu().numpy() for entry in layout.integers}
+    return adapter.make_record(layout, vector, integer_arrays)
+
+
+def unpack(record: adapter.ArrayRecord) -> OrderedDict[str, Tensor]:
+    """Read a record as a state dict, flat or plain, with every entry in its own dtype.
+
+    Args:
+        record: what :func:`pack` returned, or any ``ArrayRecord``.
+
+    Returns:
+        Tensors by name, on the CPU, which share no memory with the record.
+
+    Raises:
+        UserError: the record's arrays cannot be read.
+    """
+    try:
+        layout = Layout.of(record)
+        model = Model(record, layout)
+    except Misfit as misfit:
+        raise UserError(f"unpack: the record {misfit}.") from None
+    state: OrderedDict[str, Tensor] = OrderedDict()
+    for entry in layout.entries:
+        if entry.floating:
+            state[entry.key] = model.entry(entry).to(FLOATS[entry.dtype], copy=True).reshape(entry.shape)
+        else:
+            state[entry.key] = torch.from_numpy(model.integers[entry.key].copy())
+    return state
+
 
 C = TypeVar("C", bound=type)
 R = TypeVar("R")

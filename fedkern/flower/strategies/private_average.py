@@ -17,7 +17,7 @@ from fedkern.flower.array_bytes import Misfit
 from fedkern.flower.model_layout import Layout, Model
 from fedkern.flower.model_sums import NewModel, RunningMean
 from fedkern.flower.strategies.averaging import Combined, FedAvg, Gathered, LeftOut, constructed_like
-from fedkern.privacy.client_level import ClientLevel, keep_variances
+from fedkern.privacy.accounting import ClientLevel, keep_variances
 from fedkern.streams import stream
 
 EPSILON = "epsilon-of-arrays"

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedkern.methods.common.oneshot_distill import Distilled, Pool, torch_stream
-from fedkern.methods.common.oneshot_synthesis import synthesise
+from fedkern.methods.common.oneshot_distill import Distilled, Pool, synthesise, torch_stream
 from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import Phase
 from fedkern.methods.roles import Server
@@ -29,7 +28,7 @@ class DENSE(Distilled):
         L_G = CE(t(x), y) + bn_weight L_BN(x) - adv_weight mean over images of D
         D   = KL(softmax(t) || softmax(s)) [argmax t != argmax s]
 
-    L_BN is the distance to the members' running statistics (`fedkern.methods.common.oneshot_synthesis`).  The images of
+    L_BN is the distance to the members' running statistics (`fedkern.methods.common.oneshot_distill`).  The images of
     the step with the lowest L_G join a pool.  The student then makes one pass over the pool with T^2 KL(t || s) at
     temperature T, by SGD with momentum 0.9.
 

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from fedkern.errors import UserError
-from fedkern.methods.common.oneshot_distill import Distilled, Pool, torch_stream
-from fedkern.methods.common.oneshot_synthesis import synthesise
+from fedkern.methods.common.oneshot_distill import Distilled, Pool, synthesise, torch_stream
 from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import Phase
 from fedkern.methods.roles import Server

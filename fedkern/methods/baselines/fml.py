@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.methods.base import LocalTraining
-from fedkern.methods.common.oneshot_members import copy_vectors
+from fedkern.methods.common.oneshot import copy_vectors
 from fedkern.methods.common.personal import keep_network, own_network
 from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import Batch, Message, Phase, Received
 from fedkern.methods.roles import Client, Server
-from fedkern.models.state import personal_parts
+from fedkern.models.state import freezing
 from fedkern.typed_option import option
 
 
@@ -75,7 +75,7 @@ class FML(LocalTraining):
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         pair = Pair(self._private(client), client.network())
-        proxy = personal_parts.flatten(pair.proxy)
+        proxy = freezing.flatten(pair.proxy)
         # Running statistics that do not travel (--buffers) keep initial values: train mode does not read them.
         proxy.load_vectors(message)
         client.fit(self, phase, pair)

@@ -1,4 +1,4 @@
-"""Figures of a network beside the task's."""
+"""Figures of a network beside the task's, and class counts of a client (FedIOD, arXiv 2312.14478)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.methods.protocol import Batch
-from fedkern.methods.roles import EvaluatedSet, TestSet
+from fedkern.methods.roles import Client, EvaluatedSet, TestSet
 from fedkern.models import StagedNetwork, object_share
 from fedkern.models.precision import compute_in
+
+
+def class_counts(client: Client) -> Tensor:
+    """Return the samples (segmentation: pixels) of every class, fp32 [C]."""
+    return torch.bincount(client.labels[client.labels >= 0], minlength=len(client.classes)).float()
 
 
 @compute_in("fp32")

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern.methods.protocol import Batch, Received
 from fedkern.models import precision
-from fedkern.models.state import personal_parts
+from fedkern.models.state import freezing
 from fedkern.process.device_copies import send
 
 N = TypeVar("N", bound=nn.Module)
@@ -60,7 +60,7 @@ def frozen_copy(model: N, vectors: Mapping[str, Tensor]) -> N:
     network.train()
     if not any(tensor.requires_grad for tensor in model.parameters()):
         network.requires_grad_(False)  # a user's train() may thaw parts, which would change the offsets
-    personal_parts.flatten(network).load_vectors(vectors)
+    freezing.flatten(network).load_vectors(vectors)
     network.eval()  # a user's module may derive tensors from its weights there
     for layer, training in modes:
         layer.training = training

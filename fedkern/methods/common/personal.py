@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedkern.methods.base import Method
 from fedkern.methods.protocol import ClientId, Message
 from fedkern.methods.roles import Client, TestSet
-from fedkern.models.state import personal_parts
+from fedkern.models.state import freezing
 from fedkern.ops import FlatParameters
 from fedkern.tasks.user_tasks import user_module
 
@@ -30,9 +30,9 @@ def keep_network(client: Client, key: str, network: nn.Module) -> None:
 
 def with_vectors(network: nn.Module, message: Message, client: Client) -> FlatParameters:
     """Write a message's vectors and the client's personal parts into a network."""
-    flat = personal_parts.flatten(network)
+    flat = freezing.flatten(network)
     flat.load_vectors(message)
-    personal_parts.write(personal_parts.tensors(user_module(network)), client.personal)
+    freezing.write(freezing.tensors(user_module(network)), client.personal)
     return flat
 
 

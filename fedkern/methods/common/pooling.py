@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
-from fedkern.methods.common.oneshot_members import flatten, load
+from fedkern.methods.common.oneshot import flatten, load
 from fedkern.methods.protocol import ClientId, Message, Phase, Round, Upload
 from fedkern.methods.roles import Client, Server
 from fedkern.methods.uploads import Declaration, Number, Values, make_once

@@ -7,36 +7,232 @@ learns the ensemble's answers:
     images      down: x = G(z)              up: logits t_k(x), confidence r_k(x), after a step of D_k on x
     gradients   down: dL_G/dt_k             up: the gradient with respect to x, through D_k and T_k
     distil      down: the student's images  up: logits, confidences
+
+Stage 1 is in section 4 of the page.  The student is compared with the teachers and their ensembles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fedkern.data.sharing.groups import drawn_rows
 from fedkern.errors import UserError
 from fedkern.methods.base import Messages
-from fedkern.methods.common.class_counts import class_counts
+from fedkern.methods.common.figures import class_counts
+from fedkern.methods.common.oneshot import OwnNetworks, copy_vectors, flatten, load
 from fedkern.methods.common.oneshot_distill import torch_stream
-from fedkern.methods.common.oneshot_members import OwnNetworks, copy_vectors, flatten
 from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.fediod.client import Answers
-from fedkern.methods.fediod.comparisons import compare_teachers
-from fedkern.methods.fediod.image_grids import log_pictures
+from fedkern.methods.fediod.discriminators import Discriminators
 from fedkern.methods.fediod.iod_options import IODOptions
-from fedkern.methods.fediod.local_teachers import build_network, load_teacher, make_teacher, split_holdout
-from fedkern.methods.fediod.losses import teacher_log_probs
-from fedkern.methods.fediod.server import Ensemble, Workshop, cosine, make_generator
+from fedkern.methods.fediod.losses import importance, mixture, normalise_weights, teacher_log_probs
+from fedkern.methods.fediod.server import NOISE, Ensemble, Workshop, cosine, make_generator, stack_class_counts
 from fedkern.methods.method_registry import register
 from fedkern.methods.options import Options as BaseOptions
-from fedkern.methods.protocol import BEFORE, ClientId, Federation, Message, Phase, Round, Upload
+from fedkern.methods.protocol import BEFORE, Batch, ClientId, Federation, Message, Phase, Round, Upload, batch_slices
 from fedkern.methods.roles import Client, Server, TestSet
 from fedkern.methods.uploads import Declaration, Maybe, Values
+from fedkern.models.networks.generator import Generator
 from fedkern.models.teachers.teacher_stack import TeacherStack
 from fedkern.privacy import Guarantee
+
+KEEP_BYTES = 1 << 30
+"""Logits of a whole test set are kept up to this size; for a larger set the teachers run again for every figure."""
+
+
+class Panel(nn.Module):
+    """Teachers' logits on a test set, as both model and data of ``Method.evaluate``.
+
+    A call returns ``answer`` of the current batch of :meth:`batches` and its teachers' logits.
+    """
+
+    def __init__(self, ask: Callable[[Tensor], Tensor], data: TestSet) -> None:
+        super().__init__()
+        self._ask, self._data = ask, data
+        self.task = data.task
+        self.cases = getattr(data, "cases", None)
+        self._cache: list[Tensor] = []
+        self._full = False
+        self._now: Tensor | None = None
+        self.answer: Callable[[Tensor, Tensor], Tensor] = lambda images, logits: logits[0]
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the test set's batches, and keep the teachers' logits for the next pass."""
+        cache, size = self._cache if self._full else None, 0
+        fresh: list[Tensor] = []
+        for i, batch in enumerate(self._data.batches()):
+            self._now = self._ask(batch.inputs) if cache is None else cache[i]
+            size += self._now.numel() * self._now.element_size()
+            if cache is None and size <= KEEP_BYTES:
+                fresh.append(self._now)
+            yield batch
+        if cache is None and size <= KEEP_BYTES:
+            self._cache, self._full = fresh, True
+        self._now = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert self._now is not None
+        return self.answer(images, self._now)
+
+
+@torch.no_grad()
+def compare_teachers(
+    method: OwnNetworks, bank: TeacherStack, server: Server, members: Mapping[ClientId, Client], data: TestSet
+) -> dict[str, float]:
+    """Return ``best_teacher``, ``mean_teacher``, ``ensemble_uniform`` and ``ensemble_weighted`` on a test set.
+
+    Nobody in the federation could choose ``best_teacher``. ``ensemble_weighted`` has the student's weights, without
+    confidences if :meth:`Discriminators.judge` has none.
+    """
+    o, device, ids = method.options, server.device, list(members)
+    panel = Panel(lambda images: teacher_log_probs(bank.logits(images)), data)
+
+    def figure(answer: Callable[[Tensor, Tensor], Tensor]) -> float:
+        panel.answer = answer
+        return float(panel.task.score(method.evaluate(panel, panel)))
+
+    figures = [figure(lambda images, logits, i=i: logits[i]) for i in range(len(ids))]  # type: ignore[misc]
+    disclosed = stack_class_counts(server, ids).to(device)
+    mask = None if o.class_weights == "uniform" else disclosed > 0
+    uniform = torch.ones(len(ids), 1, 1, device=device)
+    discriminators = Discriminators(list(members.values()), o) if o.tells_scores else None
+
+    def mix_weighted(images: Tensor, logits: Tensor) -> Tensor:
+        scores = None if discriminators is None else discriminators.judge(images)
+        return mixture(logits, importance(disclosed, scores), mask)
+
+    return {
+        "best_teacher": max(figures),
+        "mean_teacher": sum(figures) / len(figures),
+        "ensemble_uniform": figure(lambda images, logits: mixture(logits, uniform, None)),
+        "ensemble_weighted": figure(mix_weighted),
+    }
+
+
+TRAIN = Phase(0, "train", "update")
+"""Phase whose random streams a teacher trains with.  The one-shot methods train their members in the same phase, so
+without a hold-out the teachers equal these members bit for bit."""
+
+
+class Held:
+    """Test set of some of a client's samples."""
+
+    def __init__(self, client: Client, rows: np.ndarray) -> None:
+        self._client, self._rows = client, rows
+        self.task = client.task
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def can_be_scored(self) -> bool:
+        """True if a sample (segmentation: pixel) has a known class."""
+        return bool((self._client.labels[torch.from_numpy(self._rows)] >= 0).any())
+
+    def batches(self) -> Iterator[Batch]:
+        for part in batch_slices(len(self), min(self.task.outside, 500)):
+            yield self._client.batch(self._rows[part])
+
+
+def split_holdout(client: Client, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions of the samples that train the teacher, at least one, and of the held-out samples.
+
+    Groups (patient, case or image) stay on one side. With patients as the unit of privacy, ``share`` is of patients: a
+    patient's number of images must not influence who else is held out.
+    """
+    if client.patients is not None:  # a share of the patients, however many images each has
+        parts = drawn_rows(client.rng("holdout", TRAIN), client.samples, client.patients)
+        groups = min(round(share * len(parts)), len(parts) - 1)
+        out, train = (np.concatenate([np.zeros(0, np.int64), *rows]) for rows in (parts[:groups], parts[groups:]))
+        return np.sort(train), np.sort(out)
+    count = min(round(share * client.samples), client.samples - 1)
+    parts = drawn_rows(client.rng("holdout", TRAIN), client.samples, client.groups)
+    groups = int(np.searchsorted(np.cumsum([len(part) for part in parts]), count, side="right"))
+    groups = min(max(groups, int(count > 0)), len(parts) - 1)
+    order, count = np.concatenate(parts), sum(len(part) for part in parts[:groups])
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def make_teacher(method: OwnNetworks, client: Client) -> None:
+    """Train the client's teacher, or load a pretrained one, into ``client.state["teacher"]``.
+
+    A pretrained teacher has no ``holdout`` figure, since it may have trained on these samples.
+    """
+    module = build_network(method, client)
+    rows, out = split_holdout(client, method.options.holdout)
+    test_set = Held(client, out)
+    load_pretrained = client.load_pretrained(module)
+    if not load_pretrained and not private.train_teacher(method, client, TRAIN, module, rows):
+        client.fit(method, TRAIN, module, rows=None if len(rows) == client.samples else rows)
+    module.eval()
+    state = client.state["teacher"] = copy_vectors(flatten(module))
+    if test_set.can_be_scored and not load_pretrained:
+        with torch.no_grad():
+            state["holdout"] = test_set.task.score(method.evaluate(module, test_set))
+
+
+def build_network(method: OwnNetworks, client: Client) -> nn.Module:
+    network: nn.Module = client.network(**method.architecture(client.id))
+    return network
+
+
+def load_teacher(method: OwnNetworks, client: Client) -> nn.Module:
+    return load(flatten(build_network(method, client)), client.state["teacher"]).eval().requires_grad_(False)
+
+
+SHOWN = 8
+"""Number of generated images in the picture."""
+
+
+def log_pictures(server: Server, generator: Generator | None, options: IODOptions, ensemble: Ensemble | None) -> None:
+    """Log the pictures of a round's last iteration, from what there is of generator and ensemble."""
+    everyone = server.federation.clients
+    if generator is not None:
+        server.log_image("generated", lambda: _images(server, generator, options))
+    if ensemble is None:
+        return
+    ids, logits, weights = ensemble.ids, ensemble.logits, normalise_weights(ensemble.weights, ensemble.mask)
+    server.log_image(
+        "teacher_weights",
+        lambda: _rows(weights.mean(1), ids, everyone),
+        axes=("client", "class", "weight of the client's teacher"),
+    )
+    server.log_image(
+        "agreement",
+        lambda: _rows(_rows(agreement(logits), ids, everyone).T, ids, everyone),
+        axes=("client", "client", "share of images with the same predicted class"),
+    )
+
+
+def agreement(logits: Tensor) -> Tensor:
+    """Return the share of images with equal predictions of two teachers, ``[K, K]``."""
+    classes = logits.argmax(2).flatten(1)
+    return torch.stack([(classes == row).float().mean(1) for row in classes])
+
+
+def _rows(table: Tensor, ids: list[int], count: int) -> Tensor:
+    rows = table.new_full((count, table.shape[1]), float("nan"))
+    rows[ids] = table
+    return rows
+
+
+@torch.no_grad()
+def _images(server: Server, generator: Generator, options: IODOptions) -> Tensor:
+    """Return generated images in [0, 1], from the same noise in every round."""
+    draw = torch_stream(server, "shown", BEFORE)
+    z = torch.randn(options.batch, NOISE, generator=draw).to(server.device)
+    # A copy: a forward pass in train mode would change the running statistics of batch norm.
+    x: Tensor = copy.deepcopy(generator).train()(z)[:SHOWN]
+    mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (server.mean, server.std))
+    return x * std + mean
 
 
 @register("fediod")

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError
-from fedkern.methods.common.oneshot_members import OwnNetworks
+from fedkern.methods.common.oneshot import OwnNetworks
 from fedkern.methods.fediod.iod_options import IODOptions
 from fedkern.methods.protocol import OUTSIDE, Phase
 from fedkern.methods.roles import Client, Server

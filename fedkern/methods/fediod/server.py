@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fedkern.data.images.transforms import normalise
 from fedkern.errors import UserError
+from fedkern.methods.common.oneshot import copy_vectors, flatten, load
 from fedkern.methods.common.oneshot_distill import Means
-from fedkern.methods.common.oneshot_members import copy_vectors, flatten, load
 from fedkern.methods.fediod.iod_options import IODOptions
 from fedkern.methods.fediod.losses import distillation, importance, mixture, scalar_of, teacher_terms
 from fedkern.methods.protocol import ClientId, Message, batch_slices

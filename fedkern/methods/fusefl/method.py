@@ -6,14 +6,18 @@ Networks are cut into K blocks. At level l = 1 ... K every client m trains
 
 and sends (adaptor, block l). The M pairs side by side are fused level l. In the end the last level's M features are
 fused, and the classifiers averaged and calibrated (:mod:`fedkern.methods.common.calibration`).
+
+FuseFL's parts that do not depend on rounds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -23,7 +27,6 @@ from fedkern.methods.common.calibration import CalibrationOptions, calibrate_hea
 from fedkern.methods.common.figures import with_accuracies
 from fedkern.methods.common.frozen import cached_rows
 from fedkern.methods.common.oneshot_distill import torch_stream
-from fedkern.methods.fusefl.levels import LocalPart, plain_head, scaled_width, sent_state, tensors_of
 from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import Batch, ClientId, Federation, Message, Phase, Received, Round, Upload
 from fedkern.methods.roles import Client, Drawn, Objective, Server, TestSet
@@ -33,8 +36,88 @@ from fedkern.models.blocks import BlockNetwork, check_alike, cut_network
 from fedkern.models.cost import memory_ratio
 from fedkern.models.fused import Branch, FusedLevel, FusedNetwork, make_adaptor
 from fedkern.models.network_registry import explain_unknown
+from fedkern.models.precision import autocasts, to_fp32
 from fedkern.models.state.allocate import linear_of
+from fedkern.models.state.freezing import constant_buffers
 from fedkern.typed_option import option
+
+
+class LocalPart(nn.Module):
+    """Module that a client trains at a level: adaptor, blocks from this level on and classifier.
+
+    The fused levels before (``frozen``) are not in the module, so nothing trains them or puts them in train mode.
+    """
+
+    def __init__(
+        self, frozen: FusedNetwork | None, adaptor: nn.Module | None, blocks: Sequence[nn.Module], head: nn.Linear
+    ) -> None:
+        super().__init__()
+        self.adaptor = adaptor if adaptor is not None else nn.Identity()
+        self.blocks = nn.ModuleList(blocks)
+        self.head = head
+        self._frozen = (frozen,)  # a tuple hides it from nn.Module
+
+    @property
+    def frozen(self) -> FusedNetwork | None:
+        return self._frozen[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits ``[B, classes]`` of the frozen levels' results (level 1: of images)."""
+        logits: Tensor = self.head(self.features(x))
+        return logits
+
+    @autocasts
+    def features(self, x: Tensor) -> Tensor:
+        x = self.adaptor(x)
+        for block in self.blocks:
+            x = block(x)
+        return to_fp32(x)
+
+
+def base_width(network: nn.Module) -> int:
+    return next(layer.out_channels for layer in network.modules() if isinstance(layer, nn.Conv2d))
+
+
+def scaled_width(option: str, network: nn.Module, clients: int) -> int:
+    """Return the clients' width: a given number, or for ``"auto"`` round(w / sqrt(M)) of a network of width w.
+
+    M branches of width w' have about M (w' / w)^2 times its parameters, so the fused model is about as large as one
+    ordinary model (docs/methods/fusefl.md, section 4).
+    """
+    if option == "auto":
+        return max(1, round(base_width(network) / math.sqrt(clients)))
+    if not option.isdecimal() or int(option) < 1:
+        raise UserError(f'Method option "width" must be auto or a number from 1, not "{option}".')
+    return int(option)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's state dict for a message: contiguous CPU copies."""
+    return {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in module.state_dict().items()
+    }
+
+
+def sent_state(network: nn.Module, level: int) -> dict[str, Tensor]:
+    """Return the state dict of a level's block without frozen tensors."""
+    frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+    unsent, path = {*constant_buffers(network), *frozen}, f"blocks.{level - 1}"
+    block = network.get_submodule(path).state_dict()
+    return {name: value for name, value in block.items() if f"{path}.{name}" not in unsent}
+
+
+def plain_head(states: Sequence[Mapping[str, Tensor]], final: str) -> dict[str, Tensor]:
+    """Return the clients' classifiers merged into one, before calibration, for features fused by ``final``.
+
+    The uniform average; with ``concat`` the logits on all branches' features are the mean of the clients'.
+    """
+    names = ("weight", "bias")
+    head = {name: torch.stack([state[name].double() for state in states]).mean(0).float() for name in names}
+    if final == "concat":
+        head["weight"] = torch.cat([state["weight"] for state in states], 1) / len(states)
+    return head
+
 
 CALIBRATE = "calibrate"
 Levels = Mapping[int, Mapping[ClientId, Message]]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedkern.errors import UserError
-from fedkern.files.inputs import read_json
+from fedkern.files.filesystem import read_json
 
 NEAREST, BILINEAR, BICUBIC = 0, 2, 3  # Pillow's numbers, as the files have them
 MODES = {NEAREST: "nearest", BILINEAR: "bilinear", BICUBIC: "bicubic"}

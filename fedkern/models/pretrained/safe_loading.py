@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fedkern.errors import UserError
-from fedkern.files.filesystem import expand
-from fedkern.files.inputs import describe_file_kind, describe_special_file, read_json
+from fedkern.files.filesystem import describe_file_kind, describe_special_file, expand, read_json
 from fedkern.process.extras import import_extra
 
 ADAPTER = "adapter_config.json"

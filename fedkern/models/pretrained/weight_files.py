@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fedkern.errors import UserError, first_of
-from fedkern.files.inputs import describe_special_file
+from fedkern.files.filesystem import describe_special_file
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 """Endings of files by torch.save, unlike safetensors."""

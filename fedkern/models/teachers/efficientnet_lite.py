@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedkern.errors import UserError, suggest_name
-from fedkern.files.filesystem import expand
-from fedkern.files.inputs import read_json
+from fedkern.files.filesystem import expand, read_json
 from fedkern.models.networks.efficientnet import EfficientNetB0
 from fedkern.models.networks.mobilenet import InvertedResidual
 from fedkern.models.networks.staged import Classifier

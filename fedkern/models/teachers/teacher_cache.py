@@ -19,8 +19,7 @@ from torch import Tensor
 
 from fedkern.errors import UserError, require_format
 from fedkern.files import filesystem
-from fedkern.files.filesystem import cache_folder, expand
-from fedkern.files.inputs import describe_special_file, parse_json
+from fedkern.files.filesystem import cache_folder, describe_special_file, expand, parse_json
 from fedkern.models.precision import compute_in
 from fedkern.models.pretrained.preprocessing import to_pixels
 from fedkern.models.teachers.teacher import Identity, Teacher, wrong_classes

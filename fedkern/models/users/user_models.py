@@ -24,8 +24,7 @@ from fedkern.ops._core.layout import plain_strides
 from fedkern.ops._core.private_torch import functorch_active
 from fedkern.streams import seeded_generators
 from fedkern.usercode import named_code
-from fedkern.usercode.code_execution import host_code
-from fedkern.usercode.named_code import Named
+from fedkern.usercode.named_code import Named, host_code
 
 N = TypeVar("N", bound=nn.Module)
 X = TypeVar("X")

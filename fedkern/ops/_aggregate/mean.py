@@ -26,7 +26,7 @@ from fedkern.ops._aggregate.plain import PLAIN, PlainAggregate
 from fedkern.ops._aggregate.reference import countable, weighted_mean_reference
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import select_ordinary
-from fedkern.ops._core.function import Context, EagerFunction, saved_tensors
+from fedkern.ops._core.library import Context, EagerFunction, saved_tensors
 from fedkern.ops._core.memory import place_values
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._aggregate.checks import Vectors, Weights
-from fedkern.ops._aggregate.philox import normal
-from fedkern.ops._aggregate.reference import pieces
+from fedkern.ops._aggregate.reference import normal, pieces
 from fedkern.ops._aggregate.rules import RULES, ServerCall, ServerRule
 from fedkern.ops._core.memory import place_values
 

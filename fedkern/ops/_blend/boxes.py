@@ -14,7 +14,7 @@ from fedkern.ops._blend.kernels import BoxesKernels, output_strides
 from fedkern.ops._core import backend, library
 from fedkern.ops._core.backend import eager, select, select_ordinary
 from fedkern.ops._core.checks import check_dense, check_device, check_memory, check_tensor, show_value, to_float
-from fedkern.ops._core.function import Context, EagerFunction
+from fedkern.ops._core.library import Context, EagerFunction
 from fedkern.ops._core.memory import place_values
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import checks
-from fedkern.ops._core.launch import Launcher
-from fedkern.ops._core.memory import HUGE
+from fedkern.ops._core.memory import HUGE, Launcher
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._blend.kernels import BlendCall, Gradients
-from fedkern.ops._core.function import Context
+from fedkern.ops._core.library import Context
 
 
 def blend_reference(

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core.backend import DTYPES, compute_dtype, is_readable
-from fedkern.ops._core.function import Context, EagerFunction, handed_out, saved_tensors
-from fedkern.ops._core.library import differentiate_reference
+from fedkern.ops._core.library import Context, EagerFunction, differentiate_reference, handed_out, saved_tensors
 from fedkern.ops._distill.checks import spread_weights
 from fedkern.ops._distill.ensemble_reference import consensus_reference, ensemble_reference, js_reference
 from fedkern.ops._distill.kernels import CONSENSUS, JS, DistillKernels, Divergence, Ensemble

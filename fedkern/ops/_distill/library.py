@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import library
-from fedkern.ops._core.function import Context
+from fedkern.ops._core.library import Context
 from fedkern.ops._core.private_torch import functorch_active
 from fedkern.ops._distill.reference import reduce_rows
 from fedkern.ops._distill.rows import NONE, REDUCTIONS

@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fedkern.ops._core.triton.launch import cdiv, launch, power_of_two, processors
-from fedkern.ops._core.triton.numbers import COMPUTE
-from fedkern.ops._core.triton.offsets import encode_numbers, pick, starts_of, tensor_starts
+from fedkern.ops._core.triton.numbers import COMPUTE, encode_numbers, pick, starts_of, tensor_starts
 from fedkern.ops._fuse.maps import empty_map
 from fedkern.ops._fuse.reference import FuseCall, FuseGradients, FuseNeeds
 

@@ -120,7 +120,7 @@ def _draw(
     run: Contents, samples: Samples, model: nn.Module | None, trusted: Collection[str], failed: dict[str, str]
 ) -> list[Path]:
     with without_docstrings():
-        from fedkern.report.figures import answer_sheets, confusion_sheet, curves, plots
+        from fedkern.report.figures import answer_sheets, curves, plots
 
     # Makers of pictures run one by one in _save, so that one that fails does not stop the others.
     config, facts, records, confusion = run.config, run.facts, run.records, run.confusion
@@ -160,7 +160,7 @@ def _draw(
             (run.folder / PICTURES[picture]).unlink(missing_ok=True)
     else:
         if confusion is not None and confusion.matrices and confusion.classes:
-            makers["confusion"] = lambda: confusion_sheet.draw_confusions(confusion, title=f"Confusion of {title}")
+            makers["confusion"] = lambda: plots.draw_confusions(confusion, title=f"Confusion of {title}")
         if statistics is not None and statistics.classes:
             makers["partition"] = partition
     makers["weights"] = weights
@@ -206,7 +206,7 @@ def draw_artifacts(
     entries: Iterable[Artifact], folder: Path, title: str, classes: Sequence[str], failed: dict[str, str]
 ) -> list[Path]:
     """Draw a method's artifacts into ``folder``, one picture per name, and note failures in ``failed``."""
-    from fedkern.report.figures import artifact_sheet
+    from fedkern.report.figures import sheet
 
     groups: dict[str, list[Artifact]] = {}
     for entry in entries:
@@ -214,6 +214,6 @@ def draw_artifacts(
     paths = []
     for name, group in groups.items():
         heading = f"{capitalize(name.replace('_', ' '))}, {title}"
-        make = partial(artifact_sheet.draw_sheet, group, title=heading, classes=classes)
+        make = partial(sheet.draw_sheet, group, title=heading, classes=classes)
         paths += _save(artifact_path(folder, name), make, failed)
     return paths

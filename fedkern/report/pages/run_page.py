@@ -17,10 +17,10 @@ from fedkern.data.sources.arrays import NAME as ARRAYS
 from fedkern.engine.figures.diagnostics import hardly_better, telling_area
 from fedkern.engine.figures.final_figures import set_name
 from fedkern.errors import UserError, join_words, printable_name
-from fedkern.files.inputs import open_regular
+from fedkern.files.filesystem import open_regular
 from fedkern.listeners.events import Record
 from fedkern.methods import method_registry
-from fedkern.report.figures import confusion_sheet, pictures
+from fedkern.report.figures import pictures, plots
 from fedkern.report.figures.curves import (
     SPREAD,
     Curve,
@@ -410,12 +410,12 @@ def _confusion(run: Contents) -> Iterator[Block]:
     classes = list(run.confusion.classes)
     for number, (name, matrix) in enumerate(run.confusion.matrices.items()):
         if count := int(matrix.sum()):
-            wrong = confusion_sheet.list_mistakes(matrix, classes)
+            wrong = plots.list_mistakes(matrix, classes)
             text = f"{100 * int(np.trace(matrix)) / count:.1f} % of {count:,} samples are right."
             text += f" Most frequent mistakes: {'; '.join(wrong)}." if wrong else ""
             title = f"Which class was taken for which, {set_title(name)}"
             table = counts_table(matrix.tolist(), classes, classes, row="true class", column="predicted class")
-            figure = confusion_sheet.draw_confusions(replace(run.confusion, matrices={name: matrix}))
+            figure = plots.draw_confusions(replace(run.confusion, matrices={name: matrix}))
             yield chart(f"confusion-{number}", title, text, figure, [table], text)
 
 

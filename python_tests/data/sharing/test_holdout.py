@@ -16,7 +16,7 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.methods import FedDRA
-from fedkern.methods.fediod import local_teachers
+from fedkern.methods.fediod import method
 from fedkern.settings.config import RunConfig
 from python_tests.data.image_sets import write_image, write_mask, write_table
 from python_tests.hearing import Hearing
@@ -401,9 +401,7 @@ def test_fediods_teachers_are_judged_on_patients_that_they_do_not_know(patients,
     own = data.clients[0]
     own = own.subset(torch.nonzero(own.patients == own.patients[0])[:, 0]) if patients == 1 else own
     context = RunContext(RunConfig.make("fediod", data="csv", clients=1), replace(data, clients=(own,)))
-    trained, out = (
-        own.subset(torch.from_numpy(rows)) for rows in local_teachers.split_holdout(Client(context, 0, {}), share)
-    )
+    trained, out = (own.subset(torch.from_numpy(rows)) for rows in method.split_holdout(Client(context, 0, {}), share))
     assert len(trained) + len(out) == len(own)
     assert not people(trained) & people(out)
     assert len(people(out)) >= held

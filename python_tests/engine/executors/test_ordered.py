@@ -4,9 +4,8 @@ import weakref
 
 import pytest
 
-from fedkern.engine.executors.executor import Answer
+from fedkern.engine.executors.executor import Answer, Clear, Done, Forget, Job
 from fedkern.engine.executors.ordered import Ordered
-from fedkern.engine.executors.worker_messages import Clear, Done, Forget, Job
 from fedkern.methods.base import Phase
 from python_tests.stand_ins import Checkpoints, Context, Executor
 

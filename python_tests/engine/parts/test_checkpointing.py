@@ -9,7 +9,7 @@ from torch import nn
 from fedkern.engine.parts.checkpointing import Checkpointing
 from fedkern.engine.parts.part import Stop, Summary
 from fedkern.engine.rounds.progress import Progress
-from fedkern.engine.rounds.timing import Timing
+from fedkern.engine.rounds.round_log import Timing
 from fedkern.engine.store.checkpoints import checksum
 from fedkern.engine.store.record_files import SUMMARY
 from fedkern.methods.base import Round

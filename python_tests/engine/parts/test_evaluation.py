@@ -7,7 +7,7 @@ import pytest
 
 from fedkern.engine.parts.evaluation import Evaluation
 from fedkern.engine.parts.part import Summary
-from fedkern.privacy.disclosure import About, Disclosure
+from fedkern.privacy.guarantee import About, Disclosure
 from python_tests.engine.parts.judged import SETTINGS, Judged, Says, brightness_set, code
 from python_tests.stand_ins import Context, about, record, round_trip, run_objects, values
 

@@ -19,14 +19,14 @@ from fedkern.engine.parts.records import Records
 from fedkern.engine.parts.results import Results
 from fedkern.engine.parts.trace import Trace
 from fedkern.engine.rounds.progress import Progress
-from fedkern.engine.rounds.timing import Timing
+from fedkern.engine.rounds.round_log import Timing
 from fedkern.engine.run import run
 from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import FILE
 from fedkern.engine.store.record_files import Metrics
 from fedkern.engine.store.saved_model import MODEL
 from fedkern.errors import UserError
-from fedkern.privacy.disclosure import About, Disclosure
+from fedkern.privacy.guarantee import About, Disclosure
 from fedkern.tasks import CLASSIFICATION
 from python_tests.engine.parts.judged import FORM, SETTINGS, Judged, Says, brightness_set
 from python_tests.interrupted import outcome

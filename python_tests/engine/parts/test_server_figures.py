@@ -18,7 +18,7 @@ from fedkern.engine.rounds.progress import Progress
 from fedkern.errors import UserError
 from fedkern.methods.base import Phase, Round
 from fedkern.privacy import Guarantee, server_secret
-from fedkern.privacy.disclosure import About, Disclosure
+from fedkern.privacy.guarantee import About, Disclosure
 from python_tests.engine.parts.judged import Judged, code
 from python_tests.stand_ins import PRIVATE, Context, about, record, round_trip, run_objects, values
 

@@ -17,12 +17,12 @@ from fedkern.engine.parts.budgets import MaxBytes, MaxSeconds
 from fedkern.engine.parts.part import Record
 from fedkern.engine.parts.stopping import Patience, StopAt
 from fedkern.engine.rounds.ledger import Ledger
-from fedkern.engine.rounds.timing import Timing
+from fedkern.engine.rounds.round_log import Timing
 from fedkern.engine.run import run
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods.base import Phase, Round
-from fedkern.privacy.disclosure import About, Disclosure
+from fedkern.privacy.guarantee import About, Disclosure
 from fedkern.report.pages.run_page import headline
 from fedkern.report.run_contents import read_run_folder
 from fedkern.settings.config import RunConfig

@@ -12,7 +12,7 @@ from fedkern.engine.parts.warnings import Warnings
 from fedkern.listeners.events import Listeners
 from fedkern.listeners.listener_group import ListenerGroup
 from fedkern.methods.base import Round
-from fedkern.privacy.disclosure import About, Disclosure
+from fedkern.privacy.guarantee import About, Disclosure
 from python_tests.engine.parts.hearing import Hearing
 from python_tests.engine.parts.judged import SETTINGS, Judged, code
 from python_tests.stand_ins import Context, Executor, record, round_trip, run_objects

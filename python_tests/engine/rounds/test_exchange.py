@@ -9,11 +9,10 @@ import torch
 
 from fedkern.engine.executors.executor import Answer
 from fedkern.engine.local.training import Diverged
-from fedkern.engine.rounds.client_states import ClientStates
 from fedkern.engine.rounds.exchange import Exchange
 from fedkern.engine.rounds.ledger import Ledger, message_bytes
 from fedkern.engine.rounds.progress import Progress
-from fedkern.engine.rounds.round_log import RoundLog
+from fedkern.engine.rounds.round_log import ClientStates, RoundLog
 from fedkern.engine.uploads.encoders import STATES, Encoders
 from fedkern.engine.uploads.filters import ExchangeRequest, Filter
 from fedkern.errors import ClientFailed, UserError

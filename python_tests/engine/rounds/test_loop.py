@@ -8,10 +8,9 @@ from torch import nn
 from fedkern.engine.executors.executor import Answer
 from fedkern.engine.participation import Assignment, Participation
 from fedkern.engine.parts.part import Part, Stop
-from fedkern.engine.rounds.client_states import ClientStates
 from fedkern.engine.rounds.loop import Loop
 from fedkern.engine.rounds.progress import Progress
-from fedkern.engine.rounds.round_log import RoundLog
+from fedkern.engine.rounds.round_log import ClientStates, RoundLog
 from fedkern.engine.uploads.filters import Filter
 from fedkern.errors import UserError
 from fedkern.listeners.events import Listener

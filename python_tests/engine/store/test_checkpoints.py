@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from fedkern.downstream.saved_network import read_model
-from fedkern.engine.store import background_writer as module
+from fedkern.engine.store import checkpoints as module
 from fedkern.engine.store import record_files
-from fedkern.engine.store.background_writer import BackgroundWriter
-from fedkern.engine.store.checkpoints import Checkpoints
-from fedkern.engine.store.evaluation_file import rows
+from fedkern.engine.store.checkpoints import BackgroundWriter, Checkpoints
+from fedkern.engine.store.record_files import rows
 from fedkern.errors import UserError
 from fedkern.messages.states import Packed
 from fedkern.settings.stored import load_settings

@@ -21,7 +21,7 @@ from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.engine.store.releases import NAME, Releases
 from fedkern.errors import UserError
 from fedkern.messages import states
-from fedkern.messages.digest import digest
+from fedkern.messages.states import digest
 from fedkern.methods import register
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.methods.fediod import client as fediod_client

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from fedkern.errors import Malformed, UserError
+from fedkern.flower.array_bytes import pack_value, unpack_value
 from fedkern.flower.runs import client_daemon, node_process
 from fedkern.flower.runs.node_client import PROTOCOL
-from fedkern.flower.runs.portable import pack_value, unpack_value
 from python_tests.interrupted import wait_until
 
 pytestmark = [

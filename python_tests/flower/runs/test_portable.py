@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load, save
 
 from fedkern.errors import Malformed
-from fedkern.flower.runs.portable import pack_value, unpack_value
+from fedkern.flower.array_bytes import pack_value, unpack_value
 from fedkern.messages.states import ABOUT
 
 DTYPES = ("float16", "float32", "float64", "bfloat16", "int8", "int16", "int32", "int64", "uint8", "bool")

@@ -18,16 +18,8 @@ from fedkern.engine.store.extending import check_extension
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import Malformed, RunFailed, UserError
 from fedkern.flower.adapter import make_reply, unpack_message
-from fedkern.flower.runs import (
-    client_app,
-    node_client,
-    node_executor,
-    node_folder,
-    node_process,
-    run_settings,
-    server_app,
-)
-from fedkern.flower.runs.portable import pack_value, unpack_value
+from fedkern.flower.array_bytes import pack_value, unpack_value
+from fedkern.flower.runs import client_app, node_client, node_executor, node_process, run_settings, server_app
 from fedkern.messages.states import ABOUT
 from fedkern.methods import FedAvg, method_registry
 from fedkern.ops._core.backend import active_isa
@@ -182,12 +174,12 @@ def test_a_run_s_end_ends_its_processes_on_the_nodes(ends, tmp_path):
 
 
 def test_a_node_keeps_the_states_of_its_last_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(node_folder, "KEPT_RUNS", 2)
+    monkeypatch.setattr(node_client, "KEPT_RUNS", 2)
     (tmp_path / "notes").mkdir()
     names = [str(i) * 32 for i in range(4)]
     for name in names:
-        node_folder.NodeFolder(tmp_path, name, 0)
-        node_folder.NodeFolder(tmp_path, names[0], 1)  # goes on beside the others
+        node_client.NodeFolder(tmp_path, name, 0)
+        node_client.NodeFolder(tmp_path, names[0], 1)  # goes on beside the others
     assert sorted(path.name for path in tmp_path.iterdir()) == [names[0], names[3], "notes"]
 
 

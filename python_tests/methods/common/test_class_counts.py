@@ -16,7 +16,7 @@ from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, Batch, Phase
 from fedkern.methods.baselines.client_ensemble import Ensemble
-from fedkern.methods.common.class_counts import class_counts
+from fedkern.methods.common.figures import class_counts
 from fedkern.methods.common.frozen import cached_rows, frozen_copy
 from fedkern.methods.common.oneshot_distill import Distilled
 from fedkern.tasks import MULTILABEL, TASKS

@@ -16,9 +16,10 @@ from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.messages.leaves import Keywords
 from fedkern.methods.baselines import feddf
-from fedkern.methods.common.oneshot_distill import Distilled, Pool
-from fedkern.methods.common.oneshot_synthesis import (
+from fedkern.methods.common.oneshot_distill import (
     BatchNormStatistics,
+    Distilled,
+    Pool,
     Synthesis,
     _Moments,
     divergence,

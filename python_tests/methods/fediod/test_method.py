@@ -16,9 +16,8 @@ from fedkern.engine.run import run
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import FedIOD
-from fedkern.methods.common.class_counts import class_counts
-from fedkern.methods.common.oneshot_members import copy_vectors, flatten, load
-from fedkern.methods.fediod.local_teachers import load_teacher, split_holdout
+from fedkern.methods.common.figures import class_counts
+from fedkern.methods.common.oneshot import copy_vectors, flatten, load
 from fedkern.methods.fediod.losses import (
     distillation,
     importance,
@@ -27,6 +26,7 @@ from fedkern.methods.fediod.losses import (
     patch_entropy,
     teacher_terms,
 )
+from fedkern.methods.fediod.method import load_teacher, split_holdout
 from fedkern.methods.fediod.server import ALIKE, make_generator, stack_class_counts
 from fedkern.models.teachers.teacher_stack import TeacherStack
 from python_tests.methods.fediod_play import EVERY_TERM, TINY, World, cleared_and_live, frozen, same

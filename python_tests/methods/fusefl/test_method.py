@@ -14,7 +14,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FuseFL, Phase
-from fedkern.methods.fusefl.levels import base_width, scaled_width, tensors_of
+from fedkern.methods.fusefl.method import base_width, scaled_width, tensors_of
 from fedkern.models import Ensemble, build
 from fedkern.models.blocks import BlockNetwork, cut_network
 from fedkern.models.cost import stored_bytes

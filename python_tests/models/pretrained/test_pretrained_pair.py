@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
 from fedkern.errors import UserError
-from fedkern.models import PairNetwork, build_pair
-from fedkern.models.pretrained import pretrained_pair
+from fedkern.models import PairNetwork, build_pair, towers
 from fedkern.models.pretrained.preprocessing import Preprocessing
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
@@ -174,8 +173,8 @@ def test_published_setting_on_the_meta_device() -> None:
         vit = transformers.AutoModel.from_config(transformers.ViTConfig())
         bert = transformers.AutoModel.from_config(transformers.BertConfig(vocab_size=28_996))
         vit.pooler = bert.pooler = torch.nn.Identity()
-        images = pretrained_pair.PretrainedImage(vit, Preprocessing({}, **SCALE, side=224), (32, 32), 3)
-        texts = pretrained_pair.PretrainedText(bert, None, 112, pooled=False)
+        images = towers.PretrainedImage(vit, Preprocessing({}, **SCALE, side=224), (32, 32), 3)
+        texts = towers.PretrainedText(bert, None, 112, pooled=False)
         made = PairNetwork(images, texts)
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in made.named_children()}
     assert sizes["image_encoder"] == 85_798_656

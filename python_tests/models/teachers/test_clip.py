@@ -22,9 +22,8 @@ from fedkern.models.networks.efficientnet import STAGES
 from fedkern.models.pretrained.preprocessing import Preprocessing
 from fedkern.models.pretrained.safe_loading import Pretrained
 from fedkern.models.teachers import clip, efficientnet_lite, named_teachers
-from fedkern.models.teachers.clip import PIXELS, clip_teacher
+from fedkern.models.teachers.clip import DEFAULT, PIXELS, clip_teacher, read_prompts
 from fedkern.models.teachers.efficientnet_lite import EfficientNetLite0, efficientnet_lite_teacher, group_classes
-from fedkern.models.teachers.prompts import DEFAULT, read_prompts
 from fedkern.models.teachers.teacher import Teacher
 from fedkern.models.teachers.teacher_cache import LogitsCache
 from python_tests.models.pretrained_pictures import SCALE, normalise, pictures

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import Accumulator
-from fedkern.ops._aggregate.philox import philox
+from fedkern.ops._aggregate.reference import philox
 
 CLIENTS = [1, 2, 3, 9, 10, 11, 20, 33]
 SIZES = [0, 1, 2, 3, 7, 8, 10, 31, 100, 127, 128, 129, 200, 1000, 1271]

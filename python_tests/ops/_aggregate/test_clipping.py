@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fedkern.ops import clip_and_noise, clip_by_norm
-from fedkern.ops._aggregate.philox import REFINED as BELOW
-from fedkern.ops._aggregate.philox import normal, philox, uniform
+from fedkern.ops._aggregate.reference import REFINED as BELOW
+from fedkern.ops._aggregate.reference import normal, philox, uniform
 from python_tests.ops._aggregate.aggregate_cases import REFINED, REFINED_SEED, close, make_vectors, refined_numbers
 from python_tests.ops.operator_cases import DTYPES, KERNELS, thin_out, using
 

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from fedkern import ops
 from fedkern.ops._contrast import kernels as contrast_kernels
-from fedkern.ops._contrast import products as contrast_products
+from fedkern.ops._contrast import kernels as contrast_products
 from fedkern.ops._contrast import tiled as contrast_tiled
 from fedkern.ops._contrast.reference import contrastive_reference
 from python_tests.ops.operator_cases import DTYPES, assert_close, move_to

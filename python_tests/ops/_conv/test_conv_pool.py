@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops._conv.conv_pool import choose_pool_kernels
+from fedkern.ops._conv.conv_norm import choose_pool_kernels
 from python_tests.ops._conv.conv_cases import (
     LAST,
     POOLED,

@@ -10,8 +10,8 @@ from torch import Tensor
 from fedkern import ops
 from fedkern.ops._aggregate.distances import _scores, _shares
 from fedkern.ops._aggregate.kernels import AggregateKernels
-from fedkern.ops._aggregate.philox import normal
 from fedkern.ops._aggregate.plain import PLAIN
+from fedkern.ops._aggregate.reference import normal
 from fedkern.ops._aggregate.rules import RULES, ServerCall, ServerRule
 from fedkern.ops._core import backend
 from python_tests.ops._aggregate.aggregate_cases import REFINED, REFINED_SEED, accumulate, refined_numbers

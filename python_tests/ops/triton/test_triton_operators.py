@@ -69,7 +69,7 @@ def test_compiled_graphs_reach_the_kernels(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
 @pytest.mark.parametrize("number", [0, 1, -1, 15, 16, -16, 2**31, -(2**31) - 1, 2**46, -(2**46)])
 def test_places_keep_all_bits(number: int) -> None:
-    from fedkern.ops._core.triton.offsets import MARK, encode_number
+    from fedkern.ops._core.triton.numbers import MARK, encode_number
 
     code = encode_number(number)
     assert code % 2

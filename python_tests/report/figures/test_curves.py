@@ -13,8 +13,7 @@ from PIL import Image
 
 from fedkern.engine.run import run
 from fedkern.engine.store.record_files import read_metrics
-from fedkern.report.figures.comparison_plot import comparison_panels, mean_curve
-from fedkern.report.figures.curves import client_curves, draw_panels, weight_panels
+from fedkern.report.figures.curves import client_curves, comparison_panels, draw_panels, mean_curve, weight_panels
 from fedkern.report.figures.pictures import write_pictures
 from fedkern.report.figures.plots import DRAWN, ORANGE, save_png, width, wrap_text
 from fedkern.settings.config import RunConfig

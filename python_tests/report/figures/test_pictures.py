@@ -15,10 +15,10 @@ from PIL import Image
 from fedkern import models
 from fedkern.data import PartitionStatistics, load
 from fedkern.engine.store import saved_model
-from fedkern.engine.store.data_facts import DataFacts
+from fedkern.engine.store.record_files import DataFacts
 from fedkern.errors import UserError
 from fedkern.report import run_contents
-from fedkern.report.figures import answer_sheets, artifact_sheet, confusion_sheet, curves, pictures, plots
+from fedkern.report.figures import answer_sheets, curves, pictures, plots, sheet
 from fedkern.report.figures.sheet import to_rgb
 from fedkern.report.names import label
 from fedkern.settings import run_data
@@ -387,12 +387,12 @@ def quick(monkeypatch, tmp_path, data):
     for module, name in ((curves, "accuracy_panels"), (curves, "client_panels"), (curves, "weight_panels"),
                          (curves, "draw_panels"), (plots, "partition_picture")):  # fmt: skip
         monkeypatch.setattr(module, name, lambda *_, **__: object())
-    monkeypatch.setattr(confusion_sheet, "draw_confusions", lambda *_, **__: object())
+    monkeypatch.setattr(plots, "draw_confusions", lambda *_, **__: object())
     monkeypatch.setattr(run_contents, "constant_figures", lambda *_: {})
     monkeypatch.setattr(run_contents.confusions, "read", lambda _: SimpleNamespace(matrices={"id": 0}, classes=("0",)))
     monkeypatch.setattr(run_contents, "read_artifacts", lambda _: [SimpleNamespace(name="clouds")])
     monkeypatch.setattr(plots, "save_png", lambda _, path: path.touch())
-    monkeypatch.setattr(artifact_sheet, "draw_sheet", lambda *_, **__: object())
+    monkeypatch.setattr(sheet, "draw_sheet", lambda *_, **__: object())
     return make_run(tmp_path, data)
 
 

@@ -16,9 +16,9 @@ from fedkern.data import load
 from fedkern.engine.run import run
 from fedkern.engine.store.artifacts import Artifact, ArtifactLog
 from fedkern.engine.store.confusions import Confusions
-from fedkern.engine.store.data_facts import DataFacts
+from fedkern.engine.store.record_files import DataFacts
 from fedkern.errors import UserError
-from fedkern.report.figures import answer_sheets, artifact_sheet, confusion_sheet, pictures, plots, sheet
+from fedkern.report.figures import answer_sheets, pictures, plots, sheet
 from fedkern.report.figures.pictures import write_pictures
 from fedkern.report.figures.plots import save_png
 from fedkern.report.figures.sheet import Sheet
@@ -225,7 +225,7 @@ def test_any_table_can_be_drawn(tmp_path, rows, columns, rounds):
     values[0, 0] = float("nan")
     entries = [Artifact("t", r + 1, values * (r + 1), ("client", "class")) for r in range(rounds)]
     names = [f"class number {i}" for i in range(columns)]
-    plots.save_png(artifact_sheet.draw_sheet(entries, title="t", classes=names), tmp_path / "t.png")
+    plots.save_png(sheet.draw_sheet(entries, title="t", classes=names), tmp_path / "t.png")
     assert read_png(tmp_path / "t.png").std() > 5
 
 
@@ -233,7 +233,7 @@ def test_equal_tables_are_drawn_once():
     equal = torch.tensor([[0.25, float("nan")]])
     values = [equal, equal.clone(), equal.clone(), equal + 0.5]
     entries = [Artifact("teacher_weights", 4 * r, v, ("client", "class")) for r, v in enumerate(values, 5)]
-    figure = artifact_sheet.draw_sheet(entries, title="t")
+    figure = sheet.draw_sheet(entries, title="t")
     *panels, bar = figure.axes
     assert [axes.get_title() for axes in panels] == ["rounds 20 to 28: the same", "round 32"]
     assert [text.get_text() for text in panels[0].texts] == [".25", "–"]
@@ -243,7 +243,7 @@ def test_equal_tables_are_drawn_once():
 def test_values_of_a_table_are_named_and_whole():
     axes = ("client", "class", "share of the votes that a client with many classes has")
     entries = [Artifact("votes", 1, torch.tensor([[10.25, -0.5]]), axes)]
-    figure = artifact_sheet.draw_sheet(entries, title="a title that is longer than this small picture " * 2)
+    figure = sheet.draw_sheet(entries, title="a title that is longer than this small picture " * 2)
     panel, bar = figure.axes
     assert bar.get_ylabel().replace("\n", " ") == axes[2]
     assert [text.get_text() for text in panel.texts] == ["10.25", "-.50"]
@@ -254,7 +254,7 @@ def test_values_of_a_table_are_named_and_whole():
 
 def test_four_tables_of_many_with_one_scale():
     entries = [Artifact("t", r, torch.tensor([[0.2, 0.3 * r]]), ("client", "class")) for r in range(1, 10)]
-    figure = artifact_sheet.draw_sheet(entries, title="t", classes=("cat", "dog"))
+    figure = sheet.draw_sheet(entries, title="t", classes=("cat", "dog"))
     panels = [axes for axes in figure.axes if axes.images]
     assert [axes.get_title() for axes in panels] == ["round 1", "round 4", "round 6", "round 9"]
     (scale,) = {axes.images[0].get_clim() for axes in panels}
@@ -277,7 +277,7 @@ def texts(figure) -> list[str]:
 def test_counts_and_names_are_written():
     counts = np.array([[50, 3], [0, 7]])
     found = Confusions(("nevus", "melanoma"), {"id": counts, "ood": counts * 0 + 1})
-    figure = confusion_sheet.draw_confusions(found, title="t")
+    figure = plots.draw_confusions(found, title="t")
     matrix = figure.axes[0]
     assert sorted(text.get_text() for text in matrix.texts) == ["3", "50", "7"]  # nought is an empty cell
     image = next(child for child in matrix.get_children() if isinstance(child, AxesImage))
@@ -290,7 +290,7 @@ def test_counts_and_names_are_written():
 
 @pytest.mark.parametrize("names", [("a", "b", "c"), ("nevus", "a melanoma", "anything else")])
 def test_names_stand_beside_their_row_and_under_their_column(names):
-    figure = confusion_sheet.draw_confusions(Confusions(names, {"id": matrix(3), "ood": matrix(3)}), title="t")
+    figure = plots.draw_confusions(Confusions(names, {"id": matrix(3), "ood": matrix(3)}), title="t")
     figure.draw_without_rendering()
     for number, axes in enumerate(figure.axes[:2]):
         labels = [text for text in figure.texts if text.get_text() in names][6 * number :]
@@ -305,7 +305,7 @@ def test_names_stand_beside_their_row_and_under_their_column(names):
 
 
 def test_a_class_without_images_has_no_colour():
-    figure = confusion_sheet.draw_confusions(Confusions(("a", "b"), {"test": np.array([[0, 0], [1, 3]])}), title="t")
+    figure = plots.draw_confusions(Confusions(("a", "b"), {"test": np.array([[0, 0], [1, 3]])}), title="t")
     image = next(child for child in figure.axes[0].get_children() if isinstance(child, AxesImage))
     assert image.get_array().mask.tolist() == [[True, True], [False, False]]
 
@@ -314,7 +314,7 @@ def test_many_classes_have_a_list_of_mistakes():
     counts = matrix(100)
     counts[3, 7] = 25
     names = tuple(f"class {c}" for c in range(100))
-    figure = confusion_sheet.draw_confusions(Confusions(names, {"test": counts}), title="t")
+    figure = plots.draw_confusions(Confusions(names, {"test": counts}), title="t")
     assert len(figure.axes[0].texts) == 0
     assert "class 3 taken for class 7: 25" in texts(figure)
     labels = [text for text in figure.texts if text.get_text() in names]
@@ -324,7 +324,7 @@ def test_many_classes_have_a_list_of_mistakes():
 
 def test_the_most_frequent_mistakes():
     counts = np.array([[90, 2, 0], [5, 70, 2], [0, 0, 3]])
-    assert confusion_sheet.list_mistakes(counts, ("a", "b", "c")) == [
+    assert plots.list_mistakes(counts, ("a", "b", "c")) == [
         "b taken for a: 5", "a taken for b: 2", "b taken for c: 2",
     ]  # fmt: skip
 
@@ -336,7 +336,7 @@ def test_the_most_frequent_mistakes():
 def test_any_matrix_can_be_drawn(classes, sets, tmp_path):
     names = tuple(f"US$ class number {c} {{$" for c in range(classes))
     found = Confusions(names, {name: matrix(classes) for name in ("id", "ood", "held_out")[:sets]})
-    plots.save_png(confusion_sheet.draw_confusions(found, title="$ {$"), tmp_path / "c.png")
+    plots.save_png(plots.draw_confusions(found, title="$ {$"), tmp_path / "c.png")
     with Image.open(tmp_path / "c.png") as image:
         assert max(image.size) <= 6000
         assert np.asarray(image.convert("L")).std() > 10
