@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._contrast.kernels import CpuContrast, CudaContrast
+from fedkern.ops._contrast.kernels import CpuContrast
 from fedkern.ops._contrast.reference import ContrastCall, contrastive_reference
-from fedkern.ops._contrast.tiled import TiledContrast
+from fedkern.ops._contrast.tiled import CudaContrast
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import add_kernels, compute_dtype, eager, is_readable, select, select_ordinary
 from fedkern.ops._core.checks import autocast, check_device, check_floating, check_number
@@ -160,7 +160,7 @@ def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Ten
     x, y = autocast(x, y)
     learnt = temperature if isinstance(temperature, Tensor) else None
     tensors = (x, y) if learnt is None else (x, y, learnt)
-    kernel: CpuContrast | TiledContrast | None = select_ordinary("contrastive", *tensors)
+    kernel: CpuContrast | CudaContrast | None = select_ordinary("contrastive", *tensors)
     if kernel is None or x.dim() != 2 or x.shape != y.shape:
         check_pair(x, y)
     if type(temperature) is not float or not 0 < temperature < 1e30:
@@ -193,7 +193,7 @@ class _Contrastive(EagerFunction):
     """
 
     @staticmethod
-    def forward(ctx: Context, kernel: CpuContrast | TiledContrast, call: ContrastCall, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Context, kernel: CpuContrast | CudaContrast, call: ContrastCall, *tensors: Tensor) -> Tensor:
         needs = ctx.needs_input_grad[2:]
         loss, gradients = kernel.loss_and_gradients(call, (*needs, False)[:3])
         ctx.settings = kernel, None if len(tensors) > 2 else call.temperature
@@ -212,6 +212,4 @@ class _Contrastive(EagerFunction):
         return (None, None, *handed_out(scaled, gradients))
 
 
-add_kernels(
-    "contrastive", cpu=CpuContrast, cuda=CudaContrast, triton="_contrast.triton:TritonContrast", fits="tensors_fit"
-)
+add_kernels("contrastive", cpu=CpuContrast, cuda=CudaContrast, fits="tensors_fit")

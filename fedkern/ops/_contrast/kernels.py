@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._contrast.reference import ContrastCall, Gradients
-from fedkern.ops._contrast.tiled import Pairs, TiledContrast
 from fedkern.ops._core.backend import DTYPES, compute_dtype
 from fedkern.ops._core.memory import Launcher
 
@@ -73,10 +72,8 @@ class _Batch(NamedTuple):
     dtype: torch.dtype
 
 
-# A launcher for each core: the CPU core returns the loss as a number and takes tiles of any height. On a GPU the loss
-# stays in a tensor, and tiles are read in blocks.
 class CpuContrast(Launcher):
-    """contrastive of ``fedkern._cpu``, with the methods of :class:`TiledContrast`.
+    """contrastive of ``fedkern._cpu``, which returns the loss as a number and takes tiles of any height.
 
     Sums are taken in float32 (float64 for a float64 input) and rounded once.
     """
@@ -159,21 +156,6 @@ class CpuContrast(Launcher):
             product = self.core.contrast_dot(batch.x, to_x)
             to_temperature = torch.tensor(-batch.scale * product, dtype=to_x.dtype, device="cpu")
         return Gradients(to_x if needs[0] else None, to_y, to_temperature)
-
-
-class CudaContrast(TiledContrast, Launcher):
-    def block(self, dtype: torch.dtype) -> int:
-        return int(self.core.contrast_block)
-
-    def look(self, pairs: Pairs, tile: Tensor, begin: int, pieces: Tensor, partners: Tensor) -> None:
-        self.core.contrast_look(tile, begin, pairs.temperature, pieces, partners, self.at(tile))
-
-    def join(self, pairs: Pairs, pieces: Tensor, partners: Tensor, sums: Tensor, loss: Tensor) -> None:
-        losses = partners.new_empty(2 * pairs.size, dtype=torch.float64)
-        self.core.contrast_join(pairs.temperature, pieces, partners, sums, losses, loss, self.at(loss))
-
-    def gradient(self, pairs: Pairs, tile: Tensor, begin: int, sums: Tensor) -> None:
-        self.core.contrast_gradient(tile, begin, pairs.temperature, sums, self.at(tile))
 
 
 def _batch(call: ContrastCall) -> _Batch:

@@ -1,4 +1,4 @@
-"""contrastive on a GPU, for CUDA and Triton: torch multiplies tiles of similarities, three kernels process them.
+"""contrastive on a GPU: torch multiplies tiles of similarities, three kernels of the CUDA core process them.
 
 Nothing here reads a tensor's value, because that would synchronise.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedkern.ops._contrast.reference import ContrastCall, Gradients
 from fedkern.ops._core.backend import compute_dtype
+from fedkern.ops._core.memory import Launcher
 
 # Most bytes of similarities that a call holds whole (8,192 pairs in fp32), and bytes of a tile of more.
 HELD = 256 << 20
@@ -30,28 +31,8 @@ class Pairs(NamedTuple):
         return self.x.shape[0]
 
 
-class TiledContrast:
-    """:class:`fedkern.ops._contrast.kernels.CpuContrast` on three kernels of a subclass."""
-
-    def block(self, dtype: torch.dtype) -> int:
-        """Return the rows (and columns) of a block of similarities."""
-        raise NotImplementedError
-
-    def look(self, pairs: Pairs, tile: Tensor, begin: int, pieces: Tensor, partners: Tensor) -> None:
-        """Read the square blocks of a tile from row ``begin``, a multiple of the block size.
-
-        Writes its part of ``partners [B]``, the pairs' similarities, and of ``pieces [2, blocks, 2 B]``, the blocks'
-        maxima and sums: for the B rows by blocks of columns, then for the B columns by blocks of rows.
-        """
-        raise NotImplementedError
-
-    def join(self, pairs: Pairs, pieces: Tensor, partners: Tensor, sums: Tensor, loss: Tensor) -> None:
-        """Join the pieces into ``sums [4, B]`` and write the loss."""
-        raise NotImplementedError
-
-    def gradient(self, pairs: Pairs, tile: Tensor, begin: int, sums: Tensor) -> None:
-        """Overwrite a tile with the loss's gradient with respect to ``x yᵀ``."""
-        raise NotImplementedError
+class CudaContrast(Launcher):
+    """contrastive of ``fedkern._cuda``, with the methods of :class:`fedkern.ops._contrast.kernels.CpuContrast`."""
 
     def loss(self, call: ContrastCall) -> Tensor:
         pairs = _pairs(call)
@@ -73,7 +54,7 @@ class TiledContrast:
         count, dtype = pairs.size, pairs.x.dtype
         rows = count
         if count * count * dtype.itemsize > HELD:
-            block = self.block(dtype)
+            block = int(self.core.contrast_block)
             rows = min(count, max(TILE // (count * dtype.itemsize) // block, 1) * block)
         return pairs.x.new_empty(rows, count)
 
@@ -83,18 +64,20 @@ class TiledContrast:
             yield begin, memory[: pairs.size - begin]
 
     def _sums(self, pairs: Pairs, memory: Tensor) -> tuple[Tensor, Tensor]:
-        count, dtype = pairs.size, pairs.x.dtype
+        count = pairs.size
         sums = pairs.x.new_empty(4, count)
         loss = pairs.x.new_zeros((), dtype=pairs.dtype)
         if not count:
             return loss, sums
-        blocks = -(-count // self.block(dtype))
+        # Maxima and sums of the blocks: for the rows by blocks of columns, then for the columns by blocks of rows.
+        blocks = -(-count // int(self.core.contrast_block))
         pieces, partners = pairs.x.new_empty(2, blocks, 2 * count), pairs.x.new_empty(count)
         for begin, tile in self._tiles(pairs, memory):
             # With out=, which autocast leaves alone.
             torch.mm(pairs.x[begin : begin + tile.shape[0]], pairs.y.t(), out=tile)
-            self.look(pairs, tile, begin, pieces, partners)
-        self.join(pairs, pieces, partners, sums, loss)
+            self.core.contrast_look(tile, begin, pairs.temperature, pieces, partners, self.at(tile))
+        losses = partners.new_empty(2 * count, dtype=torch.float64)
+        self.core.contrast_join(pairs.temperature, pieces, partners, sums, losses, loss, self.at(loss))
         return loss, sums
 
     def _gradients(self, pairs: Pairs, sums: Tensor, needs: Sequence[bool], memory: Tensor, ready: bool) -> Gradients:
@@ -105,7 +88,7 @@ class TiledContrast:
             block = x[begin : begin + tile.shape[0]]
             if not ready:
                 torch.mm(block, y.t(), out=tile)
-            self.gradient(pairs, tile, begin, sums)
+            self.core.contrast_gradient(tile, begin, pairs.temperature, sums, self.at(tile))
             if to_x is not None:
                 torch.mm(tile, y, out=to_x[begin : begin + tile.shape[0]])
             if to_y is not None:

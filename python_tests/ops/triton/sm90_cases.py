@@ -15,8 +15,6 @@ import torch
 import fedkern.ops
 from fedkern.ops._blend.kernels import BlendCall
 from fedkern.ops._blend.triton.blend import TritonBlend
-from fedkern.ops._contrast.reference import ContrastCall
-from fedkern.ops._contrast.triton import TritonContrast
 from fedkern.ops._distill.kernels import Divergence, Ensemble, consensus_call, entropy_call, js_call
 from fedkern.ops._distill.rows import BATCHMEAN, LOGITS, MEAN, NONE, PROBS
 from fedkern.ops._distill.triton.distill import TritonDistill
@@ -58,10 +56,8 @@ def cases(full: bool) -> Iterator[Case]:
 
     Otherwise a spread of cases that compiles in less than a minute.
     """
-    families = (
-        blend_cases, contrast_cases, distill_cases, ensemble_cases, fuse_cases, size_one, places_cases,
-    )  # fmt: skip
-    for family, step in zip(families, (2, 1, 5, 2, 1, 1, 1), strict=True):
+    families = (blend_cases, distill_cases, ensemble_cases, fuse_cases, size_one, places_cases)
+    for family, step in zip(families, (2, 5, 2, 1, 1, 1), strict=True):
         yield from itertools.islice(family(full), 0, None, 1 if full else step)
 
 
@@ -96,18 +92,6 @@ def blend_cases(full: bool) -> Iterator[Case]:
                 f"{label} backward, rows used by many",
                 lambda x=x, call=call: kernel.backward(x, None, None, call, (True, True, False)),
             )
-
-
-def contrast_cases(full: bool) -> Iterator[Case]:
-    kernel = TritonContrast()
-    for dtype in (torch.float32, torch.float64) if full else (torch.float32,):
-        for count in (1, 100, 256) if full else (256,):
-            x = torch.empty(count, 8, dtype=dtype)
-            learnt = torch.ones((), dtype=dtype)
-            for temperature in (0.07, learnt) if full else (learnt,):
-                label = f"contrast {dtype} {count} {'learnt' if temperature is learnt else ''}"
-                call = ContrastCall(x, x, temperature)
-                yield f"{label} loss and gradient", lambda: kernel.loss_and_gradients(call, (True, True, True))
 
 
 # Rows of each kind: in one tile and in several, whole and in pieces, in parts, and with the positions side by side.
