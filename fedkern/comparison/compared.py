@@ -205,18 +205,16 @@ def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: st
 
 
 def describe_ignored(methods: Sequence[str], settings: Collection[str], options: Iterable[str]) -> list[str]:
-    names = [name for name in OF_ROUNDS if name in settings]
-    one_shot = [method_registry.short_name(method) for method in methods if method_registry.get(method).one_shot]
-    flags = " and ".join(map(flag, names))
-    sentences = (
-        [f"{flags} is not used by {', '.join(one_shot)}, which plans its own rounds."] if names and one_shot else []
-    )
+    flags = " and ".join(flag(name) for name in OF_ROUNDS if name in settings)
+    one_shot = [method for method in methods if flags and method_registry.get(method).one_shot]
+    ignoring = {f"{flags} is not used by {{}}, which plans its own rounds.": one_shot}
     for name in options:
-        ignoring = [
-            method_registry.short_name(method) for method in methods if name not in method_registry.option_names(method)
-        ]
-        sentences += [f'The option "{name}" is not read by {", ".join(ignoring)}.'] if ignoring else []
-    return sentences
+        without = [method for method in methods if name not in method_registry.option_names(method)]
+        ignoring[f'The option "{name}" is not read by {{}}.'] = without
+    return [
+        sentence.format(", ".join(map(method_registry.short_name, ignorant)))
+        for sentence, ignorant in ignoring.items() if ignorant
+    ]  # fmt: skip
 
 
 @python_words()

@@ -109,9 +109,6 @@ def check_run_folder(folder: str | os.PathLike[str]) -> None:
     if not Path(folder).exists():
         raise UserError(f"The run folder {folder} does not exist: name one that a run was written to with --out.")
     if (Path(folder) / RECORD).exists():
-        raise UserError(
-            f"{folder} has a run that fedkern.record wrote, without settings and a network of fedkern: only compare and "
-            "reproduce read it, and the program that recorded it continues it."
-        )
+        raise UserError(f"{folder} has a run that fedkern.record wrote, which only compare and reproduce read.")
     if not (Path(folder) / NAME).exists():
         raise UserError(f"{folder} is not a run folder: it has no {NAME}.")
