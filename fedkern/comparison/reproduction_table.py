@@ -62,6 +62,7 @@ class Row:
             values = " ".join(f"{seed}={value}" for seed, value in outcome.values.items())
             row |= {"values": values, "swept": outcome.effect, "seconds": outcome.seconds}
             row |= {"bytes": outcome.bytes, "bytes_up": outcome.up, "fedkern": outcome.build, "date": outcome.date}
+            row["recorded"] = outcome.recorded
         return {**row, "command": cell.command, "folder": self.folder}
 
 
@@ -97,22 +98,15 @@ def sentences(paper: Paper, rows: Sequence[Row]) -> list[str]:
     texts += [f"{source}: {'; '.join(names)}." for source, names in sources.items()]
     absent = by_reason((row.verdict.detail * (row.verdict.kind == NO_DATA), row.cell.name) for row in rows)
     texts += [f"No data for {first_of(names, 3)}: {reason}" for reason, names in absent.items()]
-    if any(row.outcome is not None for row in rows):
-        texts.append(
-            "Ours: mean over the seeds, with a 95 % interval (Student's t); differences to a baseline are paired by "
-            "seed. Intervals are not corrected for their number."
-        )
-    if any(row.cell.figure == ROUNDS for row in rows):
-        texts.append(
-            "Rounds: up to the target on the curve of the best values so far, interpolated linearly between evaluated "
-            "rounds (McMahan et al., arXiv 1602.05629, section 3)."
-        )
-    by_figure = [row.cell.name for row in rows if row.cell.sweep and row.cell.select == "figure"]
-    if by_figure:
-        texts.append(
-            "Swept settings: the best point by the first seed's own figure, on the test set; this seed is among those "
-            "reported."
-        )
+    explanations = {
+        "Ours: mean over the seeds, with a 95 % interval (Student's t); differences to a baseline are paired by seed. "
+        "Intervals are not corrected for their number.": any(row.outcome is not None for row in rows),
+        "Rounds: up to the target on the curve of the best values so far, interpolated linearly between evaluated "
+        "rounds (McMahan et al., arXiv 1602.05629, section 3).": any(row.cell.figure == ROUNDS for row in rows),
+        "Swept settings: the best point by the first seed's own figure, on the test set; this seed is among those "
+        "reported.": any(row.cell.sweep and row.cell.select == "figure" for row in rows),
+    }
+    texts += [text for text, is_needed in explanations.items() if is_needed]
     texts += [f"{row.cell.name}, smaller scale: {row.cell.smaller}." for row in rows if row.cell.smaller]
     texts += [note for row in rows for note in row.notes]
     outcomes = {row.cell.name: row.outcome for row in rows if row.outcome is not None}

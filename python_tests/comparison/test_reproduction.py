@@ -384,6 +384,7 @@ def test_recorded_runs_are_judged_as_played_ones(paper, tmp_path):
     values = loop.values()
     assert (values["figure"], values["values"]) == ("accuracy", "0=0.49 1=0.5 2=0.51")
     assert (values["seconds"], values["bytes_up"], values["fedkern"], values["folder"]) == (15, 7, "", "loop*")
+    assert values["recorded"] == "loop (flower)"
     made.write()
     text = (made.out / MARKDOWN).read_text()
     assert "Recorded runs, not played by this command: loop (loop (flower)); old (loop (own code))." in text
