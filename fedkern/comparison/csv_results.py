@@ -145,7 +145,7 @@ class CsvResults:
         return number
 
     def write(self, out: Path, *, better: str = "", framework: str = "own code") -> list[Path]:
-        """Record the runs in new folders of ``out``, which must be empty or missing, or write nothing.
+        """Record the runs in folders of the new folder ``out``, or write nothing.
 
         Args:
             better: ``"max"`` or ``"min"``, needed if fedkern does not know the main figure, which is the first one.
@@ -157,8 +157,8 @@ class CsvResults:
         main = self.figures[0]
         if not (better := better or direction(main, {}) or ""):
             raise UserError(f"Nothing says whether a low {main} is a good one: give --better max or --better min.")
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} is there already: name another --out.")
+        if out.exists() or out.is_symlink():
+            raise UserError(f"{out} is there already: name a new folder with --out.")
         part = out.with_name(f"{out.name}.part")
         atomic.make_folder(part, fresh=True)
         names = {key: folder_name([key[0], f"seed={key[1]}"]) for key in sorted(self.runs)}

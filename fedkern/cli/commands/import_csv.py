@@ -31,7 +31,7 @@ def add_flags(parser: Parser) -> None:
         "method": ("NAME", "the method of all rows, if no column has it"),
         "framework": ("NAME", "the program that made the results, which stands behind the method; default own code"),
         "better": ("max|min", "the better values of the main figure, the first of --columns, if fedkern does not know"),
-        "out": ("DIR", "folder of the runs, which must be new or empty; default runs/<name of the file>"),
+        "out": ("DIR", "new folder of the runs; default runs/<name of the file>"),
         "json": ("", "print the folders as JSON"),
     })  # fmt: skip
 

@@ -111,7 +111,8 @@ def test_all_mistakes_are_told_at_once(fails, write):
         (("table.csv", "--columns", COLUMNS), "not 50.0 (a percentage: --percent accuracy)"),
         (("table.csv", "--columns", "method=algo,seed,round=epoch,hits=test_acc"), "give --better max or --better min"),
         (("table.csv", "--columns", "method=algo,seed,accuracy=test_acc", "--percent", "accuracy"), "round=COLUMN"),
-        (("table.csv", *FLAGS[:-1], "full"), "full is there already: name another --out"),
+        (("table.csv", *FLAGS[:-1], "full"), "full is there already: name a new folder with --out"),
+        (("table.csv", *FLAGS[:-1], "."), ". is there already"),
         (("table.csv", *FLAGS, "--method", "x"), "give one of the two"),
     ],
 )
