@@ -290,8 +290,7 @@ def close(got, wanted):
     """
     for a, b in zip((*got[0], *got[1]), (*wanted[0], *wanted[1]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
-    for name, b in wanted[3].items():
-        torch.testing.assert_close(got[3][name], b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got[3], wanted[3], rtol=1e-4, atol=1e-5)
     assert [name for name, grad in got[2].items() if grad is None] == [n for n, b in wanted[2].items() if b is None]
     flat = [torch.cat([grad.flatten() for grad in found[2].values() if grad is not None]) for found in (got, wanted)]
     assert float((flat[0] - flat[1]).norm() / flat[1].norm()) < 5e-2

@@ -169,8 +169,7 @@ def test_accumulated_gradients_are_fedavg_s_to_rounding(play):
     torch.manual_seed(0)
     model = Plain()
     usual, found = play("fedavg", script=ScriptObjects(model)), play("own", script=ScriptObjects(model, in_halves))
-    for name, value in tensors(usual).items():
-        torch.testing.assert_close(tensors(found)[name], value, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(tensors(found), tensors(usual), rtol=1e-4, atol=1e-6)
 
 
 def test_amp_and_a_scheduler_have_the_same_bits_in_workers(play):
@@ -477,8 +476,7 @@ def test_the_run_s_schedule_multiplies_the_rates(play):
 
     how = {"lr_steps": "1,3", "lr_step_factor": 0.5, "clip_norm": 0.1}
     inside, own_loop = play("in", **how), play("own", script=ScriptObjects(optimizer=half), **how)
-    for name, value in tensors(inside).items():
-        torch.testing.assert_close(tensors(own_loop)[name], value, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tensors(own_loop), tensors(inside), rtol=1e-5, atol=1e-6)
 
 
 class Doubling(torch.optim.SGD):
@@ -547,8 +545,7 @@ def test_a_factory_keeps_its_own_schedule(name, decay, play):
         tensors(play(kind, script=ScriptObjects(**{kind: function}), lr_decay=decay))
         for kind, function in (("optimizer", FACTORIES[name]), ("train", as_pytorch))
     ]
-    for tensor, value in runs[0].items():
-        torch.testing.assert_close(runs[1][tensor], value, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.sampled(1)
@@ -561,8 +558,7 @@ def test_a_kept_state_goes_on_in_the_next_round(factory, settings, play, make_co
     keep = {**settings, "optimizer_state": "keep"}
     built_in, own = play("in", **keep), play("own", script=ScriptObjects(optimizer=factory), **keep)
     fresh = tensors(play("fresh", **settings))
-    for name, value in tensors(built_in).items():
-        torch.testing.assert_close(tensors(own)[name], value, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(tensors(own), tensors(built_in), rtol=1e-4, atol=1e-6)
     assert any(not torch.equal(tensors(built_in)[name], fresh[name]) for name in fresh)
     config, script = make_config(**{**HOW, **keep}), ScriptObjects(optimizer=factory)
     again = kill_and_resume(config, out=tmp_path / "cut", data=make_data(), script=script, at=KillAt("round", 1))

@@ -63,8 +63,7 @@ def test_personal_networks_are_those_of_the_algorithm(tmp_path):
                     nn.utils.clip_grad_norm_(own.parameters(), run.config.clip_norm)
                 optimiser.step()
         found = run.model(client=client).state_dict()
-        for name, value in own.state_dict().items():
-            torch.testing.assert_close(found[name], value, rtol=2e-3, atol=2e-4)
+        torch.testing.assert_close(found, own.state_dict(), rtol=2e-3, atol=2e-4)
 
 
 @pytest.mark.usefixtures("forked_workers")

@@ -89,8 +89,7 @@ def test_messages_give_the_gradient_of_a_single_graph(world):
     w.exchange(gradients)
     got = [p.grad for p in shop.generator.network.parameters()]
     scale = max(float(g.abs().max()) for g in expected)
-    for ours, theirs in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * scale)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * scale)
 
 
 # -- who changes what --------------------------------------------------------------------------------------------------
