@@ -1,15 +1,27 @@
-"""--aggregator: robust rules instead of the mean."""
+"""Robust rules, server optimisers, fixed points by formula, and batches that could end in a single sample."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import TensorDataset
 
+import fedkern
 from fedkern import ops
+from fedkern.data import Split
 from fedkern.downstream.saved_network import read_model
+from fedkern.engine.client import Client
+from fedkern.engine.context import RunContext
 from fedkern.engine.run import run
 from fedkern.errors import UserError
-from fedkern.methods import AGGREGATORS, METHODS, FedAvg, register_aggregator
+from fedkern.methods import AGGREGATORS, METHODS, FedAvg, FedIOD, register_aggregator
 from fedkern.methods.aggregators import Gathered, Rule
+from fedkern.methods.fediod.discriminators import Discriminators
+from fedkern.methods.server_rules import ServerRule
 from fedkern.settings.config import RunConfig
+from python_tests.interrupted import KillAt, check_interruption
 
 SIZES = (20, 13, 9, 15, 11)
 AVERAGED = {"fedproto": {"options": {"networks": "averaged"}}}
@@ -188,3 +200,269 @@ def test_registering_wrongly(rules):
         with pytest.raises(TypeError, match=message):
             rules("own")(function)
     assert "own" not in AGGREGATORS
+
+
+# -- quadratics --------------------------------------------------------------------------------------------------------
+
+
+QUADRATIC_SIZES, DIMENSION = (4, 12, 8, 6), 3
+STEPS, RATE = 5, 0.1
+
+
+@pytest.fixture(scope="module")
+def clients():
+    """Return the inputs fp64 [n, 3] and targets [n, 1] of clients that differ in curvature and in optimum."""
+    rng = np.random.default_rng(2)
+    pairs = []
+    for n in QUADRATIC_SIZES:
+        x = rng.normal(size=(n, DIMENSION)) * rng.uniform(0.7, 1.5, DIMENSION)
+        y = x @ rng.normal(size=(DIMENSION, 1)) * 2 + 0.1 * rng.normal(size=(n, 1))
+        pairs.append((x.astype(np.float32).astype(np.float64), y.astype(np.float32).astype(np.float64)))
+    return pairs
+
+
+def weights(weighting):
+    sizes = np.array(QUADRATIC_SIZES) if weighting == "samples" else np.ones(len(QUADRATIC_SIZES))
+    return sizes / sizes.sum()
+
+
+def curvature(x):
+    return 2 * x.T @ x / len(x)
+
+
+def fixed_point(clients, weighting, mu=0.0):
+    """Return the fixed point of averaging the clients' results."""
+    identity, system, pull = np.eye(DIMENSION), 0.0, 0.0
+    for w, (x, y) in zip(weights(weighting), clients, strict=True):
+        h = curvature(x) + mu * identity
+        q = (identity - np.linalg.matrix_power(identity - RATE * h, STEPS)) @ np.linalg.inv(h)
+        system, pull = system + w * q @ curvature(x), pull + w * q @ (2 * x.T @ y / len(x))
+    return np.linalg.solve(system, pull)[:, 0]
+
+
+def optimum(clients, weighting):
+    """Return the minimum of the weighted mean of the clients' losses."""
+    parts = [
+        (w * curvature(x), w * 2 * x.T @ y / len(x)) for w, (x, y) in zip(weights(weighting), clients, strict=True)
+    ]
+    return np.linalg.solve(sum(a for a, _ in parts), sum(b for _, b in parts))[:, 0]
+
+
+def run_quadratics(method, clients, out, rounds, **options):
+    """Return the parameters after a run of full-batch gradient descent at the clients, fp64 [3]."""
+    sets = [TensorDataset(*(torch.tensor(part, dtype=torch.float32) for part in pair)) for pair in clients]
+    torch.manual_seed(0)
+    finished = fedkern.simulate(
+        method, data=sets, test=TensorDataset(*sets[0].tensors), model=nn.Linear(DIMENSION, 1, bias=False),
+        loss_fn=nn.MSELoss(), rounds=rounds, local_epochs=STEPS, batch_size=max(QUADRATIC_SIZES), lr=RATE, momentum=0.0,
+        weight_decay=0.0, eval_every=rounds, checkpoint_every=rounds, seed=1, out=out,
+        progress=False, pictures=False, **options,
+    )  # fmt: skip
+    return next(finished.model().parameters()).detach().double().numpy()[0]
+
+
+TOLERANCE = 2e-6
+"""Of parameters around 2 in a run, whose vectors are fp32."""
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("weighting", ["samples", "uniform"])
+def test_fedavg_stops_where_its_formula_says(weighting, clients, tmp_path):
+    expected = fixed_point(clients, weighting)
+    assert (
+        np.abs(run_quadratics("fedavg", clients, tmp_path / "run", 30, weighting=weighting) - expected).max()
+        < TOLERANCE
+    )
+    assert np.abs(expected - optimum(clients, weighting)).max() > 0.1
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("mu", [0.3, 1.0])
+def test_fedprox_stops_where_its_formula_says(mu, clients, tmp_path):
+    expected = fixed_point(clients, "samples", mu)
+    assert np.abs(run_quadratics("fedprox", clients, tmp_path / "run", 40, mu=mu) - expected).max() < TOLERANCE
+    plain, best = fixed_point(clients, "samples"), optimum(clients, "samples")
+    assert 0.1 < np.abs(expected - best).max() < np.abs(plain - best).max()
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(("method", "rounds", "options"), [
+    ("scaffold", 40, {"control": "I"}),
+    ("scaffold", 40, {"control": "II"}),
+    ("feddyn", 150, {"alpha": 0.5}),
+    ("scaffold", 200, {"control": "II", "sample_fraction": 0.5}),
+    ("feddyn", 300, {"alpha": 0.5, "sample_fraction": 0.5}),
+])  # fmt: skip
+@pytest.mark.parametrize("weighting", ["samples", "uniform"])
+def test_the_optimum_that_fedavg_misses_is_reached(weighting, method, rounds, options, clients, tmp_path):
+    best = optimum(clients, weighting)
+    theta = run_quadratics(method, clients, tmp_path / "run", rounds, weighting=weighting, **options)
+    assert np.abs(theta - best).max() < TOLERANCE
+    assert np.abs(fixed_point(clients, weighting) - best).max() > 0.1
+
+
+# -- server rules ------------------------------------------------------------------------------------------------------
+
+
+RULE_SIZES = (20, 13, 9)
+ONCE = [name for name, kind in sorted(METHODS.items()) if kind(kind.Options()).allows_server_rule]
+
+
+def weights_of(out):
+    return torch.cat([value.flatten().double() for value in read_model(out)[0].state_dict().values()])
+
+
+@pytest.mark.parametrize("rule", ["momentum", "adam", "yogi", "adagrad"])
+def test_a_rule_is_the_operator_over_rounds(rule):
+    given, state = ServerRule(rule, 0.5), {"parameters": torch.randn(9)}
+    expected, moments = state["parameters"].clone(), [torch.zeros(9), torch.zeros(9)]
+    names = ("first",) if rule == "momentum" else ("first", "second")
+    for _ in range(3):
+        average = torch.randn(9)
+        expected = ops.server_step(
+            expected, [average], [1.0], rule, learning_rate=0.5, **dict(zip(names, moments, strict=False)),
+            **given.options,
+        ).model  # fmt: skip
+        before = state.get("server_first")
+        kept = None if before is None else before.clone()
+        state["parameters"] = given.step(state, average)
+        assert torch.equal(state["parameters"], expected)
+        if before is not None:
+            assert torch.equal(before, kept)  # a checkpoint may still be written from it
+    assert sorted(state) == ["parameters", *(f"server_{name}" for name in names)]
+
+
+def test_the_text_of_a_rule():
+    assert ServerRule("adam").text == "adam:beta1=0.9,beta2=0.99,tau=0.001"
+    assert RunConfig.make("fedavg", server_rule="yogi:tau=0.01").server_rule == "yogi:beta1=0.9,beta2=0.99,tau=0.01"
+    assert ServerRule("adam:beta2=0.9999999").text == "adam:beta1=0.9,beta2=0.9999999,tau=0.001"
+    assert ServerRule("mean", 1.0).plain
+    assert not ServerRule("mean", 0.5).plain
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"server_rule": "adm"}, '--server-rule must be one of mean, .*, not "adm".*Did you mean "adam"'),
+    ({"server_rule": "adam:beta=1"}, 'has no option "beta=1".*It has beta1, beta2, tau'),
+    ({"server_rule": "adam:beta1=2"}, r'"beta1" of --server-rule adam must be in \[0, 1\], not 2'),
+    ({"server_rule": "adam:tau=0"}, '"tau" of --server-rule adam must be above 0, not 0'),
+    ({"server_lr": 0.0}, "--server-lr must be above 0"),
+])  # fmt: skip
+def test_what_is_no_rule(settings, message):
+    with pytest.raises(UserError, match=message):
+        RunConfig.make("fedavg", **settings)
+
+
+@pytest.mark.parametrize("settings", [{"server_rule": "adam"}, {"server_lr": 0.5}])
+@pytest.mark.parametrize("method", ["feddf", "oneshot-fedavg", "fediod", "local", "feddyn"])
+def test_methods_whose_server_does_not_average_once_a_round_refuse_it(method, settings):
+    with pytest.raises(UserError, match=f"averages the clients' parameters once a round, which {method}"):
+        RunConfig.make(method, **settings)
+
+
+@pytest.mark.parametrize("schedule", ["per_round", "sequential"])
+def test_stages_that_average_a_part_refuse_it(schedule):
+    with pytest.raises(UserError, match="once a round, which feddra"):
+        RunConfig.make("feddra", server_rule="adam", options={"stages": "two", "stage_schedule": schedule})
+
+
+def test_the_servers_rate_is_a_step_towards_the_average(make_data, make_config, tmp_path):
+    data = make_data(RULE_SIZES)
+    runs = {lr: make_config("fedavg", rounds=1, server_lr=lr, buffers="drop") for lr in (1e-9, 0.5, 1.0)}
+    for lr, config in runs.items():
+        run(config, out=tmp_path / str(lr), data=data)
+    start, half, full = (weights_of(tmp_path / str(lr)) for lr in runs)
+    assert float((full - start).abs().max()) > 1e-3
+    torch.testing.assert_close(half, (start + full) / 2, rtol=0, atol=1e-6)
+    run(make_config("fedavg", rounds=1, buffers="drop"), out=tmp_path / "usual", data=data)
+    assert torch.equal(weights_of(tmp_path / "usual"), full)
+
+
+def test_moments_survive_an_interruption(make_data, make_config, tmp_path):
+    config = make_config("fedavg", rounds=3, server_rule="adam:tau=0.1")
+    check_interruption(config, tmp_path, data=make_data(RULE_SIZES), at=KillAt("round", 2))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", ONCE)
+def test_every_method_that_averages_once_a_round_takes_a_rule(method, make_small, tmp_path):
+    config, data = make_small(method, 2, server_rule="adagrad:tau=0.1", **AVERAGED.get(method, {}))
+    run(config, out=tmp_path / "run", data=data)
+
+
+# -- rest of one -------------------------------------------------------------------------------------------------------
+
+
+TINY = {"ngf": 2, "ndf": 2, "batch": 4, "student_steps": 2, "iterations": 2, "disc_weight": True}
+PUBLIC = {"mode": "public", "batch": 4, "student_steps": 2, "iterations": 2}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"), [("scaffold", {"options": {"control": "I"}}), ("fedproto", {"buffers": "drop"})]
+)
+def test_a_client_looks_at_all_its_samples(method, settings, make_data, make_config, tmp_path):
+    """501 samples are evaluated in train mode, in batches of 500."""
+    config = make_config(method, model="mlp", batch_size=64, rounds=1, grad_cam=0, **settings)
+    summary = run(config, out=tmp_path, data=make_data((501, 13, 9), two_tests=False))
+    assert 0 <= summary["metrics"]["accuracy"] <= 1
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("count", [2, 5, 7])
+def test_a_student_learns_on_as_many_public_images_as_there_are(count, make_data, make_public, make_config, tmp_path):
+    config = make_config("fediod", model="mlp", rounds=1, grad_cam=0, options=PUBLIC)
+    told = run(config, out=tmp_path, data=make_public(make_data(), samples=count))["metrics"]
+    assert 0 <= told["id_accuracy"] <= 1
+    assert told["student_loss"] > 0
+
+
+@pytest.mark.parametrize(("method", "options"), [("feddf", {}), ("fediod", PUBLIC)])
+def test_one_public_image_is_too_few(method, options, make_data, make_public, make_config, refuses, tmp_path):
+    rounds = {"rounds": None} if method == "feddf" else {}
+    config = make_config(method, model="mlp", options=options, **rounds)
+    with refuses("at least 2 public images and this run sets 1 aside: give --public-samples N"):
+        run(config, out=tmp_path / "run", data=make_public(make_data(), samples=1))
+
+
+@pytest.fixture
+def critics(make_data, make_config):
+    def make(**options):
+        given = {**TINY, "critic_layers": 3, **options}  # 8 pixels a side: a last map of one position
+        context = RunContext(make_config("fediod", options=given), make_data())
+        return Discriminators([Client(context, k, {}) for k in range(3)], FedIOD.Options.parse(given))
+
+    return make
+
+
+def images(count):
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(count))
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_whole_batches_are_judged_each_by_its_own_statistics(batch, steps, critics):
+    made, x = critics(batch=batch), images(batch * steps)
+    assert torch.equal(made.judge(x), torch.cat([made.look(part)[1] for part in x.split(batch)], 1))
+
+
+@pytest.mark.parametrize(
+    ("batch", "count", "parts"), [(4, 2, [2]), (4, 5, [5]), (4, 6, [4, 2]), (4, 9, [4, 5]), (2, 3, [3])]
+)
+def test_other_numbers_are_judged_without_a_rest_of_one(batch, count, parts, critics):
+    made, x = critics(batch=batch), images(count)
+    assert torch.equal(made.judge(x), torch.cat([made.look(part)[1] for part in x.split(parts)], 1))
+
+
+def test_a_single_image_is_judged_where_it_has_several_positions(critics):
+    assert critics().judge(images(1)) is None
+    assert critics(critic_layers=2).judge(images(1)).shape == (3, 1)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_teachers_are_compared_on_any_number_of_images(count, make_data, make_config, tmp_path):
+    data = make_data(two_tests=False)
+    test = data.tests[""]
+    data = dataclasses.replace(data, tests={"": Split(test.images[:count], test.labels[:count])})
+    config = make_config(
+        "fediod", model="cnn", rounds=1, grad_cam=0, options={**TINY, "iterations": 1, "critic_layers": 3}
+    )
+    assert 0 <= run(config, out=tmp_path, data=data)["metrics"]["ensemble_weighted"] <= 1
