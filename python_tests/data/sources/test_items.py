@@ -1,21 +1,26 @@
-"""Tests of items of PyTorch data sets: how often they are read, and that no random draw is frozen or changed."""
+"""Tests of PyTorch data sets: how often items are read, draws that stay free, and their patients and sites."""
 
+import copy
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Subset, default_collate
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, default_collate
 
 import fedkern
+from fedkern.data import FederatedData
 from fedkern.data.sources.items import Items
 from fedkern.errors import UserError
 from fedkern.listeners import Listener
+from fedkern.settings.run_data import kept_data
 from fedkern.streams import GENERATORS, generator_states, mix_words, seed_generators, seeded_generators
 from fedkern.tasks import CLASSIFICATION
 from python_tests.engine.test_items import HERE
+from python_tests.smallest import SETTINGS
 
 OWN = np.random.default_rng(0)
 DRAWS = {
@@ -163,3 +168,179 @@ def test_a_spare_number_of_numpy_stays():
         with seeded_generators(1):
             np.random.randn(3)  # noqa: NPY002
         assert np.random.get_state()[3:] == before  # noqa: NPY002
+
+
+# -- item groups -------------------------------------------------------------------------------------------------------
+
+
+Capture = pytest.CaptureFixture
+
+
+class Scans(Dataset):
+    """Images or rows of patients with names and five samples each."""
+
+    def __init__(self, count: int, begin: int = 0, shape: tuple[int, ...] = (1, 8, 8), form: str = "") -> None:
+        draw = np.random.default_rng(begin)
+        self.x = torch.from_numpy(draw.integers(0, 255, (count, *shape)).astype(np.uint8))
+        self.targets, self.form, self.reads = [row % 3 for row in range(count)], form, 0
+        names = [f"p{(begin + row) // 5}" for row in range(count)]
+        if form == "keys":
+            self._names = names
+        else:
+            self.patient = names
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, row: int) -> object:
+        self.reads += 1
+        x = self.x[row] if self.x.dim() == 4 else self.x[row].float()
+        if self.form == "keys":
+            return {"x": x, "patient": self._names[row], "labels": self.targets[row]}
+        return x, self.targets[row]
+
+
+class Column(Scans):
+    """Samples in a table with columns, like Hugging Face's."""
+
+    column_names = ("x", "who")
+
+    def __getitem__(self, row: object) -> object:
+        return self.patient if row == "who" else super().__getitem__(row)
+
+
+def in_parts(data: Scans) -> Dataset:
+    return Subset(ConcatDataset([Subset(data, range(20, 60)), Subset(data, range(20))]), [*range(40, 60), *range(40)])
+
+
+KINDS = {
+    "attribute": (lambda count, first: Scans(count, first), "patient"),
+    "key": (lambda count, first: Scans(count, first, form="keys"), "patient"),
+    "column": (lambda count, first: Column(count, first), "who"),
+    "function": (lambda count, first: Scans(count, first), lambda row: row // 5),
+    "parts": (lambda count, first: in_parts(Scans(count, first)) if count == 60 else Scans(count, first), "patient"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:All .* items .* are read once for their groups")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("partition", ["iid", "dirichlet:1:min=1", "attribute"])
+def test_groups_stay_together_or_are_clients(kind: str, partition: str) -> None:
+    make, groups = KINDS[kind]
+    how = {} if partition == "attribute" else {"count": 4}
+    data = FederatedData.from_datasets(make(60, 0), make(20, 50), groups=groups, partition=partition, **how)
+    rows = [split.rows.tolist() for split in data.clients]
+    assert sorted(row for part in rows for row in part) == [*range(60)]
+    owners = [{row // 5 for row in part} for part in rows]
+    assert sum(map(len, owners)) == 12
+    if partition != "attribute":
+        assert [len(split.units()) for split in data.clients] == [*map(len, rows)]
+        assert data.tests[""].patients.unique().numel() == 4
+        fewer = FederatedData.from_datasets(make(60, 0), make(20, 50), groups=groups, partition="iid", samples=30)
+        assert sum(len({row // 5 for row in split.rows.tolist()}) for split in fewer.clients) == 6
+        return
+    names = [str(k) if kind == "function" else f"p{k}" for k in range(12)]
+    assert sorted(data.client_names) == sorted(names)
+    assert [owner.pop() for owner in owners] == [names.index(name) for name in data.client_names]
+    homes = [data.client_names[k] if k >= 0 else "" for k in data.tests[""].homes.tolist()]
+    assert homes == ([""] * 20 if kind == "function" else ["p10"] * 5 + ["p11"] * 5 + [""] * 10)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (6,)], ids=["images", "items"])
+def test_runs_use_patients_as_those_of_files(shape: tuple[int, ...], tmp_path: Path, capsys: Capture) -> None:
+    sets = {"data": Scans(60, 0, shape), "test": Scans(30, 50, shape)}
+    model = "cnn" if len(shape) == 3 else nn.Linear(6, 3)
+    how = {**HERE, **sets, "groups": "patient", "model": model, "rounds": 1, "clients": 2, "progress": True}
+    reads = Reads(*sets.values())
+    run = fedkern.simulate("fedavg", **how, client_test=0.4, listener=reads, out=tmp_path / "run")
+    assert len(shape) == 3 or reads.counts[0] <= 100  # no item is read twice for its group
+    noun = "images" if len(shape) == 3 else "samples"
+    text = capsys.readouterr().err
+    assert f"Patients whose {noun} are trained on are also in the test set (1 of 6)" in " ".join(text.split())
+    units = {(row["set"], row["unit"], row["units"]) for row in run.summary["intervals"]}
+    assert units == {("test", "patients", 6), ("own", "patients", 2)}
+    kept = kept_data(run.config, FederatedData.from_datasets(*sets.values(), groups="patient", count=2))
+    for split, own in zip(kept.clients, kept.client_tests, strict=True):
+        assert (len(split), len(own)) == (20, 10)
+        assert not {*split.patients.tolist()} & {*own.patients.tolist()}
+    again = fedkern.load(run.out, **sets, groups="patient", **({} if len(shape) == 3 else {"model": model}))
+    assert again.resume(progress=False, pictures=False).metrics == run.metrics
+    with pytest.raises(UserError, match="data"):
+        fedkern.load(run.out, **sets, **({} if len(shape) == 3 else {"model": model})).extend(2, progress=False)
+
+
+def test_a_site_is_held_out_and_a_patient_is_a_unit_of_privacy(tmp_path: Path) -> None:
+    how = {**HERE, "data": Scans(30, 0, (1, 16, 16)), "test": Scans(10, 25, (1, 16, 16)), "groups": "patient"}
+    how |= {"model": "cnn", "rounds": 1}
+    run = fedkern.simulate("fedavg", **how, partition="attribute", held_out_client="p5", out=tmp_path / "run")
+    assert run.summary["client_names"] == [f"p{k}" for k in range(5)]
+    sizes = {row["set"]: row["samples"] for row in run.summary["intervals"]}
+    assert sizes == {"test": 5, "held_out": 10}
+    unit = {"privacy_unit": "patient", "patient_images": 2, "clients": 2}
+    options = {**SETTINGS["fediod"]["options"], "epsilon": 50.0}
+    private = fedkern.simulate("fediod", **how, **unit, options=options, out=tmp_path / "private")
+    assert (private.summary["privacy"]["unit"], private.summary["privacy"]["patient_images"]) == ("patient", 2)
+
+
+NUMBERS = torch.arange(60.0).reshape(20, 3)
+TABLE = TensorDataset(NUMBERS, torch.arange(20) % 3)
+OTHERS = TensorDataset(torch.cat([NUMBERS[15:], -NUMBERS[1:]]), torch.cat([torch.arange(15, 20) % 3, torch.arange(19)]))
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "count"),
+    [
+        (Scans(30, 1), copy.deepcopy(Scans(30, 1)), "30 of 30"),
+        (Scans(30, 1), Scans(20, 2), ""),
+        (Scans(30, 1, (6,)), copy.deepcopy(Scans(30, 1, (6,))), "30 of 30"),
+        (TABLE, OTHERS, "5 of 24"),
+        (Subset(Scans(60, 3, (6,)), range(40)), Subset(Scans(60, 3, (6,)), range(39, 60)), "1 of 21"),
+    ],
+    ids=["images", "other images", "items", "tensors", "subsets"],
+)
+def test_equal_samples_are_found(train: Dataset, test: Dataset, count: str, tmp_path: Path, capsys: Capture) -> None:
+    is_image = train[0][0].dim() == 3
+    model = "cnn" if is_image else nn.Linear(len(train[0][0]), 24)
+    how = {**HERE, "progress": True, "model": model, "clients": 2, "rounds": 1}
+    fedkern.simulate("fedavg", data=train, test=test, classes=24, out=tmp_path / "run", **how)
+    text = " ".join(capsys.readouterr().err.split())
+    noun = "images" if is_image else "samples"
+    assert text.count(f"Some {noun} are in both training and the test set ({count}), so") == bool(count)
+    assert text.count("are in both training and") == bool(count)
+
+
+def with_patients(values: object) -> Scans:
+    data = Scans(20)
+    data.patient = values
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "groups", "said"),
+    [
+        (Scans(20), 3, "groups is 3: give the name of an attribute"),
+        (Scans(20), "doctor", "of data cannot be read .it has no attribute or column of this name, and an item no"),
+        (with_patients(["a"] * 7), "patient", "'patient' of data cannot be read .there are 7 for 20 items"),
+        (with_patients(5), "patient", "'patient' of data cannot be read .TypeError: .*iterable"),
+        (with_patients([["a"]] * 20), "patient", "one is ..a.., neither a text nor a number nor None"),
+        (Scans(20), lambda row: {}[row], "groups=.* of data cannot be read .KeyError: 0.: give"),
+    ],
+)
+def test_wrong_groups_are_one_sentence(data: Scans, groups: object, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        FederatedData.from_datasets(data, Scans(9), groups=groups)
+
+
+def test_groups_of_one_name_are_one_however_written() -> None:
+    values = ["01", 1, 1.0, "1", np.int64(1), torch.tensor(1), "Caf\u00e9", "Cafe\u0301", None, float("nan"), "", 2**60]
+    sets = with_patients(values + [7] * 8), with_patients(range(20))
+    data = FederatedData.from_datasets(*sets, groups="patient", count=1)
+    patients = data.clients[0].patients.tolist()
+    assert len({*patients[:6]}) == 1 == len({*patients[6:8]})
+    assert len({*patients}) == 7
+    assert patients[0] == data.tests[""].patients[1]
+    clients = {"groups": "patient", "partition": "attribute"}
+    with pytest.raises(UserError, match="has 3 sites, not 2: leave clients out"):
+        FederatedData.from_datasets(with_patients([1, 2, 3, 3] * 5), Scans(9), count=2, **clients)
+    with pytest.raises(UserError, match="needs the site of every item"):
+        FederatedData.from_datasets(with_patients([None, 2] * 10), Scans(9), **clients)

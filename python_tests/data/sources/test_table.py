@@ -1,16 +1,20 @@
-"""Tests of tables and texts as spreadsheets write them: encodings, workbooks, Excel's marks, long fields."""
+"""Tests of tables as spreadsheets write them, and of one image or patient in two places."""
 
 import csv
 import gzip
+import re
+import shutil
 import zipfile
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from fedkern.data import load
+from fedkern.data import identity, load
 from fedkern.data.images.detections import BoxesFile
 from fedkern.data.sources.table import parse_table, read_file
 from fedkern.errors import UserError
+from python_tests.data.image_sets import COLUMNS, write_mask, write_table
 
 TEXT = "image,größe\r\na.png,1\r\nb.png,2\r\n"
 ROWS = [{"image": "a.png", "größe": "1"}, {"image": "b.png", "größe": "2"}]
@@ -117,3 +121,223 @@ def test_a_field_that_is_too_long_is_named_with_its_line(tmp_path, separator, be
     with pytest.raises(UserError, match=rf"list\.csv, line {begin}, begins a row .*than 131,072 characters$") as caught:
         load("csv", root=tmp_path)
     assert "\n" not in str(caught.value)
+
+
+# -- listing -----------------------------------------------------------------------------------------------------------
+
+
+def read(name, root, change=lambda line, row: None, again=(), said=None, rows=24, **options):
+    """Read a table of ``rows`` images, two per patient.
+
+    ``change`` edits a row, and ``again`` holds further rows.
+    """
+    listed = []
+    for i in [*range(rows), *again]:
+        row = {
+            "name": f"{i}.png",
+            "value": i,
+            "box": (0, 0, 4, 4 + i % 4),
+            "label": "ab"[i // 2 % 2],
+            "text": f"text {i}",
+        }
+        row |= {
+            "client": "AB"[i % 2],
+            "patient_id": f"p{i // 2}",
+            "split": ["train", "train", "test", "val"][i // 2 % 4],
+        }
+        if len(listed) >= rows or i not in again:
+            change(len(listed) + 1, row)
+        listed.append(row)
+    write_table(root, f"{name},client,patient_id,split", listed)
+    return load(name, root=root, options={"size": 8, "colour": "grey", **options}, notice=said)
+
+
+def edit(**values):
+    """Return a change of the row in line 6 (image 4.png, patient p2) and of the further rows."""
+
+    def change(line, row):
+        if line == 5 or line > 24:
+            row.update(values)
+
+    return change
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize(("split", "second"), [("train", "test"), ("val", "test"), ("test", "train"), ("train", "val")])
+def test_a_patient_in_two_splits(tmp_path, name, split, second):
+    def change(line, row):
+        if row["patient_id"] == "p2":
+            row["split"] = split if line == 5 else second
+
+    words = {"val": "validation"}
+    with pytest.raises(
+        UserError,
+        match=rf"the patient p2 has images in two splits, {words.get(split, split)} \(line 6\) and "
+        rf"{words.get(second, second)} \(line 7\); .* give --data-option patient=$",
+    ):
+        read(name, tmp_path, change)
+    data = read(name, tmp_path, change, patient="")
+    assert all(part.patients is None for part in (*data.clients, *data.tests.values()))
+
+
+def test_a_patient_in_two_splits_of_a_chosen_column(tmp_path):
+    change = edit(split="test", client="x")
+    with pytest.raises(UserError, match="the patient x has images in two splits"):
+        read("csv", tmp_path, lambda line, row: (change(line, row), row.update(client="x")), patient="client")
+    assert read("csv", tmp_path, change, patient="split").tests  # every split is a patient
+
+
+@pytest.mark.parametrize(("name", "values", "words"), [
+    ("csv", {"label": "c"}, r"4\.png has two labels, a \(line 6\) and c \(line 26\)"),
+    ("pairs", {"label": "c"}, r"4\.png has two labels, a \(line 6\) and c \(line 26\)"),
+    ("segmentation", {"mask": "m5.png"}, r"4\.png has two masks, m4.png \(line 6\) and m5.png \(line 26\)"),
+    *(
+        (name, {"client": "B"}, r"4\.png belongs to two clients, A \(line 6\) and B \(line 26\)")
+        for name in COLUMNS
+    ),
+    *((name, {"patient_id": "p9"}, r"4\.png belongs to two patients, p2 \(line 6\) and p9") for name in COLUMNS),
+    *((name, {"split": "train"}, r"4\.png is in two splits, test \(line 6\) and train") for name in COLUMNS),
+])  # fmt: skip
+def test_an_image_in_two_places(tmp_path, name, values, words):
+    change = edit(**values)
+    with pytest.raises(UserError, match=f"the image {words}.*; name one$"):
+        read(name, tmp_path, lambda line, row: change(line, row) if line > 24 else None, again=[4])
+
+
+def test_an_image_with_two_sets_of_labels(tmp_path):
+    for i in range(12):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i}.png")
+    cells = ["a|b", "", "b"] * 4
+    lines = ["path,labels", *(f"{i}.png,{cell}" for i, cell in enumerate(cells)), "./0.png,"]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"the image 0\.png has two labels, a\|b \(line 2\) and none \(line 14\)"):
+        load("csv", root=tmp_path)
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_row_that_stands_twice_is_told(tmp_path, name):
+    said = []
+    data = read(name, tmp_path, again=[0, 8, 0], said=said.append)
+    assert said == ["Images that are listed more than once count as often: 0.png (3 times), 8.png (2 times)."]
+    assert sum(map(len, data.clients)) == 12 + 3
+
+
+# -- copies ------------------------------------------------------------------------------------------------------------
+
+
+SOURCES = ["folder", *COLUMNS]
+COUNT = 24
+
+
+def image(number, plain=False):
+    pixels = np.random.default_rng(number).integers(0, 255, (8, 8), dtype=np.uint8)
+    return Image.fromarray(np.full_like(pixels, 7 * number) if plain else pixels)
+
+
+def write_copy(source, root, *, label="", client="", split="", plain=False, content=0):
+    """Write images of the classes a and b at the sites A and B, and a copy with another label, client or split.
+
+    Returns the names of the first image and of its copy.
+    """
+    rows = []
+    for i in [*range(COUNT), COUNT]:
+        row = {"label": "ab"[i // 2 % 2], "client": "AB"[i % 2], "split": ("train", "train", "test", "val")[i // 4 % 4]}
+        name = f"{i}.png"
+        if i == COUNT:
+            given = {"label": label, "client": client, "split": split}
+            row, name = rows[0] | {key: value for key, value in given.items() if value}, "z.png"
+        if source == "folder":
+            name = f"{row['client']}/{row['split']}/{row['label']}/{name}"
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image(content if i == COUNT else i, plain).save(path)
+        write_mask(root / f"m{i}.png", box=(0, 0, 4, 5 if row["label"] == "b" else 3))
+        rows.append({**row, "name": name, "mask": f"m{i}.png"})
+    if source != "folder":
+        write_table(root, f"{source},client,split", rows, files=False)
+    return rows[0]["name"], rows[-1]["name"]
+
+
+def get_notices(source, root, options=None, **settings):
+    said, options = [], {"size": 8, "colour": "grey", **(options or {})}
+    load(source, root=root, options=options, identify=True, notice=said.append, **settings)
+    return [text for text in said if text.startswith("Equal images")]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_image_with_two_labels(source, tmp_path):
+    image, copy = write_copy(source, tmp_path, label="b")
+    kind = "masks" if source == "segmentation" else "labels, a and b"
+    with pytest.raises(UserError, match=f"{image} and {copy} are the same image with two {kind}; leave one of the two"):
+        get_notices(source, tmp_path)
+
+
+@pytest.mark.parametrize("settings", [{}, {"partition": "iid", "clients": 2}, {"train_samples": 10}], ids=str)
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_image_at_two_clients(source, settings, tmp_path):
+    original, copy = write_copy(source, tmp_path, client="B")
+    (text,) = get_notices(source, tmp_path, **settings)
+    where = "" if settings.get("partition") else " (at the clients A and B)"
+    expected = f"Equal images under several names count as often: {original} and {copy}{where}."
+    # Images that the run uses come before others of the file.
+    assert sorted(re.findall(r"\w+", text)) == sorted(re.findall(r"\w+", expected))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_image_in_two_sets(source, tmp_path):
+    original, copy = write_copy(source, tmp_path, split="test")
+    assert get_notices(source, tmp_path) == [
+        f"Equal images under several names count as often: {original} and {copy} (in the sets train and test)."
+    ]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_copy_at_the_same_place(source, tmp_path):
+    original, copy = write_copy(source, tmp_path)
+    assert get_notices(source, tmp_path) == [f"Equal images under several names count as often: {original} and {copy}."]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_plain_pictures_are_alike_without_being_copies(source, tmp_path):
+    original, copy = write_copy(source, tmp_path, label="b", plain=True)
+    (text,) = get_notices(source, tmp_path)
+    assert f"{original} and {copy} (with two {'masks' if source == 'segmentation' else 'labels, a and b'})" in text
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_other_images_are_none(source, tmp_path):
+    write_copy(source, tmp_path, content=COUNT)
+    assert get_notices(source, tmp_path) == []
+
+
+@pytest.mark.parametrize("settings", [{"train_samples": 15}, {"public_samples": 4}], ids=str)
+def test_every_image_of_the_run_is_compared(settings, tmp_path, monkeypatch):
+    """All images are compared, also where the data's identity rests on a few training images."""
+    write_copy("csv", tmp_path, content=COUNT)
+    with (tmp_path / "list.csv").open("a") as table:
+        for copy in "wxyz":
+            shutil.copy(tmp_path / "1.png", tmp_path / f"1{copy}.png")
+            table.write(f"1{copy}.png,a,B,train\n")
+    monkeypatch.setattr(identity, "SAMPLED_IMAGES", 1)
+    (text,) = get_notices("csv", tmp_path, **settings)
+    assert re.search(r": 1[wxyz]?.png and 1[wxyz].png\.$", text)
+
+
+def test_many_copies_are_counted(tmp_path):
+    write_copy("csv", tmp_path)
+    with (tmp_path / "list.csv").open("a") as table:
+        for i in range(1, 12):
+            shutil.copy(tmp_path / f"{i}.png", tmp_path / f"again{i}.png")
+            table.write(f"again{i}.png,{'ab'[i // 2 % 2]},{'AB'[i % 2]},{('train', 'train', 'test')[i // 4]}\n")
+    (text,) = get_notices("csv", tmp_path)
+    assert text.endswith(" more.")
+    assert len(text) < 400
+
+
+def test_images_on_disk_are_looked_at_as_well(tmp_path):
+    root = tmp_path / "data"
+    original, copy = write_copy("csv", root, client="B")
+    for _ in range(2):
+        (text,) = get_notices("csv", root, cache=tmp_path / "cache")
+        assert f"{original} and {copy} (at the clients A and B)" in text

@@ -1,20 +1,190 @@
-"""The ensemble of the clients' networks: members, votes, calibration, and refused members."""
+"""One round: FedAvg with calibration, FedCGS's classifier, and the ensemble of the clients' networks."""
 
 import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fedkern import models
 from fedkern.downstream.saved_network import read_model
+from fedkern.engine.context import RunContext
 from fedkern.engine.run import run
 from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.errors import UserError
 from fedkern.methods.baselines.client_ensemble import Ensemble, vote
+from fedkern.methods.baselines.fedcgs import FeatureStatistics
+from fedkern.methods.baselines.oneshot_fedavg import OneShotFedAvg
+from fedkern.ops import FlatParameters
 from fedkern.tasks import SEGMENTATION
-from python_tests.saved_network import tensors
+from python_tests.saved_network import same_network, tensors
 
 FAST = {"virtual_features": 50, "calibration_epochs": 1}
+
+
+def test_is_fedavg_with_one_round(make_data, make_config, tmp_path):
+    data = make_data()
+    run(make_config("fedavg", rounds=1, local_epochs=3), out=tmp_path / "a", data=data)
+    run(make_config("oneshot-fedavg", model="cnn", rounds=None, local_epochs=3), out=tmp_path / "b", data=data)
+    assert same_network(tmp_path / "a", tmp_path / "b")
+    assert len(read_metrics(tmp_path / "b")) == 1
+
+
+def test_calibration_changes_the_classifier_alone(make_data, make_config, tmp_path):
+    data = make_data()
+    run(make_config("oneshot-fedavg", model="cnn", rounds=None), out=tmp_path / "plain", data=data)
+    config = make_config("oneshot-fedavg", model="cnn", rounds=None, options={"calibrate": True, **FAST})
+    run(config, out=tmp_path / "flag", data=data)
+    run(make_config("ccvr", model="cnn", rounds=None, options=FAST), out=tmp_path / "ccvr", data=data)
+    plain, flag = (tensors(tmp_path / name) for name in ("plain", "flag"))
+    assert same_network(tmp_path / "flag", tmp_path / "ccvr")
+    changed = {name for name in plain if not torch.equal(plain[name], flag[name])}
+    assert changed == {"head.weight", "head.bias"}
+    before, after = read_metrics(tmp_path / "ccvr")
+    assert before["accuracy" if "accuracy" in before else "id_accuracy"] is not None
+    assert read_metrics(tmp_path / "plain")[0]["loss"] == before["loss"]
+    assert after["round"] == 2
+
+
+def test_bytes_of_calibration(make_data, make_config, tmp_path):
+    """Clients send counts, means and scatters of their classes.
+
+    The averaged network goes down a second time.
+    """
+    data = make_data()
+    config = make_config("ccvr", model="cnn", rounds=None, options=FAST)
+    run(config, out=tmp_path, data=data)
+    plain, two = read_metrics(tmp_path)
+    flat = FlatParameters(RunContext(config, data).networks.build())
+    model = 4 * (len(flat.parameters) + len(flat.buffers)) + 8 * len(flat.integers)
+    width = tensors(tmp_path)["head.weight"].shape[1]
+    present = [len(set(client.labels.tolist())) for client in data.clients]
+    up = sum(4 * (3 + c * (width + width * (width + 1) // 2)) for c in present)
+    assert two["bytes_up"] - plain["bytes_up"] == up
+    assert two["bytes_down"] - plain["bytes_down"] == plain["bytes_down"] == 3 * model
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize(
+    ("value", "why", "nobody"),
+    [
+        (float("inf"), "infinite values in scatters", "No client is left in round 2"),
+        # What a declaration cannot say the pooling finds out.
+        (-1.0, "class statistics of client 2 cannot be used", "statistics of every client were refused"),
+    ],
+)
+def test_bad_statistics_are_left_out_and_named(value, why, nobody, make_data, make_config, tmp_path, monkeypatch):
+    real = OneShotFedAvg.client_update
+
+    def poison(self, client, phase, message):
+        answer = real(self, client, phase, message)
+        if "scatters" in answer and client.id in bad:
+            answer["scatters"][0, 0] = value
+        return answer
+
+    monkeypatch.setattr(OneShotFedAvg, "client_update", poison)
+    bad = {2}
+    config = make_config("ccvr", model="cnn", rounds=None, options=FAST, on_nan="skip")
+    summary = run(config, out=tmp_path / "one", data=make_data())
+    assert why in summary["diagnostics"]["refused-upload-2"]
+    assert [entry["client"] for record in read_metrics(tmp_path / "one") for entry in record.get("dropped", ())] == [2]
+    with pytest.raises(UserError, match=why):
+        run(config.replace(on_nan="stop"), out=tmp_path / "stop", data=make_data())
+    bad = {0, 1, 2}
+    with pytest.raises(UserError, match=nobody):
+        run(config, out=tmp_path / "all", data=make_data())
+
+
+@pytest.mark.parametrize("method", ["ccvr", "ensemble", "feddf", "dense"])
+def test_running_statistics_are_needed(method, make_data, make_public, make_config, tmp_path):
+    config = make_config(method, model="cnn", rounds=None, buffers="local")
+    with pytest.raises(UserError, match=f"{method} needs the running statistics .* --buffers average"):
+        run(config, out=tmp_path, data=make_public(make_data()))
+    assert not (tmp_path / "config.toml").exists()
+
+
+# -- fedcgs ------------------------------------------------------------------------------------------------------------
+
+
+CLASSES, WIDTH = 4, 5
+SIZES = (40, 1, 23, 64)
+
+
+def clients(offset=3.0):
+    """Return features with means far from zero, and labels.
+
+    No client has class 3.
+    """
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(WIDTH, WIDTH, generator=generator)
+    for n in SIZES:
+        labels = torch.randint(0, CLASSES - 1, (n,), generator=generator)
+        yield torch.randn(n, WIDTH, generator=generator) @ mixing + offset * (labels[:, None] + 1), labels
+
+
+def pool(batch=9):
+    server = FeatureStatistics(CLASSES, WIDTH)
+    for features, labels in clients():
+        own = FeatureStatistics(CLASSES, WIDTH)
+        for x, y in zip(features.split(batch), labels.split(batch), strict=True):
+            own.add(x, y)
+        server.merge(own.message())
+    return server
+
+
+def test_the_classifier_is_that_of_all_features():
+    features, labels = (torch.cat(parts) for parts in zip(*clients(), strict=True))
+    features = features.double()
+    inverse = torch.linalg.inv(torch.cov(features.T))
+    head = pool().classifier(shrinkage=False)
+    for c in range(CLASSES):
+        own = features[labels == c]
+        mean = own.mean(0) if len(own) else features.mean(0)
+        prior = torch.tensor(max(len(own), 0.5) / len(features)).log()
+        torch.testing.assert_close(head.weight[c].double(), inverse @ mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(head.bias[c].double(), prior - mean @ inverse @ mean / 2, rtol=1e-4, atol=1e-4)
+    right = head(features.float()).argmax(1) == labels
+    assert right.float().mean() > 0.8
+
+
+def test_shrinkage_serves_fewer_samples_than_features():
+    statistics = FeatureStatistics(2, 8)
+    features = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    statistics.add(features, torch.tensor([0, 0, 1, 1]))
+    assert torch.isfinite(statistics.classifier(shrinkage=True).weight).all()
+    with pytest.raises(UserError, match=r"covariance of the 8 features of 4 samples has no inverse: take shrinkage="):
+        statistics.classifier(shrinkage=False)
+
+
+def test_means_that_no_class_counts_are_refused():
+    own = FeatureStatistics(CLASSES, WIDTH)
+    own.add(*next(clients()))
+    message = own.message()
+    server = FeatureStatistics(CLASSES, WIDTH)
+    with pytest.raises(ValueError, match="2 means came for 3 classes"):
+        server.merge({**message, "means": message["means"][:2]})
+    with pytest.raises(ValueError, match="must not be negative on the diagonal"):
+        server.merge({**message, "scatter": -message["scatter"]})
+    assert server.samples == 0
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_a_run_changes_the_classifier_alone_and_counts_its_bytes(make_data, make_config, tmp_path):
+    data, config = make_data(), make_config("fedcgs", model="cnn", rounds=None)
+    run(config, out=tmp_path / "one", data=data)
+    run(make_config("fedcgs", model="cnn", rounds=None, workers="2"), out=tmp_path / "two", data=data)
+    single, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(single[name], two[name]) for name in single)
+    start = RunContext(config, data).networks.build().state_dict()
+    assert {name for name in single if not torch.equal(single[name], start[name])} == {"head.weight", "head.bias"}
+    (record,) = read_metrics(tmp_path / "one")
+    classes, width = single["head.weight"].shape
+    present = sum(len(set(client.labels.tolist())) for client in data.clients)
+    numbers = len(data.clients) * (classes + width + width * (width + 1) // 2) + present * width
+    assert record["bytes_up"] == 4 * numbers
+
+
+# -- client ensemble ---------------------------------------------------------------------------------------------------
 
 
 def id_test(data, name="id"):
@@ -100,7 +270,7 @@ def test_calibrated_on_all_features(plain, make_data, make_config, tmp_path):
         assert after["id_accuracy"] == pytest.approx((network(images).argmax(1) == labels).float().mean().item())
 
 
-def test_bytes_of_calibration(make_data, make_config, tmp_path, monkeypatch):
+def test_bytes_of_calibrated_ensembles(make_data, make_config, tmp_path, monkeypatch):
     """A client gets all members except its own network.
 
     A client whose network was refused is told so.

@@ -1,11 +1,13 @@
-"""FedProto's loss, prototypes and messages, against its equations."""
+"""Losses of MOON, FedProto and FedNTD against their equations, MOON's previous models, and FedProto's messages."""
 
+import copy
+import types
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy
 
 from fedkern import models
 from fedkern.data import normalise
@@ -17,11 +19,108 @@ from fedkern.engine.run import run
 from fedkern.engine.server import Server
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.record_files import read_metrics
-from fedkern.methods import Batch, FedProto, Phase, Upload
+from fedkern.methods import Batch, FedNTD, FedProto, Moon, Phase, Upload
+from fedkern.methods.baselines.fedntd import not_true
 from fedkern.methods.baselines.fedproto import Nearest, Personal, proto_table, prototypes
+from fedkern.ops import FlatParameters
+from python_tests.methods.proxies import Fixed
 from python_tests.saved_network import same_network
 
 PHASE = Phase(1, "train", "update")
+
+
+def noisy_network(seed):
+    made = models.build("cnn", classes=3, channels=3, image_size=16, seed=seed, width=4).double()
+    for name, buffer in made.named_buffers():
+        if name.endswith("running_mean"):  # statistics of its own, so that eval mode means something
+            buffer.normal_(generator=torch.Generator().manual_seed(seed))
+    return made
+
+
+@pytest.mark.parametrize(("mu", "temperature"), [(1.0, 0.5), (5.0, 0.1)])
+def test_loss_of_moon_is_the_published_one(mu, temperature):
+    local, glob, previous = noisy_network(1), noisy_network(2).eval(), noisy_network(3).eval()
+    images, labels = torch.randn(6, 3, 16, 16, dtype=torch.float64), torch.randint(0, 3, (6,))
+    received = types.SimpleNamespace(
+        message={}, extras={"previous": {}}, model=glob, round_cache={"network": previous}, samples=6, epochs=1,
+        phase=PHASE,
+    )  # fmt: skip
+    method = Moon(Moon.Options(mu=mu, temperature=temperature))
+    batch = Batch(images, labels, np.arange(6), PHASE)
+    batch.drawn = method.prepare(local, batch, received)
+    loss, seen = method.loss(local, batch, received)
+
+    z, z_glob, z_prev = (net.features(images) for net in (local, glob, previous))
+    towards = torch.exp(cosine_similarity(z, z_glob) / temperature)
+    away = torch.exp(cosine_similarity(z, z_prev) / temperature)
+    expected = -torch.log(towards / (towards + away)).mean()
+    torch.testing.assert_close(seen["loss_con"], expected.detach())
+    torch.testing.assert_close(loss, cross_entropy(local.head(z), labels) + mu * expected)
+    loss.backward()
+    assert all(p.grad is not None for p in local.parameters())
+    assert all(p.grad is None for net in (glob, previous) for p in net.parameters())
+
+
+def test_previous_equal_to_global_gives_log_two_and_no_gradient():
+    local, glob = noisy_network(1), noisy_network(2).eval()
+    images, labels = torch.randn(6, 3, 16, 16, dtype=torch.float64), torch.randint(0, 3, (6,))
+    received = types.SimpleNamespace(
+        message={}, extras={"previous": {}}, model=glob, round_cache={"network": glob}, samples=6, epochs=1, phase=PHASE
+    )
+    batch = Batch(images, labels, np.arange(6), PHASE)
+    batch.drawn = Moon().prepare(local, batch, received)
+    loss, seen = Moon().loss(local, batch, received)
+    torch.testing.assert_close(seen["loss_con"], torch.tensor(2.0, dtype=torch.float64).log())
+    loss.backward()
+    with_contrast = [p.grad.clone() for p in local.parameters()]
+    local.zero_grad()
+    cross_entropy(local(images), labels).backward()
+    for a, p in zip(with_contrast, local.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad)
+
+
+def test_the_first_round_is_fedavg_bit_for_bit(make_data, make_config, tmp_path):
+    for method in ("fedavg", "moon"):
+        run(make_config(method, rounds=1), out=tmp_path / method, data=make_data())
+    assert same_network(tmp_path / "fedavg", tmp_path / "moon")
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("buffers", ["average", "local", "drop"])
+def test_the_previous_model_stays_with_the_client(buffers, make_data, make_config, tmp_path):
+    kept = {}
+
+    class Watched(Moon):
+        def client_update(self, client, phase, message):
+            if phase.round:
+                assert torch.equal(client.state["previous"]["parameters"], kept[client.id])
+            result = super().client_update(client, phase, message)
+            kept[client.id] = result["parameters"].clone()
+            return result
+
+        def loss(self, model, batch, received):
+            result = super().loss(model, batch, received)
+            if received.phase.round:
+                flat = FlatParameters(copy.deepcopy(self._previous(received)))
+                torch.testing.assert_close(flat.parameters, received.extras["previous"]["parameters"])
+            return result
+
+    import fedkern.methods.method_registry as registry
+
+    before = registry.METHODS["moon"]
+    registry.METHODS["moon"] = Watched
+    try:
+        summary = run(make_config("moon", buffers=buffers, local_epochs=2), out=tmp_path / "moon", data=make_data())
+    finally:
+        registry.METHODS["moon"] = before
+    plain = run(make_config("fedavg", buffers=buffers, local_epochs=2), out=tmp_path / "avg", data=make_data())
+    assert summary["bytes"] == plain["bytes"]
+    state = Checkpoints(tmp_path / "moon")
+    state.open()
+    assert torch.equal(state.client_state(1)["previous"]["parameters"], kept[1])
+
+
+# -- fedproto ----------------------------------------------------------------------------------------------------------
 
 
 def network(seed=1):
@@ -29,7 +128,7 @@ def network(seed=1):
 
 
 @pytest.mark.parametrize("lam", [1.0, 0.2])
-def test_loss_is_the_published_one(lam):
+def test_loss_of_fedproto_is_the_published_one(lam):
     local = network().double()
     images, labels = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 2, 1])
     sent = {"classes": torch.tensor([0, 2]), "means": torch.randn(2, local.width)}
@@ -178,3 +277,56 @@ def test_nearest_prototypes_are_evaluated_and_saved(networks, buffers, make_data
     if networks == "averaged":
         right = float((answers == make_data().tests["id"].labels).double().mean())
         assert summary["metrics"]["id_accuracy"] == pytest.approx(right)
+
+
+# -- fedntd ------------------------------------------------------------------------------------------------------------
+
+
+def parts(beta, temperature, local, glob, labels):
+    n = len(labels)
+    received = types.SimpleNamespace(message={}, model=Fixed(glob), round_cache={}, samples=n, epochs=1, phase=PHASE)
+    batch = Batch(torch.zeros(n, 3, 4, 4), labels, np.arange(n), PHASE)
+    method = FedNTD(FedNTD.Options(beta=beta, temperature=temperature))
+    batch.drawn = method.prepare(local, batch, received)
+    return method.loss(local, batch, received)
+
+
+@pytest.mark.parametrize(("beta", "temperature"), [(1.0, 1.0), (0.3, 3.0)])
+def test_loss_of_fedntd_is_the_published_one(beta, temperature):
+    g = torch.Generator().manual_seed(3)
+    own, glob = (3 * torch.randn(7, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    labels = torch.tensor([0, 1, 2, 3, 4, 0, 2])
+    local = Fixed(own)
+    loss, seen = parts(beta, temperature, local, glob, labels)
+    loss.backward()
+
+    z = own.clone().requires_grad_()
+    ntd = 0.0
+    for i, y in enumerate(labels.tolist()):
+        wrong = [c for c in range(5) if c != y]
+        q_local = torch.softmax(z[i, wrong] / temperature, 0)
+        q_global = torch.softmax(glob[i, wrong] / temperature, 0)
+        ntd = ntd + (q_global * (q_global / q_local).log()).sum() / len(labels)
+    expected = cross_entropy(z, labels) + beta * temperature**2 * ntd
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(seen["loss_ntd"], (temperature**2 * ntd).detach())
+    torch.testing.assert_close(local.logits.grad, z.grad)
+
+
+def test_the_true_class_is_left_to_the_labels():
+    own, glob, labels = torch.randn(4, 6), torch.randn(4, 6), torch.tensor([5, 0, 3, 3])
+    local = Fixed(own)
+    loss, seen = parts(1.0, 1.0, local, glob, labels)
+    moved = own.clone()
+    moved[torch.arange(4), labels] += 10
+    torch.testing.assert_close(parts(1.0, 1.0, Fixed(moved), glob, labels)[1]["loss_ntd"], seen["loss_ntd"])
+    (loss - cross_entropy(local.logits, labels)).backward()
+    torch.testing.assert_close(local.logits.grad[torch.arange(4), labels], torch.zeros(4), atol=1e-7, rtol=0)
+    assert (not_true(own, labels) == -torch.inf).sum() == 4
+
+
+def test_nothing_to_distil_where_the_models_agree():
+    logits, labels = torch.randn(4, 6), torch.tensor([5, 0, 3, 3])
+    shifted = logits + torch.tensor([[1.0], [-3.0], [0.0], [7.0]])
+    assert float(parts(1.0, 1.0, Fixed(logits), shifted, labels)[1]["loss_ntd"]) < 1e-6
