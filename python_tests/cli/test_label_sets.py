@@ -1,7 +1,8 @@
-"""Runs on images with several labels, as a user starts them."""
+"""Runs on images with several labels, as a user starts them, and refusals of settings for image-text data."""
 
 import csv
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from fedkern.data import load
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.figures import diagnostics
 from fedkern.run import main
+from fedkern.settings.config import RunConfig
 from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION, MULTILABEL
 
@@ -223,3 +225,63 @@ def test_labels_that_are_numbers_are_sorted_as_numbers(tmp_path):
     data = load("csv", root=tmp_path / "set", clients=2, options={"size": 8})
     assert data.classes == ("9", "10")
     assert data.statistics.partition == "iid"
+
+
+# -- image text --------------------------------------------------------------------------------------------------------
+
+
+PAIRS = ("--train-samples", "60", "--clients", "2", "--rounds", "1", "--width", "4", "--local-steps", "1",
+        "--data-option", "test_samples=10", "--data-option", "validation_samples=10")  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["feddra", "centralised"])
+def test_a_batch_of_a_single_pair(method, fails):
+    sentence = fails(method, "--data", "captions", *PAIRS, "--batch-size", "1", "--out", "run")
+    assert "--batch-size 1 is too small for image-text data" in sentence
+    assert "--model" not in sentence
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "offered"),
+    [  # the second network is the default where there is a choice
+        *(
+            (
+                ("feddra", *PAIRS, "--model", model),
+                'no effect on the data set "captions"',
+                "--image-encoder and --text-",
+            )
+            for model in ("resnet8", "cnn")
+        ),
+        *(
+            (("fedavg", "--data", "digits", flag, value), "is for images with texts", "--model")
+            for flag, value in (("--image-encoder", "vit"), ("--text-encoder", "words"))
+        ),
+    ],
+)
+def test_networks_that_the_data_do_not_have(words, said, offered, fails):
+    sentence = fails(*words, "--out", "run")
+    assert " ".join(words[-2:]) in sentence
+    assert said in sentence
+    assert offered in sentence
+    assert not Path("run").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_file_of_all_settings_is_still_read(result, fails):
+    """Like config.toml of every run, the file names a model too."""
+    sizes = {"test_samples": 10, "validation_samples": 10}
+    settings = {"train_samples": 60, "clients": 2, "rounds": 1, "width": 4, "local_steps": 1}
+    text = RunConfig.make("fedavg", data="captions", **settings, data_options=sizes).to_toml()
+    assert 'model = "cnn"' in text
+    Path("all.toml").write_text(text)
+    result("fedavg", "--config", "all.toml", "--out", "run", "--quiet")
+    Path("other.toml").write_text(text.replace('model = "cnn"', 'model = "mlp"'))
+    assert "--model mlp has no effect" in fails("fedavg", "--config", "other.toml", "--out", "again")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_first_lines_name_the_encoders(result):
+    shown = "".join(result("fedavg", "--data", "captions", *PAIRS, "--image-encoder", "vit", "--out", "run"))
+    assert "vit+words with" in shown
+    assert "cnn with" not in shown
