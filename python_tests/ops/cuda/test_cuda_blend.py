@@ -157,7 +157,7 @@ FUSE_AXES: dict[str, Any] = {
 FUSE_CASES = pairwise(FUSE_AXES, seed=8)
 
 
-@pytest.mark.parametrize("number", range(len(FUSE_CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
+@pytest.mark.parametrize("number", range(len(FUSE_CASES)), ids=lambda n: f"{n}-{describe(FUSE_CASES[n])}")
 def test_fuse_against_float64(device: torch.device, number: int) -> None:
     case = FUSE_CASES[number]
     generator = torch.Generator().manual_seed(number)
