@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
 
-from benchmarks import bench_methods, comparisons, gpu_figures, method_gains, sources
+from benchmarks import artefact, bench_methods, charts, comparisons, gpu_figures, method_gains, sources
 from benchmarks.comparisons import Comparison, read_results
 from benchmarks.page import Page, by_seed, decimal, load, read_rows, spread, table
 from benchmarks.report import left_out, our_time, present, ratio
@@ -714,4 +714,6 @@ PAGES: tuple[Page, ...] = (
     Page("docs/privacy.md", {"privacy audit": privacy_audit}, part="Audit"),
     Page("docs/methods/README.md", {"which method when": method_gains.in_use}),
     Page("docs/results.md", {"paired differences": method_gains.differences}),
-)
+    Page("docs/artefact.md", {"tables and charts": lambda: artefact.list_artefacts(
+        PAGES[:-1], [Path(chart.path).name for chart in charts.all_charts()])}),
+)  # fmt: skip
