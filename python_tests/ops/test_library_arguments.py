@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from python_tests.ops import wrong_calls
+from python_tests.ops.operator_cases import needs_core
 
 FEDKERN = torch.ops.fedkern
 NAMES = sorted(
@@ -68,6 +69,7 @@ def test_opcheck(name: str) -> None:
         torch.library.opcheck(getattr(FEDKERN, name).default, arguments, **utilities)
 
 
+@needs_core
 def test_wrong_arguments_are_refused_before_any_memory_is_touched() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-P", wrong_calls.__file__]

@@ -11,7 +11,6 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 from fedkern import ops
-from fedkern.ops._core import backend
 from python_tests.ops import every_operator
 from python_tests.ops.emulated_core import emulate
 from python_tests.ops.every_operator import (
@@ -22,21 +21,13 @@ from python_tests.ops.every_operator import (
     each_differentiable,
     each_operator,
 )
-from python_tests.ops.operator_cases import BACKENDS, using
+from python_tests.ops.operator_cases import BACKENDS, KERNELS, needs_core, using
 from python_tests.ops.operator_runs import Calls, Named, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 EVERY = {operator.name: operator for operator in OPERATORS}
-
-
-def has_core() -> bool:
-    try:
-        backend.cpu_core()
-    except backend.Unavailable:
-        return False
-    return True
 
 
 def close(got: Any, expected: Any) -> None:
@@ -74,7 +65,7 @@ def test_forward_mode_is_followed_or_refused(operator: Operator) -> None:
         results = operator.results(*duals)
         tangents = tuple(forward_ad.unpack_dual(result).tangent for result in results)
         close(results, expected)
-        if has_core():
+        if KERNELS:
             with ops.use_backend("cpu"), pytest.raises(RuntimeError, match="through the reference under forward-mode"):
                 operator.call(*duals)
     leaves = [x.clone().requires_grad_() for x in inputs]
@@ -111,6 +102,7 @@ def test_tensors_that_outlived_a_transform(operator: Operator) -> None:
         close(grads[1], grads[0])
 
 
+@needs_core  # autograd's own gradients of the references may be views
 @pytest.mark.sampled(12)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @each_operator
@@ -440,7 +432,9 @@ def served_by(name: str) -> Iterator[None]:
 
 
 # Who has not compiled the emulated core yet waits a minute of processor time for it.
-@pytest.mark.parametrize("name", ["chosen", "triton", pytest.param("cuda", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "name", [pytest.param("chosen", marks=needs_core), "triton", pytest.param("cuda", marks=pytest.mark.exhaustive)]
+)
 def test_opcheck_of_every_library_operator(name: str) -> None:
     """Each gets the arguments of the public functions, the backward operators too."""
     with served_by(name):

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedkern.ops import Accumulator
 from python_tests.ops._aggregate.aggregate_cases import accumulate
-from python_tests.ops.operator_cases import BACKENDS, using
+from python_tests.ops.operator_cases import BACKENDS, KERNELS, using
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -247,7 +247,9 @@ def test_wrong_arguments_of_the_accumulator() -> None:
         Accumulator(-1)
 
 
-@pytest.mark.parametrize(("name", "exact"), [("reference", False), ("cpu", False), ("cpu", True)])
+@pytest.mark.parametrize(
+    ("name", "exact"), [("reference", False), *[("cpu", exact) for exact in (False, True) if KERNELS]]
+)
 def test_uploads_of_several_threads_all_count(name: str, exact: bool) -> None:
     """The vectors are so large that kernels and torch release the interpreter's lock."""
     vectors = [torch.full((60_000,), float(number)) for number in range(1, 9)]

@@ -145,6 +145,7 @@ def test_results_past_the_cache(isa, dtype, index_kind, cache_bytes):
         check(isa, (5, size), dtype, index_kind, "number")
 
 
+@needs_core
 def test_channels_last_is_not_copied() -> None:
     x, y = (torch.randn(4, 8, 5, 5).to(memory_format=torch.channels_last).requires_grad_() for _ in range(2))
     grad, index = torch.randn_like(x), torch.tensor([1, 0, 3, 3])

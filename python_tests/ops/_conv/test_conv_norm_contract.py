@@ -280,6 +280,7 @@ def test_a_frozen_convolution_keeps_neither_map_nor_weight(end: dict[str, Any], 
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
+@needs_core
 def test_a_residual_and_statistics_may_change() -> None:
     """The values of residual and statistics do not matter to the gradients."""
     given = arguments(residual=True)

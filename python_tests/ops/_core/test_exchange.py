@@ -19,6 +19,7 @@ from fedkern.ops._core import backend
 from fedkern.ops._core.layout import NARROW, apply_norm, conv2d, plain_strides
 from fedkern.ops._fuse.maps import wants_channels_last
 from fedkern.ops._optimise.kernels import AdamW, Call
+from python_tests.ops.operator_cases import needs_core
 from python_tests.ops.operator_runs import Named
 
 FLOATS = tuple(backend.DTYPES)
@@ -194,6 +195,7 @@ def test_another_table_is_refused(core):
         core.take_tensors(object(), Tensor, nn.Parameter)
 
 
+@needs_core
 def test_a_tensor_without_memory_is_an_error():
     nothing = torch._efficientzerotensor((4, 5))
     with pytest.raises(TypeError, match="have memory"):

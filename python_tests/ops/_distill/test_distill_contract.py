@@ -12,11 +12,12 @@ from fedkern import ops
 from fedkern.ops._distill.reference import kl_div_reference
 from python_tests.ops._distill.ensemble_cases import logits
 from python_tests.ops._distill.finite_masks import CALLS, compare
-from python_tests.ops.operator_cases import DTYPES, assert_close, using
+from python_tests.ops.operator_cases import DTYPES, assert_close, needs_core, using
 
 # --- gradients
 
 
+@needs_core
 def test_gradient_is_handed_over_without_a_copy() -> None:
     student, teacher = logits(2, 64, 10)
     student.requires_grad_()
