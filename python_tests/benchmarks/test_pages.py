@@ -9,7 +9,7 @@ from statistics import mean, stdev
 import pytest
 from matplotlib.image import imread
 
-from benchmarks import comparisons, page_figures, pages, recorded
+from benchmarks import artefact, comparisons, page_figures, pages, recorded
 from benchmarks.page import RESULTS, load
 from benchmarks.pages import Page
 from benchmarks.studies import fusefl_figure, privacy_audit
@@ -46,9 +46,14 @@ def test_every_method_with_a_page_is_looked_at():
     found = {f"docs/{path.name}" for path in (pages.ROOT / "docs").glob("*.md")}
     methods = (found - excluded) & {f"docs/{name}.md" for name in COMMANDS}
     runs = {"docs/flower-reference.md", "docs/uploads.md", "docs/reproducing.md", "docs/privacy.md"}
-    shared = {"README.md", "docs/results.md", "docs/speed.md", "docs/methods/README.md"} | runs
+    shared = {"README.md", "docs/artefact.md", "docs/results.md", "docs/speed.md", "docs/methods/README.md"} | runs
     specified = {f"docs/methods/{name}.md" for name in page_figures.SPECIFIED}
     assert set(BY_PATH) == methods | shared | specified
+
+
+def test_a_chart_that_no_command_makes_is_found():
+    with pytest.raises(AssertionError, match=r"nothing in benchmarks/artefact\.py makes \['new\.svg'\]"):
+        artefact.list_artefacts((), ["new.svg"])
 
 
 @pytest.fixture
