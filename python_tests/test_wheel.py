@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import fedkern
 from fedkern.files.filesystem import hold_lock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,7 +148,6 @@ def test_the_wheel_needs_no_compiler(wheel: Path, tmp_path: Path) -> None:
     path = str(programs)
     assert not [name for name in ("c++", "g++", "clang++", "cmake", "ninja") if shutil.which(name, path=path)]
     tried = run(programs / "python", SMOKE, "cpu", cwd=tmp_path, PATH=path)
-    assert tried.stdout.endswith("cpu reference\n")
     assert "this machine can run " in " ".join(tried.stdout.split())
     run(programs / "fedkern", "list", cwd=tmp_path, PATH=path)
 
@@ -167,5 +165,5 @@ def test_elsewhere_the_source_distribution_installs_without_a_core(sources: Path
     (installed,) = (tmp_path / "environment").glob("lib/python*/site-packages/fedkern-*.dist-info/WHEEL")
     assert "Tag: py3-none-any" in installed.read_text()
     tried = run(programs / "python", SMOKE, "reference", cwd=tmp_path, PATH=str(programs))
-    assert tried.stdout.endswith(f"{fedkern.__version__} reference\n")
+    assert "cpu" not in tried.stdout.splitlines()[-1].split()
     assert "fedkern's compiled kernels are made for Linux on x86-64, and this is Linux on riscv64" in tried.stderr
