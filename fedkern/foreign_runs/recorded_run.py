@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fedkern.errors import WORD, format_value, require_format
 from fedkern.files.filesystem import describe_file_kind, parse_json, read_json, read_text, report_damage
@@ -22,7 +22,6 @@ TAKEN = frozenset(("round", "clock", "bytes", "group", "method", "seed", "seeds"
 _FIGURE = re.compile(r"[A-Za-z_][\w.]{0,99}", re.ASCII)
 _HASH = re.compile("[0-9a-f]{64}")
 Table = dict[str, Any]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Header:
         _require_table("test_labels", self.test_labels, _HASH.fullmatch, "the result of fedkern.hash_labels")
 
 
-def _require_table(name: str, table: Mapping[str, T], is_right: Callable[[T], object], kind: str) -> None:
+def _require_table(name: str, table: Mapping[str, Any], is_right: Callable[..., object], kind: str) -> None:
     _require(isinstance(table, Mapping) and all(map(_is_text, table)), name, "a table by name", table)
     for key, value in table.items():
         _require(is_right(value), f"{name}: {key}", kind, value)

@@ -76,6 +76,7 @@ class Recording:
             for name, cost in zip(COSTS, (elapsed if seconds is None else seconds, bytes_up, bytes_down), strict=True):
                 if cost is not None or name in previous:
                     parts = previous.get(name, 0.0), _read_number(name, 0.0 if cost is None else cost)
+                    recorded_run.check_record({"round": number, name: parts[1]}, previous["round"])
                     record[name] = None if None in parts else sum(parts)
             record |= {name: _read_number(name, value) for name, value in figures.items()}
             recorded_run.check_record(record, previous["round"])

@@ -20,11 +20,9 @@ HOW = {"method": "mine", "framework": "lab", "settings": {"lr": 0.1, "clients": 
 LABELS = [0, 1, 1, 0]
 
 
-def write_run(folder, accuracies, seed=0, **changed):
-    with fedkern.record(folder, seed=seed, **{**HOW, **changed}) as run:
-        for number, accuracy in enumerate(accuracies, start=1):
-            run.round(number, accuracy=accuracy, bytes_up=10, seconds=2)
-    return folder
+def write_run(folder, accuracies, start=1, **changed):
+    figures = ((number, {"accuracy": accuracy}) for number, accuracy in enumerate(accuracies, start))
+    return write_rounds(folder, figures, **changed)
 
 
 def raise_after(accuracies):
@@ -32,10 +30,11 @@ def raise_after(accuracies):
     raise ZeroDivisionError
 
 
-def write_rounds(folder, *rounds, **changed):
+def write_rounds(folder, rounds=(), **changed):
     with fedkern.record(folder, **{"seed": 0, **HOW, **changed}) as run:
         for number, figures in rounds:
-            run.round(number, **figures)
+            run.round(number, **{"bytes_up": 10, "seconds": 2, **figures})
+    return folder
 
 
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):
@@ -89,9 +88,7 @@ def test_an_interrupted_run_is_resumed(tmp_path):
         file.write('{"round": 3, "acc')  # cut off by a crash
     with pytest.raises(UserError, match=r"The run in .*/y is not finished: go on with it by resume=ROUND"):
         fedkern.compare([tmp_path / "y"])
-    with fedkern.record(tmp_path / "y", seed=0, resume=1, **HOW) as run:
-        for number, accuracy in ((2, 0.2), (3, 0.3)):
-            run.round(number, accuracy=accuracy, bytes_up=10, seconds=2)
+    write_run(tmp_path / "y", [0.2, 0.3], start=2, resume=1)
     for name in ("record.toml", "metrics.jsonl", "summary.json"):
         assert (tmp_path / "y" / name).read_bytes() == (complete / name).read_bytes()
     with fedkern.record(tmp_path / "y", seed=0, resume=2, **HOW):
@@ -147,34 +144,24 @@ def test_mistakes_in_arguments(changed, message, tmp_path):
 )
 def test_mistakes_in_rounds(number, figures, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        write_rounds(tmp_path / "x", (1, {"loss": 1.0}), (number, figures))
+        write_rounds(tmp_path / "x", [(1, {"loss": 1.0}), (number, figures)])
     assert len((tmp_path / "x/metrics.jsonl").read_text().splitlines()) == 1
     with pytest.raises(UserError, match='has the main figure "accuracy": give it to round'):
         write_rounds(tmp_path / "x", resume=1)
     assert not (tmp_path / "x/summary.json").exists()
 
 
-@pytest.fixture(scope="module")
-def own_runs(tmp_path_factory):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(40, 4, generator=generator)
-    table = TensorDataset(x, (x[:, 0] > 0).long())
+def test_runs_are_compared_with_those_of_fedkern(tmp_path):
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    table = TensorDataset(x, labels := (x[:, 0] > 0).long())
     data = fedkern.FederatedData.from_datasets([table, table], test=table)
     how = {"model": lambda: torch.nn.Linear(4, 2), "rounds": 2, "workers": 1, "progress": False, "lr": 0.1}
-    return table.tensors[1], fedkern.compare(
-        "fedavg", seeds=2, data=data, out=tmp_path_factory.mktemp("x") / "o", **how
-    )
-
-
-def test_runs_are_compared_with_those_of_fedkern(own_runs, tmp_path):
-    labels, own = own_runs
-    forms = {"same": labels, "unknown": None, "other": 1 - labels}
-    for method, test_labels in forms.items():
+    fedkern.compare("fedavg", seeds=2, data=data, out=tmp_path / "own", **how)
+    for method, test_labels in {"same": labels, "unknown": None, "other": 1 - labels}.items():
         for seed in (0, 1):
-            write_run(
-                tmp_path / f"{method}-{seed}", [0.2, 0.5 + seed / 4], seed, method=method, test_labels=test_labels
-            )
-    found = fedkern.compare([own.folder, tmp_path], out=tmp_path / "z", target="accuracy=0.5")
+            about = {"seed": seed, "method": method, "test_labels": test_labels}
+            write_run(tmp_path / "recorded" / f"{method}{seed}", [0.2, 0.5 + seed / 4], **about)
+    found = fedkern.compare([tmp_path / "own", tmp_path / "recorded"], out=tmp_path / "z", target="accuracy=0.5")
     rows = {row["group"]: row for row in found.table}
     assert [*rows] == ["fedavg", "other (lab)", "same (lab)", "unknown (lab)"]
     assert rows["other (lab)"]["accuracy_difference"] is None
@@ -188,9 +175,7 @@ def test_runs_are_compared_with_those_of_fedkern(own_runs, tmp_path):
     assert "lr" not in notes  # is the same
     assert all((tmp_path / f"z/comparison.{end}").exists() for end in ("csv", "md", "tex", "png"))
     assert [group.label for group in read_comparison(found.folder).groups] == [*rows]
-    page = found.report().read_text()
-    assert "same (lab)" in page
-    assert "Clients of fedavg, seed 0" in page
+    assert "Clients of fedavg, seed 0" in found.report().read_text()
 
 
 def test_recorded_runs_alone_with_unknown_costs(tmp_path):
