@@ -28,7 +28,7 @@ from fedkern.messages.leaves import map_leaves
 from fedkern.ops._conv.conv_norm import choose_norm_kernels, choose_pool_kernels, compute_conv_norm, run_pooling
 from fedkern.ops._conv.kernels import Inputs, Pooling, Settings
 from fedkern.ops._core.backend import is_intercepted
-from fedkern.ops._core.private_torch import functorch_active, saved_hooks
+from fedkern.ops._core.private_torch import WithoutTorchFunction, functorch_active, saved_hooks
 
 M = TypeVar("M", bound=nn.Module)
 _CONV_FORWARD: Any = nn.Conv2d._conv_forward
@@ -38,6 +38,7 @@ _thread = threading.local()
 _NO_EPS = 1e-30  # above 0, and nothing beside 1
 MOVE = 64
 """Products for which an element counts that is copied into another layout (benchmarks/bench_guest.py)."""
+
 Record = tuple[list[tuple[Site, int]], list[int]]
 """Calls of convolutions that an operator computed (again for results that are used again), with their products, and
 the products of all calls."""
@@ -46,6 +47,10 @@ the products of all calls."""
 Mode = tuple[bool, bool]
 """Whether a network trains, and whether gradients were enabled at the start of its call."""
 MODES: tuple[Mode, ...] = ((True, True), (True, False), (False, True), (False, False))
+AS_WRITTEN, ACCELERATED, LAST = "-", "+", "="
+"""How a mode's calls run: LAST is accelerated, with all convolutions in channels-last."""
+LEAST = 0.5
+"""Least share of the products of a network's convolutions from which operators pay (benchmarks/bench_guest.py)."""
 
 
 def put_hooks(module: M, begin: Begin) -> M:
@@ -53,7 +58,9 @@ def put_hooks(module: M, begin: Begin) -> M:
     for layer in module.modules():
         if is_untouched(layer):
             vars(layer)["_conv_forward"] = Convolution(layer, SETTINGS(layer))
-    if type(module) is not nn.Conv2d:  # a convolution alone has nothing to wait for
+        if type(layer) is nn.Dropout:
+            layer.register_forward_pre_hook(DRAW)
+    if type(module) is not nn.Conv2d and convolutions(module):  # a convolution alone has nothing to wait for
         module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True)
         module.register_forward_hook(END, prepend=True, always_call=True)
     return module
@@ -62,7 +69,7 @@ def put_hooks(module: M, begin: Begin) -> M:
 def apply_plan(module: M, plan: str) -> M:
     """Accelerate a network, in place, by a plan of :func:`plan_of`: other modes run as written."""
     known, *texts = plan.split(" ")
-    put_hooks(module, Begin({mode: known[at] == "+" for at, mode in enumerate(MODES)}))
+    put_hooks(module, Begin(dict(zip(MODES, known, strict=True))))
     found = convolutions(module)
     for layer, text in zip(found, texts, strict=True) if len(found) == len(texts) else ():
         layer.plan.update({at: code for at, code in enumerate(text) if code != "."})
@@ -72,7 +79,7 @@ def apply_plan(module: M, plan: str) -> M:
 def plan_of(module: nn.Module) -> str:
     """Return how far the convolutions of an accelerated network wait, in the rehearsed modes."""
     begin = begin_of(module)
-    known = "".join("+" if begin and begin.modes.get(mode) else "-" for mode in MODES)
+    known = "".join(begin.modes.get(mode, AS_WRITTEN) if begin else AS_WRITTEN for mode in MODES)
     texts = ("".join(layer.plan.get(at, ".") for at in range(2 * len(MODES))) for layer in convolutions(module))
     return " ".join((known, *texts))
 
@@ -119,10 +126,10 @@ class Begin(_Hook):
     """Hook at the beginning of a network's calls.
 
     Attributes:
-        modes: whether calls are accelerated, by the modes that were rehearsed.
+        modes: how calls run, by the modes that were rehearsed.
     """
 
-    def __init__(self, modes: dict[Mode, bool]) -> None:
+    def __init__(self, modes: dict[Mode, str]) -> None:
         self.modes = modes
 
     def __deepcopy__(self, memo: object) -> Begin:
@@ -143,9 +150,9 @@ class Begin(_Hook):
             mode = module.training, torch.is_grad_enabled()
             if mode not in self.modes and named is not None:
                 self.rehearse(module, args, named)
-            if self.modes.get(mode):
+            if (way := self.modes.get(mode, AS_WRITTEN)) != AS_WRITTEN:
                 serve = getattr(_thread, "serve", _serve)
-                _thread.run = Run(serve, module, mode, sys._getframe(1), sys.exception(), recorder)
+                _thread.run = Run(serve, module, mode, sys._getframe(1), sys.exception(), recorder, way == LAST)
 
 
 class _End(_Hook):
@@ -161,8 +168,10 @@ class _End(_Hook):
             if result is None and error is not None and error is not begun.handled:  # the call has failed
                 if "data pointer" in str(error):
                     error.add_note(f"fedkern.accelerate has not computed the tensor yet: {pending.WAY_OUT}.")
+                if begun.last and "view size" in str(error):
+                    error.add_note("fedkern.accelerate lays maps out in channels-last: run fedkern.plain(module).")
                 return None
-            result = map_leaves(_plain, result)
+            result = map_leaves(partial(_plain, begun), result)
             begun.end()
             return result
         finally:
@@ -171,6 +180,17 @@ class _End(_Hook):
 
 
 END = _End()
+
+
+class _Draw(_Hook):
+    """Hook before a dropout: numbers are drawn in the order of contiguous maps, as without fedkern."""
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> object:
+        begun: Run | None = getattr(_thread, "run", None)
+        return None if begun is None or not begun.last else tuple(compute_pending(x).contiguous() for x in args)
+
+
+DRAW = _Draw()
 
 
 def _is_on_stack(begun: Run) -> bool:
@@ -222,13 +242,16 @@ def _products(shape: tuple[int, ...], weight: Tensor) -> int:
     return batch * height * width * weight.numel()
 
 
-def _plain(part: object) -> object:
-    """Return a part of a network's result, computed, also in an object's attributes."""
-    if type(part) is Pending:
-        return compute_pending(part)
+def _plain(begun: Run, part: object) -> object:
+    """Return a part of a network's result, computed and laid out as written, also in an object's attributes."""
+    if isinstance(part, Tensor):
+        value: Tensor = compute_pending(part)
+        if begun.last and is_last(value):
+            value = begun.results.setdefault(id(value), (value, value.contiguous()))[1]
+        return value
     for name, item in list(getattr(part, "__dict__", {}).items()):
-        if type(item) is Pending:
-            object.__setattr__(part, name, compute_pending(item))
+        if isinstance(item, Tensor) and (changed := _plain(begun, item)) is not item:
+            object.__setattr__(part, name, changed)
     return part
 
 
@@ -295,6 +318,11 @@ class Convolution:
         if begun is None:
             return self.compute_as_written(x, weight, bias)
         begun.settle()
+        if begun.last and type(x) is Tensor and not functorch_active():
+            with WithoutTorchFunction():  # which a recorder would see
+                begun.last = begun.converts or not (is_last(x) or is_last(weight))  # else it is so as written
+                begun.converts = True
+                x = x.contiguous(memory_format=_CHANNELS_LAST) if x.dim() == 4 else x
         key = 2 * MODES.index(begun.mode) + torch.is_grad_enabled()
         if begun.recorder is not None:
             begun.recorder.convolution = self, key
@@ -313,13 +341,14 @@ class Convolution:
             torch.is_inference_mode_enabled() and torch.is_grad_enabled()
         ):  # fmt: skip
             return self.compute_as_written(x, weight, bias)
-        last = (is_last(x) if node is None else node.chain.site.last) or is_last(weight)
+        last = begun.last or (is_last(x) if node is None else node.chain.site.last) or is_last(weight)
         if node is not None:
             x = compute_node(node, dense=False)
         if not is_plain(x, shape):
             return self.compute_as_written(x, weight, bias)
         shape = _result(windows, weight.shape[0], shape)
-        if last and min(4 * weight.shape[0], *shape[2:]) < 4:  # torch's layers decide on the layout at every step
+        # torch's layers decide on the layout at every step
+        if last and not begun.last and min(4 * weight.shape[0], *shape[2:]) < 4:
             return self.compute_as_written(x, weight, bias)
         site = Site(x, weight, bias, windows[1], windows[2], shape, last, code.isalpha())
         return begun.make_result(Node(begun, Chain(site), shape), int(code, 36) % 10)
@@ -337,7 +366,7 @@ class Convolution:
 
 def is_last(tensor: Tensor) -> bool:
     """Return whether torch's convolutions treat a tensor as channels-last."""
-    return not tensor.is_contiguous() and tensor.is_contiguous(memory_format=_CHANNELS_LAST)
+    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=_CHANNELS_LAST)
 
 
 def _fits(weight: Tensor, windows: Windows, shape: tuple[int, ...]) -> bool:
@@ -379,6 +408,8 @@ def _serve_pool(chain: Chain, dense: bool) -> Tensor | None:
 
 def _serve_norm(chain: Chain, dense: bool, products: int) -> Tensor | None:
     site, norm, x, bias = chain.site, chain.norm, chain.site.x, chain.site.bias
+    if site.last and site.weight.shape[1] % 16 and site.weight[0, 0].numel() == 1:  # filling x up takes longer
+        return None
     moved = 0 if x.is_contiguous(memory_format=_CHANNELS_LAST) else x.numel()
     behind = math.prod(site.shape) // chain.pool**2 if dense else 0
     residual = None if chain.residual is None else chain.residual[0]
@@ -406,3 +437,11 @@ def _serve_norm(chain: Chain, dense: bool, products: int) -> Tensor | None:
         return None
     site.moved += moved
     return compute_conv_norm(kernel, inputs, settings)
+
+
+def worth(record: Record) -> float:
+    """Return the share of products that operators save, after recomputation and copies, at least 0."""
+    served = dict(record[0])
+    again = sum(products for _, products in record[0]) - sum(served.values())
+    moved = MOVE * sum(site.moved for site in served)
+    return max(0.0, (sum(served.values()) - again - moved) / max(sum(record[1]), 1))

@@ -141,10 +141,12 @@ class Run:
         module, mode: the network, whether it trains, and whether gradients were enabled at the start.
         frame, handled: the frame that calls its hooks, and the exception handled at the start.
         recorder: of the rehearsal that this is, or None.
+        last, converts: whether all convolutions run in channels-last, and one has begun.
         depth: calls of the network inside of the call.
         over: whether the call has ended.
         waits, left: the one node that waits, if any, and the steps that the rehearsal saw behind it.
         made: the handles.
+        results: maps of the network's result and their contiguous copies, by id.
     """
 
     serve: Serve
@@ -153,11 +155,14 @@ class Run:
     frame: FrameType | None
     handled: BaseException | None
     recorder: Any
+    last: bool
+    converts: bool = False
     depth: int = 0
     over: bool = False
     waits: Node | None = None
     left: int = 0
     made: list[weakref.ref[Pending]] = field(default_factory=list)
+    results: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def settle(self) -> None:
         if self.waits is not None:

@@ -6,7 +6,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -15,16 +15,23 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fedkern.acceleration.calls import (
+    ACCELERATED,
+    AS_WRITTEN,
+    DRAW,
     END,
+    LAST,
+    LEAST,
     MODES,
     Begin,
     Convolution,
     Mode,
+    Record,
     begin_of,
     convolutions,
     is_last,
     override_calls,
     put_hooks,
+    worth,
 )
 from fedkern.acceleration.comparison import Found, find_far_result
 from fedkern.acceleration.layers import HOOKS
@@ -51,15 +58,16 @@ def accelerate(module: M, *, check: bool = True) -> M:
 
     The first call in training and the first in evaluation, with gradients and without, are each rehearsed on copies of
     the network and the inputs, with the same seeds: a convolution waits only as far as its result goes there, alone and
-    at once, through those steps.
+    at once, through those steps. All convolutions run in channels-last if operators would else save less than half of
+    their products, because maps would be copied. Sizes decide, and the network's results keep their layout.
 
     Args:
         module: any network; it is changed in place, and keeps its class, state dict and repr. A layer with its
             own forward pass, of its class or set on it, is not changed. Copies compute with their own tensors: deep
             copies and those of a module's dictionary are accelerated too, and a pickle loads without fedkern.
-        check: whether a second copy then runs the call accelerated. If outputs or buffers are off by more than
-            1e-3 of the largest, or the gradients of weights for random gradients of the outputs by more than 5 %, the
-            network warns and runs as written in that mode. Without ``check`` only a call that fails there does.
+        check: whether to compare the results of a second copy, which runs accelerated. If outputs or buffers are off by
+            more than 1e-3 of the largest, or the gradients of weights for random gradients of the outputs by more than
+            5 %, the network warns and runs as written in that mode. Without ``check`` only a failing call does that.
 
     Returns:
         The same module.
@@ -75,14 +83,15 @@ class Rehearsal(Begin):
     def rehearse(self, module: nn.Module, args: tuple[object, ...], named: Mapping[str, object]) -> None:
         """Run a copy as written to record the steps behind convolutions, then check an accelerated copy."""
         mode = module.training, torch.is_grad_enabled()
-        self.modes[mode] = False
+        self.modes[mode] = AS_WRITTEN
+        call, recorder = (module, args, dict(named)), Recorder()
+        before = [(tensor, tensor.clone()) for tensor in module.buffers()]
         try:
-            twins = [_copy_call(module, args, named) for _ in range(1 + self.check)]
+            twin = _copy_call(*call)
         except Exception as error:
             return self._leave(mode, f"the network cannot be copied ({describe_error(error)})")
-        recorder, before = Recorder(), [(tensor, tensor.clone()) for tensor in module.buffers()]
         try:
-            expected = _play_call(*twins[0], recorder)
+            expected = _play_call(*twin, ACCELERATED, recorder)
         except Exception:  # which the call itself raises
             del self.modes[mode]
             return None
@@ -94,48 +103,71 @@ class Rehearsal(Begin):
                     tensor.copy_(content)
             return self._leave(mode, "a copy of the network calls layers of the network itself")
         recorder.stop()
-        for part, *copies in zip(*map(convolutions, (module, *(twin[0] for twin in twins))), strict=True):
-            for layer_copy in copies:
-                part.plan = layer_copy.plan = copies[0].plan
-        self.modes[mode] = True
-        if not self.check or not recorder.states:
+        if not recorder.states:  # no convolution was called
             return None
         try:
-            name = find_far_result(_play_call(*twins[1]), expected)
+            results, share = _play_planned(call, ACCELERATED, twin[0])
         except Exception as error:  # a network's code may raise anything about a tensor that it does not know
             return self._leave(mode, describe_error(error))
+        self.modes[mode], planned = ACCELERATED if share else AS_WRITTEN, twin[0]
+        if share < LEAST and not recorder.keeps_layout:
+            with suppress(Exception):  # such as a view that channels-last maps do not have
+                recorder, twin = Recorder(), _copy_call(*call)
+                _play_call(*twin, LAST, recorder)
+                recorder.stop()
+                found, share = _play_planned(call, LAST, twin[0])
+                if share >= LEAST and not find_far_result(found, expected) and _strides(found) == _strides(expected):
+                    results, self.modes[mode], planned = found, LAST, twin[0]
+        for part, twin_part in zip(convolutions(module), convolutions(planned), strict=True):
+            part.plan = twin_part.plan
+        name = find_far_result(results, expected) if self.check else ""
         return self._leave(mode, f"{name} differs when operators compute it") if name else None
 
     def _leave(self, mode: Mode, reason: str) -> None:
-        self.modes[mode] = False
+        self.modes[mode] = AS_WRITTEN
         warnings.warn(f"fedkern.accelerate: in {_MODES[mode]} the network runs as written: {reason}.", stacklevel=7)
 
 
 _Call = tuple[nn.Module, tuple[object, ...], dict[str, object]]
 
 
-def _copy_call(module: nn.Module, args: tuple[object, ...], named: Mapping[str, object]) -> _Call:
+def _copy_call(module: nn.Module, args: tuple[object, ...], named: dict[str, object]) -> _Call:
     """Deep copy a network and the inputs of a call, also tensors that were computed."""
-    call: _Call = module, args, dict(named)
+    call: _Call = module, args, named
     parts = leaves([call[1:], *(list(vars(layer).values()) for layer in module.modules())])
     results = (leaf for leaf in parts if isinstance(leaf, Tensor) and not leaf.is_leaf)
     with torch.inference_mode(False):
         return copy.deepcopy(call, {id(tensor): tensor.detach().clone().requires_grad_() for tensor in results})
 
 
+def _play_planned(call: _Call, way: str, planned: nn.Module) -> tuple[Found, float]:
+    """Play a copy by another copy's plan, and return the results and the share of the products that operators save."""
+    record: Record = ([], [])
+    twin = _copy_call(*call)
+    for part, twin_part in zip(convolutions(twin[0]), convolutions(planned), strict=True):
+        part.plan = twin_part.plan
+    with override_calls(record=record):
+        return _play_call(*twin, way), worth(record)
+
+
+def _strides(results: Found) -> list[object]:
+    return [tensor.stride() for name, tensor in results.items() if name.startswith("output") and tensor is not None]
+
+
 def _play_call(
-    module: nn.Module, args: tuple[object, ...], named: dict[str, object], recorder: Recorder | None = None
+    module: nn.Module, args: tuple[object, ...], named: dict[str, object], way: str, recorder: Recorder | None = None
 ) -> Found:
     """Return the outputs, gradients and buffers of a call of a copy, by name."""
     for layer in module.modules():
         for name in HOOKS if layer is not module else ():  # those of fedkern
-            getattr(layer, name).clear()
+            for key in [key for key, hook in getattr(layer, name).items() if hook is not DRAW]:
+                del getattr(layer, name)[key]
     for key in [key for key, hook in module._forward_hooks.items() if hook is not END]:
         del module._forward_hooks[key]
     module.zero_grad()
     begin = begin_of(module)
     assert begin is not None
-    begin.modes = dict.fromkeys(MODES, True)
+    begin.modes = dict.fromkeys(MODES, way)
     with seeded_generators(0):
         with recorder or nullcontext(), override_calls(recorder=recorder):
             result = module(*args, **named)
@@ -193,6 +225,7 @@ class Recorder(TorchFunctionMode):
         convolution: the convolution that is called, and the key of its plan.
         states: of the results of convolutions and steps, by id.
         chains: of the convolutions that were called, by the keys of their plans.
+        keeps_layout: whether torch has faults on the network's channels-last maps: it may end the process.
     """
 
     def __init__(self) -> None:
@@ -200,6 +233,7 @@ class Recorder(TorchFunctionMode):
         self.convolution: tuple[Convolution, int] | None = None
         self.states: dict[int, _State] = {}
         self.chains: dict[tuple[Convolution, int], _Chain] = {}
+        self.keeps_layout = False
         self._extended: set[int] = set()
         self._latest: _State | None = None
 
@@ -243,6 +277,9 @@ class Recorder(TorchFunctionMode):
                 taken.chain.end(taken.steps, opens)
         last = state.last if state is not None else any(map(is_last, tensors[:2]))
         result = func(*args, **named)
+        if func is F.conv2d and tensors[1].shape[1] < 16 and tensors[1][0, 0].numel() == 1:  # with few channels
+            self.keeps_layout |= result.shape != (len(result), len(tensors[1]), *tensors[0].shape[2:])  # and a stride
+        self.keeps_layout |= func is F.group_norm
         if convolution is not None and func is F.conv2d:
             self._go_on(result, self.chains.setdefault(convolution, _Chain()), 0, last)
         elif state is not None:

@@ -12,7 +12,7 @@ def served_chains(monkeypatch):
 
     def serve(chain, dense):
         out = _serve(chain, dense)
-        if out is not None:
+        if out is not None and getattr(calls._thread, "record", None) is None:
             found.append(chain)
         return out
 

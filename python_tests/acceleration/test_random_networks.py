@@ -28,7 +28,8 @@ EPS, ERRORS, ROUNDINGS = torch.finfo(torch.float32).eps, 8, 32
 """How far from the truth: errors of the plain network, and roundings of the largest magnitude."""
 SENTENCES = {"A tensor was changed in place before fedkern.accelerate": "if self.calls ==",
              "A torch.autograd.Function took a tensor that fedkern.accelerate": "if self.calls ==",
-             "modified by an inplace operation": "with torch."}  # fmt: skip
+             "modified by an inplace operation": "with torch.",
+             "view size is not compatible": "if self.calls =="}  # fmt: skip
 """What an accelerated network may say, and to which programs."""
 SHAPES = [(3, 8, 8), (16, 8, 8), (16, 8, 8), (32, 8, 8), (32, 8, 8), (16, 6, 6), (16, 1, 1)]
 CONVOLUTIONS = [*["3, 1, 1"] * 8, *["1, 1, 0"] * 3, "3, 2, 1", "1, 2, 0", "5, 1, 2", "5, 1, 0", "3, 1, 0", "3, 1, 2, 2",
@@ -327,6 +328,8 @@ def judge(text, served_chains):
     # torch ends the process, or writes beyond its memory: where the input of a group norm is frozen, and in the
     # gradient of the weights of a strided 1x1 convolution of few channels.
     if "channels_last" in text and re.search(r"GroupNorm|Conv2d\((\d|1[0-5]), \d+, 1, [2-9]", text):
+        return None
+    if re.search(r"if self.calls == \d:\n.*(channels_last|contiguous\(\)|dropout)", text):  # which no rehearsal sees
         return None
     exact, plain, noisy = play(text, torch.float64), play(text), play(text, torch.float64, noise=EPS)
     if exact[2] or plain[2] or noisy[2]:

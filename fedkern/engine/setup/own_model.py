@@ -37,9 +37,6 @@ from fedkern.tasks.cross_entropy import too_few
 from fedkern.tasks.user_tasks import user_module
 from fedkern.usercode.code_identity import digest, hash_layout, identity_table
 
-LEAST = 0.5
-"""Least share of the products of a network's convolutions from which operators pay (benchmarks/bench_guest.py)."""
-
 
 def decide_acceleration(context: RunContext, network: nn.Module) -> tuple[str, str | None]:
     """Return a sentence for the run's record, and the plan if the network is accelerated.
@@ -75,15 +72,17 @@ def _check_served(context: RunContext, network: nn.Module) -> tuple[str, str]:
     if find_difference(_play_batch(network, batch), plain, 0.0):
         raise _AsWritten("it draws from generators of its own, or changes as it runs")
     plan = _rehearse(network, batch)
+    calls.apply_plan(user_module(network), plan.partition(" ")[0])  # nothing waits
+    immediate = _play_batch(network, batch)
     calls.apply_plan(user_module(network), plan)
     with calls.override_calls(serve=lambda chain, dense: None):
         waiting = _play_batch(network, batch)
-    if name := find_difference(waiting, plain, 1e-5):
+    if name := find_difference(waiting, immediate, 1e-5):
         raise _AsWritten(f"{name} differs when convolutions are deferred")
     record: calls.Record = ([], [])
     with calls.override_calls(record=record):
         results = _play_batch(network, batch)
-    if (share := worth(record)) < LEAST:
+    if (share := calls.worth(record)) < calls.LEAST:
         raise _AsWritten(f"operators would save work in {share:.0%} of its convolutions")
     if name := find_far_result(results, plain):
         raise _AsWritten(f"{name} differs when operators compute it")
@@ -98,14 +97,6 @@ def _rehearse(network: nn.Module, batch: Batch) -> str:
         with seeded_generators(0), torch.set_grad_enabled(gradients):
             module(batch.inputs)
     return calls.plan_of(user_module(module))
-
-
-def worth(record: calls.Record) -> float:
-    """Return the share of products that operators save, after recomputation and copies, at least 0."""
-    served = dict(record[0])
-    again = sum(products for _, products in record[0]) - sum(served.values())
-    moved = calls.MOVE * sum(site.moved for site in served)
-    return max(0.0, (sum(served.values()) - again - moved) / max(sum(record[1]), 1))
 
 
 def as_in_the_run(module: nn.Module, config: RunConfig) -> nn.Module:

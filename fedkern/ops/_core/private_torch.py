@@ -105,8 +105,8 @@ def recording() -> Iterator[None]:
 saved_hooks: Callable[[bool], Any] = _find("_C._autograd._top_saved_tensors_default_hooks")
 """The active hooks of saved tensors, such as torch.utils.checkpoint's, or None."""
 
-WithoutTorchFunction: Any = _find("_C.DisableTorchFunctionSubclass")
-"""A context in which subclasses of Tensor are taken as tensors."""
+WithoutTorchFunction: Any = _find("_C.DisableTorchFunction")
+"""A context in which subclasses of Tensor are taken as tensors, and modes see nothing."""
 
 
 # Names that do what public ones do, with less around it.

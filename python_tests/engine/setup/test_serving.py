@@ -92,7 +92,7 @@ def play(make_config, make_data, tmp_path):
         (Guest, "served 2 of 2 convolutions"),
         (Rows, "served 2 of 2 convolutions"),
         (Drawing, "as written: it draws from generators of its own, or changes as it runs"),
-        (Custom, "as written: operators would save work in 0% of its convolutions"),
+        (Custom, "served 1 of 1 convolutions"),
         (Wide, "as written: operators would save work in"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), "as written: it has no convolutions"),
     ],
@@ -138,11 +138,13 @@ def test_stages_are_served(kind, play, monkeypatch):
 
 
 @pytest.mark.usefixtures("forked_workers")
-def test_the_same_bits_in_workers_and_after_a_kill(play, make_config, make_data, tmp_path):
-    expected = play("one", workers="1", rounds=3)
-    assert same_network(expected, play("two", workers="2", rounds=3))
+@pytest.mark.parametrize(("kind", "way"), [(Guest, "+"), (Custom, "=")])
+def test_the_same_bits_in_workers_and_after_a_kill(kind, way, play, make_config, make_data, tmp_path):
+    expected = play("one", kind, workers="1", rounds=3)
+    assert load_settings(expected).plan[0] == way
+    assert same_network(expected, play("two", kind, workers="2", rounds=3))
     config, how = make_config(width=None, lr=0.05, rounds=3), {"data": make_data(), "at": KillAt("round", 1)}
-    again = kill_and_resume(config, out=tmp_path / "cut", script=ScriptObjects(guest(Guest)), **how)
+    again = kill_and_resume(config, out=tmp_path / "cut", script=ScriptObjects(guest(kind)), **how)
     assert again == outcome(expected)
 
 
