@@ -299,10 +299,8 @@ def join_words(parts: Sequence[str]) -> str:
 
 def unknown_method(name: str, methods: Collection[str], commands: Iterable[str] = ()) -> UserError:
     """Return the error for a name that is none of ``methods``, with the nearest of these and of ``commands``."""
-    hint = suggest_name(name, [*methods, *commands])
-    return UserError(
-        f'Unknown method "{name}".{hint} Known methods: {", ".join(sorted(methods))}; --plugin FILE.py adds others.'
-    )
+    hint, known = suggest_name(name, [*methods, *commands]), ", ".join(sorted(methods))
+    return UserError(f'Unknown method "{name}".{hint} Known methods: {known}; --plugin FILE.py adds others.')
 
 
 def hint_owners(option: str, owners: Mapping[str, Sequence[str]]) -> str:

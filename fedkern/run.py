@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from types import ModuleType
 from typing import NoReturn
 
 OK, FAILED, USAGE, BROKEN_PIPE = 0, 1, 2, 141
@@ -242,10 +241,6 @@ def _first() -> bool:
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
-def _ranks() -> ModuleType | None:
-    return sys.modules.get("fedkern.engine.transport.torchrun_group") if "TORCHELASTIC_RUN_ID" in os.environ else None
-
-
 def _reported_by_other_rank() -> bool:
     """Return whether another rank reports this error.
 
@@ -253,7 +248,7 @@ def _reported_by_other_rank() -> bool:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0":
         return False
-    ranks = _ranks()
+    ranks = sys.modules.get("fedkern.engine.transport.torchrun_group")
     return ranks is None or not ranks.is_connected()
 
 

@@ -43,7 +43,7 @@ def parse_words(words: Sequence[str]) -> Request:
     parser = make_parser(name)
     arguments = read_command(parser, words)
     if arguments.help:
-        return Request("help", help=parser.render_help())
+        return Request("help", help=parser.format_help())
     open_ones = [action.dest for action in parser._actions if action.option_strings and action.default is None]
     check_filled({name: getattr(arguments, name) for name in open_ones})
     if parser.folder_of and not getattr(arguments, "folder", getattr(arguments, "folders", None)):

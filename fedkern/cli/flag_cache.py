@@ -77,9 +77,9 @@ def _write(code: str) -> None:
         parsers = {name: command_parser.make_parser(name) for name in COMMANDS} | {"run": flags.make_parser([])}
         tables = {
             "parsers": {
-                name: (_entries(parser), parser.rest, parser.render_help()) for name, parser in parsers.items()
+                name: (_entries(parser), parser.rest, parser.format_help()) for name, parser in parsers.items()
             },
-            "methods": {method: flags.make_parser([method]).render_help() for method in METHODS},
+            "methods": {method: flags.make_parser([method]).format_help() for method in METHODS},
             "owners": method_registry.option_owners(),
             "list": {"json": listing.catalogue(), "text": listing.describe()},
         }

@@ -118,30 +118,21 @@ def _method_options(method: str, data: str) -> str:
 
 def make_parser(argv: Sequence[str]) -> Parser:
     """Return the parser of a run, with the defaults of the method and the data set that ``argv`` names."""
-    named = next((word for word in argv if word in METHODS), None)
-    data = _named_data(argv, named)
-    parser = _parser(named, data)
+    method = next((word for word in argv if word in METHODS), None)
+    data_names = map(absolute, extensions.flag_values(argv, "--data"))
+    data = next((name for name in data_names if name in DATASETS), default_data(method or ""))
+    parser = _parser(method, data)
     parser.methods, parser.owners = [*METHODS], method_registry.option_owners
-
-    def render_help() -> str:
-        if named is not None:
-            parser.begin(f"{PROGRAM} {named} [flags]\n\n{_method_options(named, data)}")
-        return parser.format_help()
-
-    parser.render_help = render_help
+    if method is not None:
+        parser.begin(f"{PROGRAM} {method} [flags]\n\n{_method_options(method, data)}")
     return parser
-
-
-def _named_data(argv: Sequence[str], method: str | None) -> str:
-    named = extensions.flag_values(argv, "--data")
-    return next((name for value in named if (name := absolute(value)) in DATASETS), default_data(method or ""))
 
 
 def parse_run(argv: Sequence[str], *around: Parser) -> Request:
     parser = make_parser(argv)
     values = read_run(parser, argv, *around)
     if values.help:
-        return Request("help", help=front_page() if values.method is None else parser.render_help())
+        return Request("help", help=front_page() if values.method is None else parser.format_help())
     names = [entry.field for entry in RunConfig.list_options() if entry.field != "method"]
     request = as_request(vars(values), names, "resume" if values.resume else "run")
     _check(request)

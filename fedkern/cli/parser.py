@@ -47,7 +47,6 @@ class Parser(argparse.ArgumentParser):
         rest: words that are none of its flags, None if such words are errors.
         methods: names of all methods, for a run.
         owners: returns the methods of every method option, for a run.
-        render_help: returns the help.
     """
 
     def __init__(self, command: str = "") -> None:
@@ -60,7 +59,6 @@ class Parser(argparse.ArgumentParser):
         self.rest: list[str] | None = None
         self.methods: Sequence[str] = ()
         self.owners: Callable[[], Mapping[str, Sequence[str]]] = dict
-        self.render_help = self.format_help
 
     def add_folder(self, of: str, help: str = "", metavar: str = "DIR", *, several: bool = False) -> None:
         self.folder_of = of

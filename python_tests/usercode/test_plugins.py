@@ -5,7 +5,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from fedkern.cli import flags
+from fedkern.cli import front_page
 from fedkern.data import DATASETS
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
@@ -141,7 +141,7 @@ def test_two_plugins_cannot_have_one_name(tmp_path):
 
 
 def test_names_of_commands_are_those_of_the_command_line():
-    assert set(plugins.COMMANDS) == {*flags.COMMANDS, "help", "resume", "run"}
+    assert set(plugins.COMMANDS) == {*front_page.COMMANDS, "help", "resume", "run"}
 
 
 # -- entry points ------------------------------------------------------------------------------------------------------
