@@ -62,6 +62,20 @@ def test_without_data_a_shipped_paper_says_so(result, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    ("budget", "ending"),
+    [
+        ("0s", "2 not played, of 2 cells."),
+        pytest.param("1h", "2 reproduced, of 2 cells.", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_the_example_is_a_table_that_comes_out(result, tmp_path, budget, ending):
+    (tmp_path / "mine.toml").write_text(result("reproduce", "--example")[0])
+    out, err = result("reproduce", "mine.toml", "--workers", "1", "--budget", budget)
+    assert "next: FedAvg (0 of 3 runs finished)" in err
+    assert ending in out
+
+
 def test_refusals(fails, tmp_path):
     assert "needs a paper: " in fails("reproduce")
     assert 'Did you mean "mcmahan2017"?' in fails("reproduce", "mcmahan")
