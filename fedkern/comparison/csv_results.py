@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -65,30 +66,22 @@ class CsvResults:
         try:
             header = [name.strip() for name in next(reader, [])]
             self._check_columns(header)
-            for row in reader:
-                if any(row):
-                    where = f"line {reader.line_num}: "
-                    if len(row) == len(header):
-                        values = dict(zip(header, (text.strip() for text in row), strict=True))
-                        texts = {name: values[column] for name, column in self.columns.items()}
-                        mistakes += [where + text for text in self._add(texts, reader.line_num)]
-                    else:
-                        mistakes.append(f"{where}it has {len(row)} values, and the first line has {len(header)}")
+            for row in filter(any, reader):
+                if len(row) == len(header):
+                    texts = {name: row[header.index(column)].strip() for name, column in self.columns.items()}
+                    mistakes += [f"line {reader.line_num}: {text}" for text in self._add(texts, reader.line_num)]
+                else:
+                    lengths = f"it has {len(row)} values, and the first line has {len(header)}"
+                    mistakes.append(f"line {reader.line_num}: {lengths}")
         except csv.Error as error:
             mistakes.append(f"line {reader.line_num}: {error}")
-        mistakes += (
-            []
-            if mistakes
-            else [
-                f"no line of {method}, seed {seed}, has the main figure, {self.figures[0]}"
-                for (method, seed), rounds in self.runs.items()
-                if not any(self.figures[0] in values for values in rounds.values())
-            ]
-        )
+        if not mistakes:
+            mistakes = [] if self.runs else ["no line of results is below the names of the columns"]
+            for (method, seed), rounds in self.runs.items():
+                if not any(self.figures[0] in values for values in rounds.values()):
+                    mistakes.append(f"no line of {method}, seed {seed}, has the main figure, {self.figures[0]}")
         if mistakes:
             raise UserError(f"{self.path} cannot be imported: {first_of(mistakes, _SHOWN, '; ')}.")
-        if not self.runs:
-            raise UserError(f"{self.path} has no row of results: it needs lines below the names of its columns.")
 
     def _check_columns(self, header: list[str]) -> None:
         mistakes = []
@@ -102,9 +95,7 @@ class CsvResults:
         if "seed" not in self.columns:
             raise UserError(f"No column holds the seed, by which runs are paired: {way}.")
         if ("method" in self.columns) == bool(self.method):
-            raise UserError(
-                "The method comes from a column, method=COLUMN, or from --method NAME: give one of the two."
-            )
+            raise UserError("The method is a column, method=COLUMN, or --method NAME: give one of the two.")
         if not self.figures:
             raise UserError(f"No column holds a figure, such as accuracy=COLUMN: {way}.")
         if unknown := [name for name in self.percent if name not in self.figures]:
@@ -178,10 +169,6 @@ class CsvResults:
 
 
 def _read_whole(name: str, text: str) -> int:
-    try:
-        number = float(text)
-        if number >= 0 and number.is_integer():
-            return int(number)
-    except ValueError:
-        pass
-    raise ValueError(f'{name} must be a whole number from 0 on, not "{text}"')
+    if not re.fullmatch(r"\d+(\.0*)?", text, re.ASCII):
+        raise ValueError(f'{name} must be a whole number from 0 on, not "{text}"')
+    return int(text.partition(".")[0])
