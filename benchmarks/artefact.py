@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,55 +20,7 @@ from fedkern.report.tables import human_time
 FOLDER, UNKNOWN = Path(__file__).parent, "not recorded"
 EMBEDDED = ("captions", "colordigits", "digits")
 """Data sets that need no files."""
-GAINS = ("paired differences", "which method when")
-STUDIES = {
-    "fedgid": ("fedgid strongly tied colours", "fedgid weakly tied colours", "fedgid slides", "fedgid.svg", *GAINS),
-    "fusefl": ("fusefl upload and memory", "fusefl.svg", *GAINS),
-    "fusefl_calibration": ("fusefl as published and calibrated",),
-    "fedlpfm": ("fedlpfm teacher from elsewhere", "fedlpfm.svg", *GAINS),
-    "fedlpfm_changes": ("fedlpfm teacher of public images",),
-    "fediod": ("fediod MNIST with class counts", "fediod CIFAR with class counts", "fediod.svg", *GAINS),
-    "fediod_privacy": ("fediod privacy",),
-    "feddra": ("feddra minority of a tenth", "feddra minority of a fifth", "feddra.svg", *GAINS),
-    "compress": ("accuracy against uploaded bytes",),
-    "mcmahan2017": ("FedAvg rounds to an accuracy on MNIST",),
-}
-"""Tables and charts of the studies that ``benchmarks.studies.run`` plays."""
 OPERATORS = [group for group in FAMILIES if group not in ("flower", "guest")]
-PROGRAMS: dict[str, tuple[str, str, Sequence[str]]] = {
-    "pytest benchmarks/bench_guest.py --record": (
-        "results/guest-*", "random", ("accelerate", "training steps of your networks", "networks.svg")),
-    "pytest benchmarks/bench_rounds.py --rounds full --record": (
-        "results/rounds-* results/datasets-*", "random", (
-            "rounds of FedAvg beside other frameworks", "rounds of your networks beside a plain loop",
-            "rounds on your Dataset", "speed.svg")),
-    "pytest benchmarks --shown --record": (
-        " ".join(f"results/{group}-{name}" for group in OPERATORS for name in ("intel-xeon", "amd-epyc")), "random",
-        ("operators beside PyTorch",)),
-    "pytest benchmarks/bench_flower.py --record": ("results/flower-amd-epyc", "random", ("aggregation beside Flower",)),
-    "python -m benchmarks.flower_messages": ("results/flower_messages_*", "digits", ("messages over Flower",)),
-    "python -m benchmarks.bench_methods --data-root DIR": (
-        "results/methods_intel-xeon", "colordigits, captions, cifar10, mnist", (
-            "in short", "whole runs beside plain PyTorch", "speed.svg")),
-    "python -m benchmarks.many_clients --data-root DIR": (
-        "results/many_clients_*", "mnist", ("runs with ten thousand clients",)),
-    "benchmarks/gpu/all.sh --out DIR --data-root DIR": (
-        " ".join(f"results/{name}_nvidia-h200" for name in ("stages", "kernels", "losses", "methods")),
-        "cifar10, mnist", ("last run on a GPU", "whole runs on a GPU")),
-    "python -m benchmarks.studies.page_commands --mnist DIR --cifar10 DIR": (
-        "studies/results/page_commands", "colordigits, captions, cifar10, mnist",
-        [f"{method} command" for method in ("fedgid", "fusefl", "fedlpfm", "fediod", "feddra")]),
-    "python -m benchmarks.studies.inference_cost": (
-        "studies/results/inference_cost", "none", ("fedlpfm cost at inference",)),
-    "python -m benchmarks.studies.privacy_audit": (
-        "studies/results/privacy_audit", "random", ("privacy audit", "its picture")),
-    "python -m benchmarks.studies.fusefl_figure": ("studies/results/fusefl", "none", ("picture of upload and memory",)),
-    "none, an older program": (
-        "studies/results/fediod_mnist_terms studies/results/fusefl_cifar10_width", "mnist, cifar10",
-        ("fediod options changed alone", "parameters of FuseFL's networks")),
-    "python -m benchmarks.pages": ("", "none", ("options",)),
-}  # fmt: skip
-"""By command: patterns of result files, data, and what is made from them."""
 
 
 def data_of(study: str) -> str:
@@ -78,14 +31,17 @@ def data_of(study: str) -> str:
 
 
 def list_sources() -> Iterable[tuple[str, list[Path], str, Sequence[str]]]:
-    """Yield the command, result files, data and products of every program."""
-    for study, made in STUDIES.items():
+    """Yield the command, result files, data and products of every program in artefact.toml."""
+    content = tomllib.loads((FOLDER / "artefact.toml").read_text())
+    for study, made in content["studies"].items():
         data = data_of(study)
         root = " --data-root DIR" if {*data.split(", ")} - {*EMBEDDED} else ""
         path = FOLDER / "studies" / "results" / f"{study}.json"
         yield f"python -m benchmarks.studies.run {study}{root}", [path], data, made
-    for command, (patterns, data, made) in PROGRAMS.items():
-        yield command, [path for text in patterns.split() for path in sorted(FOLDER.glob(f"{text}.json"))], data, made
+    for command, program in content["programs"].items():
+        patterns = dict.fromkeys(text.replace("OPERATOR", name) for text in program["files"] for name in OPERATORS)
+        paths = [path for text in patterns for path in sorted(FOLDER.glob(f"{text}.json"))]
+        yield command, paths, program["data"], program["makes"]
 
 
 def describe(content: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -129,6 +85,6 @@ def list_artefacts(pages: Sequence[Page], charts: Sequence[str]) -> Sequence[str
         links = [f"[{name}]({os.path.relpath(places[name], 'docs')})" if name in places else name for name in made]
         rows.append([", ".join(links), f"`{command}`", data, *("; ".join(fact) for fact in facts),
                      "–" if not paths else human_time(sum(seconds)) if all(seconds) else UNKNOWN])  # fmt: skip
-    assert not missing, f"nothing in benchmarks/artefact.py makes {sorted(missing)}"
+    assert not missing, f"nothing in benchmarks/artefact.toml makes {sorted(missing)}"
     header = ["table or chart", "command", "data", "machine", "versions", "day, commit", "time of the runs"]
     return table(header, rows).split("\n")

@@ -52,7 +52,7 @@ def test_every_method_with_a_page_is_looked_at():
 
 
 def test_a_chart_that_no_command_makes_is_found():
-    with pytest.raises(AssertionError, match=r"nothing in benchmarks/artefact\.py makes \['new\.svg'\]"):
+    with pytest.raises(AssertionError, match=r"nothing in benchmarks/artefact\.toml makes \['new\.svg'\]"):
         artefact.list_artefacts((), ["new.svg"])
 
 
