@@ -24,6 +24,8 @@ LARGEST = 1e30
 MOST = 2**31 - 1
 """Largest count. Larger sizes overflow in torch and NumPy."""
 
+_TYPES = {"int": int, "float": float, "str": str}
+"""Types of options that may be left open, by their annotation, such as ``int | None``."""
 _WORDS = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
 
 
@@ -38,7 +40,7 @@ class Option:
             bound is at most 2^31 - 1.
         above: exclusive lower bound of a number.
         choices: the only values allowed, texts in any case. ``:N`` at the end of one stands for a number.
-        type: the type, by default that of ``default``. An option whose default is ``None`` (left open) may be ``None``.
+        type: the type, by default that of ``default``, or of the annotation where the default is ``None`` (left open).
         infinite: whether a float may be infinite.
         path: function that makes a path in the value absolute. A stored run keeps the function's result.
         code: function that returns the parts of a value that name code to import and run, as written. A stored run
@@ -225,11 +227,13 @@ def _list_options(cls: Any) -> tuple[Option, ...]:
     if any(isinstance(value, dataclasses.Field) for value in vars(cls).values()):
         raise UserError(f"{cls.__qualname__} declares options: write @dataclass(frozen=True) above the class.")
     fields = [field for field in dataclasses.fields(cls) if "option" in field.metadata]
-    options = tuple(field.metadata["option"].named(field.name, cls.label) for field in fields)
-    for entry in options:
+    options = [field.metadata["option"].named(field.name, cls.label) for field in fields]
+    for i, (field, entry) in enumerate(zip(fields, options, strict=True)):
         if entry.default is not None:
             entry.check(entry.default)
-    return options
+        elif (kind := str(field.type).partition(" ")[0]) in _TYPES:
+            options[i] = dataclasses.replace(entry, type=_TYPES[kind])
+    return tuple(options)
 
 
 def with_options(flag: str, text: str, entries: Mapping[str, Sequence[Option]]) -> tuple[str, dict[str, Value | None]]:

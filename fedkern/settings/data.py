@@ -34,16 +34,15 @@ class DataSettings(Section):
     data: str = option(
         COMMON["data"], lambda: f"data set: {', '.join(data_names())}, {FORMS}", path=named_code.absolute
     )
-    data_root: str | None = option(None, "folder of the data files", type=str, path=absolute)
+    data_root: str | None = option(None, "folder of the data files", path=absolute)
     cache: str | None = option(
-        None, "folder that keeps decoded images of image files, for later and parallel runs",
-        type=str, path=absolute,
-    )  # fmt: skip
+        None, "folder that keeps decoded images of image files, for later and parallel runs", path=absolute
+    )
     keep_items: str = option(
         "auto", "keep items of PyTorch data sets in memory: auto (if they never change and fit into 1 GB), memory (of "
         "any size, else fail), off (read them for every batch)", choices=("auto", "memory", "off"),
     )  # fmt: skip
-    train_samples: int | None = option(None, "number of training samples to use instead of all", low=1, type=int)
+    train_samples: int | None = option(None, "number of training samples to use instead of all", low=1)
     public_samples: int = option(
         0, "number of public training samples, drawn before the partition; no client owns them", low=0
     )
@@ -51,23 +50,20 @@ class DataSettings(Section):
         None,
         "split of the samples over clients: iid, stratified, dirichlet:ALPHA, classes:S, attribute (the default if the "
         "data name sites)",
-        type=str,
     )
     clients: int = option(
         DATASETS[COMMON["data"]].clients, "number of clients; data that name sites have one client a site", low=1
     )
-    correlation: float | None = option(
-        None, "how strongly the background colour predicts the class", low=0, high=1, type=float
-    )
+    correlation: float | None = option(None, "how strongly the background colour predicts the class", low=0, high=1)
     held_out_client: str | None = option(
-        None, "name or number of a client that never trains; its data become the test set held_out", type=str
+        None, "name or number of a client that never trains; its data become the test set held_out"
     )
     client_test: float = option(
         COMMON["client_test"], "fraction of every client's samples for its own test set; 0: as in the data set",
         low=0, high=0.9,
     )  # fmt: skip
     augment: str | None = option(
-        None, "augmentation of training images instead of the data set's", choices=tuple(AUGMENTATIONS), type=str
+        None, "augmentation of training images instead of the data set's", choices=tuple(AUGMENTATIONS)
     )
     data_options: Mapping[str, Any] = field(default_factory=dict)
     unset: frozenset[str] = field(default=frozenset(), compare=False)

@@ -50,7 +50,7 @@ class FederationSettings(DataSettings):
     sample_fraction: float = option(1.0, "fraction of the clients that train in each round", above=0, high=1)
     rounds: int = option(COMMON["rounds"], "communication rounds", low=1, high=100_000)
     compress: str | None = option(
-        None, "averaging methods: compress the clients' updates, with error feedback: topk:share=S or int8", type=str
+        None, "averaging methods: compress the clients' updates, with error feedback: topk:share=S or int8"
     )
     aggregator: str = option(
         MEAN,
@@ -69,36 +69,27 @@ class FederationSettings(DataSettings):
         "averaging methods: learning rate of the server; if left out, 1 for mean and momentum, 0.1 for adam and "
         "adagrad, 0.01 for yogi",
         above=0,
-        type=float,
     )
     asynchronous: str | None = option(
         None,
         "averaging methods: let the server step as uploads arrive, without waiting for whole rounds: "
         "fedbuff:buffer=K,staleness=A or fedasync:mixing=M,staleness=A; every step counts as a round",
-        type=str,
     )
     eval_every: int = option(1, "evaluate every N rounds, and always after the last", low=1)
     stop_at: str | None = option(
-        None, "end the run once a figure of the records reaches this value: accuracy>=0.9, loss<=0.1", type=str
+        None, "end the run once a figure of the records reaches this value: accuracy>=0.9, loss<=0.1"
     )
     patience: int | None = option(
         None,
         "end the run after N evaluations without a better main figure on the validation set; best.safetensors keeps "
         "the network of the best round",
         low=1,
-        type=int,
     )
     max_seconds: float | None = option(
-        None,
-        "most seconds of work, over all resumptions; a round that would exceed them is not run",
-        above=0,
-        type=float,
+        None, "most seconds of work, over all resumptions; a round that would exceed them is not run", above=0
     )
     max_bytes: float | None = option(
-        None,
-        "most bytes up and down, set-up rounds included; a round that would exceed them is not run",
-        above=0,
-        type=float,
+        None, "most bytes up and down, set-up rounds included; a round that would exceed them is not run", above=0
     )
 
     def resolve(self) -> Values:

@@ -33,30 +33,27 @@ class ModelSettings(Section):
         "channels of the network's first stage, or size of a token of the built-in encoders",
         low=1,
         high=65536,
-        type=int,
     )  # fmt: skip
     init: str | None = option(
         None,
         "initial weights of the network: the folder of a finished run, or a state dict with the network's names and "
         "shapes in a .safetensors or .pt file",
-        type=str,
         path=absolute,
     )
     init_partial: bool = option(False, "load only the tensors of --init that fit the network, and list the others")
     freeze: str | None = option(
-        None, "parameters of the network that are neither trained nor sent, by name: backbone.*,head.bias", type=str
+        None, "parameters of the network that are neither trained nor sent, by name: backbone.*,head.bias"
     )
     personal: str | None = option(
         None,
         "averaging methods: parameters and buffers of the network that never leave their client, by name: "
         "head.*,norm1.*",
-        type=str,
     )
     features: str | None = option(
-        None, "submodule of your own network whose output is the features, for methods that compare features", type=str
+        None, "submodule of your own network whose output is the features, for methods that compare features"
     )
     stages: str | None = option(
-        None, "submodules of your own network after which feature maps can be mixed, in order: conv1,conv2", type=str
+        None, "submodules of your own network after which feature maps can be mixed, in order: conv1,conv2"
     )
     accelerate: str = option(
         "auto", "fuse your own network's convolutions with the next layers: auto (where correct and faster) or off",
@@ -82,7 +79,6 @@ class ModelSettings(Section):
         None,
         "rounds after which batch norm normalises by the received running statistics and keeps them (FixBN)",
         low=0,
-        type=int,
     )
     precision: str = option(
         "fp32", "number format of the computation: fp32, or bf16 by autocast with fp32 weights", choices=PRECISIONS

@@ -28,7 +28,6 @@ class PrivacySettings(FaultSettings, ModelSettings):
         "down to at most this Euclidean norm, and all clients weigh the same. Choose it near the median change: a run "
         "on similar public data with --dp-noise 0 writes every client's change as update_norm into metrics.jsonl",
         above=0,
-        type=float,
     )
     dp_noise: float | None = option(
         None,
@@ -36,11 +35,10 @@ class PrivacySettings(FaultSettings, ModelSettings):
         "changes, in multiples of --dp-clip. 0 only clips and gives no guarantee. More noise makes epsilon smaller, "
         "and more clients in a round make the noise on their mean smaller",
         low=0,
-        type=float,
     )
     dp_delta: float | None = option(
         None, "delta at which epsilon is reported; if left out, the smaller one of 1e-5 and clients^-1.1",
-        above=0, high=0.5, type=float,
+        above=0, high=0.5,
     )  # fmt: skip
     dp_draws: str = option(
         "secret",
@@ -56,14 +54,13 @@ class PrivacySettings(FaultSettings, ModelSettings):
     )
     patient_images: int | None = option(
         None, f"most images of a patient, drawn once, with --privacy-unit patient; if left out, {PATIENT_IMAGES}",
-        low=1, type=int,
+        low=1,
     )  # fmt: skip
     records: str | None = option(
         None,
         "what records, pictures and the terminal show: all, or private (nothing about single clients and nothing that "
         "epsilon does not cover). If left out: private with differential privacy, else all",
         choices=("all", "private"),
-        type=str,
     )
 
     def resolve(self) -> Values:

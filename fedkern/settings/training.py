@@ -17,7 +17,7 @@ class TrainingSettings(Section):
     """Settings of the clients' local training."""
 
     local_epochs: int = option(COMMON["local_epochs"], "local epochs per round", low=1)
-    local_steps: int | None = option(None, "local optimiser steps per round, instead of local epochs", low=1, type=int)
+    local_steps: int | None = option(None, "local optimiser steps per round, instead of local epochs", low=1)
     batch_size: int = option(COMMON["batch_size"], "samples per mini-batch", low=1)
     optimizer: str = option(COMMON["optimizer"], "optimiser of the clients", choices=("sgd", "adamw"))
     optimizer_state: str = option(
@@ -29,7 +29,6 @@ class TrainingSettings(Section):
         None,
         "epochs of the whole run (round x local epochs + epoch), or rounds with --local-steps, at which the learning "
         "rate drops: 200,400",
-        type=str,
     )
     lr_step_factor: float = option(
         0.1, "factor by which the learning rate changes at each of --lr-steps", above=0, high=1
@@ -41,7 +40,6 @@ class TrainingSettings(Section):
         None,
         "use networks that the clients have already trained, and skip training: a run folder, or a folder with "
         "client-0.safetensors, client-1.safetensors, ...",
-        type=str,
         path=absolute,
     )
 

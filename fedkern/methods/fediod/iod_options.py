@@ -25,7 +25,7 @@ class IODOptions(Method.Options):
     epsilon: float | None = option(
         None, "target epsilon of the whole run, for the releases that are covered (all of them with teacher_dp). The "
         "run solves for the noise on the discriminators' gradients, and with teacher_dp for that of DP-SGD",
-        above=0, type=float,
+        above=0,
     )  # fmt: skip
     delta: float = option(1e-5, "delta at which epsilon is met or reported", above=0, high=0.5)
     shards: int = option(
