@@ -31,12 +31,11 @@ from fedkern.listeners.events import Listener, Listeners, Record, Summary
 from fedkern.methods import Method, method_registry, script_methods
 from fedkern.process.extras import import_extra
 from fedkern.process.torch_modes import reproducible
-from fedkern.settings.config import RunConfig
+from fedkern.settings.config import RunConfig, load_settings
 from fedkern.settings.defaults import NETWORKS
 from fedkern.settings.error_wording import is_data_option, python_words
 from fedkern.settings.in_memory import check_in_memory
 from fedkern.settings.run_data import kept_data
-from fedkern.settings.stored import load_settings
 from fedkern.tasks import Task
 from fedkern.tasks.user_tasks import user_module
 from fedkern.typed_option import Value

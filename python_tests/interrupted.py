@@ -16,7 +16,7 @@ from fedkern.engine.store.checkpoints import checksum, entry_sum
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.listeners import Listener
 from fedkern.messages import states
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import load_settings
 
 TIMES = ("seconds", "round_seconds", "phases", "device", "wire")
 """What no two runs have alike: times, and the bytes around the messages, of which a resumed run has more."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.gpu.playing import wait
 from fedkern.engine.store.record_files import METRICS, read_metrics
-from fedkern.settings.run_format import NAME
+from fedkern.settings.config import NAME
 
 PAPERS = {"fusefl": "85.92 %", "fediod": "82.78 %"}
 """Accuracies in the papers; FedGID's are of another colouring."""

@@ -26,8 +26,8 @@ from fedkern.methods.fusefl.method import plain_head
 from fedkern.models import Ensemble
 from fedkern.models.fused import FusedLevel, FusedNetwork
 from fedkern.models.state.allocate import linear_of
+from fedkern.settings.config import load_settings
 from fedkern.settings.run_data import kept_data, load_data
-from fedkern.settings.stored import load_settings
 from fedkern.streams import stream
 
 Pool = Literal["mean", "concat"]

@@ -25,7 +25,7 @@ def load_plugins(words: Sequence[str]) -> None:
     for file in flag_values(words, "--config"):
         plugins.load_given(_read_plugin_names(expand(file)))
     for folder in flag_values(words, "--resume"):
-        from fedkern.settings.stored import load_plugins
+        from fedkern.settings.config import load_plugins
 
         load_plugins(expand(folder))
 
@@ -41,7 +41,7 @@ def flag_values(words: Sequence[str], flag: str) -> Iterator[str]:
 
 def _read_plugin_names(path: Path) -> dict[str, str]:
     """Return the plugins in a settings file, none if it is missing or damaged, which its reader reports later."""
-    from fedkern.settings.stored import read_settings  # here, since the front page is printed without torch
+    from fedkern.settings.config import read_settings
 
     try:
         table = read_settings(read_text(path, "utf-8-sig"), source=str(path))

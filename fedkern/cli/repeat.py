@@ -11,13 +11,12 @@ from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.parser import as_word
 from fedkern.cli.request import one_shot
 from fedkern.engine.marks import PLACES, TRAINED
-from fedkern.settings.config import RunConfig
+from fedkern.settings.config import NAME as SETTINGS
+from fedkern.settings.config import RunConfig, load_settings
 from fedkern.settings.data import DataSettings
 from fedkern.settings.federation import FederationSettings
-from fedkern.settings.fingerprints import FINGERPRINTS
 from fedkern.settings.model import ModelSettings
-from fedkern.settings.run_format import NAME as SETTINGS
-from fedkern.settings.stored import load_settings
+from fedkern.settings.section import FINGERPRINTS
 from fedkern.settings.training import TrainingSettings
 from fedkern.typed_option import as_typed, flag
 

@@ -11,10 +11,9 @@ from fedkern.errors import UserError, suggest_name
 from fedkern.files.filesystem import expand, read_text
 from fedkern.methods import METHODS
 from fedkern.methods.method_registry import given_options
-from fedkern.settings.config import RunConfig
-from fedkern.settings.fingerprints import FINGERPRINTS
+from fedkern.settings.config import RunConfig, load_settings, read_settings
 from fedkern.settings.model import check_networks
-from fedkern.settings.stored import load_settings, read_settings
+from fedkern.settings.section import FINGERPRINTS
 from fedkern.usercode import plugins as plugin_scope
 
 

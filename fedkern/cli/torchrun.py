@@ -10,8 +10,7 @@ from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.transport import torchrun_group
 from fedkern.engine.transport.torchrun_group import LaunchedRank
 from fedkern.errors import UserError
-from fedkern.settings.run_format import NAME
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import NAME, load_settings
 
 RUNS = ("run", "resume", "extend")
 """Commands that play a run. Any other command is for rank 0 alone."""

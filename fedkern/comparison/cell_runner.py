@@ -31,11 +31,9 @@ from fedkern.methods.method_registry import short_name
 from fedkern.models import MODELS, Own, available
 from fedkern.process import interrupts
 from fedkern.report.tables import human_metric
-from fedkern.settings.config import RunConfig
+from fedkern.settings.config import NAME as SETTINGS
+from fedkern.settings.config import RunConfig, check_regular, load_settings, stored_code
 from fedkern.settings.provenance import describe_difference, files_identity
-from fedkern.settings.run_format import NAME as SETTINGS
-from fedkern.settings.run_format import stored_code
-from fedkern.settings.stored import check_regular, load_settings
 from fedkern.tasks.figure_names import short_title
 from fedkern.usercode.code_identity import digest, find_changes, fold_table, is_unchanged
 

@@ -13,7 +13,7 @@ from fedkern.errors import UserError, hint_owners, suggest_name
 from fedkern.methods import method_registry
 from fedkern.ops._core.checks import python_number
 from fedkern.settings.config import RESUMABLE, RunConfig
-from fedkern.settings.fingerprints import FINGERPRINTS
+from fedkern.settings.section import FINGERPRINTS
 from fedkern.typed_option import Option, Value, as_typed
 
 T = TypeVar("T")

@@ -21,10 +21,10 @@ from fedkern.foreign_runs.recorded_run import RECORD
 from fedkern.listeners.events import Record, Summary
 from fedkern.methods.method_registry import short_name
 from fedkern.report.tables import sort_metrics
+from fedkern.settings.config import NAME as SETTINGS
 from fedkern.settings.config import RESUMABLE, RunConfig
-from fedkern.settings.fingerprints import FINGERPRINTS
 from fedkern.settings.provenance import code_identity, describe_difference, other_data
-from fedkern.settings.run_format import NAME as SETTINGS
+from fedkern.settings.section import FINGERPRINTS
 from fedkern.tasks.figure_names import OVER_CLIENTS, direction, split_metric
 
 _NO_GROUP = {"seed", "method", "plugins", "device", "threads", "client_threads", "checkpoint_every"}

@@ -26,10 +26,8 @@ from fedkern.methods.base import Method
 from fedkern.methods.protocol import batch_slices
 from fedkern.privacy import membership_attack
 from fedkern.process.torch_modes import reproducible
-from fedkern.settings.config import RunConfig
+from fedkern.settings.config import FOLDER, RunConfig, load_settings
 from fedkern.settings.run_data import kept_data, load_data
-from fedkern.settings.run_format import FOLDER
-from fedkern.settings.stored import load_settings
 
 Result = dict[str, Any]
 """Entries of attack.json."""

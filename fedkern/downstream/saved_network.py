@@ -23,13 +23,11 @@ from fedkern.engine.local.network import Network
 from fedkern.engine.server import Server
 from fedkern.engine.store.checkpoints import Checkpoints, advise_rewriting, check_results, checksum, read_newest
 from fedkern.engine.store.resuming import load_unedited
-from fedkern.engine.store.run_folder import BEST
-from fedkern.engine.store.saved_model import FORMAT, MODEL, RUNNING, norms
+from fedkern.engine.store.run_folder import BEST, FORMAT, MODEL, RUNNING, norms
 from fedkern.errors import UserError, describe_error, first_of, format_value, require_format
 from fedkern.files.filesystem import parse_json
 from fedkern.process.torch_modes import reproducible
-from fedkern.settings.run_format import check_format
-from fedkern.settings.stored import check_regular, check_run_folder, load_plugins
+from fedkern.settings.config import check_format, check_regular, check_run_folder, load_plugins
 from fedkern.tasks import Task, task_named
 from fedkern.tasks.protocols import Description
 from fedkern.tasks.user_tasks import user_module

@@ -1,10 +1,11 @@
-"""All effective settings of a run, composed of sections and written to ``config.toml``."""
+"""All effective settings of a run, composed of sections, in ``config.toml``, and the format of a run folder."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import shlex
+import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -12,25 +13,66 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedkern.data.dataset_registry import given_options
-from fedkern.errors import UserError, suggest_name
+from fedkern.errors import UserError, require_format, suggest_name
 from fedkern.files import toml
-from fedkern.files.filesystem import check_text
+from fedkern.files.filesystem import check_text, describe_special_file, read_json, read_text
+from fedkern.foreign_runs.recorded_run import RECORD
+from fedkern.messages.states import State
 from fedkern.methods import method_registry, script_methods
 from fedkern.methods.aggregators import MEAN
+from fedkern.methods.base import Method
 from fedkern.methods.options import Options
 from fedkern.models import MODELS
 from fedkern.settings.data import DATA_DEPENDENT
 from fedkern.settings.defaults import default_data, defaults
 from fedkern.settings.execution import ExecutionSettings
-from fedkern.settings.fingerprints import FINGERPRINTS, Fingerprints
 from fedkern.settings.model import check_networks
 from fedkern.settings.privacy import PrivacySettings
-from fedkern.settings.run_format import NAME
-from fedkern.settings.section import Values
+from fedkern.settings.section import FINGERPRINTS, Fingerprints, Values
 from fedkern.settings.training import TrainingSettings
 from fedkern.typed_option import Option
-from fedkern.usercode import named_code
+from fedkern.usercode import named_code, plugins
 from fedkern.usercode import plugins as plugin_scope
+
+NAME = "config.toml"
+FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
+INIT = "init.safetensors"
+"""File with the weights of a module that a script gave as ``init``."""
+FORMAT = 15
+
+
+def read_manifest(path: Path) -> State:
+    """Return a manifest of this format, with unchecked entries.
+
+    Raises:
+        OtherFormat: the manifest has another format.
+        OSError, ValueError, KeyError, TypeError: the file is missing or damaged.
+    """
+    manifest: State = read_json(path)
+    require_format(path, manifest["format"], FORMAT)
+    return manifest
+
+
+def check_format(out: Path) -> None:
+    """Raise OtherFormat if a run folder has another format, and ignore a missing or damaged manifest."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        read_manifest(out / FOLDER / MANIFEST)
+
+
+def stored_code(out: Path) -> dict[str, dict[str, str]]:
+    """Return the identities, by group, of the code that a script gave a run."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return read_code(read_manifest(out / FOLDER / MANIFEST)["entries"][-1]["info"])
+    return {}
+
+
+def read_code(info: Any) -> dict[str, dict[str, str]]:
+    with suppress(LookupError, TypeError, AttributeError):
+        tables = info["code"].items()
+        return {group: {path: str(text) for path, text in table.items()} for group, table in tables}
+    return {}
+
 
 RESUMABLE = ("data_root", "workers", "cache", "keep_items")
 """Settings that change no bit of a run, so that a resumed run may have others."""
@@ -40,7 +82,7 @@ UNSTORED = ("cache",)
 
 @dataclass(frozen=True)
 class RunConfig(Fingerprints, ExecutionSettings, TrainingSettings, PrivacySettings):
-    """Settings of one run, made by :meth:`make`, :meth:`of` or :func:`~fedkern.settings.stored.load_settings`."""
+    """Settings of one run, made by :meth:`make`, :meth:`of` or :func:`~fedkern.settings.config.load_settings`."""
 
     plugins: Mapping[str, str] = field(default_factory=dict)
 
@@ -241,3 +283,98 @@ def flatten_table(table: Mapping[str, object]) -> Values:
         else:
             result[name] = value
     return result
+
+
+def read_settings(text: str, *, source: str = NAME) -> Values:
+    """Return the settings in TOML text, for ``make(**table)`` of a partial config file."""
+    try:
+        table = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError also for an integer of thousands of digits
+        raise UserError(f"{source} is not a valid TOML file: {error}.") from None
+    names = RunConfig.names()
+    plain: Values = {}
+    for written, value in table.items():
+        name = written.replace("-", "_")
+        if name not in names:
+            raise UserError(f'{source} has an unknown setting "{name}".{suggest_name(name, names)}')
+        if name in plain:
+            raise UserError(f'{source} has {name} twice, with "_" and with "-": leave one out.')
+        plain[name] = value
+    for name in ("options", "data_options", "identity"):
+        if not isinstance(plain.get(name, {}), Mapping):
+            raise UserError(f"{source}: [{name}] must be a table of key = value lines.")
+    if "plugins" in plain:
+        plain["plugins"] = _plugin_table(plain["plugins"], source)
+    return plain
+
+
+def stored_settings(folder: str | os.PathLike[str]) -> Values:
+    path = Path(folder) / NAME
+    try:
+        text = read_text(path, "utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    return read_settings(text, source=str(path))
+
+
+def load_settings(
+    folder: str | os.PathLike[str], *, trusted: Collection[str] = (), given: type[Method] | None = None, **replaced: Any
+) -> RunConfig:
+    """Load a run's plugins, and return the settings of its folder, some of them ``replaced``.
+
+    ``trusted`` plugins may be executed in any case, and ``"method"`` there trusts a changed class.  ``given`` is the
+    class of the run's method if a script gave it.
+    """
+    check_run_folder(folder)
+    check_format(Path(folder))
+    table = stored_settings(folder)
+    plugins.load_installed()
+    plugins.restore(table.get("plugins", {}), folder, trusted)
+    table = {name: value for name, value in table.items() if name not in UNSTORED}
+    if table.get("init") == INIT:
+        table["init"] = str(Path(folder).absolute() / INIT)
+    method, sha256 = str(table.get("method", RunConfig.method)), table.get("method_sha256")
+    if given is not None:
+        script_methods.give_class_again(given, method, folder)
+    script_methods.check_class(method, sha256, stored_code(Path(folder)).get("method", {}), folder, trusted)
+    return RunConfig.of({**table, **replaced})
+
+
+def make_portable(config: RunConfig, folder: str | os.PathLike[str]) -> RunConfig:
+    """Replace the path of a run folder's own file of weights by its name, for storage."""
+    return config.replace(init=INIT) if config.init == str(Path(folder).absolute() / INIT) else config
+
+
+def load_plugins(folder: str | os.PathLike[str], trusted: Collection[str] = ()) -> None:
+    """Load the plugins of a run folder, none if its ``config.toml`` is missing or damaged."""
+    try:
+        table = stored_settings(folder)
+    except UserError:
+        return
+    plugins.load_installed()
+    plugins.restore(table.get("plugins", {}), folder, trusted)
+
+
+def _plugin_table(value: object, source: str) -> dict[str, str]:
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return dict.fromkeys(value, "")
+    if not isinstance(value, Mapping) or not all(isinstance(identity, str) for identity in value.values()):
+        raise UserError(f'{source}: plugins must be a list of names, or a table of lines "NAME" = "IDENTITY".')
+    return dict(value)
+
+
+def check_regular(folder: str | os.PathLike[str]) -> None:
+    """Raise UserError for a run folder with a named pipe, a socket or a device, which might block for ever."""
+    for path in (*Path(folder).glob("*"), *Path(folder).glob("checkpoints/*")):
+        if kind := describe_special_file(path):
+            raise UserError(f"{path} is {kind}, not a regular file: remove it, or put back the run's own file.")
+
+
+def check_run_folder(folder: str | os.PathLike[str]) -> None:
+    check_regular(folder)
+    if not Path(folder).exists():
+        raise UserError(f"The run folder {folder} does not exist: name one that a run was written to with --out.")
+    if (Path(folder) / RECORD).exists():
+        raise UserError(f"{folder} has a run that fedkern.record wrote, which only compare and reproduce read.")
+    if not (Path(folder) / NAME).exists():
+        raise UserError(f"{folder} is not a run folder: it has no {NAME}.")

@@ -9,8 +9,7 @@ from typing import Any, cast
 
 import fedkern
 from fedkern.files.filesystem import open_regular, report_unreadable
-from fedkern.settings.config import RunConfig
-from fedkern.settings.run_format import FOLDER, NAME
+from fedkern.settings.config import FOLDER, NAME, RunConfig
 from fedkern.settings.section import Values
 from fedkern.usercode import named_code
 

@@ -19,8 +19,7 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine.evaluate import set_evaluation_threads
 from fedkern.errors import UserError
 from fedkern.run import main
-from fedkern.settings.config import RunConfig
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import RunConfig, load_settings
 from python_tests.plugin_sources import EXAMPLES, Marked, no_plugins, unload_all  # noqa: F401
 
 TINY = ["--train-samples", "200", "--clients", "2", "--rounds", "2", "--threads", "1", "--grad-cam", "0", "--quiet"]

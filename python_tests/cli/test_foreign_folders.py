@@ -19,8 +19,7 @@ from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.run import main
-from fedkern.settings.config import RunConfig
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import RunConfig, load_settings
 from python_tests.interrupted import forget_results, undo_rounds
 
 TINY = ["--train-samples", "40", "--clients", "2", "--local-epochs", "1", "--threads", "1", "--width", "4",

@@ -15,8 +15,7 @@ from fedkern.data import load
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.figures import diagnostics
 from fedkern.run import main
-from fedkern.settings.config import RunConfig
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import RunConfig, load_settings
 from fedkern.tasks import CLASSIFICATION, MULTILABEL
 
 TINY = ("--data", "csv", "--data-root", "set", "--threads", "1", "--workers", "1", "--model", "mlp",

@@ -13,8 +13,7 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine.run import run
 from fedkern.report.figures.pictures import write_pictures
 from fedkern.run import main
-from fedkern.settings.config import RunConfig
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import RunConfig, load_settings
 
 SITES = ("Aachen", "Bonn", "Celle")
 TINY = ("--rounds", "1", "--local-epochs", "1", "--threads", "1", "--width", "2", "--grad-cam", "0", "--workers", "1",

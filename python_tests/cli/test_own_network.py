@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedkern.cli import flags, request
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import load_settings
 from python_tests import own_networks
 from python_tests.interrupted import undo_rounds
 

@@ -16,8 +16,7 @@ from fedkern.cli.commands import run
 from fedkern.errors import UserError
 from fedkern.files import atomic
 from fedkern.run import main
-from fedkern.settings.config import RunConfig
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import RunConfig, load_settings
 
 TINY = ["--train-samples", "60", "--clients", "2", "--local-epochs", "1", "--threads", "1", "--width", "4"]
 

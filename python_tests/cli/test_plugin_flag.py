@@ -13,8 +13,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.run import main
-from fedkern.settings.config import RunConfig
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import RunConfig, load_settings
 from fedkern.usercode import plugins
 from python_tests.interrupted import outcome
 from python_tests.plugin_sources import EXAMPLES, SETTINGS, Marked, begin, check_refused, no_plugins, unload_all  # noqa: F401

@@ -16,8 +16,7 @@ from fedkern.comparison.seed_statistics import Target
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg
 from fedkern.process import machine
-from fedkern.settings.config import RunConfig
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import RunConfig, load_settings
 
 TINY = {"train_samples": 120, "clients": 3, "model": "mlp", "threads": 1, "grad_cam": 0, "local_steps": 2,
         "workers": 1, "rounds": 1, "progress": False}  # fmt: skip

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 import fedkern
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg, FedProx
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import load_settings
 from python_tests import own_data
 from python_tests.methods.test_script_methods import Slow, elsewhere  # noqa: F401
 

@@ -27,7 +27,7 @@ from fedkern.files.filesystem import open_regular, parse_json
 from fedkern.models.pretrained.preprocessing import Preprocessing
 from fedkern.models.teachers.clip import read_prompts
 from fedkern.run import main
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import load_settings
 from python_tests.in_time import in_time
 from python_tests.papers_data import BRATS, open_all
 

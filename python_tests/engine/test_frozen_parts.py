@@ -22,10 +22,8 @@ from fedkern.files import image_rows
 from fedkern.files.image_rows import ImageRows, PixelClasses
 from fedkern.methods import METHODS
 from fedkern.models.state.freezing import freeze_bn_after, freeze_parameters, train_mode
-from fedkern.settings.config import RunConfig
+from fedkern.settings.config import NAME, RunConfig, load_settings
 from fedkern.settings.run_data import load_data
-from fedkern.settings.run_format import NAME
-from fedkern.settings.stored import load_settings
 from fedkern.tasks import CLASSIFICATION
 from python_tests import own_networks, smallest
 from python_tests.image_files import count_gathered, two_brightnesses

@@ -26,8 +26,7 @@ from fedkern.errors import UserError
 from fedkern.files import filesystem
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS
-from fedkern.settings.run_format import FORMAT
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import FORMAT, load_settings
 from python_tests.hearing import Hearing
 from python_tests.interrupted import (
     KillAt,

@@ -23,8 +23,7 @@ from fedkern.errors import ClientFailed, UserError
 from fedkern.methods import METHODS, FedAvg
 from fedkern.methods.fedgid import FedGID
 from fedkern.models.precision import DTYPES, compute_in, reduced_dtype
-from fedkern.settings.config import RunConfig
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import RunConfig, load_settings
 from python_tests.hearing import Hearing
 from python_tests.interrupted import KillAt, outcome, play_killed
 from python_tests.smallest import SETTINGS

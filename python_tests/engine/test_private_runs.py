@@ -11,7 +11,7 @@ from fedkern.engine.store import artifacts
 from fedkern.engine.store.artifacts import read as read_shown
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.methods.fediod import private_messages
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import load_settings
 from python_tests.interrupted import KillAt, play_killed
 
 SMALL = {"iterations": 2, "batch": 4, "ngf": 2, "ndf": 2, "student_steps": 1, "histogram_noise": 5.0}

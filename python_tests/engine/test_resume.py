@@ -15,7 +15,7 @@ from fedkern.errors import UserError
 from fedkern.listeners import Listener, Listeners
 from fedkern.methods import METHODS, FedAvg, FedGID, Round
 from fedkern.process.interrupts import Terminated
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import load_settings
 from python_tests.hearing import Hearing
 from python_tests.interrupted import (
     KillAt,

@@ -18,9 +18,8 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Phase
 from fedkern.ops import FlatParameters
 from fedkern.process.device_copies import send
-from fedkern.settings.config import RunConfig
+from fedkern.settings.config import RunConfig, load_settings
 from fedkern.settings.run_data import load_data
-from fedkern.settings.stored import load_settings
 from python_tests.engine.test_resume import WithSetUp
 from python_tests.hearing import Hearing
 from python_tests.pretended_gpu import META, pretend

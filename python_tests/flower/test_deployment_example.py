@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
 
 from fedkern.engine.run import run
+from fedkern.settings.config import load_settings
 from fedkern.settings.run_data import data_of_one
-from fedkern.settings.stored import load_settings
 from python_tests.flower.federation import SCRIPT, commands, deployment, surroundings
 from python_tests.flower.flower_processes import processes_of
 

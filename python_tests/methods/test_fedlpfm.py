@@ -23,7 +23,7 @@ from fedkern.methods.protocol import BEFORE
 from fedkern.models.precision import compute_in
 from fedkern.models.teachers.teacher import teacher_of
 from fedkern.models.teachers.teacher_training import tune_copy
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import load_settings
 from python_tests.hearing import Hearing
 from python_tests.interrupted import KillAt, outcome, play_killed
 from python_tests.methods.proxies import PHASE, scene

@@ -33,9 +33,8 @@ from fedkern.report.figures.pictures import write_pictures
 from fedkern.report.live.progress_bar import Live
 from fedkern.report.pages.run_page import write_report
 from fedkern.report.tables import final_table
-from fedkern.settings.config import RunConfig
+from fedkern.settings.config import RunConfig, load_settings, read_settings
 from fedkern.settings.run_data import kept_data
-from fedkern.settings.stored import load_settings, read_settings
 from python_tests.interrupted import KillAt, play_killed
 
 REPEATS = 10_000

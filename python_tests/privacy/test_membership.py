@@ -18,12 +18,11 @@ from fedkern.data.forms import ImageForm
 from fedkern.downstream import membership_attack as attacking
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
-from fedkern.engine.store import saved_model
+from fedkern.engine.store import run_folder
 from fedkern.errors import UserError
 from fedkern.methods.fediod import method
 from fedkern.privacy import membership, membership_attack
-from fedkern.settings.config import RunConfig
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import RunConfig, load_settings
 from fedkern.tasks import SEGMENTATION
 
 FORM = ImageForm((1, 8, 8), (0.5,), (0.3,))
@@ -219,7 +218,7 @@ def release(folder, data, steps):
     about = {"model": "mlp", "width": 64, "task": "classification", "classes": list("abcd"), "channels": 1,
              "image_size": [8, 8], "mean": [0.5], "std": [0.3], "grey_bits": 8, "window": None, "method": "fedavg",
              "rounds": 1}  # fmt: skip
-    saved_model.write_model(folder / saved_model.MODEL, model, about)
+    run_folder.write_model(folder / run_folder.MODEL, model, about)
     return folder
 
 

@@ -30,8 +30,8 @@ from fedkern.methods.fediod.iod_options import IODOptions
 from fedkern.methods.fediod.method import split_holdout as held_out
 from fedkern.privacy import DPSGD, LEDGER
 from fedkern.report.live.progress_bar import Lines
+from fedkern.settings.config import load_settings
 from fedkern.settings.run_data import kept_data
-from fedkern.settings.stored import load_settings
 from fedkern.streams import stream
 
 FORM = ImageForm((3, 8, 8), (0.5,) * 3, (0.2,) * 3)

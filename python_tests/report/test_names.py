@@ -25,8 +25,7 @@ from fedkern.report.figures import answer_sheets, curves, plots, sheet
 from fedkern.report.live.notebook import choose_display
 from fedkern.report.names import TICK, TITLE, label
 from fedkern.report.pages import charts
-from fedkern.settings.config import RunConfig
-from fedkern.settings.stored import read_settings
+from fedkern.settings.config import RunConfig, read_settings
 from fedkern.tasks import CLASSIFICATION
 from python_tests.report.answer_data import data_of
 

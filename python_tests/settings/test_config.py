@@ -12,10 +12,9 @@ from fedkern.errors import UserError
 from fedkern.files import toml
 from fedkern.methods import METHODS
 from fedkern.models import MODELS
-from fedkern.settings.config import RunConfig
+from fedkern.settings.config import RunConfig, read_settings
 from fedkern.settings.defaults import DATA, METHOD, METHOD_ON, defaults
 from fedkern.settings.error_wording import key_words, python_words, to_python_words
-from fedkern.settings.stored import read_settings
 
 
 @pytest.mark.sampled(7)

@@ -17,9 +17,8 @@ from fedkern.data import FederatedData, load
 from fedkern.engine.run import run
 from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.methods import method_registry
-from fedkern.settings.config import RunConfig
+from fedkern.settings.config import RunConfig, load_settings
 from fedkern.settings.run_data import declared_data, kept_data
-from fedkern.settings.stored import load_settings
 from python_tests.plugin_sources import unload_all
 
 TINY = {"model": "mlp", "threads": 1, "grad_cam": 0, "local_steps": 1, "workers": 1, "rounds": 1, "progress": False}

@@ -16,7 +16,7 @@ from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.errors import UserError
 from fedkern.methods import register_metric
 from fedkern.report.live.progress_bar import run_headline
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import load_settings
 from fedkern.tasks import OwnTask, user_tasks
 from python_tests.hearing import Hearing
 from python_tests.interrupted import Kill, KillAt, outcome

@@ -12,7 +12,7 @@ from fedkern.cli.request import Request
 from fedkern.downstream.tasks import FEATURES, TASKS
 from fedkern.engine.store.record_files import plain
 from fedkern.errors import UserError, printable_name
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import load_settings
 from fedkern.typed_option import flag
 from fedkern.usercode import named_code
 

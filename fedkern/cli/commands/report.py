@@ -12,7 +12,7 @@ from fedkern.errors import UserError
 from fedkern.files.filesystem import expand
 from fedkern.foreign_runs.recorded_run import RECORD
 from fedkern.process.standard_streams import print_result
-from fedkern.settings.stored import check_run_folder
+from fedkern.settings.config import check_run_folder
 
 
 def add_flags(parser: Parser) -> None:

@@ -25,8 +25,7 @@ from fedkern.listeners.events import Listener, Listeners, Summary
 from fedkern.methods import method_registry
 from fedkern.process import interrupts, machine
 from fedkern.process.standard_streams import print_result
-from fedkern.settings.config import RESUMABLE, RunConfig
-from fedkern.settings.stored import load_settings, stored_settings
+from fedkern.settings.config import RESUMABLE, RunConfig, load_settings, stored_settings
 from fedkern.usercode import plugins
 
 

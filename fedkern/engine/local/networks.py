@@ -31,8 +31,7 @@ from fedkern.models.pretrained.weight_files import bare_names, load_by_name, rea
 from fedkern.models.state import freezing
 from fedkern.models.state.freezing import freeze_parameters
 from fedkern.models.users.hooked import find_taps
-from fedkern.settings.config import RunConfig
-from fedkern.settings.run_format import FOLDER
+from fedkern.settings.config import FOLDER, RunConfig
 from fedkern.tasks.user_tasks import user_module
 
 SUFFIXES = (".safetensors", ".pt", ".pth")

@@ -6,7 +6,7 @@ import time
 
 from fedkern.engine.parts.part import Record, RunPart, Summary, register_part
 from fedkern.engine.store import record_files
-from fedkern.engine.store.saved_model import checksum_results
+from fedkern.engine.store.run_folder import checksum_results
 from fedkern.errors import NoEffect, UserError
 from fedkern.files.atomic import Unwritable
 from fedkern.messages.states import State

@@ -7,7 +7,7 @@ from typing import Any
 from fedkern.engine.figures import diagnostics
 from fedkern.engine.parts.part import Record, RunPart, Summary, register_part
 from fedkern.engine.setup.run_objects import RunObjects
-from fedkern.engine.store.saved_model import lacks_statistics
+from fedkern.engine.store.run_folder import lacks_statistics
 from fedkern.messages.states import State
 
 

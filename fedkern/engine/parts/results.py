@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedkern.engine.parts.part import RunPart, Summary, register_part
 from fedkern.engine.store import record_files
 from fedkern.engine.store.record_files import rows, write_evaluation
-from fedkern.engine.store.saved_model import MODEL, about_network, write_model
+from fedkern.engine.store.run_folder import MODEL, about_network, write_model
 from fedkern.messages.states import State
 from fedkern.process import versions
 

@@ -7,8 +7,7 @@ import math
 from fedkern.engine.parts.part import Part, Record, RunPart, Stop, Summary, register_part
 from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.engine.store.record_files import plain
-from fedkern.engine.store.run_folder import BEST, BEST_SO_FAR
-from fedkern.engine.store.saved_model import about_network, checksum, write_model
+from fedkern.engine.store.run_folder import BEST, BEST_SO_FAR, about_network, checksum, write_model
 from fedkern.errors import UserError
 from fedkern.messages.states import State
 from fedkern.settings.federation import stop_target

@@ -51,9 +51,8 @@ from fedkern.methods.protocol import BEFORE
 from fedkern.privacy import Guarantee
 from fedkern.privacy.guarantee import Disclosure
 from fedkern.settings import run_data
-from fedkern.settings.config import RunConfig
+from fedkern.settings.config import RunConfig, read_code
 from fedkern.settings.provenance import files_identity
-from fedkern.settings.run_format import read_code
 from fedkern.usercode.code_identity import digest, list_uncompared
 
 Remote = Callable[["RunObjects"], Executor]

@@ -24,7 +24,7 @@ from fedkern.messages import states
 from fedkern.messages.states import State
 from fedkern.methods.protocol import Message
 from fedkern.privacy import server_secret
-from fedkern.settings.run_format import FOLDER, FORMAT, MANIFEST, read_manifest
+from fedkern.settings.config import FOLDER, FORMAT, MANIFEST, read_manifest
 
 PENDING_BYTES = 256 << 20
 """Bytes of content that may wait to be written, beyond which a call waits."""

@@ -10,16 +10,13 @@ from pathlib import Path
 from fedkern.engine.store.checkpoints import Checkpoints, Entry
 from fedkern.engine.store.record_files import Metrics
 from fedkern.engine.store.resuming import check_unedited
-from fedkern.engine.store.run_folder import ATTACKS, NODES
-from fedkern.engine.store.saved_model import RESULTS
+from fedkern.engine.store.run_folder import ATTACKS, NODES, RESULTS
 from fedkern.errors import UserError
 from fedkern.files import atomic, toml
 from fedkern.files.filesystem import describe_file_kind, read_json
 from fedkern.methods.base import Federation, Method, Round
-from fedkern.settings.config import RunConfig
-from fedkern.settings.run_format import FOLDER
-from fedkern.settings.run_format import NAME as SETTINGS
-from fedkern.settings.stored import load_settings, stored_settings
+from fedkern.settings.config import FOLDER, RunConfig, load_settings, stored_settings
+from fedkern.settings.config import NAME as SETTINGS
 
 REPORT = "report.html"
 PICTURE_LIST = "pictures.json"

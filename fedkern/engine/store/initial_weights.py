@@ -17,8 +17,8 @@ from fedkern.errors import UserError
 from fedkern.files import atomic
 from fedkern.files.filesystem import describe_file_kind, open_regular, report_unreadable
 from fedkern.models.pretrained.weight_files import read_state_dict
-from fedkern.settings.run_format import INIT
-from fedkern.settings.run_format import NAME as CONFIG
+from fedkern.settings.config import INIT
+from fedkern.settings.config import NAME as CONFIG
 
 MODEL = "model.safetensors"
 """File with the network of a finished run."""

@@ -14,8 +14,7 @@ import torch
 from fedkern.engine.context import RunContext
 from fedkern.engine.store import predictions, record_files
 from fedkern.engine.store.checkpoints import Checkpoints, Entry, read_newest
-from fedkern.engine.store.run_folder import NODES
-from fedkern.engine.store.saved_model import find_damaged
+from fedkern.engine.store.run_folder import NODES, find_damaged
 from fedkern.engine.transport import torchrun_group
 from fedkern.errors import UserError
 from fedkern.messages.states import State
@@ -23,10 +22,8 @@ from fedkern.methods.base import Round
 from fedkern.ops._core import backend
 from fedkern.ops._core.loading import Unavailable
 from fedkern.process import versions
-from fedkern.settings.config import RunConfig
-from fedkern.settings.run_format import NAME as SETTINGS
-from fedkern.settings.run_format import read_code
-from fedkern.settings.stored import load_settings, make_portable
+from fedkern.settings.config import NAME as SETTINGS
+from fedkern.settings.config import RunConfig, load_settings, make_portable, read_code
 from fedkern.usercode import named_code, plugins
 from fedkern.usercode.code_identity import digest, find_changes, fold_table, is_unchanged
 

@@ -51,8 +51,7 @@ from fedkern.report.tables import (
     interval_texts,
     intervals_tables,
 )
-from fedkern.settings.config import RunConfig, flatten_table
-from fedkern.settings.stored import stored_settings
+from fedkern.settings.config import RunConfig, flatten_table, stored_settings
 from fedkern.tasks.figure_names import (
     OVER_CLIENTS,
     direction,

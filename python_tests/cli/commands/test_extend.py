@@ -13,7 +13,7 @@ from fedkern.cli.command_parser import parse_words
 from fedkern.cli.commands import extend
 from fedkern.downstream.saved_network import read_model
 from fedkern.engine.store.record_files import read_metrics
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import load_settings
 from python_tests.interrupted import killed_at_rename
 
 TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model", "mlp", "--threads", "1",

@@ -9,7 +9,7 @@ import pytest
 from fedkern.cli import flags, repeat
 from fedkern.cli.request import effective_config
 from fedkern.run import main
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import load_settings
 from python_tests.html_reader import Reader
 
 TINY = ["--data", "digits", "--train-samples", "120", "--clients", "3", "--model", "mlp", "--threads", "1",

@@ -30,7 +30,7 @@ from fedkern.methods import METHODS
 from fedkern.models import MODELS
 from fedkern.models.precision import compute_in
 from fedkern.process import machine
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import load_settings
 from fedkern.tasks import CLASSIFICATION
 from python_tests import worker_methods
 from python_tests.hearing import Hearing

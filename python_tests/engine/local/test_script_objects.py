@@ -19,8 +19,8 @@ from fedkern.errors import ClientFailed, UserError
 from fedkern.methods import METHODS
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.report.live.progress_bar import run_headline
+from fedkern.settings.config import load_settings
 from fedkern.settings.defaults import COMMON
-from fedkern.settings.stored import load_settings
 from python_tests.hearing import Hearing
 from python_tests.interrupted import KillAt, kill_and_resume, outcome, play_killed
 from python_tests.own_networks import Plain, Staged

@@ -24,7 +24,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store import confusions
 from fedkern.engine.store.artifacts import FILE
 from fedkern.engine.store.record_files import Metrics
-from fedkern.engine.store.saved_model import MODEL
+from fedkern.engine.store.run_folder import MODEL
 from fedkern.errors import UserError
 from fedkern.privacy.guarantee import About, Disclosure
 from fedkern.tasks import CLASSIFICATION

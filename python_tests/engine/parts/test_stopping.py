@@ -25,8 +25,7 @@ from fedkern.methods.base import Phase, Round
 from fedkern.privacy.guarantee import About, Disclosure
 from fedkern.report.pages.run_page import headline
 from fedkern.report.run_contents import read_run_folder
-from fedkern.settings.config import RunConfig
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import RunConfig, load_settings
 from python_tests.interrupted import KillAt, kill_and_resume, outcome, play_killed
 from python_tests.saved_network import tensors
 from python_tests.stand_ins import Context, run_objects

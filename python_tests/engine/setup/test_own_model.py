@@ -24,8 +24,7 @@ from fedkern.errors import UserError
 from fedkern.methods import METHODS
 from fedkern.models import MODELS, available, register_model
 from fedkern.models.users.user_models import LEVELS
-from fedkern.settings.config import RunConfig
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import RunConfig, load_settings
 from fedkern.tasks import CLASSIFICATION
 from python_tests import own_networks
 from python_tests.hearing import Hearing

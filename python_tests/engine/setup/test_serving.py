@@ -14,7 +14,7 @@ from fedkern.engine.local.script_objects import ScriptObjects
 from fedkern.engine.run import run
 from fedkern.ops._core import backend
 from fedkern.report.live.progress_bar import run_headline
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import load_settings
 from python_tests.guest_networks import Doubling, Head, block
 from python_tests.hearing import Hearing
 from python_tests.interrupted import KillAt, kill_and_resume, outcome

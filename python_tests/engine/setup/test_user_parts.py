@@ -13,7 +13,7 @@ from fedkern.engine.setup.order import FILTER_ORDER, PART_ORDER, USERS
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.engine.uploads import reduction
 from fedkern.errors import UserError
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import load_settings
 from fedkern.usercode import plugins
 from python_tests.interrupted import KillAt, outcome, play_killed
 from python_tests.plugin_sources import no_plugins, unload_all  # noqa: F401

@@ -15,7 +15,7 @@ from fedkern.engine.store.checkpoints import BackgroundWriter, Checkpoints
 from fedkern.engine.store.record_files import rows
 from fedkern.errors import UserError
 from fedkern.messages.states import Packed
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import load_settings
 
 
 def test_checkpoints_keep_two_and_forget_what_was_not_committed(tmp_path, commit):

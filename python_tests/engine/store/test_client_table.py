@@ -17,7 +17,7 @@ from fedkern.errors import UserError
 from fedkern.files import atomic, folder_lock
 from fedkern.files.folder_lock import FolderLock
 from fedkern.listeners import Listener
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import load_settings
 from python_tests.interrupted import KillAt, play_killed
 
 

@@ -28,7 +28,7 @@ from fedkern.methods.fediod import client as fediod_client
 from fedkern.methods.fediod import private_messages
 from fedkern.privacy import LEDGER, Accountant, Guarantee
 from fedkern.report.figures.pictures import write_pictures
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import load_settings
 from python_tests.interrupted import KillAt, forget_results, play_killed
 
 OPTIONS = {

@@ -16,7 +16,7 @@ from fedkern.downstream.membership_attack import attack
 from fedkern.downstream.saved_network import read_model
 from fedkern.downstream.tasks import TASKS
 from fedkern.engine.run import run
-from fedkern.engine.store import confusions, saved_model
+from fedkern.engine.store import confusions, run_folder
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.extending import check_extension
 from fedkern.engine.store.record_files import read_metrics, read_summary
@@ -24,8 +24,7 @@ from fedkern.errors import UserError
 from fedkern.ops import use_backend, use_isa
 from fedkern.ops._core import backend
 from fedkern.run import main
-from fedkern.settings.config import RunConfig
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import RunConfig, load_settings
 from python_tests.interrupted import KillAt, forge, forget_results, outcome, play_killed, without
 
 
@@ -322,8 +321,8 @@ def write(folder, about, text=None):
         "cnn", classes=2, channels=3, image_size=16, seed=0, width=4
     )  # fmt: skip
     tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
-    text = json.dumps({"format": saved_model.FORMAT, **about}) if text is None else text
-    save_file(tensors, folder / saved_model.MODEL, metadata={"fedkern": text})
+    text = json.dumps({"format": run_folder.FORMAT, **about}) if text is None else text
+    save_file(tensors, folder / run_folder.MODEL, metadata={"fedkern": text})
 
 
 @pytest.fixture
@@ -358,7 +357,7 @@ def test_a_file_that_names_no_network_is_damaged(folder):
         write(folder, PLAIN, text)
         with pytest.raises(UserError, match="is damaged"):
             read_model(folder)
-    save_file({}, folder / saved_model.MODEL)
+    save_file({}, folder / run_folder.MODEL)
     with pytest.raises(UserError, match="does not say what network it holds"):
         read_model(folder)
 
@@ -367,7 +366,7 @@ def test_what_is_whole_is_read(folder):
     for about in (PLAIN, {**PLAIN, "statistics": "batch"}, PAIRED):
         if "statistics" in about:
             network = models.build("cnn", classes=2, channels=3, image_size=16, seed=0, width=4)
-            saved_model.write_model(folder / saved_model.MODEL, network, about)
+            run_folder.write_model(folder / run_folder.MODEL, network, about)
         else:
             write(folder, about)
         assert read_model(folder)[1] == about
@@ -415,11 +414,11 @@ def test_what_a_method_builds_again_is_looked_at_too(make_data, make_config, tmp
     data, out = make_data(), tmp_path / "run"
     run(make_config("ensemble", rounds=None), out=out, data=data)
     forget_results(out)
-    path = out / saved_model.MODEL
+    path = out / run_folder.MODEL
     with safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["fedkern"])
     tensors = load_file(path)
-    assert {"format": saved_model.FORMAT, **read_model(out)[1]} == about
+    assert {"format": run_folder.FORMAT, **read_model(out)[1]} == about
     for change in ({"samples": [1]}, {"samples": [0] * 40}, {"classes": ["a"]}, {"image_size": [1, 1]},
                    {"channels": 1, "mean": [0.5], "std": [0.5]}, {"task": "segmentation"}):  # fmt: skip
         save_file(tensors, path, metadata={"fedkern": json.dumps({**about, **change})})

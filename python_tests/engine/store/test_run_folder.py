@@ -12,7 +12,7 @@ from fedkern.engine.run import run
 from fedkern.engine.store.run_folder import NAMES
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import load_settings
 from python_tests.interrupted import KillAt, forge, outcome, play_killed
 
 FOREIGN = ("README.md", "notes.part", "data.safetensors")

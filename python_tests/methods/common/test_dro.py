@@ -15,7 +15,7 @@ from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
 from fedkern.methods import AFL, Federation, Phase, Upload
 from fedkern.methods.common.robust_weights import distance, exponentiated_step, project
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import load_settings
 from python_tests.interrupted import Kill, KillAt, outcome
 from python_tests.methods.feddra_parts import JOINT, LOSSES, SETTINGS
 

@@ -25,8 +25,7 @@ from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Phase, register
 from fedkern.models.towers import PARTS
-from fedkern.settings.config import RunConfig
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import RunConfig, load_settings
 from fedkern.tasks import CLASSIFICATION
 from fedkern.tasks.retrieval import RETRIEVAL, contrastive_among
 

@@ -17,8 +17,7 @@ from fedkern.methods.base import Federation
 from fedkern.methods.fediod import losses
 from fedkern.methods.fediod import private_messages as privacy
 from fedkern.methods.fediod.iod_options import IODOptions
-from fedkern.settings.config import RunConfig
-from fedkern.settings.stored import read_settings
+from fedkern.settings.config import RunConfig, read_settings
 
 K, B, C = 3, 5, 4
 

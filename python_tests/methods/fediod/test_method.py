@@ -30,7 +30,7 @@ from fedkern.methods.fediod.losses import (
 from fedkern.methods.fediod.method import load_teacher, split_holdout
 from fedkern.methods.fediod.server import ALIKE, make_generator, stack_class_counts
 from fedkern.models.teachers.teacher_stack import TeacherStack
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import load_settings
 from python_tests.interrupted import KillAt, outcome, play_killed
 from python_tests.methods.fediod_play import EVERY_TERM, TINY, World, cleared_and_live, frozen, same
 from python_tests.tasks import test_segmentation as segmented

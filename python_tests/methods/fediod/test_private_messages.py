@@ -23,7 +23,7 @@ from fedkern.methods.fediod.iod_options import IODOptions
 from fedkern.methods.fediod.losses import patch_entropy
 from fedkern.privacy import IMAGE, LEDGER, Accountant
 from fedkern.privacy.keys import noise_key
-from fedkern.settings.stored import load_settings
+from fedkern.settings.config import load_settings
 from fedkern.streams import stream
 from python_tests.methods.fediod_play import TINY, World, cleared_and_live, frozen, same
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fedkern import models
 from fedkern.data import PartitionStatistics, load
-from fedkern.engine.store import saved_model
+from fedkern.engine.store import run_folder
 from fedkern.engine.store.record_files import DataFacts
 from fedkern.errors import UserError
 from fedkern.report import run_contents
@@ -22,9 +22,8 @@ from fedkern.report.figures import answer_sheets, curves, pictures, plots, sheet
 from fedkern.report.figures.sheet import to_rgb
 from fedkern.report.names import label
 from fedkern.settings import run_data
-from fedkern.settings.config import RunConfig
+from fedkern.settings.config import RunConfig, load_settings
 from fedkern.settings.run_data import load_data
-from fedkern.settings.stored import load_settings
 from fedkern.tasks import TASKS
 from python_tests.report.answer_data import data_of
 
@@ -52,7 +51,7 @@ def save_model(model, folder: Path, name: str = "cnn") -> None:
         "mean": [0.5] * channels, "std": [0.2] * channels, "grey_bits": 8, "window": None, "method": "fedavg",
         "rounds": 2,
     }  # fmt: skip
-    saved_model.write_model(folder / saved_model.MODEL, model, about)
+    run_folder.write_model(folder / run_folder.MODEL, model, about)
 
 
 def read_png(path: Path) -> np.ndarray:
