@@ -262,10 +262,28 @@ class Records:
             self._args.out.write_text(json.dumps({"rounds": self._rounds}) + "\n")
 
 
-def prepare(args: argparse.Namespace) -> None:
+def start(description: str | None, flags: Mapping[str, Any]) -> tuple[argparse.Namespace, Federation]:
+    """Read the flags, seed, and load the data."""
+    args = prepare(description, flags)
+    return args, load_data(args)
+
+
+def prepare(description: str | None, flags: Mapping[str, Any]) -> argparse.Namespace:
+    args = arguments((description or "").split("\n")[0], **flags).parse_args()
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)
+    return args
+
+
+def average_clients(model: nn.Module, federation: Federation, train_client: Callable[[nn.Module, int], None]) -> None:
+    """Train a copy of ``model`` for each client by ``train_client(copy, k)``, and load the mean into ``model``."""
+    states = []
+    for k in range(len(federation.clients)):
+        local = copy.deepcopy(model)
+        train_client(local, k)
+        states.append(local.state_dict())
+    model.load_state_dict(average(states, federation.sizes))
 
 
 def run_rounds(

@@ -1,6 +1,5 @@
 """FedAvg (McMahan et al., 2017, arXiv 1602.05629) in plain PyTorch."""
 
-import copy
 from typing import Any
 
 import torch.nn.functional as F
@@ -18,20 +17,13 @@ def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def main() -> None:
-    args = common.arguments(__doc__, **FLAGS).parse_args()
-    common.prepare(args)
-    federation = common.load_data(args)
+    args, federation = common.start(__doc__, FLAGS)
     model = common.build_model(args, federation.source)
 
-    def update(round: int) -> None:
-        states = []
-        for dataset in federation.clients:
-            local = copy.deepcopy(model)
-            common.train(local, dataset, args, loss_of)
-            states.append(local.state_dict())
-        model.load_state_dict(common.average(states, federation.sizes))
+    def train_client(local: nn.Module, k: int) -> None:
+        common.train(local, federation.clients[k], args, loss_of)
 
-    common.run_rounds(args, model, federation, update)
+    common.run_rounds(args, model, federation, lambda _: common.average_clients(model, federation, train_client))
 
 
 if __name__ == "__main__":

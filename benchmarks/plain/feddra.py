@@ -180,8 +180,7 @@ def evaluate(model: Any, data: common.Images, texts: Sequence[str]) -> dict[str,
 
 
 def main() -> None:
-    args = common.arguments(__doc__.split("\n")[0], **FLAGS).parse_args()
-    common.prepare(args)
+    args = common.prepare(__doc__, FLAGS)
     source = common.load_source(args)
     channels, *sides = source.form.shape
     vocabulary = models.learn_vocabulary((text for split in source.clients for text in split.texts), "words")

@@ -4,7 +4,6 @@ L = CE(z_I, y) + CE(z_INV, y) + lambda T^2 [KL(f_I || f_G) + KL(f_INV || f_G)]
 """
 
 import argparse
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -69,29 +68,25 @@ def background_bank(split: Any, source: Any) -> Tensor:
 
 
 def main() -> None:
-    args = common.arguments(__doc__.split("\n")[0], **FLAGS).parse_args()
-    common.prepare(args)
-    federation = common.load_data(args)
+    args, federation = common.start(__doc__, FLAGS)
     model = common.build_model(args, federation.source)
     banks = [background_bank(split, federation.source) for split in federation.source.clients]
     augment = federation.clients[0].augment
 
     def update(round: int) -> None:
-        states = []
         globally = common.frozen(model)
-        for dataset, bank in zip(federation.clients, banks, strict=True):
 
-            def loss(net: nn.Module, images: Tensor, labels: Tensor, bank: Tensor = bank) -> Tensor:
-                backgrounds = bank[torch.randint(len(bank), (len(images),))]
+        def train_client(local: nn.Module, k: int) -> None:
+            def loss(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+                backgrounds = banks[k][torch.randint(len(banks[k]), (len(images),))]
                 if augment == "crop-flip":
                     backgrounds = torch.stack([common.crop_and_flip(image) for image in backgrounds])
                 backgrounds = backgrounds.to(args.device, non_blocking=True)
                 return loss_of(net, images, labels, globally=globally, backgrounds=backgrounds, args=args)
 
-            local = copy.deepcopy(model)
-            common.train(local, dataset, args, loss)
-            states.append(local.state_dict())
-        model.load_state_dict(common.average(states, federation.sizes))
+            common.train(local, federation.clients[k], args, loss)
+
+        common.average_clients(model, federation, train_client)
 
     common.run_rounds(args, model, federation, update)
 

@@ -95,9 +95,7 @@ def train_teachers(federation: common.Federation, args: argparse.Namespace) -> l
 
 
 def main() -> None:
-    args = common.arguments(__doc__.split("\n")[0], **FLAGS).parse_args()
-    common.prepare(args)
-    federation = common.load_data(args)
+    args, federation = common.start(__doc__, FLAGS)
     source, clients = federation.source, federation.clients
     channels, height, width = source.form.shape
     student = common.build_model(args, source)

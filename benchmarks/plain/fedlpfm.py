@@ -69,9 +69,7 @@ def with_logits(dataset: common.Images, teacher: nn.Module) -> common.Images:
 
 
 def main() -> None:
-    args = common.arguments(__doc__.split("\n")[0], **FLAGS).parse_args()
-    common.prepare(args)
-    federation = common.load_data(args)
+    args, federation = common.start(__doc__, FLAGS)
     model = common.build_model(args, federation.source)
     if federation.public is None:
         raise SystemExit("the teacher is trained on public images: give --public-samples")
@@ -83,15 +81,10 @@ def main() -> None:
     common.evaluate(public_proxy, federation.tests)
     clients = [with_logits(dataset, teacher) for dataset in federation.clients]
 
-    def update(round: int) -> None:
-        states = []
-        for dataset in clients:
-            local = copy.deepcopy(model)
-            common.train(local, dataset, args, lambda net, *batch: loss_of(net, *batch, args))
-            states.append(local.state_dict())
-        model.load_state_dict(common.average(states, federation.sizes))
+    def train_client(local: nn.Module, k: int) -> None:
+        common.train(local, clients[k], args, lambda net, *batch: loss_of(net, *batch, args))
 
-    common.run_rounds(args, model, federation, update)
+    common.run_rounds(args, model, federation, lambda _: common.average_clients(model, federation, train_client))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """FedProx (Li et al., 2020, arXiv 1812.06127) in plain PyTorch."""
 
-import copy
 from typing import Any
 
 import torch.nn.functional as F
@@ -20,20 +19,16 @@ def loss_of(model: nn.Module, images: Tensor, labels: Tensor, *, globally: nn.Mo
 
 
 def main() -> None:
-    args = common.arguments(__doc__, **FLAGS).parse_args()
-    common.prepare(args)
-    federation = common.load_data(args)
+    args, federation = common.start(__doc__, FLAGS)
     model = common.build_model(args, federation.source)
 
-    def update(round: int) -> None:
-        states = []
-        for dataset in federation.clients:
-            local = copy.deepcopy(model)
-            common.train(local, dataset, args, lambda net, *batch: loss_of(net, *batch, globally=model, mu=args.mu))
-            states.append(local.state_dict())
-        model.load_state_dict(common.average(states, federation.sizes))
+    def loss(net: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        return loss_of(net, images, labels, globally=model, mu=args.mu)
 
-    common.run_rounds(args, model, federation, update)
+    def train_client(local: nn.Module, k: int) -> None:
+        common.train(local, federation.clients[k], args, loss)
+
+    common.run_rounds(args, model, federation, lambda _: common.average_clients(model, federation, train_client))
 
 
 if __name__ == "__main__":

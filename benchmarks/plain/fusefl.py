@@ -153,9 +153,7 @@ def calibrate(head: nn.Linear, statistics: Sequence[tuple[int, Tensor, Tensor]],
 
 
 def main() -> None:
-    args = common.arguments(__doc__.split("\n")[0], **FLAGS).parse_args()
-    common.prepare(args)
-    federation = common.load_data(args)
+    args, federation = common.start(__doc__, FLAGS)
     source, count = federation.source, len(federation.clients)
     full = common.build_model(args, source)
     width = round(next(m for m in full.modules() if isinstance(m, nn.Conv2d)).out_channels / math.sqrt(count))

@@ -36,9 +36,7 @@ def train_client(
 
 
 def main() -> None:
-    args = common.arguments(__doc__, **FLAGS).parse_args()
-    common.prepare(args)
-    federation = common.load_data(args)
+    args, federation = common.start(__doc__, FLAGS)
     model = common.build_model(args, federation.source)
     control = [torch.zeros_like(parameter) for parameter in model.parameters()]
     own = [[torch.zeros_like(c) for c in control] for _ in federation.clients]

@@ -1,4 +1,4 @@
-"""Networks in bf16: dtypes of answers, distance to fp32, and cast weights; optimisers against torch.optim."""
+"""Networks in bf16: dtypes of answers, distance to fp32, and cast weights, optimisers against torch.optim."""
 
 from collections.abc import Callable
 from typing import Any

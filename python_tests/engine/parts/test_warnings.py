@@ -1,4 +1,4 @@
-"""Parts that report: warnings, listeners, diagnoses of clients; and parts that override nothing."""
+"""Parts that report: warnings, listeners, diagnoses of clients, and parts that override nothing."""
 
 import math
 

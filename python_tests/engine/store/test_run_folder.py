@@ -1,4 +1,4 @@
-"""Run folders: used, refused, and cleaned up; foreign ones, whose names and links reach nothing outside."""
+"""Run folders: used, refused, and cleaned up, and foreign ones, whose names and links reach nothing outside."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Named warnings: each where it should be and nowhere else; undefined figures, and intervals."""
+"""Named warnings: each where it should be and nowhere else, undefined figures, and intervals."""
 
 import csv
 import dataclasses

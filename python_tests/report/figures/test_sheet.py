@@ -1,4 +1,4 @@
-"""Sheets of pictures: places, scale and overlays; answers, artifacts, and the confusion picture."""
+"""Sheets of pictures: places, scale and overlays, answers, artifacts, and the confusion picture."""
 
 import json
 import re
