@@ -162,7 +162,7 @@ def test_a_frozen_module_trains_nothing(make_data, tmp_path):
         play(tmp_path / "run", make().requires_grad_(False), make_data)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("freeze", [None, "backbone.*"])
 @pytest.mark.parametrize("method", sorted(name for name, kind in METHODS.items() if kind.serves(CLASSIFICATION)))
 def test_every_client_begins_with_what_does_not_travel(make_data, make_public, tmp_path, method, freeze):

@@ -239,13 +239,14 @@ def test_a_missing_or_damaged_model_is_one_sentence(tmp_path):
 STEADY = {"rounds": 2, "local_epochs": 2, "batch_size": 8, "clients": 3, "augment": "crop-flip", "workers": "1"}
 NETWORK = {"data": "digits", "model": "resnet8", "width": 2}
 OWN = {
+    "fedgid image": {"model": "cnn", "options": {"intervene": "image"}},
     "ensemble": {"options": {"models": "cnn:2,resnet8:2", "calibrate": False}},
     "fusefl": {"local_epochs": 4, "augment": "none", "options": {"blocks": 2, "calibrate": False}},
     "fedlpfm": {"train_samples": 60, "public_samples": 20, "partition": "iid"},
     "feddra": {"data": "captions", "partition": "iid", "local_steps": 4, "train_samples": 200, "model": None},
 }
 ONE_SHOT = {"fusefl", "oneshot-fedavg", "ensemble"}
-QUICK = ("fedgid",)
+QUICK = ("fedgid image",)
 LOCAL_ONLY = {"fediod", "local", "centralised", "ccvr", "dense", "fedcgs", "feddf"}
 """Methods whose own step is not a client's, or that train as FedAvg does and answer with tensors of the device."""
 LATER = tuple(sorted(set(METHODS) - set(QUICK) - LOCAL_ONLY))
@@ -264,7 +265,7 @@ def settings(name):
 def test_no_step_waits_for_the_device(name, make_data, monkeypatch, tmp_path):
     given = settings(name)
     waits = pretend(monkeypatch)
-    config = RunConfig.make(name, device="cpu", grad_cam=0, **given)
+    config = RunConfig.make(name.partition(" ")[0], device="cpu", grad_cam=0, **given)
     made = make_data()
     form = dataclasses.replace(made.form, augment=given["augment"])
     data = None if "train_samples" in given else dataclasses.replace(made, form=form)

@@ -24,7 +24,6 @@ from python_tests.engine.executors.test_workers import compare_workers
 from python_tests.engine.local.test_captured import SMALL, same_runs
 from python_tests.interrupted import KillAt, check_interruption
 from python_tests.methods.test_fedgid import PHASE, Scene, gradient
-from python_tests.pretended_gpu import pretend
 
 IMAGE = {"intervene": "image"}
 
@@ -254,17 +253,6 @@ def test_options_without_effect_are_refused(extra, message):
 def test_a_network_needs_no_stages():
     needs = [FedGID(FedGID.Options.parse(options)).needs for options in ([], ["intervene=image"])]
     assert needs == ["maps", "features"]
-
-
-# What is kept of the run cannot be written into a network that has no values: torch says so.
-@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
-def test_no_step_waits_for_the_device(make_data, make_config, monkeypatch, tmp_path):
-    waits = pretend(monkeypatch)
-    config = make_config("fedgid", augment="crop-flip", batch_size=8, options=IMAGE, grad_cam=0)
-    with waits:
-        run(config, data=make_data(), out=tmp_path / "run")
-    assert waits.steps > 3
-    assert not waits.found
 
 
 class Masked(Dataset):
