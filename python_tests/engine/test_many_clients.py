@@ -27,16 +27,8 @@ from fedkern.files import filesystem
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS
 from fedkern.settings.config import FORMAT, load_settings
+from python_tests import interrupted
 from python_tests.hearing import Hearing
-from python_tests.interrupted import (
-    KillAt,
-    check_interruption,
-    kill_and_resume,
-    killed_at_rename,
-    outcome,
-    play_killed,
-    without,
-)
 
 WORKING = 5
 STATEFUL = {"buffers": "local", "grad_cam": 0, "eval_every": 50, "batch_size": 2}
@@ -177,7 +169,7 @@ def test_prepared_images_are_of_a_few_clients(make_many, small, tmp_path, monkey
     monkeypatch.setattr(samples, "PREPARED", 2)
     run(config, out=tmp_path / "few", data=data, listener=prepared)
     assert max(kept) == 10  # the clients of ten rounds
-    assert outcome(tmp_path / "few") == outcome(tmp_path / "all")
+    assert interrupted.outcome(tmp_path / "few") == interrupted.outcome(tmp_path / "all")
 
 
 # -- going on ----------------------------------------------------------------------------------------------------------
@@ -186,14 +178,16 @@ def test_prepared_images_are_of_a_few_clients(make_many, small, tmp_path, monkey
 @pytest.fixture
 def uncut(played_once, make_many, small):
     """Return the outcome of the run of 300 clients and six rounds."""
-    return outcome(played_once("whole", lambda out: run(small(300, rounds=6), out=out, data=make_many(300))))
+    return interrupted.outcome(
+        played_once("whole", lambda out: run(small(300, rounds=6), out=out, data=make_many(300)))
+    )
 
 
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("at", [("client", 12), ("round-start", 5), ("round", 3), ("end", 0)])
 def test_a_killed_run_goes_on(at, make_many, small, uncut, tmp_path):
     data, config = make_many(300), small(300, rounds=6)
-    assert kill_and_resume(config, out=tmp_path / "cut", data=data, at=KillAt(*at)) == uncut
+    assert interrupted.kill_and_resume(config, out=tmp_path / "cut", data=data, at=interrupted.KillAt(*at)) == uncut
 
 
 @pytest.mark.exhaustive
@@ -203,11 +197,11 @@ def test_killed_around_every_file(when, make_many, small, tmp_path):
     run(config, out=tmp_path / "whole", data=data)
     for count in range(12):
         cut = tmp_path / f"cut{count}"
-        with killed_at_rename(count, when):
+        with interrupted.killed_at_rename(count, when):
             run(config, out=cut, data=data)
         again = (cut / "config.toml").exists()
         run(load_settings(cut) if again else config, out=cut, resume=again, data=data)
-        assert outcome(cut) == outcome(tmp_path / "whole")
+        assert interrupted.outcome(cut) == interrupted.outcome(tmp_path / "whole")
 
 
 @pytest.fixture
@@ -215,7 +209,9 @@ def cut(played_once, make_many, small, tmp_path):
     """Return a run of 300 clients and six rounds, killed in its last round."""
 
     def play(out):
-        play_killed(small(300, rounds=6), out=out, data=make_many(300), at=KillAt("round-start", 5))
+        interrupted.play_killed(
+            small(300, rounds=6), out=out, data=make_many(300), at=interrupted.KillAt("round-start", 5)
+        )
 
     return shutil.copytree(played_once("cut", play), tmp_path / "cut")
 
@@ -266,9 +262,9 @@ def test_a_cut_table_falls_back_to_the_checkpoint_before(cut, make_many, uncut):
     path = cut / "checkpoints" / newest["table"]["file"]
     path.write_bytes(path.read_bytes()[:-5])
     go_on(cut, make_many(300))
-    found = outcome(cut)
+    found = interrupted.outcome(cut)
     assert path.name in found[2]["diagnostics"]["damaged-checkpoint"]
-    assert without(found, "damaged-checkpoint") == uncut
+    assert interrupted.without(found, "damaged-checkpoint") == uncut
 
 
 def test_what_an_interrupted_commit_left_in_the_table_is_dropped(cut, make_many, uncut):
@@ -276,7 +272,7 @@ def test_what_an_interrupted_commit_left_in_the_table_is_dropped(cut, make_many,
     with path.open("a") as file:
         file.write('{"0": ["client-00000-0000')
     go_on(cut, make_many(300))
-    assert outcome(cut) == uncut
+    assert interrupted.outcome(cut) == uncut
 
 
 @pytest.mark.parametrize("slack", [0, 1 << 16])
@@ -348,7 +344,7 @@ def test_own_test_sets_are_measured_once():
 def test_ten_thousand_clients(make_many, small, tmp_path):
     data = make_many(10_000)
     config = small(10_000, "scaffold", rounds=3, sample_fraction=0.01, buffers="average", eval_every=3)
-    check_interruption(config, tmp_path, data=data, at=KillAt("round-start", 2))
+    interrupted.check_interruption(config, tmp_path, data=data, at=interrupted.KillAt("round-start", 2))
     states = list((tmp_path / "whole" / "checkpoints").glob("client-*"))
     assert 200 < len(states) <= 300
     assert (tmp_path / "whole" / "checkpoints" / "manifest.json").stat().st_size < 500_000

@@ -18,16 +18,7 @@ import fedkern
 from fedkern.data import IGNORE
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, Batch, FedAvg, Method
-from fedkern.tasks import CLASSIFICATION, MULTILABEL, RETRIEVAL, SEGMENTATION, TASKS, cross_entropy
-from fedkern.tasks.figure_names import (
-    FRACTIONS,
-    check_set_names,
-    figure_title,
-    set_noun,
-    short_set_title,
-    short_title,
-    split_metric,
-)
+from fedkern.tasks import CLASSIFICATION, MULTILABEL, RETRIEVAL, SEGMENTATION, TASKS, cross_entropy, figure_names
 from fedkern.tasks.user_tasks import OwnTask
 from python_tests import own_data
 
@@ -248,11 +239,11 @@ def test_few_ask_what_kind_of_task_there_is():
 
 
 def test_a_metric_is_split_into_test_set_and_figure():
-    assert split_metric("ood_accuracy") == ("ood", "accuracy")
-    assert split_metric("accuracy") == ("", "accuracy")
-    assert split_metric("id_gradcam_in_object") == ("id", "gradcam_in_object")
-    assert split_metric("north_accuracy") == ("", "north_accuracy")
-    assert split_metric("north_accuracy", ["north"]) == ("north", "accuracy")
+    assert figure_names.split_metric("ood_accuracy") == ("ood", "accuracy")
+    assert figure_names.split_metric("accuracy") == ("", "accuracy")
+    assert figure_names.split_metric("id_gradcam_in_object") == ("id", "gradcam_in_object")
+    assert figure_names.split_metric("north_accuracy") == ("", "north_accuracy")
+    assert figure_names.split_metric("north_accuracy", ["north"]) == ("north", "accuracy")
 
 
 @pytest.mark.parametrize(("name", "title", "short"), [
@@ -267,8 +258,8 @@ def test_a_metric_is_split_into_test_set_and_figure():
     ("my_figure", "my figure", "my figure"),
 ])  # fmt: skip
 def test_a_figure_has_a_title_for_people(name, title, short):
-    assert figure_title(name) == title
-    assert short_title(name) == short
+    assert figure_names.figure_title(name) == title
+    assert figure_names.short_title(name) == short
 
 
 @pytest.mark.parametrize(("name", "short", "noun"), [
@@ -280,7 +271,7 @@ def test_a_figure_has_a_title_for_people(name, title, short):
     ("north", "north", 'test set "north"'),
 ])  # fmt: skip
 def test_a_test_set_has_a_name_in_columns_and_in_sentences(name, short, noun):
-    assert (short_set_title(name), set_noun(name)) == (short, noun)
+    assert (figure_names.short_set_title(name), figure_names.set_noun(name)) == (short, noun)
 
 
 @pytest.mark.parametrize(("names", "owner"), [
@@ -300,7 +291,7 @@ def test_a_test_set_has_a_name_in_columns_and_in_sentences(name, short, noun):
 ])  # fmt: skip
 def test_a_name_that_means_something_is_refused(names, owner):
     with pytest.raises(UserError, match=f"^The test set .* would have the names of those of {owner}: give it another"):
-        check_set_names(names, ["b_accuracy", "top2"])
+        figure_names.check_set_names(names, ["b_accuracy", "top2"])
 
 
 @pytest.mark.parametrize(
@@ -312,13 +303,13 @@ def test_a_name_that_means_something_is_refused(names, owner):
     ],
 )  # fmt: skip
 def test_the_figures_of_every_set_are_found_again(names):
-    check_set_names(names, ["top2"])
-    figures = [*FRACTIONS, "loss", "top2", "vote_accuracy"]
+    figure_names.check_set_names(names, ["top2"])
+    figures = [*figure_names.FRACTIONS, "loss", "top2", "vote_accuracy"]
     for name in [*names, "validation"]:
         for figure in figures:
-            assert split_metric(f"{name}_{figure}" if name else figure, names) == (name, figure)
+            assert figure_names.split_metric(f"{name}_{figure}" if name else figure, names) == (name, figure)
     for name in ("mean_client_accuracy", "worst_client_loss"):
-        assert split_metric(name, names) == ("", name)
+        assert figure_names.split_metric(name, names) == ("", name)
 
 
 @pytest.mark.parametrize(("metric", "tests", "said"), [

@@ -13,15 +13,7 @@ from fedkern.engine.server import Server
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import FedAvg, FedDRA, FedDyn, Local, Phase, Round, Upload
-from fedkern.methods.common.calibration import (
-    JITTER,
-    CalibrationOptions,
-    ClassStatistics,
-    calibrate,
-    collect_statistics,
-    shrink_covariances,
-    virtual_features,
-)
+from fedkern.methods.common import calibration
 from fedkern.methods.common.pooling import EXCHANGES, HEADS, Pooling
 from fedkern.methods.uploads import why_refused
 from fedkern.ops import FlatParameters
@@ -48,9 +40,9 @@ def samples(offset: float = 3.0):
 
 
 def pool(clients, *, batch=9, **kind):
-    server = ClassStatistics(CLASSES, WIDTH, **kind)
+    server = calibration.ClassStatistics(CLASSES, WIDTH, **kind)
     for features, labels in clients:
-        own = ClassStatistics(CLASSES, WIDTH, diagonal=server.diagonal)
+        own = calibration.ClassStatistics(CLASSES, WIDTH, diagonal=server.diagonal)
         for x, y in zip(features.split(batch), labels.split(batch), strict=True):
             own.add(x, y)
         server.merge(own.message())
@@ -96,7 +88,7 @@ def test_the_released_formula_is_an_uncentred_moment():
 def test_pooling_keeps_its_digits_far_from_zero():
     clients = [(x.double() + 1e4, y) for x, y in samples()]
     features, labels = concatenate(clients)
-    pool = ClassStatistics(CLASSES, WIDTH)
+    pool = calibration.ClassStatistics(CLASSES, WIDTH)
     for x, y in clients:
         pool.add(x, y)
     torch.testing.assert_close(pool.covariances()[0], torch.cov(features[labels == 0].T), rtol=1e-9, atol=1e-9)
@@ -105,7 +97,7 @@ def test_pooling_keeps_its_digits_far_from_zero():
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_what_is_sent(diagonal):
     features, labels = samples()[0]
-    statistics = ClassStatistics(CLASSES, WIDTH, diagonal=diagonal)
+    statistics = calibration.ClassStatistics(CLASSES, WIDTH, diagonal=diagonal)
     statistics.add(features, labels)
     message = statistics.message()
     numbers = WIDTH if diagonal else WIDTH * (WIDTH + 1) // 2
@@ -121,10 +113,10 @@ def test_shrinkage_follows_the_number_of_samples():
     for diagonal in (False, True):
         distances = []
         for n in (2, 20, 20_000):
-            statistics = ClassStatistics(2, WIDTH, diagonal=diagonal)
+            statistics = calibration.ClassStatistics(2, WIDTH, diagonal=diagonal)
             statistics.add(torch.randn(n, WIDTH, generator=generator) * scales, torch.zeros(n, dtype=torch.int64))
             statistics.add(torch.ones(1, WIDTH), torch.ones(1, dtype=torch.int64))
-            exact, pulled = statistics.covariances()[0], shrink_covariances(statistics)
+            exact, pulled = statistics.covariances()[0], calibration.shrink_covariances(statistics)
             variances = pulled if diagonal else pulled.diagonal(dim1=1, dim2=2)
             total = exact.sum() if diagonal else exact.trace()
             assert variances[0].sum().item() == pytest.approx(total.item())
@@ -138,26 +130,26 @@ def test_shrinkage_follows_the_number_of_samples():
 def test_virtual_features_have_the_moments(diagonal, monkeypatch):
     monkeypatch.setattr("fedkern.methods.common.calibration.PORTION_BYTES", 200_000)
     statistics = pool(samples(), diagonal=diagonal)
-    portions = list(virtual_features(statistics, np.random.default_rng(0), 8000))
+    portions = list(calibration.virtual_features(statistics, np.random.default_rng(0), 8000))
     assert len(portions) > 1
     for x, y in portions:
         assert torch.bincount(y, minlength=CLASSES).tolist() == [len(x) // 3] * 3 + [0]
     features, labels = (torch.cat(parts) for parts in zip(*portions, strict=True))
     assert features.dtype == torch.float32
-    wanted = shrink_covariances(statistics)
+    wanted = calibration.shrink_covariances(statistics)
     for c in range(3):
         own = features[labels == c].double()
         covariance = wanted[c].diag() if diagonal else wanted[c]
-        covariance = covariance + JITTER * torch.eye(WIDTH)
+        covariance = covariance + calibration.JITTER * torch.eye(WIDTH)
         size = covariance.diagonal().mean()
         assert (torch.cov(own.T) - covariance).abs().max() < 0.1 * size
         assert (own.mean(0) - statistics.means[c]).abs().max() < 0.06 * size.sqrt()
 
 
 def test_a_singular_covariance_can_be_drawn_from():
-    statistics = ClassStatistics(2, 3)
+    statistics = calibration.ClassStatistics(2, 3)
     statistics.add(torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0], [3.0, 6.0, 9.0]]), torch.zeros(3).long())
-    ((features, _),) = virtual_features(statistics, np.random.default_rng(0), 100, compat=True)
+    ((features, _),) = calibration.virtual_features(statistics, np.random.default_rng(0), 100, compat=True)
     torch.testing.assert_close(features[:, 1], 2 * features[:, 0], rtol=1e-4, atol=1e-4)
 
 
@@ -165,21 +157,21 @@ def test_calibration_mends_a_classifier_and_changes_nothing_else():
     generator = torch.Generator().manual_seed(2)
     labels = torch.arange(3).repeat(200)
     features = torch.randn(600, 3, generator=generator) * 0.3 + torch.eye(3)[labels]
-    statistics = ClassStatistics(3, 3)
+    statistics = calibration.ClassStatistics(3, 3)
     statistics.add(features, labels)
     head = nn.Linear(3, 3)
     with torch.no_grad():
         head.weight.copy_(torch.eye(3).roll(1, 0))
         head.bias.copy_(torch.tensor([2.0, 0.0, 0.0]))
     before = [p.detach().clone() for p in head.parameters()]
-    options = CalibrationOptions(calibration_lr=0.5, virtual_features=500)
+    options = calibration.CalibrationOptions(calibration_lr=0.5, virtual_features=500)
 
-    trained = calibrate(head, statistics, np.random.default_rng(0), options)
+    trained = calibration.calibrate(head, statistics, np.random.default_rng(0), options)
     accuracy = (trained(features).argmax(1) == labels).float().mean()
     assert (head(features).argmax(1) == labels).float().mean() < 0.5
     assert accuracy > 0.9
     assert all(torch.equal(a, b) for a, b in zip(before, head.parameters(), strict=True))
-    again = calibrate(head, statistics, np.random.default_rng(0), options)
+    again = calibration.calibrate(head, statistics, np.random.default_rng(0), options)
     assert torch.equal(trained.weight, again.weight)
     assert not any(p.requires_grad for p in trained.parameters())
 
@@ -187,15 +179,17 @@ def test_calibration_mends_a_classifier_and_changes_nothing_else():
 def test_compat_makes_one_slow_pass():
     statistics = pool(samples())
     head = nn.Linear(WIDTH, CLASSES)
-    compat = calibrate(head, statistics, np.random.default_rng(0), CalibrationOptions(ccvr_compat=True))
-    longer = CalibrationOptions(ccvr_compat=True, calibration_epochs=9, calibration_lr=0.5)
-    assert torch.equal(compat.weight, calibrate(head, statistics, np.random.default_rng(0), longer).weight)
+    compat = calibration.calibrate(
+        head, statistics, np.random.default_rng(0), calibration.CalibrationOptions(ccvr_compat=True)
+    )
+    longer = calibration.CalibrationOptions(ccvr_compat=True, calibration_epochs=9, calibration_lr=0.5)
+    assert torch.equal(compat.weight, calibration.calibrate(head, statistics, np.random.default_rng(0), longer).weight)
 
 
 def test_bad_uploads_are_named_and_not_taken_in():
     clients = samples()
     for diagonal, column in ((False, 5), (True, 1)):
-        own, server = (ClassStatistics(CLASSES, WIDTH, diagonal=diagonal) for _ in range(2))
+        own, server = (calibration.ClassStatistics(CLASSES, WIDTH, diagonal=diagonal) for _ in range(2))
         own.add(*clients[0])
         message = own.message()
         bad = message["scatters"].clone()
@@ -210,7 +204,7 @@ def test_bad_uploads_are_named_and_not_taken_in():
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 4\), not 4"):
         server.add(torch.zeros(1, WIDTH), torch.tensor([4]))
     with pytest.raises(ValueError, match="at least one batch"):
-        collect_statistics(nn.Identity(), [], CLASSES, CalibrationOptions())
+        calibration.collect_statistics(nn.Identity(), [], CLASSES, calibration.CalibrationOptions())
 
 
 # -- pooling -----------------------------------------------------------------------------------------------------------

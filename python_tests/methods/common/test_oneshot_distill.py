@@ -16,16 +16,7 @@ from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.messages.leaves import Keywords
 from fedkern.methods.baselines import feddf
-from fedkern.methods.common.oneshot_distill import (
-    BatchNormStatistics,
-    Distilled,
-    Pool,
-    Synthesis,
-    _Moments,
-    divergence,
-    frozen,
-    synthesise,
-)
+from fedkern.methods.common import oneshot_distill
 from python_tests.saved_network import same_network
 
 SMALL = {"nz": 4, "ngf": 2, "generator_steps": 2, "synthesis_batch": 8, "distill_batch": 4, "distill_epochs": 2}
@@ -119,14 +110,14 @@ def test_networks_may_differ(make_data, make_config, tmp_path):
 def student_starts(config, data, out):
     """Play the run, and return the student's weights at the beginning of each epoch of distillation."""
     starts = []
-    real = Distilled.follow
+    real = oneshot_distill.Distilled.follow
 
     def follow(self, student, *given):
         starts.append([p.detach().clone() for p in student.parameters()])
         return real(self, student, *given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Distilled, "follow", follow)
+        patch.setattr(oneshot_distill.Distilled, "follow", follow)
         run(config, out=out, data=data)
     return starts
 
@@ -159,7 +150,7 @@ def test_the_student_starts_from_the_average_or_fresh(data, make_config, tmp_pat
 def test_pool_asks_every_image_once():
     members = [models.build("cnn", classes=4, channels=3, image_size=8, seed=k, width=2) for k in range(2)]
     teachers = models.Ensemble(members)
-    pool = Pool(teachers, 7)
+    pool = oneshot_distill.Pool(teachers, 7)
     images = torch.randn(7, 3, 8, 8)
     pool.add(images[:3])
     pool.add(images[3:])
@@ -177,7 +168,7 @@ def test_a_pool_keeps_the_nesting_of_inputs():
     def teachers(inputs):
         return torch.stack([inputs["row"].sum(1, keepdim=True), inputs["turn"][:, None].float()])
 
-    pool = Pool(SimpleNamespace(logits=teachers), 5)
+    pool = oneshot_distill.Pool(SimpleNamespace(logits=teachers), 5)
     inputs = Keywords({"row": torch.rand(5, 3), "turn": torch.arange(5)})
     pool.add(inputs)
     own, said = pool.take(torch.tensor([4, 1]))
@@ -213,15 +204,15 @@ def generator(seed=0):
 
 
 def how(**settings):
-    return Synthesis(**{"steps": 4, "size": 12, "lr": 1e-2, **settings})
+    return oneshot_distill.Synthesis(**{"steps": 4, "size": 12, "lr": 1e-2, **settings})
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_moments_are_torchs_in_both_passes(layout):
     x = torch.randn(3, 4, 5, 6, dtype=torch.float64, generator=draw()).to(memory_format=layout)
     variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-    torch.testing.assert_close(_Moments.apply(x), (mean, variance))
-    assert torch.autograd.gradcheck(_Moments.apply, x.requires_grad_())
+    torch.testing.assert_close(oneshot_distill._Moments.apply(x), (mean, variance))
+    assert torch.autograd.gradcheck(oneshot_distill._Moments.apply, x.requires_grad_())
 
 
 def test_distance_to_running_statistics(teachers):
@@ -234,7 +225,7 @@ def test_distance_to_running_statistics(teachers):
             mean, var = h.mean((0, 2, 3)), h.var((0, 2, 3), unbiased=False)
             expected = expected + (mean - stage[1].running_mean).norm() + (var - stage[1].running_var).norm()
             h = stage[3](stage[2](stage[1](h)))
-    with BatchNormStatistics(teachers.members) as statistics:
+    with oneshot_distill.BatchNormStatistics(teachers.members) as statistics:
         teachers.logits(x.clone().requires_grad_())
         torch.testing.assert_close(statistics.take(), expected / 2)
         assert statistics.take() == 0.0
@@ -249,7 +240,7 @@ def test_statistics_are_matched_by_the_data_themselves():
     h = network.layer1[0](x).detach()
     bn.running_mean.copy_(h.mean((0, 2, 3)))
     bn.running_var.copy_(h.var((0, 2, 3), unbiased=False))
-    with torch.no_grad(), BatchNormStatistics([network.layer1]) as statistics:
+    with torch.no_grad(), oneshot_distill.BatchNormStatistics([network.layer1]) as statistics:
         network.eval().layer1(x)
         assert float(statistics.take()) < 1e-5
 
@@ -260,18 +251,18 @@ def test_divergence_counts_the_boundary_alone():
     weights = torch.tensor([0.5, 0.5])
     p, q = t.mean(0).softmax(1), s.softmax(1)
     rows = (p * (p / q).log()).sum(1)
-    torch.testing.assert_close(divergence(s, t, weights), rows[1] / 2)  # they agree on the first image
-    assert divergence(t.mean(0), t, weights) == 0
+    torch.testing.assert_close(oneshot_distill.divergence(s, t, weights), rows[1] / 2)  # they agree on the first image
+    assert oneshot_distill.divergence(t.mean(0), t, weights) == 0
     by_class = torch.tensor([[[0.25, 0.5, 1.0]], [[0.75, 0.5, 0.0]]])
     p = torch.tensor([[1.5, 0, 0], [0, 3.0, 0]]).softmax(1)
     rows = (p * (p / q).log()).sum(1)
-    torch.testing.assert_close(divergence(s, t, by_class), rows[1] / 2)
+    torch.testing.assert_close(oneshot_distill.divergence(s, t, by_class), rows[1] / 2)
 
 
 def test_teachers_and_student_stay_as_they_are(teachers):
     student = networks(3)[2].train()
     before = copy.deepcopy([teachers.state_dict(), student.state_dict()])
-    synthesise(generator(), teachers, student, how(), draw(), 3)
+    oneshot_distill.synthesise(generator(), teachers, student, how(), draw(), 3)
     for module, state in zip((teachers, student), before, strict=True):
         assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
     assert student.training
@@ -283,8 +274,8 @@ def test_images_come_to_look_like_their_labels(teachers):
     for member in teachers.members:
         member.head.weight.mul_(5)  # opinions, as after training
     settings = how(steps=40, batch_norm=0.0, size=30)
-    made, labels = synthesise(generator(), teachers, None, settings, draw(1), 3)
-    raw, _ = synthesise(generator(), teachers, None, how(steps=1, size=30), draw(1), 3)
+    made, labels = oneshot_distill.synthesise(generator(), teachers, None, settings, draw(1), 3)
+    raw, _ = oneshot_distill.synthesise(generator(), teachers, None, how(steps=1, size=30), draw(1), 3)
     assert made.shape == (30, 1, 8, 8)
     with torch.no_grad():
         assert F.cross_entropy(teachers(made), labels) < 0.8 * F.cross_entropy(teachers(raw), labels)
@@ -296,10 +287,12 @@ def test_statistics_and_divergence_pull_where_they_should(teachers):
         student.head.weight.neg_()  # it disagrees with the teachers
 
     def figures(**settings):
-        made, _ = synthesise(generator(), teachers, student, how(steps=30, cross_entropy=0.0, **settings), draw(2), 3)
-        with BatchNormStatistics(teachers.members) as statistics, torch.no_grad():
+        made, _ = oneshot_distill.synthesise(
+            generator(), teachers, student, how(steps=30, cross_entropy=0.0, **settings), draw(2), 3
+        )
+        with oneshot_distill.BatchNormStatistics(teachers.members) as statistics, torch.no_grad():
             t = torch.stack([m(made) for m in teachers.members])
-            return float(statistics.take()), float(divergence(student(made), t, teachers.weights))
+            return float(statistics.take()), float(oneshot_distill.divergence(student(made), t, teachers.weights))
 
     near, _ = figures(batch_norm=1.0, adversarial=0.0)
     far, adversarial = figures(batch_norm=0.0, adversarial=1.0)
@@ -310,9 +303,11 @@ def test_statistics_and_divergence_pull_where_they_should(teachers):
 
 def test_same_stream_same_images(teachers):
     before = torch.random.get_rng_state()
-    a = synthesise(generator(), teachers, None, how(), draw(3), 3)
-    b = synthesise(generator(1), teachers, None, how(), draw(3), 3)  # restarted, so its first weights do not matter
-    c = synthesise(generator(1), teachers, None, how(restart=False), draw(3), 3)
+    a = oneshot_distill.synthesise(generator(), teachers, None, how(), draw(3), 3)
+    b = oneshot_distill.synthesise(
+        generator(1), teachers, None, how(), draw(3), 3
+    )  # restarted, so its first weights do not matter
+    c = oneshot_distill.synthesise(generator(1), teachers, None, how(restart=False), draw(3), 3)
     assert torch.equal(a[0], b[0])
     assert torch.equal(a[1], b[1])
     assert not torch.equal(a[0], c[0])
@@ -323,16 +318,16 @@ def test_a_student_and_a_generator_that_diverge_are_named(teachers):
     student = networks(1)[0]
     torch.nn.init.constant_(student.head.bias, float("inf"))
     with pytest.raises(UserError, match="The student diverged: lower the method option distill_lr"):
-        synthesise(generator(), teachers, student, how(), draw(), 3)
+        oneshot_distill.synthesise(generator(), teachers, student, how(), draw(), 3)
     torch.nn.init.constant_(teachers.members[0].head.bias, float("nan"))
     with pytest.raises(UserError, match="lower the method option generator_lr"):
-        synthesise(generator(), teachers, None, how(), draw(), 3)
+        oneshot_distill.synthesise(generator(), teachers, None, how(), draw(), 3)
 
 
 def test_frozen_gives_back_what_it_found():
     network = networks(1)[0].train()
     network.head.weight.requires_grad_(False)
-    with frozen(network):
+    with oneshot_distill.frozen(network):
         assert not network.training
         assert not any(p.requires_grad for p in network.parameters())
     assert network.training

@@ -19,14 +19,7 @@ from fedkern.errors import UserError
 from fedkern.methods import FedIOD
 from fedkern.methods.common.figures import class_counts
 from fedkern.methods.common.oneshot import copy_vectors, flatten, load
-from fedkern.methods.fediod.losses import (
-    distillation,
-    importance,
-    mixture,
-    normalise_weights,
-    patch_entropy,
-    teacher_terms,
-)
+from fedkern.methods.fediod import losses
 from fedkern.methods.fediod.method import load_teacher, split_holdout
 from fedkern.methods.fediod.server import ALIKE, make_generator, stack_class_counts
 from fedkern.models.teachers.teacher_stack import TeacherStack
@@ -86,8 +79,8 @@ def test_messages_give_the_gradient_of_a_single_graph(world):
     patches = torch.cat([critic(seen) for critic in discriminators])
     samples = torch.tensor([float(c.samples) for c in w.clients.values()])
     pi = samples / samples.sum()
-    total = teacher_terms(logits, pi, options.w_balance)[0]
-    total = total + options.w_real * (pi * patch_entropy(patches, True).mean(1)).sum()
+    total = losses.teacher_terms(logits, pi, options.w_balance)[0]
+    total = total + options.w_real * (pi * losses.patch_entropy(patches, True).mean(1)).sum()
     expected = torch.autograd.grad(total, list(shop.generator.network.parameters()), retain_graph=True)
     w.exchange(gradients)
     got = [p.grad for p in shop.generator.network.parameters()]
@@ -372,7 +365,7 @@ def test_weights_count_pixels():
     labels = torch.tensor([[[0, 0, 1], [0, 1, IGNORE]], [[2, 2, 2], [0, 0, IGNORE]]])
     counts = class_counts(Place(labels))
     assert counts.tolist() == [5, 2, 3]
-    weights = normalise_weights(importance(torch.stack([counts, torch.tensor([5.0, 0, 1])]), None))[:, 0]
+    weights = losses.normalise_weights(losses.importance(torch.stack([counts, torch.tensor([5.0, 0, 1])]), None))[:, 0]
     torch.testing.assert_close(weights, torch.tensor([[0.5, 1, 0.75], [0.5, 0, 0.25]]))
     torch.testing.assert_close(weights.sum(0), torch.ones(3))
 
@@ -381,12 +374,12 @@ def test_one_confidence_for_all_pixels_of_an_image():
     """r_k(x) is averaged over the image, so every pixel has the weights w_kc r_k(x), which sum to one."""
     counts = torch.tensor([[5.0, 2, 0, 1], [5, 0, 0, 1], [5, 1, 0, 2]], dtype=torch.float64)
     scores = torch.rand(K, B, dtype=torch.float64) + 0.1
-    weights = importance(counts, scores)  # normalised over the clients below, as the operator does
+    weights = losses.importance(counts, scores)  # normalised over the clients below, as the operator does
     assert weights.shape == (K, B, C)
-    share = normalise_weights(weights)
+    share = losses.normalise_weights(weights)
     torch.testing.assert_close(share.sum(0), torch.ones(B, C, dtype=torch.float64))
     assert torch.allclose(share[:, :, 2], torch.full((K, B), 1 / 3, dtype=torch.float64))  # nobody has class 2
-    mixed = mixture(logits(), weights, None)
+    mixed = losses.mixture(logits(), weights, None)
     for b in range(B):
         for c in range(C):
             expected = (share[:, b, c, None, None] * logits()[:, b, c]).sum(0)
@@ -405,9 +398,9 @@ def test_every_term_is_the_mean_over_pixels():
     for given, said in ((logits(), student), (by_pixel(logits(), 2), by_pixel(student, 1))):
         leaf = logits().requires_grad_()
         shaped = leaf if given.dim() == 5 else by_pixel(leaf, 2)
-        total, terms = teacher_terms(shaped, pi, 2.0)
+        total, terms = losses.teacher_terms(shaped, pi, 2.0)
         (gradient,) = torch.autograd.grad(total, leaf)
-        kd = distillation(said, shaped.detach(), weights, None)
+        kd = losses.distillation(said, shaped.detach(), weights, None)
         found.append((total.detach(), gradient, kd, {name: value.detach() for name, value in terms.items()}))
     (total, gradient, kd, terms), (flat, flat_gradient, flat_kd, flat_terms) = found
     torch.testing.assert_close(total, flat)
@@ -421,8 +414,8 @@ def test_every_term_is_the_mean_over_pixels():
 def test_the_diversity_of_equal_teachers_is_zero():
     pi = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     equal = logits()[:1].expand(K, -1, -1, -1, -1)
-    assert abs(float(teacher_terms(equal, pi, 0.0)[1]["diversity"])) < 1e-12
-    value = float(teacher_terms(10 * logits(), pi, 0.0)[1]["diversity"])
+    assert abs(float(losses.teacher_terms(equal, pi, 0.0)[1]["diversity"])) < 1e-12
+    value = float(losses.teacher_terms(10 * logits(), pi, 0.0)[1]["diversity"])
     assert 0 < value < float(torch.special.entr(pi).sum()) + 1e-12
 
 

@@ -10,18 +10,6 @@ import torch
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops import (
-    Accumulator,
-    clip_and_noise,
-    clip_by_norm,
-    geometric_median,
-    krum,
-    median,
-    pairwise_distances,
-    server_step,
-    trimmed_mean,
-    weighted_mean,
-)
 from fedkern.ops._aggregate.kernels import AggregateKernels
 from fedkern.ops._core import backend
 from python_tests.ops._aggregate.aggregate_cases import make_vectors, odd_views
@@ -32,16 +20,16 @@ G = torch.ones(4)
 
 # Those without a gradient.
 CALLS: dict[str, Callable[..., Any]] = {
-    "trimmed_mean": lambda v: trimmed_mean(v, 1),
-    "weighted trimmed_mean": lambda v: trimmed_mean(v, 1, [1.0, 2.0, 3.0, 4.0, 5.0]),
-    "median": median,
-    "weighted median": lambda v: median(v, torch.arange(1.0, 6.0)),
-    "pairwise_distances": pairwise_distances,
-    "krum": lambda v: krum(v, 1, 2),
-    "geometric_median": lambda v: geometric_median(v, [1.0, 2.0, 3.0, 4.0, 5.0]),
-    "clip_by_norm": lambda v: clip_by_norm(v, 1.5),
-    "clip_and_noise": lambda v: clip_and_noise(v, 1.5, 0.1, (1 << 64) - 1, (1 << 63) + 5),
-    "server_step": lambda v: server_step(v[0] * 0, v, [1.0, 2.0, 3.0, 4.0, 5.0]),
+    "trimmed_mean": lambda v: ops.trimmed_mean(v, 1),
+    "weighted trimmed_mean": lambda v: ops.trimmed_mean(v, 1, [1.0, 2.0, 3.0, 4.0, 5.0]),
+    "median": ops.median,
+    "weighted median": lambda v: ops.median(v, torch.arange(1.0, 6.0)),
+    "pairwise_distances": ops.pairwise_distances,
+    "krum": lambda v: ops.krum(v, 1, 2),
+    "geometric_median": lambda v: ops.geometric_median(v, [1.0, 2.0, 3.0, 4.0, 5.0]),
+    "clip_by_norm": lambda v: ops.clip_by_norm(v, 1.5),
+    "clip_and_noise": lambda v: ops.clip_and_noise(v, 1.5, 0.1, (1 << 64) - 1, (1 << 63) + 5),
+    "server_step": lambda v: ops.server_step(v[0] * 0, v, [1.0, 2.0, 3.0, 4.0, 5.0]),
 }
 
 WRONG_VECTORS = [
@@ -55,35 +43,42 @@ WRONG_VECTORS = [
 
 @pytest.mark.parametrize("name", [*CALLS, "weighted_mean"])
 def test_wrong_vectors(name: str) -> None:
-    own = {"server_step": lambda v: server_step(G, v, [1.0]), "weighted_mean": lambda v: weighted_mean(v, [1.0])}
+    own = {
+        "server_step": lambda v: ops.server_step(G, v, [1.0]),
+        "weighted_mean": lambda v: ops.weighted_mean(v, [1.0]),
+    }
     for vectors, error, message in WRONG_VECTORS:
         with pytest.raises(error, match=message):
             {**CALLS, **own}[name](vectors)
 
 
-step = functools.partial(server_step, G, V, [1, 1, 1])
+step = functools.partial(ops.server_step, G, V, [1, 1, 1])
 WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
-    (lambda: trimmed_mean(V, 2), ValueError, "trim must be less than half of the number of vectors, 3, not 2"),
-    (lambda: trimmed_mean(V, -1), ValueError, "trim must be at least 0, not -1"),
-    (lambda: trimmed_mean(V, 1, [1, 2]), ValueError, "weights must have one value for each of the 3 vectors, not 2"),
-    (lambda: median(V, [1, -1, 1]), ValueError, r"weights\[1\] must be finite and not negative, not -1"),
-    (lambda: median(V, torch.zeros(3)), ValueError, "weights must have a positive, finite sum, not 0"),
-    (lambda: median(V, torch.ones(2)), ValueError, r"weights must have shape \[3\], but has \[2\]"),
-    (lambda: krum(V, 1), ValueError, r"byzantine must be less than \(M - 2\) / 2 with M = 3 vectors, not 1"),
-    (lambda: krum(V, 0, 4), ValueError, "keep must be between 1 and 3, not 4"),
-    (lambda: geometric_median(V, iterations=-1), ValueError, "iterations must be at least 0, not -1"),
-    (lambda: geometric_median(V, tolerance=-1.0), ValueError, "tolerance must be at least 0, not -1"),
-    (lambda: geometric_median(V, smoothing=0.0), ValueError, "smoothing must be greater than 0, not 0"),
-    (lambda: geometric_median(V, [0, 0, 0]), ValueError, "weights must have a positive, finite sum, not 0"),
-    (lambda: clip_by_norm(V, 0.0), ValueError, "max_norm must be greater than 0, not 0"),
-    (lambda: clip_by_norm(V, math.inf), ValueError, "max_norm must be greater than 0, not inf"),
-    (lambda: clip_and_noise(V, 1.0, -1.0, 0), ValueError, "noise must be at least 0, not -1"),
-    (lambda: clip_and_noise(V, 1.0, 1.0, -1), ValueError, f"seed must be between 0 and {2**64 - 1}, not -1"),
-    (lambda: clip_and_noise(V, 1.0, 1.0, 0, 1 << 64), ValueError, "offset must be between 0 and"),
-    (lambda: step("sgd"), ValueError, "rule must be one of mean, momentum, adam.*not 'sgd'"),
-    (lambda: server_step(torch.ones(5), V, [1, 1, 1]), ValueError, r"global_ must have shape \[4\], but has \[5\]"),
+    (lambda: ops.trimmed_mean(V, 2), ValueError, "trim must be less than half of the number of vectors, 3, not 2"),
+    (lambda: ops.trimmed_mean(V, -1), ValueError, "trim must be at least 0, not -1"),
     (
-        lambda: server_step(G.double(), V, [1, 1, 1]),
+        lambda: ops.trimmed_mean(V, 1, [1, 2]),
+        ValueError,
+        "weights must have one value for each of the 3 vectors, not 2",
+    ),
+    (lambda: ops.median(V, [1, -1, 1]), ValueError, r"weights\[1\] must be finite and not negative, not -1"),
+    (lambda: ops.median(V, torch.zeros(3)), ValueError, "weights must have a positive, finite sum, not 0"),
+    (lambda: ops.median(V, torch.ones(2)), ValueError, r"weights must have shape \[3\], but has \[2\]"),
+    (lambda: ops.krum(V, 1), ValueError, r"byzantine must be less than \(M - 2\) / 2 with M = 3 vectors, not 1"),
+    (lambda: ops.krum(V, 0, 4), ValueError, "keep must be between 1 and 3, not 4"),
+    (lambda: ops.geometric_median(V, iterations=-1), ValueError, "iterations must be at least 0, not -1"),
+    (lambda: ops.geometric_median(V, tolerance=-1.0), ValueError, "tolerance must be at least 0, not -1"),
+    (lambda: ops.geometric_median(V, smoothing=0.0), ValueError, "smoothing must be greater than 0, not 0"),
+    (lambda: ops.geometric_median(V, [0, 0, 0]), ValueError, "weights must have a positive, finite sum, not 0"),
+    (lambda: ops.clip_by_norm(V, 0.0), ValueError, "max_norm must be greater than 0, not 0"),
+    (lambda: ops.clip_by_norm(V, math.inf), ValueError, "max_norm must be greater than 0, not inf"),
+    (lambda: ops.clip_and_noise(V, 1.0, -1.0, 0), ValueError, "noise must be at least 0, not -1"),
+    (lambda: ops.clip_and_noise(V, 1.0, 1.0, -1), ValueError, f"seed must be between 0 and {2**64 - 1}, not -1"),
+    (lambda: ops.clip_and_noise(V, 1.0, 1.0, 0, 1 << 64), ValueError, "offset must be between 0 and"),
+    (lambda: step("sgd"), ValueError, "rule must be one of mean, momentum, adam.*not 'sgd'"),
+    (lambda: ops.server_step(torch.ones(5), V, [1, 1, 1]), ValueError, r"global_ must have shape \[4\], but has \[5\]"),
+    (
+        lambda: ops.server_step(G.double(), V, [1, 1, 1]),
         ValueError,
         "global_ must have the dtype torch.float32 of the vectors, but has torch.float64",
     ),
@@ -138,7 +133,7 @@ def leaves(result: Any) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_where_vectors_lie(backend: str, dtype: torch.dtype) -> None:
     vectors = make_vectors(5, 143, dtype)
-    weighted = {"weighted_mean": lambda v: weighted_mean(v, [1.0, 2.0, 3.0, 4.0, 5.0])}
+    weighted = {"weighted_mean": lambda v: ops.weighted_mean(v, [1.0, 2.0, 3.0, 4.0, 5.0])}
     for name, call in {**weighted, **CALLS}.items():
         if name == "server_step" and backend in ("reference", "triton"):  # Triton leaves it to the reference
             continue  # torch adds up the norms of columns in another order
@@ -148,7 +143,7 @@ def test_bits_do_not_depend_on_where_vectors_lie(backend: str, dtype: torch.dtyp
 
 
 def test_accumulator_refuses_transforms() -> None:
-    accumulator = Accumulator(3)
+    accumulator = ops.Accumulator(3)
 
     def add(vector: Tensor) -> Tensor:
         accumulator.add(vector)

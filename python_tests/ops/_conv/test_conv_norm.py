@@ -8,33 +8,15 @@ import pytest
 import torch
 
 from fedkern import ops
-from python_tests.ops._conv.conv_cases import (
-    GROUPED,
-    LAST,
-    SHAPES,
-    arguments,
-    assert_near,
-    assert_same,
-    check_no_worse_than_eager,
-    check_spreading,
-    check_threads,
-    cut_off,
-    each_kernel,
-    exact,
-    grad_for,
-    needs_core,
-    results,
-    serve_both,
-    serving,
-)
+from python_tests.ops._conv import conv_cases
 from python_tests.ops.operator_cases import describe, pairwise, using
 
 CASES = [
     case
-    for layer in sorted({shape[:2] for shape in SHAPES})
+    for layer in sorted({shape[:2] for shape in conv_cases.SHAPES})
     for case in pairwise(
         {
-            "shape": [shape for shape in SHAPES if shape[:2] == layer],
+            "shape": [shape for shape in conv_cases.SHAPES if shape[:2] == layer],
             "batch": (1, 2, 5, 33),
             "relu": (True, False),
             "pool": (1, 2),
@@ -51,10 +33,10 @@ CASES = [
 # Of a group norm, groups "all": one for each channel.
 GROUP_NORMS = [
     case
-    for layer in sorted({shape[:2] for shape in GROUPED})
+    for layer in sorted({shape[:2] for shape in conv_cases.GROUPED})
     for case in pairwise(
         {
-            "shape": [shape for shape in GROUPED if shape[:2] == layer],
+            "shape": [shape for shape in conv_cases.GROUPED if shape[:2] == layer],
             "batch": (1, 2, 5, 33),
             "relu": (True, False),
             "end": ({}, {"pool": 2}, {"residual": True}),
@@ -67,11 +49,11 @@ GROUP_NORMS = [
 
 
 @pytest.mark.sampled(26)
-@each_kernel
+@conv_cases.each_kernel
 @pytest.mark.parametrize("case", CASES, ids=describe)
 def test_values_and_gradients(name: str, case: dict[str, Any]) -> None:
     stride, side, (channels, out, height, width) = case["shape"]
-    given = arguments(
+    given = conv_cases.arguments(
         case["batch"], channels, out, height, width, residual=case["residual"], stride=stride, side=side,
         weight_last=case["weight_last"],
     )  # fmt: skip
@@ -82,22 +64,22 @@ def test_values_and_gradients(name: str, case: dict[str, Any]) -> None:
         "momentum": 0.3,
         "eps": 1e-3,
     }
-    grad = grad_for(given, **settings)
-    got, expected = serve_both(name, given, exact(given), grad, **settings)
-    assert got["out"].is_contiguous(memory_format=LAST)
+    grad = conv_cases.grad_for(given, **settings)
+    got, expected = conv_cases.serve_both(name, given, conv_cases.exact(given), grad, **settings)
+    assert got["out"].is_contiguous(memory_format=conv_cases.LAST)
     assert got["gradient of weight"].stride() == given["weight"].stride()
-    assert_near(got, expected)
+    conv_cases.assert_near(got, expected)
     with torch.no_grad(), using(name):
-        evaluated = results(given, **settings)
-    assert_same(got, evaluated, list(evaluated))
+        evaluated = conv_cases.results(given, **settings)
+    conv_cases.assert_same(got, evaluated, list(evaluated))
 
 
 @pytest.mark.sampled(37)
-@each_kernel
+@conv_cases.each_kernel
 @pytest.mark.parametrize("case", GROUP_NORMS, ids=describe)
 def test_group_norms(name: str, case: dict[str, Any]) -> None:
     stride, side, shape = case["shape"]
-    given = arguments(
+    given = conv_cases.arguments(
         case["batch"], *shape, residual="residual" in case["end"], grouped=True, stride=stride, side=side,
         weight_last=case["weight_last"],
     )  # fmt: skip
@@ -105,83 +87,85 @@ def test_group_norms(name: str, case: dict[str, Any]) -> None:
     if not case["bias"]:
         given["bias"] = None
     settings = {"groups": groups, "stride": stride, "relu": case["relu"], "pool": case["end"].get("pool", 1)}
-    grad = grad_for(given, **settings)
-    got, expected = serve_both(name, given, exact(given), grad, **settings)
+    grad = conv_cases.grad_for(given, **settings)
+    got, expected = conv_cases.serve_both(name, given, conv_cases.exact(given), grad, **settings)
     with using(name), torch.no_grad():
-        evaluated = results(given, **settings)
-    assert_same(got, evaluated, list(evaluated))
+        evaluated = conv_cases.results(given, **settings)
+    conv_cases.assert_same(got, evaluated, list(evaluated))
     if case["bias"] and groups == shape[1]:  # the norm takes it out, and its gradient is nothing but rounding
         largest = float(expected["gradient of shift"].abs().max())
         assert max(float(x.pop("gradient of bias").abs().max()) for x in (got, expected)) <= 2e-5 * largest
-    assert_near(got, expected)
+    conv_cases.assert_near(got, expected)
 
 
 @pytest.mark.sampled(11)
-@needs_core
-@pytest.mark.parametrize(("stride", "side", "shape"), SHAPES)
+@conv_cases.needs_core
+@pytest.mark.parametrize(("stride", "side", "shape"), conv_cases.SHAPES)
 def test_these_shapes_are_served(stride: int, side: int, shape: tuple[int, int, int, int]) -> None:
     for batch, residual in itertools.product((1, 5, 33), (False, True)):
-        given = arguments(batch, *shape, residual=residual, stride=stride, side=side)
-        assert serving(**given, stride=stride) is not None
+        given = conv_cases.arguments(batch, *shape, residual=residual, stride=stride, side=side)
+        assert conv_cases.serving(**given, stride=stride) is not None
         given |= {"mean": None, "variance": None}
-        assert (serving(**given, stride=stride, groups=shape[1]) is not None) == ((stride, side, shape) in GROUPED)
+        assert (conv_cases.serving(**given, stride=stride, groups=shape[1]) is not None) == (
+            (stride, side, shape) in conv_cases.GROUPED
+        )
 
 
-@each_kernel
+@conv_cases.each_kernel
 @pytest.mark.parametrize(
     ("side", "shape"), [(3, (3, 8, 32, 32)), (3, (8, 24, 9, 13)), (3, (32, 64, 16, 16)), (1, (16, 32, 16, 16))]
 )
 def test_bits_do_not_depend_on_threads(name: str, side: int, shape: tuple[int, int, int, int]) -> None:
     ends = ((2, False, {}), (1, True, {}), (1, True, {"training": False}), (2, False, {"groups": 4}))
     for pool, residual, norm in (*ends, (1, True, {"groups": 4})):
-        given = arguments(37, *shape, residual=residual, grouped="groups" in norm, side=side)
+        given = conv_cases.arguments(37, *shape, residual=residual, grouped="groups" in norm, side=side)
         settings = {"pool": pool, **norm}
-        grad = grad_for(given, **settings)
-        check_threads(name, (1, 2, 3, 5), given, grad, **settings)
+        grad = conv_cases.grad_for(given, **settings)
+        conv_cases.check_threads(name, (1, 2, 3, 5), given, grad, **settings)
 
 
-@each_kernel
+@conv_cases.each_kernel
 def test_bits_do_not_depend_on_how_many_sums_of_wide_weights_are_held(name: str) -> None:
     """Partial sums take 8 MB: one thread holds one beside the total, five threads hold all four."""
-    given = arguments(32, 256, 528, 5, 6)
+    given = conv_cases.arguments(32, 256, 528, 5, 6)
     with using(name):
-        assert serving(**given) is not None
-    check_threads(name, (1, 5), given, torch.randn(32, 528, 5, 6).contiguous(memory_format=LAST))
+        assert conv_cases.serving(**given) is not None
+    conv_cases.check_threads(name, (1, 5), given, torch.randn(32, 528, 5, 6).contiguous(memory_format=conv_cases.LAST))
 
 
-@each_kernel
+@conv_cases.each_kernel
 def test_two_values_per_channel_have_a_variance(name: str) -> None:
     """Two is the minimum in training.
 
     The unbiased variance is twice the batch's.
     """
-    given = arguments(2, 16, 16, 1, 1)
-    grad = grad_for(given)
+    given = conv_cases.arguments(2, 16, 16, 1, 1)
+    grad = conv_cases.grad_for(given)
     with using(name):
-        got = results(given, grad)
+        got = conv_cases.results(given, grad)
     with ops.use_backend("reference"):
-        assert_near(got, results(exact(given), grad), 1e-4)
+        conv_cases.assert_near(got, conv_cases.results(conv_cases.exact(given), grad), 1e-4)
 
 
-@each_kernel
+@conv_cases.each_kernel
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("relu", [True, False])
 def test_ties_in_windows_go_to_the_first(name: str, training: bool, relu: bool) -> None:
     """Channels without weights have equal values in every window, above or below 0."""
-    given = arguments(3, 8, 16, 7, 6)
+    given = conv_cases.arguments(3, 8, 16, 7, 6)
     with torch.no_grad():
         given["weight"][::2] = 0
         given["shift"][:8], given["shift"][8:] = 1.5, -1.5
         given["mean"].zero_()
     settings = {"pool": 2, "training": training, "relu": relu}
     grad = torch.randn(3, 16, 3, 3)
-    dead = ops.conv_norm(**exact(given), **{**settings, "update": False})[:, 8::2] if relu else None
+    dead = ops.conv_norm(**conv_cases.exact(given), **{**settings, "update": False})[:, 8::2] if relu else None
     assert dead is None or not dead.any()
-    got, expected = serve_both(name, given, given, grad, **settings)
+    got, expected = conv_cases.serve_both(name, given, given, grad, **settings)
     # In the other channels rounding may choose otherwise than in torch.
     torch.testing.assert_close(got["out"], expected["out"])
     rows = "gradient of weight"
-    assert_near({rows: got[rows][::2]}, {rows: expected[rows][::2]})
+    conv_cases.assert_near({rows: got[rows][::2]}, {rows: expected[rows][::2]})
 
 
 # (stride, side of the kernel, shape): Winograd's, direct, filled with zeros, of stride 2 and of one tap.
@@ -193,7 +177,7 @@ ENDS = [{"pool": 2}, {"residual": True}, {"residual": True, "relu": False}, {"re
 
 
 @pytest.mark.sampled(4)
-@each_kernel
+@conv_cases.each_kernel
 @pytest.mark.parametrize("norm", [{"training": True}, {"training": False}, {"groups": 2}], ids=str)
 @pytest.mark.parametrize(("stride", "side", "shape"), NOT_FINITE)
 def test_what_is_not_finite_spreads_as_in_torch(name, norm, stride, side, shape):
@@ -210,19 +194,19 @@ def test_what_is_not_finite_spreads_as_in_torch(name, norm, stride, side, shape)
     for end, where in itertools.product(ENDS, places):
         value = next(values)
         settings = {"pool": 1, "relu": True, "stride": stride, **norm, **end}
-        given = arguments(
+        given = conv_cases.arguments(
             3, *shape, residual=settings.pop("residual", False), grouped="groups" in norm, stride=stride, side=side
         )
-        grad = grad_for(given, **settings)
+        grad = conv_cases.grad_for(given, **settings)
         if where != "residual" or given["residual"] is not None:
             with torch.no_grad():
                 {**given, "grad": grad}[where][places[where]] = value
-        check_spreading(name, given, grad, f"{where} {end}", **settings)
+        conv_cases.check_spreading(name, given, grad, f"{where} {end}", **settings)
 
 
-@each_kernel
+@conv_cases.each_kernel
 def test_finite_values_whose_tiles_overflow(name: str) -> None:
-    given = cut_off(arguments(3, 16, 16))
+    given = conv_cases.cut_off(conv_cases.arguments(3, 16, 16))
     given["x"] = (given["x"].sign() * 1e38).contiguous(memory_format=torch.channels_last)
     given["weight"] = torch.zeros_like(given["weight"])
     given["weight"][:, :, 1, 1] = torch.eye(16)
@@ -231,13 +215,13 @@ def test_finite_values_whose_tiles_overflow(name: str) -> None:
     assert bool(out.isfinite().all())
 
 
-@each_kernel
+@conv_cases.each_kernel
 @pytest.mark.parametrize("groups", [0, 8])
 @pytest.mark.parametrize("mean", [0, 100])
 def test_no_worse_than_eager(name: str, mean: float, groups: int) -> None:
     """The cases are stages of the default network, and images far from 0 (their variance is a difference of sums)."""
     for shape in ((3, 32, 32, 32), (32, 64, 16, 16), (64, 128, 8, 8)):
-        given, settings = arguments(8, *shape, grouped=groups > 0), {"pool": 2, "groups": groups}
+        given, settings = conv_cases.arguments(8, *shape, grouped=groups > 0), {"pool": 2, "groups": groups}
         with torch.no_grad():
             given["x"] += mean
-        check_no_worse_than_eager(name, given, grad_for(given, **settings), shape, **settings)
+        conv_cases.check_no_worse_than_eager(name, given, conv_cases.grad_for(given, **settings), shape, **settings)

@@ -14,23 +14,7 @@ from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops._core import backend
-from python_tests.ops._conv.conv_cases import (
-    CONV,
-    SURROUNDINGS,
-    Served,
-    arguments,
-    assert_near,
-    assert_same,
-    check_chosen_gradients,
-    check_never_served,
-    check_second_derivatives,
-    exact,
-    grad_for,
-    leaves_of,
-    needs_core,
-    results,
-    serving,
-)
+from python_tests.ops._conv import conv_cases
 from python_tests.ops.operator_cases import using
 from python_tests.ops.operator_runs import Named
 
@@ -54,7 +38,7 @@ NORMS = pytest.mark.parametrize("norm", [{"training": True}, {"training": False}
 
 def split(end: dict[str, Any], **shape: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     shape |= {name: end[name] for name in ("residual", "side", "stride") if name in end}
-    return arguments(**shape, grouped="groups" in end), {
+    return conv_cases.arguments(**shape, grouped="groups" in end), {
         name: value for name, value in end.items() if name not in ("residual", "side")
     }
 
@@ -62,9 +46,11 @@ def split(end: dict[str, Any], **shape: Any) -> tuple[dict[str, Any], dict[str, 
 # --- where the kernel serves
 
 
-@needs_core
+@conv_cases.needs_core
 @pytest.mark.parametrize(("residual", "side"), [(False, 3), (True, 3), (False, 1)])
-def test_the_result_is_channels_last_where_x_or_the_weight_is(calls: Served, residual: bool, side: int) -> None:
+def test_the_result_is_channels_last_where_x_or_the_weight_is(
+    calls: conv_cases.Served, residual: bool, side: int
+) -> None:
     """Torch's result is the same.
 
     The kernel rearranges maps only where the weight alone is channels-last, and leaves other cases to the reference.
@@ -72,20 +58,20 @@ def test_the_result_is_channels_last_where_x_or_the_weight_is(calls: Served, res
     A weight of one tap may be both, and goes to the reference.
     """
     for last in itertools.product((True, False), repeat=3 if residual else 2):
-        given = arguments(residual=residual, side=side)
+        given = conv_cases.arguments(residual=residual, side=side)
         for name, is_last in zip(("x", "weight", "residual"), last, strict=False):
             if not is_last:
                 given[name] = given[name].detach().contiguous().requires_grad_()
-        grad = grad_for(given)
+        grad = conv_cases.grad_for(given)
         calls.clear()
         out = ops.conv_norm(**{**given, "update": False})
-        got = torch.autograd.grad(out, [*leaves_of(given).values()], grad)
+        got = torch.autograd.grad(out, [*conv_cases.leaves_of(given).values()], grad)
         assert bool(calls) == (last[0] or (last[1] and side == 3))
         with ops.use_backend("reference"):
             expected = ops.conv_norm(**{**given, "update": False})
         assert out.stride() == expected.stride()
         assert got[1].stride() == given["weight"].stride() or not calls
-        assert (serving(**given) is not None) == bool(calls)
+        assert (conv_cases.serving(**given) is not None) == bool(calls)
         with ops.use_backend("cpu"):
             if calls:
                 ops.conv_norm(**{**given, "update": False})
@@ -95,10 +81,10 @@ def test_the_result_is_channels_last_where_x_or_the_weight_is(calls: Served, res
 
 
 def test_maps_of_any_strides() -> None:
-    given = arguments(residual=True)
-    grad = grad_for(given)
+    given = conv_cases.arguments(residual=True)
+    grad = conv_cases.grad_for(given)
     with ops.use_backend("reference"):
-        expected = results(exact(given), grad)
+        expected = conv_cases.results(conv_cases.exact(given), grad)
     wide = torch.full((4, 9, 17, 11), 7.0)
     odd = {
         "transposed": lambda x: x.mT.contiguous().mT,
@@ -113,49 +99,49 @@ def test_maps_of_any_strides() -> None:
             }
             if "weight" in names:
                 laid["weight"] = given["weight"].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
-            assert_near(results(laid, grad), expected)
-            assert_near(results(laid, torch._neg_view(-grad)), expected)
-            assert_near(results(laid, lay_out(grad)), expected)
+            conv_cases.assert_near(conv_cases.results(laid, grad), expected)
+            conv_cases.assert_near(conv_cases.results(laid, torch._neg_view(-grad)), expected)
+            conv_cases.assert_near(conv_cases.results(laid, lay_out(grad)), expected)
 
 
 def test_vectors_with_strides() -> None:
     """Torch's own gradient of channels-last maps is wrong for such vectors (2.13), and the reference avoids it."""
     for training in (True, False):
-        given = arguments()
+        given = conv_cases.arguments()
         for name in ("scale", "shift", "mean", "variance"):
             wide = torch.full((33,), 3.0)[1::2].copy_(given[name].detach())
             given[name] = wide.requires_grad_(given[name].requires_grad)
-        grad = grad_for(given, training=training)
+        grad = conv_cases.grad_for(given, training=training)
         with ops.use_backend("reference"):
-            expected = results(exact(given), grad, training=training)
-            assert_near(results(given, grad, training=training), expected)
-        assert_near(results(given, grad, training=training), expected)
+            expected = conv_cases.results(conv_cases.exact(given), grad, training=training)
+            conv_cases.assert_near(conv_cases.results(given, grad, training=training), expected)
+        conv_cases.assert_near(conv_cases.results(given, grad, training=training), expected)
 
 
-@needs_core
+@conv_cases.needs_core
 def test_fits_is_where_the_kernel_serves_and_never_raises() -> None:
-    given, grouped = arguments(), arguments(grouped=True)
-    assert serving(**given) is not None
-    assert serving(**{**given, "mean": None, "variance": None}) is not None
-    assert serving(**grouped, groups=4) is not None
-    for label, enter in SURROUNDINGS.items():
+    given, grouped = conv_cases.arguments(), conv_cases.arguments(grouped=True)
+    assert conv_cases.serving(**given) is not None
+    assert conv_cases.serving(**{**given, "mean": None, "variance": None}) is not None
+    assert conv_cases.serving(**grouped, groups=4) is not None
+    for label, enter in conv_cases.SURROUNDINGS.items():
         with enter():
-            assert serving(**given) is None, label
-    assert serving(**given) is not None
+            assert conv_cases.serving(**given) is None, label
+    assert conv_cases.serving(**given) is not None
     changed: dict[str, dict[str, Any]] = {
-        "float64": exact(given),
-        "bfloat16": arguments(dtype=torch.bfloat16),
+        "float64": conv_cases.exact(given),
+        "bfloat16": conv_cases.arguments(dtype=torch.bfloat16),
         "meta": {n: x.to("meta") if isinstance(x, Tensor) else x for n, x in given.items()},
-        "empty": arguments(0),
+        "empty": conv_cases.arguments(0),
         "a subclass": {**given, "x": given["x"].detach().as_subclass(Named)},
         "no affine norm": {**given, "scale": None, "shift": None},
         "one statistic": {**given, "variance": None},
         "a gradient of a statistic": {**given, "mean": given["mean"].requires_grad_()},
         "another stride": {**given, "stride": 3},
         "another pooling": {**given, "pool": 3},
-        "pooled residual": {**arguments(residual=True), "pool": 2},
-        "one position": arguments(1, 16, 16, 1, 1),
-        "no window": {**arguments(4, 16, 16, 1, 8), "pool": 2},
+        "pooled residual": {**conv_cases.arguments(residual=True), "pool": 2},
+        "one position": conv_cases.arguments(1, 16, 16, 1, 1),
+        "no window": {**conv_cases.arguments(4, 16, 16, 1, 8), "pool": 2},
         "other channels": {**given, "weight": torch.randn(16, 4, 3, 3)},
         "other taps": {**given, "weight": torch.randn(16, 8, 5, 5)},
         "three axes": {**given, "x": given["x"][0]},
@@ -166,56 +152,60 @@ def test_fits_is_where_the_kernel_serves_and_never_raises() -> None:
         "many groups": {**grouped, "groups": 10**30},
         "groups of another type": {**grouped, "groups": 4.0},
         "a short bias": {**grouped, "groups": 4, "bias": torch.ones(8)},
-        "one tap of many weights": {**arguments(1, 256, 256, side=1, grouped=True), "groups": 4},
-        "channels of zeros": {**arguments(out=12, grouped=True), "groups": 4},
+        "one tap of many weights": {**conv_cases.arguments(1, 256, 256, side=1, grouped=True), "groups": 4},
+        "channels of zeros": {**conv_cases.arguments(out=12, grouped=True), "groups": 4},
         "text": {**given, "x": "x"},
         "beyond 64 bits": {**given, "stride": -(10**30), "pool": 10**30},
     }
     for label, call in changed.items():
-        assert serving(**call) is None, label
+        assert conv_cases.serving(**call) is None, label
 
 
-@needs_core
+@conv_cases.needs_core
 def test_fits_under_compilers_and_transforms() -> None:
-    check_never_served(serving, arguments())
+    conv_cases.check_never_served(conv_cases.serving, conv_cases.arguments())
 
 
-@needs_core
+@conv_cases.needs_core
 def test_fits_does_not_raise_for_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = arguments()
+    given = conv_cases.arguments()
     monkeypatch.setenv("FEDKERN_BACKEND", "nope")
     backend._forget()
     try:
-        assert serving(**given) is None
+        assert conv_cases.serving(**given) is None
         with pytest.raises(ValueError, match="FEDKERN_BACKEND is 'nope'"):
             ops.conv_norm(**given)
     finally:
         backend._forget()
 
 
-@needs_core
-def test_the_portable_level_has_no_kernel(calls: Served) -> None:
-    given = arguments()
+@conv_cases.needs_core
+def test_the_portable_level_has_no_kernel(calls: conv_cases.Served) -> None:
+    given = conv_cases.arguments()
     with ops.use_isa("portable"):
-        assert serving(**given) is None
+        assert conv_cases.serving(**given) is None
         ops.conv_norm(**given)
         assert not calls
         with ops.use_backend("cpu"), pytest.raises(RuntimeError, match="or at this ISA level; allow another"):
             ops.conv_norm(**given)
 
 
-@needs_core
+@conv_cases.needs_core
 @pytest.mark.parametrize(
     ("label", "given", "match"),
     [
-        ("float64", arguments(dtype=torch.float64), "'cpu' was forced, but it cannot serve conv_norm for dtype"),
-        ("size", arguments(4, 5, 9), "'cpu' was forced, but it has no kernel for conv_norm of these sizes"),
+        (
+            "float64",
+            conv_cases.arguments(dtype=torch.float64),
+            "'cpu' was forced, but it cannot serve conv_norm for dtype",
+        ),
+        ("size", conv_cases.arguments(4, 5, 9), "'cpu' was forced, but it has no kernel for conv_norm of these sizes"),
         (
             "zeros",
-            {**arguments(4, 8, 12, grouped=True), "groups": 4},
+            {**conv_cases.arguments(4, 8, 12, grouped=True), "groups": 4},
             "'cpu' was forced, but it has no kernel for conv_no",
         ),
-        ("empty", arguments(0), "'cpu' was forced, but it has no kernel for conv_norm of these sizes"),
+        ("empty", conv_cases.arguments(0), "'cpu' was forced, but it has no kernel for conv_norm of these sizes"),
     ],
 )
 def test_a_forced_kernel_that_does_not_fit_is_an_error(label: str, given: dict[str, Any], match: str) -> None:
@@ -223,9 +213,9 @@ def test_a_forced_kernel_that_does_not_fit_is_an_error(label: str, given: dict[s
         ops.conv_norm(**given)
 
 
-@needs_core
+@conv_cases.needs_core
 def test_a_forced_kernel_knows_no_autocast_and_no_transforms() -> None:
-    given = arguments()
+    given = conv_cases.arguments()
     given |= {"mean": None, "variance": None}
     with ops.use_backend("cpu"):
         with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="no kernel for conv_norm under"):
@@ -246,10 +236,12 @@ def test_a_forced_kernel_knows_no_autocast_and_no_transforms() -> None:
 @pytest.mark.parametrize("end", ENDS, ids=str)
 def test_second_derivatives(end: dict[str, Any]) -> None:
     given, settings = split(end, batch=2, height=5, width=6)
-    check_second_derivatives(given, grad_for(given, **settings), ops.conv_norm, **settings, update=False)
+    conv_cases.check_second_derivatives(
+        given, conv_cases.grad_for(given, **settings), ops.conv_norm, **settings, update=False
+    )
 
 
-@pytest.mark.parametrize("name", CONV)
+@pytest.mark.parametrize("name", conv_cases.CONV)
 @pytest.mark.parametrize("channels", [8, 12])
 @pytest.mark.parametrize("end", ENDS, ids=str)
 def test_a_frozen_convolution_keeps_neither_map_nor_weight(end: dict[str, Any], channels: int, name: str) -> None:
@@ -257,8 +249,8 @@ def test_a_frozen_convolution_keeps_neither_map_nor_weight(end: dict[str, Any], 
     given, settings = split(end, batch=3, channels=channels, height=5, width=8)
     for frozen in ("x", "weight", "bias"):
         given[frozen] = None if given[frozen] is None else given[frozen].detach()
-    leaves = [*leaves_of(given).values()]
-    grad = grad_for(given, **settings)
+    leaves = [*conv_cases.leaves_of(given).values()]
+    grad = conv_cases.grad_for(given, **settings)
     bad = grad.clone()
     bad[1, 3, 1, 2] = math.inf
     found = []
@@ -280,31 +272,31 @@ def test_a_frozen_convolution_keeps_neither_map_nor_weight(end: dict[str, Any], 
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
-@needs_core
+@conv_cases.needs_core
 def test_a_residual_and_statistics_may_change() -> None:
     """The values of residual and statistics do not matter to the gradients."""
-    given = arguments(residual=True)
+    given = conv_cases.arguments(residual=True)
     for training in (True, False):
-        grad = grad_for(given, training=training)
-        expected = results(given, grad, training=training)
+        grad = conv_cases.grad_for(given, training=training)
+        expected = conv_cases.results(given, grad, training=training)
         out = ops.conv_norm(**given, training=training, update=False)
         with torch.no_grad():
             given["residual"].mul_(2)
             given["mean"].add_(1)
             given["variance"].mul_(3)
-        leaves = [*leaves_of(given)]
+        leaves = [*conv_cases.leaves_of(given)]
         gradients = torch.autograd.grad(out, [given[name] for name in leaves], grad, retain_graph=True)
-        assert_same(dict(zip([f"gradient of {name}" for name in leaves], gradients, strict=True)),
+        conv_cases.assert_same(dict(zip([f"gradient of {name}" for name in leaves], gradients, strict=True)),
                     {name: x for name, x in expected.items() if name.startswith("gradient")})  # fmt: skip
         recorded = torch.autograd.grad(out, [given[name] for name in leaves], grad, create_graph=True)
         for x, y in zip(recorded, gradients, strict=True):
             torch.testing.assert_close(x.detach(), y, rtol=1e-4, atol=1e-4 * float(y.abs().max()))
-        given = arguments(residual=True)
+        given = conv_cases.arguments(residual=True)
 
 
-@needs_core
-def test_autograd_counts_no_change_of_the_statistics_as_in_torch(calls: Served) -> None:
-    given = arguments()
+@conv_cases.needs_core
+def test_autograd_counts_no_change_of_the_statistics_as_in_torch(calls: conv_cases.Served) -> None:
+    given = conv_cases.arguments()
     statistics = given["mean"], given["variance"]
     by_torch = torch.nn.functional.batch_norm(torch.randn(2, 16, 4, 4), *statistics, given["scale"], training=True)
     (by_torch.square().sum() + ops.conv_norm(**given).square().sum()).backward()
@@ -313,18 +305,18 @@ def test_autograd_counts_no_change_of_the_statistics_as_in_torch(calls: Served) 
 
 
 def test_one_tensor_as_x_and_residual() -> None:
-    given = arguments(out=8, weight_last=False)
-    grad = grad_for({**given, "residual": given["x"]})
+    given = conv_cases.arguments(out=8, weight_last=False)
+    grad = conv_cases.grad_for({**given, "residual": given["x"]})
     with ops.use_backend("reference"):
-        wide = exact(given)
+        wide = conv_cases.exact(given)
         out = ops.conv_norm(**{**wide, "residual": wide["x"]}, update=False)
         (expected,) = torch.autograd.grad(out, wide["x"], grad.double())
     out = ops.conv_norm(**{**given, "residual": given["x"]}, update=False)
-    assert_near({"x": torch.autograd.grad(out, given["x"], grad)[0]}, {"x": expected})
+    conv_cases.assert_near({"x": torch.autograd.grad(out, given["x"], grad)[0]}, {"x": expected})
 
 
 def test_gradients_accumulate_as_those_of_layers() -> None:
-    given = arguments()
+    given = conv_cases.arguments()
     for _ in range(2):
         ops.conv_norm(**given, update=False).sum().backward()
     assert given["weight"].grad.stride() == given["weight"].stride()
@@ -337,7 +329,7 @@ def test_gradients_accumulate_as_those_of_layers() -> None:
 
 @NORMS
 def test_autocast_runs_the_convolution_in_16_bits(norm: dict[str, int]) -> None:
-    given = arguments(residual=True, grouped="groups" in norm)
+    given = conv_cases.arguments(residual=True, grouped="groups" in norm)
     given["residual"] = given["residual"].bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
         out = ops.conv_norm(**given, **norm, update=False)
@@ -345,7 +337,7 @@ def test_autocast_runs_the_convolution_in_16_bits(norm: dict[str, int]) -> None:
     assert out.dtype is layers.dtype is torch.bfloat16
     out.sum().backward()
     assert given["weight"].grad.dtype is torch.float32
-    mixed = arguments(grouped="groups" in norm, dtype=torch.bfloat16)
+    mixed = conv_cases.arguments(grouped="groups" in norm, dtype=torch.bfloat16)
     mixed |= {name: given[name] for name in ("scale", "shift", "mean", "variance")}
     assert ops.conv_norm(**mixed, **norm).dtype is torch.bfloat16
 
@@ -357,15 +349,15 @@ def test_compiled() -> None:
     The compiler sees the reference's own layers.
     """
     for norm in ({"training": True}, {"training": False}, {"groups": 4}):
-        given = arguments(grouped="groups" in norm)
-        grad = grad_for(given, pool=2, **norm)
+        given = conv_cases.arguments(grouped="groups" in norm)
+        grad = conv_cases.grad_for(given, pool=2, **norm)
         with ops.use_backend("reference"):
-            expected = results(given, grad, pool=2, **norm)
+            expected = conv_cases.results(given, grad, pool=2, **norm)
         torch._dynamo.reset()
         compiled = torch.compile(ops.conv_norm, backend="aot_eager", fullgraph=True)
         statistics = {name: given[name].clone() for name in ("mean", "variance") if given[name] is not None}
         out = compiled(**{**given, **statistics}, pool=2, **norm)
-        leaves = [*leaves_of(given)]
+        leaves = [*conv_cases.leaves_of(given)]
         gradients = torch.autograd.grad(out, [given[name] for name in leaves], grad)
         got = {"out": out.detach(), **statistics}
         got |= {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
@@ -381,13 +373,13 @@ def test_no_samples(end: dict[str, Any]) -> None:
     size = 8 // settings.get("pool", 1) // settings.get("stride", 1)
     assert out.shape == (0, 16, size, size)
     out.sum().backward()
-    assert not any(x.grad.any() for x in leaves_of(given).values())
-    assert_same(given, before)
+    assert not any(x.grad.any() for x in conv_cases.leaves_of(given).values())
+    conv_cases.assert_same(given, before)
 
 
 # --- what is refused
 
-GIVEN = arguments(residual=True)
+GIVEN = conv_cases.arguments(residual=True)
 GROUPED = {"mean": None, "variance": None, "groups": 4}
 WRONG: dict[type[Exception], list[tuple[dict[str, Any], str]]] = {
     ValueError: [
@@ -443,25 +435,27 @@ def test_wrong_arguments(error: type[Exception], wrong: dict[str, Any], match: s
 def test_maps_too_small() -> None:
     for channels in (3, 16):
         with pytest.raises(ValueError, match=r"x must have more than 1 value per channel in training"):
-            ops.conv_norm(**arguments(1, channels, 16, 1, 1))
-        ops.conv_norm(**arguments(1, channels, 16, 1, 1), training=False)
-        grouped = arguments(1, channels, 16, 1, 1, grouped=True)
+            ops.conv_norm(**conv_cases.arguments(1, channels, 16, 1, 1))
+        ops.conv_norm(**conv_cases.arguments(1, channels, 16, 1, 1), training=False)
+        grouped = conv_cases.arguments(1, channels, 16, 1, 1, grouped=True)
         with pytest.raises(ValueError, match=r"x must have more than 1 value per group, but has shape \[1, "):
             ops.conv_norm(**grouped, groups=16)
         ops.conv_norm(**grouped, groups=8)
         for height, width in ((1, 8), (8, 1)):
             with pytest.raises(ValueError, match="x must have at least 2 rows and columns with pool=2"):
-                ops.conv_norm(**arguments(4, channels, 16, height, width), pool=2)
+                ops.conv_norm(**conv_cases.arguments(4, channels, 16, height, width), pool=2)
         with pytest.raises(ValueError, match="x must have at least 3 rows and columns with pool=2"):
-            ops.conv_norm(**arguments(4, channels, 16, 2, 8), pool=2, stride=2)
+            ops.conv_norm(**conv_cases.arguments(4, channels, 16, 2, 8), pool=2, stride=2)
 
 
-@pytest.mark.parametrize("name", CONV)
+@pytest.mark.parametrize("name", conv_cases.CONV)
 @pytest.mark.parametrize("end", ENDS, ids=str)
-def test_only_the_gradients_that_are_asked_for(end: dict[str, Any], name: str, calls: Served) -> None:
+def test_only_the_gradients_that_are_asked_for(end: dict[str, Any], name: str, calls: conv_cases.Served) -> None:
     """Images need no gradient, which would take as long as the convolution."""
     given, settings = split(end)
-    check_chosen_gradients(calls, name, given, grad_for(given, **settings), len(leaves_of(given)), **settings)
+    conv_cases.check_chosen_gradients(
+        calls, name, given, conv_cases.grad_for(given, **settings), len(conv_cases.leaves_of(given)), **settings
+    )
 
 
 # Of a map's gradient; one of a batch of one, or of one row, has several layouts whose strides look alike.
@@ -474,19 +468,19 @@ READ: list[Callable[[Tensor], Tensor]] = [
 
 
 @pytest.mark.sampled(4)
-@pytest.mark.parametrize("name", ["reference", *CONV])
+@pytest.mark.parametrize("name", ["reference", *conv_cases.CONV])
 @pytest.mark.parametrize("shape", [(1, 6, 8), (3, 1, 8), (3, 8, 1), (1, 1, 8)])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_batch_of_one_or_one_row_whose_gradient_comes_in_another_layout(name, shape, training):
     batch, height, width = shape
     dtypes = (torch.float32, torch.float64, torch.bfloat16)
     for dtype, last in itertools.product(dtypes if name == "reference" else dtypes[:1], (True, False)):
-        given = arguments(batch, 16, 16, height, width, side=1 if height == 1 else 3, dtype=dtype)
+        given = conv_cases.arguments(batch, 16, 16, height, width, side=1 if height == 1 else 3, dtype=dtype)
         if not last and name == "reference":
             for leaf in ("x", "weight"):
                 given[leaf] = given[leaf].detach().contiguous().requires_grad_()
-        leaves = [*leaves_of(given).values()]
-        with using(name) if serving(**given) is not None else ops.use_backend("reference"):
+        leaves = [*conv_cases.leaves_of(given).values()]
+        with using(name) if conv_cases.serving(**given) is not None else ops.use_backend("reference"):
             y = ops.conv_norm(**{**given, "update": False}, training=training, relu=False)
             grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
             for read in READ:

@@ -8,35 +8,26 @@ import torch
 
 from fedkern import ops
 from fedkern.ops._distill.ensemble_reference import ensemble_reference
-from python_tests.ops._distill.ensemble_cases import (
-    DIFFERENCES,
-    ENSEMBLES,
-    PLAIN,
-    agreement,
-    compare,
-    compare_dtypes_of_weights,
-    compare_little_mass,
-    compare_random_masks,
-    ensemble,
-    logits,
-    make_inputs,
-    run_ensemble,
-)
+from python_tests.ops._distill import ensemble_cases
 from python_tests.ops.operator_cases import BACKENDS, KERNELS, assert_close, backends, describe, using
 
 
 @pytest.mark.sampled(48)
-@pytest.mark.parametrize("number", range(len(ENSEMBLES)), ids=lambda n: f"{n}-{describe(ENSEMBLES[n])}")
+@pytest.mark.parametrize(
+    "number", range(len(ensemble_cases.ENSEMBLES)), ids=lambda n: f"{n}-{describe(ensemble_cases.ENSEMBLES[n])}"
+)
 def test_against_float64(number: int) -> None:
-    case = ENSEMBLES[number]
-    run_ensemble(number, backends(number, case["teachers"] * case["rows"] * case["classes"]))
+    case = ensemble_cases.ENSEMBLES[number]
+    ensemble_cases.run_ensemble(number, backends(number, case["teachers"] * case["rows"] * case["classes"]))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
-@pytest.mark.parametrize("number", range(len(ENSEMBLES)), ids=lambda n: f"{n}-{describe(ENSEMBLES[n])}")
+@pytest.mark.parametrize(
+    "number", range(len(ensemble_cases.ENSEMBLES)), ids=lambda n: f"{n}-{describe(ensemble_cases.ENSEMBLES[n])}"
+)
 def test_every_case_in_tritons_interpreter(number: int) -> None:
-    run_ensemble(number, ["triton"])
+    ensemble_cases.run_ensemble(number, ["triton"])
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -59,13 +50,15 @@ def test_every_case_in_tritons_interpreter(number: int) -> None:
 def test_rows_longer_than_the_workspace(name: str, how: dict[str, Any], near: float | None) -> None:
     """The rows are so long that every pass reads all teachers' rows again."""
     case = {
-        **{**PLAIN, "teachers": 3, "classes": 33_001, "rows": 1, "reduction": "batchmean", "near": near},
+        **{**ensemble_cases.PLAIN, "teachers": 3, "classes": 33_001, "rows": 1, "reduction": "batchmean", "near": near},
         **{"special": None, "zeros": True, "weights": "KB1", **how},
     }
-    student, teachers, weights = make_inputs(case, seed=1)
+    student, teachers, weights = ensemble_cases.make_inputs(case, seed=1)
     agreeing = "operator" in case
-    functions = agreement(case) if agreeing else ensemble(case, None)
-    compare(case, [name], *functions, [None if agreeing else student, teachers, weights], (not agreeing, True, True))
+    functions = ensemble_cases.agreement(case) if agreeing else ensemble_cases.ensemble(case, None)
+    ensemble_cases.compare(
+        case, [name], *functions, [None if agreeing else student, teachers, weights], (not agreeing, True, True)
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 20.0, 40.0])
@@ -73,8 +66,8 @@ def test_rows_longer_than_the_workspace(name: str, how: dict[str, Any], near: fl
 def test_largest_logits_of_long_rows_stand_last(backend: str, layout: str, temperature: float) -> None:
     # A later tile's maximum is hundreds above: what is nothing at temperature 1 counts at 40.
     rise = torch.linspace(-2000, 2000, 6000)
-    teachers = rise + 100 * logits(2, 5, 6000)
-    student = logits(5, 6000, seed=1)
+    teachers = rise + 100 * ensemble_cases.logits(2, 5, 6000)
+    student = ensemble_cases.logits(5, 6000, seed=1)
     if layout == "positions":
         teachers, student = teachers.transpose(1, 2).unsqueeze(1), student.t().unsqueeze(0)
         teachers, student = teachers.contiguous(), student.contiguous()
@@ -86,14 +79,14 @@ def test_largest_logits_of_long_rows_stand_last(backend: str, layout: str, tempe
 
 
 def test_weights_of_other_dtypes_than_the_logits(backend: str) -> None:
-    compare_dtypes_of_weights(backend)
+    ensemble_cases.compare_dtypes_of_weights(backend)
 
 
 @pytest.mark.sampled(8)
-@pytest.mark.parametrize("difference", DIFFERENCES)
+@pytest.mark.parametrize("difference", ensemble_cases.DIFFERENCES)
 @pytest.mark.parametrize("classes", [2, 40])
 def test_masks_that_leave_little_mass(backend: str, classes: int, difference: float) -> None:
-    compare_little_mass(backend, difference, classes, rows=5 if backend == "triton" else 21)
+    ensemble_cases.compare_little_mass(backend, difference, classes, rows=5 if backend == "triton" else 21)
 
 
 @pytest.mark.sampled
@@ -106,20 +99,20 @@ def test_little_mass_in_other_ways(backend: str, settings: dict[str, Any]) -> No
     if backend == "triton" and "classes" in settings:
         pytest.skip("too long for the interpreter")
     for difference in (30.0, 200.0, 1e4):
-        compare_little_mass(backend, difference, **{"classes": 6, "rows": 5, **settings})
+        ensemble_cases.compare_little_mass(backend, difference, **{"classes": 6, "rows": 5, **settings})
 
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("scale", [10.0, 20.0])
 def test_masks_on_teachers_who_are_sure(backend: str, scale: float) -> None:
-    compare_random_masks(backend, scale, rows=50 if backend == "triton" else 5000)
+    ensemble_cases.compare_random_masks(backend, scale, rows=50 if backend == "triton" else 5000)
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1e-3])
 @pytest.mark.parametrize("classes", [3, 10, 100, 1000])
 def test_nearly_equal_rows_keep_their_digits(backend: str, classes: int, scale: float) -> None:
-    student = logits(33, classes)
-    teachers = student + scale * logits(4, 33, classes, seed=1)
+    student = ensemble_cases.logits(33, classes)
+    teachers = student + scale * ensemble_cases.logits(4, 33, classes, seed=1)
     for mix, mode in (("probs", "kl_of_mean"), ("logits", "kl_of_mean"), ("probs", "mean_of_kl")):
         loss = ops.ensemble_kl(student, teachers, mix=mix, mode=mode, reduction="none")
         code = {("probs", "kl_of_mean"): 0, ("logits", "kl_of_mean"): 1}.get((mix, mode), 2)
@@ -132,7 +125,7 @@ def test_nearly_equal_rows_keep_their_digits(backend: str, classes: int, scale: 
 
 def test_equal_rows_have_no_divergence(backend: str) -> None:
     for shape in ((7, 101),) if backend == "triton" else ((33, 101), (40, 10)):
-        student = logits(*shape).requires_grad_()
+        student = ensemble_cases.logits(*shape).requires_grad_()
         teachers = student.detach().expand(5, *shape)
         for temperature in (0.5, 1.0, math.inf):
             loss = ops.ensemble_kl(student, teachers, None, temperature, reduction="none")
@@ -145,7 +138,7 @@ def test_equal_rows_have_no_divergence(backend: str) -> None:
 
 def test_weights_of_large_logits_of_one_class_have_no_gradient(backend: str) -> None:
     # A divergence of one class is 0 whatever is mixed; a rounded mixture must not tell by the distance of the teachers.
-    student, teachers = logits(20, 1), 3e3 * logits(2, 20, 1, seed=1)
+    student, teachers = ensemble_cases.logits(20, 1), 3e3 * ensemble_cases.logits(2, 20, 1, seed=1)
     for weights in (torch.tensor([1.6, 0.3]), torch.rand(2, 20, generator=torch.Generator().manual_seed(2))):
         loss = ops.ensemble_kl(student, teachers, weights.requires_grad_(), mix="logits")
         (gradient,) = torch.autograd.grad(loss, weights)
@@ -157,7 +150,7 @@ def test_weights_of_large_logits_of_one_class_have_no_gradient(backend: str) -> 
 @pytest.mark.parametrize("mix", ["probs", "logits"])
 def test_what_a_teacher_holds_in_classes_that_it_does_not_know(name: str, by: str, mix: str) -> None:
     """NaN, infinities and a dtype's limits count as -inf in losses and gradients, at every temperature."""
-    student, teachers = logits(6, 5), logits(3, 6, 5, seed=1)
+    student, teachers = ensemble_cases.logits(6, 5), ensemble_cases.logits(3, 6, 5, seed=1)
     mask = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 1]], dtype=torch.bool)
     rows = mask[:, None, :].float().expand(3, 6, 5)
     how = {"mask": {"class_mask": mask}, "weights": {"weights": rows}, "both": {"class_mask": mask, "weights": rows}}[

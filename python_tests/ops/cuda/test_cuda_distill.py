@@ -10,25 +10,18 @@ from fedkern import ops
 from fedkern.ops._core import backend
 from fedkern.ops._distill.kernels import DistillKernels, Divergence, entropy_call
 from fedkern.ops._distill.reference import entropy_reference, kl_div_reference
+from python_tests.ops._distill import test_kl
 from python_tests.ops._distill.finite_masks import CALLS as CALLS_OF_MASKS
 from python_tests.ops._distill.finite_masks import compare as compare_masks
-from python_tests.ops._distill.test_kl import (
-    AXES,
-    OPERATORS,
-    compare,
-    compare_nearly_equal,
-    compare_rows_far_apart,
-    make_inputs,
-)
 from python_tests.ops.operator_cases import DTYPES, assert_close, describe, pairwise
 
 SIZES = {"classes": (1, 3, 5, 10, 32, 33, 101, 128, 1000, 2048, 2056, 3201), "rows": (0, 1, 3, 33, 75)}
-CASES = pairwise({**AXES, **SIZES}, seed=4)
+CASES = pairwise({**test_kl.AXES, **SIZES}, seed=4)
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
 def test_against_float64(device: torch.device, number: int) -> None:
-    compare(CASES[number], *make_inputs(CASES[number], seed=number), ["cuda"], device)
+    test_kl.compare(CASES[number], *test_kl.make_inputs(CASES[number], seed=number), ["cuda"], device)
 
 
 ROWS: dict[str, Any] = {
@@ -41,13 +34,13 @@ EDGES = (4, 5, 16, 17, 32, 33, 128, 129, 512, 513, 1024, 1025, 4096, 4097)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", test_kl.OPERATORS)
 @pytest.mark.parametrize("classes", EDGES)
 def test_classes_at_which_other_threads_take_a_row(device, classes, operator, dtype):
     for rows in (1, 20 if classes < 1026 else 2):
         case = {**ROWS, "classes": classes, "rows": rows, "dtype": dtype, "operator": operator}
-        logits, _ = make_inputs(case, seed=classes)
-        compare(case, logits, None, ["cuda"], device)
+        logits, _ = test_kl.make_inputs(case, seed=classes)
+        test_kl.compare(case, logits, None, ["cuda"], device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -104,17 +97,17 @@ def test_gradients_of_logits_alone_are_kept_for(device: torch.device) -> None:
 @pytest.mark.parametrize("shifted", ["teacher", "student"])
 @pytest.mark.parametrize("classes", [3, 100])
 def test_rows_that_lie_far_apart_keep_their_digits(device, classes, shifted, offset):
-    compare_rows_far_apart("cuda", device, classes, shifted, offset)
+    test_kl.compare_rows_far_apart("cuda", device, classes, shifted, offset)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", test_kl.OPERATORS)
 @pytest.mark.parametrize(("dtype", "classes"), [(torch.float32, 20_000), (torch.bfloat16, 8200), (torch.float32, 9001)])
 def test_few_long_rows_are_shared_between_blocks(device, operator, dtype, classes):
     case = {**ROWS, "classes": classes, "rows": 2, "dtype": dtype, "operator": operator}
-    logits, weight = make_inputs(case, seed=classes)
-    compare(case, logits, weight, ["cuda"], device)
+    logits, weight = test_kl.make_inputs(case, seed=classes)
+    test_kl.compare(case, logits, weight, ["cuda"], device)
     weight[0] = 0
-    compare({**case, "reduction": "none"}, logits, weight, ["cuda"], device)
+    test_kl.compare({**case, "reduction": "none"}, logits, weight, ["cuda"], device)
 
 
 @pytest.mark.parametrize("held", [0.0, -1.0, math.nan])
@@ -155,7 +148,7 @@ def test_mixed_dtypes(device: torch.device) -> None:
 @pytest.mark.parametrize("scale", [1e-2, 1e-3])
 @pytest.mark.parametrize("classes", [3, 10, 200, 1000, 5000])
 def test_nearly_equal_rows_keep_their_digits(device: torch.device, classes: int, scale: float) -> None:
-    compare_nearly_equal(device, classes, scale, 17, 2e-5)
+    test_kl.compare_nearly_equal(device, classes, scale, 17, 2e-5)
     student = torch.randn(17, classes)
     equal = ops.kl_div(student.to(device), student.to(device), 0.5, reduction="none")
     assert torch.equal(equal.cpu(), torch.zeros(17))

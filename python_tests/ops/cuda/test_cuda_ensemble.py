@@ -10,21 +10,7 @@ from torch import Tensor
 from fedkern import ops
 from fedkern.ops._distill.ensemble_reference import ensemble_reference, js_reference
 from fedkern.ops._distill.rows import LOGITS, MEAN, PROBS
-from python_tests.ops._distill.ensemble_cases import (
-    AGREEMENTS,
-    DIFFERENCES,
-    ENSEMBLES,
-    agreement,
-    compare,
-    compare_dtypes_of_weights,
-    compare_little_mass,
-    compare_random_masks,
-    ensemble,
-    lay_out,
-    make_inputs,
-    run_agreement,
-    run_ensemble,
-)
+from python_tests.ops._distill import ensemble_cases
 from python_tests.ops.operator_cases import assert_close, describe, move_to
 
 OPERATORS = ("probs", "logits", "mean", "js_div", "consensus")
@@ -36,14 +22,18 @@ MIXES: dict[str, tuple[dict[str, str], int]] = {
 }
 
 
-@pytest.mark.parametrize("number", range(len(ENSEMBLES)), ids=lambda n: f"{n}-{describe(ENSEMBLES[n])}")
+@pytest.mark.parametrize(
+    "number", range(len(ensemble_cases.ENSEMBLES)), ids=lambda n: f"{n}-{describe(ensemble_cases.ENSEMBLES[n])}"
+)
 def test_ensemble_kl(device: torch.device, number: int) -> None:
-    run_ensemble(number, ["cuda"], device)
+    ensemble_cases.run_ensemble(number, ["cuda"], device)
 
 
-@pytest.mark.parametrize("number", range(len(AGREEMENTS)), ids=lambda n: f"{n}-{describe(AGREEMENTS[n])}")
+@pytest.mark.parametrize(
+    "number", range(len(ensemble_cases.AGREEMENTS)), ids=lambda n: f"{n}-{describe(ensemble_cases.AGREEMENTS[n])}"
+)
 def test_js_div_and_consensus(device: torch.device, number: int) -> None:
-    run_agreement(number, ["cuda"], device)
+    ensemble_cases.run_agreement(number, ["cuda"], device)
 
 
 # Rows that a thread or a block holds, and those that are one number too long for it.
@@ -67,10 +57,10 @@ def test_rows_held_by_a_thread_or_a_block(device, operator, count, classes, near
             **{"special": "masked", "reduction": "batchmean", "temperature": 1.0 if everything else 2.0},
             "log_probs": False,
         }
-        student, teachers, weights = make_inputs(case, seed=count)
-        functions = agreement(case) if agreeing else ensemble(case, None)
+        student, teachers, weights = ensemble_cases.make_inputs(case, seed=count)
+        functions = ensemble_cases.agreement(case) if agreeing else ensemble_cases.ensemble(case, None)
         tensors = [x if x is None else move_to(x, device) for x in (None if agreeing else student, teachers, weights)]
-        compare(case, ["cuda"], *functions, tensors, (not agreeing, everything or agreeing, everything))
+        ensemble_cases.compare(case, ["cuda"], *functions, tensors, (not agreeing, everything or agreeing, everything))
 
 
 @pytest.mark.parametrize(("count", "classes"), [(5, 4), (20, 10), (20, 100)])
@@ -116,28 +106,28 @@ def test_nearly_equal_distributions_keep_their_digits(device: torch.device, scal
 
 
 def test_weights_of_other_dtypes_than_the_logits(device: torch.device) -> None:
-    compare_dtypes_of_weights("cuda", device)
+    ensemble_cases.compare_dtypes_of_weights("cuda", device)
 
 
-@pytest.mark.parametrize("difference", [*DIFFERENCES, 1e3])
+@pytest.mark.parametrize("difference", [*ensemble_cases.DIFFERENCES, 1e3])
 @pytest.mark.parametrize("classes", [2, 40, 1030])
 def test_masks_that_leave_little_mass(device: torch.device, classes: int, difference: float) -> None:
     """A thread, a warp and a block compute the rows.
 
     1e3 is too much for fp64 as well.
     """
-    compare_little_mass("cuda", difference, classes, rows=5, device=device)
+    ensemble_cases.compare_little_mass("cuda", difference, classes, rows=5, device=device)
 
 
 @pytest.mark.parametrize("settings", [{"dtype": torch.float64}, {"log_probs": True}, {"temperature": 2.0}], ids=str)
 def test_little_mass_in_other_ways(device: torch.device, settings: dict[str, Any]) -> None:
     for difference in (30.0, 200.0, 1e4):
-        compare_little_mass("cuda", difference, classes=6, rows=5, device=device, **settings)
+        ensemble_cases.compare_little_mass("cuda", difference, classes=6, rows=5, device=device, **settings)
 
 
 @pytest.mark.parametrize("scale", [10.0, 20.0])
 def test_masks_on_teachers_who_are_sure(device: torch.device, scale: float) -> None:
-    compare_random_masks("cuda", scale, rows=100, device=device)
+    ensemble_cases.compare_random_masks("cuda", scale, rows=100, device=device)
 
 
 @pytest.mark.parametrize("classes", [100, 2100])
@@ -242,10 +232,10 @@ def test_rows_keep_what_their_gradients_have_in_common(device, operator, dtype, 
     generator = torch.Generator().manual_seed(rows)
     values = torch.randn(count, rows, classes, generator=generator)
     values[:, ::3] = values[:1, ::3] + 1e-2 * values[:, ::3]  # js_div of these is found in fp64
-    logits = lay_out(values.to(dtype), layout, rows).to(device)
+    logits = ensemble_cases.lay_out(values.to(dtype), layout, rows).to(device)
     weights = torch.rand(count, generator=generator)
     weights[1] = 0
-    call, reference = agreement({"operator": operator, "reduction": "none"})
+    call, reference = ensemble_cases.agreement({"operator": operator, "reduction": "none"})
     kept: list[Tensor] = []
 
     def pack(x: Tensor) -> Tensor:

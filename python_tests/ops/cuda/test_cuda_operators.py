@@ -9,40 +9,36 @@ import pytest
 import torch
 
 from fedkern import ops
+from python_tests.ops import operator_runs
 from python_tests.ops.every_operator import Operator, each_gpu_operator
-from python_tests.ops.operator_runs import (
-    check_another_device,
-    check_graph,
-    check_nothing_waits,
-    compare,
-    gradients,
-    run,
-)
 
 
 @each_gpu_operator
 def test_each_operator_gives_the_reference_result(device: torch.device, operator: Operator) -> None:
-    compare(operator, device)
+    operator_runs.compare(operator, device)
 
 
 @each_gpu_operator
 def test_same_bits_again(device: torch.device, operator: Operator) -> None:
     inputs = [x.to(device) for x in operator.inputs(large=device.type == "cuda")]
-    for gradient in gradients(operator):
-        first_run, second_run = run(operator, inputs, gradient), run(operator, inputs, gradient)
+    for gradient in operator_runs.gradients(operator):
+        first_run, second_run = (
+            operator_runs.run(operator, inputs, gradient),
+            operator_runs.run(operator, inputs, gradient),
+        )
         assert all(torch.equal(a, b) for a, b in zip(first_run, second_run, strict=True))
 
 
 @pytest.mark.gpu
 @each_gpu_operator
 def test_operator_in_a_graph(gpu: torch.device, operator: Operator) -> None:
-    check_graph(operator, gpu, (1, 2))
+    operator_runs.check_graph(operator, gpu, (1, 2))
 
 
 @pytest.mark.gpu
 @each_gpu_operator
 def test_no_operator_waits_for_the_device(gpu: torch.device, operator: Operator) -> None:
-    check_nothing_waits(operator, gpu)
+    operator_runs.check_nothing_waits(operator, gpu)
 
 
 @pytest.mark.gpu
@@ -50,8 +46,8 @@ def test_no_operator_waits_for_the_device(gpu: torch.device, operator: Operator)
 def test_operator_runs_on_the_current_stream(gpu: torch.device, operator: Operator) -> None:
     """The inputs arrive late on that stream: a kernel on another stream would read zeros."""
     late = [x.to(gpu) for x in operator.inputs(large=True)]
-    for gradient in gradients(operator):
-        expected = run(operator, late, gradient)
+    for gradient in operator_runs.gradients(operator):
+        expected = operator_runs.run(operator, late, gradient)
         inputs = [torch.zeros_like(x) for x in late]
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
@@ -59,7 +55,7 @@ def test_operator_runs_on_the_current_stream(gpu: torch.device, operator: Operat
             torch.cuda._sleep(50_000_000)
             for to, x in zip(inputs, late, strict=True):
                 to.copy_(x)
-            got = run(operator, inputs, gradient)
+            got = operator_runs.run(operator, inputs, gradient)
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
@@ -67,7 +63,7 @@ def test_operator_runs_on_the_current_stream(gpu: torch.device, operator: Operat
 @pytest.mark.gpu
 @each_gpu_operator
 def test_operator_on_another_device(gpu: torch.device, operator: Operator) -> None:
-    check_another_device(operator, gpu)
+    operator_runs.check_another_device(operator, gpu)
 
 
 HUGE = 2**31 + 8

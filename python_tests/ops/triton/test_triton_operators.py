@@ -18,16 +18,9 @@ from fedkern.ops._core import backend, loading
 from fedkern.ops._distill.ensemble_reference import ensemble_reference
 from fedkern.ops._distill.reference import kl_div_reference
 from fedkern.ops._distill.rows import BATCHMEAN, PROBS
+from python_tests.ops import operator_runs
 from python_tests.ops.every_operator import Operator, each_gpu_operator
 from python_tests.ops.operator_cases import BACKENDS, using
-from python_tests.ops.operator_runs import (
-    check_another_device,
-    check_graph,
-    check_nothing_waits,
-    compare,
-    gradients,
-    run,
-)
 
 
 @pytest.fixture
@@ -44,7 +37,7 @@ def gpu() -> Iterator[torch.device]:
 @each_gpu_operator
 def test_each_operator_gives_the_reference_result(operator: Operator) -> None:
     with using("triton"):
-        compare(operator, torch.device("cpu"))
+        operator_runs.compare(operator, torch.device("cpu"))
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
@@ -86,10 +79,13 @@ def test_places_keep_all_bits(number: int) -> None:
 @pytest.mark.gpu
 @each_gpu_operator
 def test_each_operator_gives_the_reference_result_on_a_gpu(gpu: torch.device, operator: Operator) -> None:
-    compare(operator, gpu)
+    operator_runs.compare(operator, gpu)
     inputs = [x.to(gpu) for x in operator.inputs(large=True)]
-    for gradient in gradients(operator):
-        first_run, second_run = run(operator, inputs, gradient), run(operator, inputs, gradient)
+    for gradient in operator_runs.gradients(operator):
+        first_run, second_run = (
+            operator_runs.run(operator, inputs, gradient),
+            operator_runs.run(operator, inputs, gradient),
+        )
         assert all(torch.equal(a, b) for a, b in zip(first_run, second_run, strict=True))
 
 
@@ -104,20 +100,20 @@ def _skip_waiting(operator: Operator) -> None:
 @each_gpu_operator
 def test_operator_in_a_graph(gpu: torch.device, operator: Operator) -> None:
     _skip_waiting(operator)
-    check_graph(operator, gpu, (1,))
+    operator_runs.check_graph(operator, gpu, (1,))
 
 
 @pytest.mark.gpu
 @each_gpu_operator
 def test_no_operator_waits_for_the_device(gpu: torch.device, operator: Operator) -> None:
     _skip_waiting(operator)
-    check_nothing_waits(operator, gpu)
+    operator_runs.check_nothing_waits(operator, gpu)
 
 
 @pytest.mark.gpu
 @each_gpu_operator
 def test_operator_on_another_device(gpu: torch.device, operator: Operator) -> None:
-    check_another_device(operator, gpu)
+    operator_runs.check_another_device(operator, gpu)
 
 
 @pytest.mark.gpu
