@@ -373,10 +373,10 @@ def test_letters_are_drawn_without_hints(tmp_path):
 FAULTS = [
     ("figures.curves.accuracy_panels", "accuracy"), ("figures.curves.client_panels", "clients"),
     ("figures.plots.partition_picture", "partition"), ("figures.curves.weight_panels", "weights"),
-    ("figures.confusion_sheet.draw_confusions", "confusion"),
+    ("figures.plots.draw_confusions", "confusion"),
     ("run_contents.constant_figures", "accuracy"), ("figures.answer_sheets.grad_cam", "gradcam"),
     ("figures.answer_sheets.choose", "gradcam"),
-    ("figures.pictures.read_model", "gradcam"), ("figures.artifact_sheet.draw_sheet", "clouds"),
+    ("figures.pictures.read_model", "gradcam"), ("figures.sheet.draw_sheet", "clouds"),
 ]  # fmt: skip
 
 
