@@ -14,25 +14,12 @@ from fedkern.ops._distill.kernels import Divergence
 from fedkern.ops._distill.reference import entropy_reference, kl_div_reference
 from python_tests.ops import operator_cases
 from python_tests.ops._distill.ensemble_cases import compare as compare_operator
-from python_tests.ops.operator_cases import (
-    BACKENDS,
-    CLASSES,
-    DTYPES,
-    KERNELS,
-    OFFSETS,
-    ROWS,
-    assert_close,
-    backends,
-    describe,
-    move_to,
-    pairwise,
-    using,
-)
 
 OPERATORS = ("kl_div", "dual_kl", "dual_kl_student", "entropy")
 LAYOUTS = ("rows", "gaps", "transposed", "positions", "channels_last", "crop")
 AXES: dict[str, Any] = {
-    "classes": CLASSES, "rows": ROWS, "dtype": DTYPES, "temperature": (0.5, 1.0, 4.0, math.inf), "operator": OPERATORS,
+    "classes": operator_cases.CLASSES, "rows": operator_cases.ROWS, "dtype": operator_cases.DTYPES,
+    "temperature": (0.5, 1.0, 4.0, math.inf), "operator": OPERATORS,
     "reduction": ("none", "sum", "batchmean"), "layout": LAYOUTS, "near": (None, 1e-2, 1e-3, 0.0),
     "weight": (None, "rows", "zeros"), "special": (None, "extreme", "masked"), "needs": ("students", "teacher", "all"),
 }  # fmt: skip
@@ -114,19 +101,19 @@ def divergence(case: dict[str, Any]) -> tuple[Callable[..., Tensor], Callable[..
     return compute, reference
 
 
-CASES = pairwise(AXES, seed=2)
+CASES = operator_cases.pairwise(AXES, seed=2)
 
 
 @pytest.mark.sampled(48)
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{operator_cases.describe(CASES[n])}")
 def test_against_float64(number: int) -> None:
     case = CASES[number]
-    compare(case, *make_inputs(case, seed=number), backends(number, case["rows"] * case["classes"]))
+    compare(case, *make_inputs(case, seed=number), operator_cases.backends(number, case["rows"] * case["classes"]))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{describe(CASES[n])}")
+@pytest.mark.skipif("triton" not in operator_cases.BACKENDS, reason="Triton's interpreter is not there")
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{operator_cases.describe(CASES[n])}")
 def test_every_case_in_tritons_interpreter(number: int) -> None:
     compare(CASES[number], *make_inputs(CASES[number], seed=number), ["triton"])
 
@@ -135,7 +122,10 @@ def compare(case, logits, weight, names, device="cpu"):
     """Compare a case on these backends with the reference in float64."""
     entropy, everything = case["operator"] == "entropy", case["needs"] == "all"
     needs = [everything or entropy or (case["needs"] == "teacher") == (i == 0) for i in range(len(logits))]
-    tensors = [x if x is None else move_to(x, torch.device(device)) for x in (*logits, None if entropy else weight)]
+    tensors = [
+        x if x is None else operator_cases.move_to(x, torch.device(device))
+        for x in (*logits, None if entropy else weight)
+    ]
     compare_operator(case, names, *divergence(case), tensors, (*needs, everything), stacked=False)
 
 
@@ -184,9 +174,9 @@ def compare_rows_far_apart(backend: str, device: str | torch.device, classes: in
         # Triton takes mixed logits relative to the student's, and so in the digits of the student's distance.
         coarse = backend == "triton" and name == "logits" and shifted == "student"
         absolute = 1e-6 * abs(offset) if coarse else 4e-6
-        assert_close(name, loss.cpu(), exact, absolute=absolute)
+        operator_cases.assert_close(name, loss.cpu(), exact, absolute=absolute)
         (gradient,) = torch.autograd.grad(loss.sum(), student)
-        assert_close(f"gradient of {name}", gradient.cpu(), wanted, absolute=absolute)
+        operator_cases.assert_close(f"gradient of {name}", gradient.cpu(), wanted, absolute=absolute)
 
 
 @pytest.mark.parametrize("offset", [20.0, 5e3, -5e3])
@@ -205,7 +195,7 @@ def test_the_gradient_of_a_shared_16_bit_weight_is_rounded_once(backend: str, dt
     (gradient,) = torch.autograd.grad(loss, weight, along)
     exact = kl_div_reference(student.double(), teacher.double(), reduction="none")
     assert gradient.dtype is dtype
-    assert_close("gradient of weight", gradient, (exact * along.double()).sum(1), absolute=1e-5)
+    operator_cases.assert_close("gradient of weight", gradient, (exact * along.double()).sum(1), absolute=1e-5)
 
 
 def test_equal_rows_have_no_divergence(backend: str) -> None:
@@ -242,39 +232,39 @@ def test_no_larger_error_than_eager_torch(backend: str, classes: int, scale: flo
     assert (ops.entropy(student, reduction="none") - exact).abs().max() <= theirs + 2e-7 * exact.max()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", operator_cases.DTYPES)
+@pytest.mark.parametrize("name", operator_cases.KERNELS)
 def test_every_offset_over_sentinels(name: str, dtype: torch.dtype) -> None:
     """Loads are misaligned and writes would be out of range, at every offset of a row's start."""
     rows, classes = 5, 101
     size = rows * classes
     torch.manual_seed(0)
-    source = torch.randn(3, size + len(OFFSETS)).to(dtype)
+    source = torch.randn(3, size + len(operator_cases.OFFSETS)).to(dtype)
     sentinel = 777.0
-    with using(name):
-        for offset in OFFSETS:
+    with operator_cases.using(name):
+        for offset in operator_cases.OFFSETS:
             s, t, o = (x[offset : offset + size].view(rows, classes) for x in source)
-            out = torch.full((3, size + len(OFFSETS) + 64), sentinel, dtype=dtype)
+            out = torch.full((3, size + len(operator_cases.OFFSETS) + 64), sentinel, dtype=dtype)
             to_s, to_o, to_t = (x[offset + 11 : offset + 11 + size].view(rows, classes) for x in out)
             kernel = select("dual_kl", s, t)
             loss = kernel.divergence_forward(Divergence(s, o, t, None, 1.0, False, 2), (to_s, to_o, to_t))
             inputs = [x.double().requires_grad_() for x in (s, t, o)]
             expected = kl_div_reference(inputs[0], inputs[1], peer=inputs[2])
             expected.backward()
-            assert_close(f"offset {offset}", loss, expected)
+            operator_cases.assert_close(f"offset {offset}", loss, expected)
             for x, got in zip(inputs, (to_s, to_t, to_o), strict=True):
-                assert_close(f"offset {offset}", got, x.grad)
+                operator_cases.assert_close(f"offset {offset}", got, x.grad)
             assert (out[:, : offset + 11] == sentinel).all()
             assert (out[:, offset + 11 + size :] == sentinel).all()
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", operator_cases.KERNELS)
 def test_exp_within_two_ulp(name: str) -> None:
     """The samples are every 499th float, then a dense set of doubles."""
     from fedkern.ops._core.backend import cpu_core
 
-    with using(name):
+    with operator_cases.using(name):
         bits = torch.arange(0, 2**32, 499, dtype=torch.int64)
         x = torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
         out = torch.empty_like(x)
@@ -294,7 +284,7 @@ def test_exp_within_two_ulp(name: str) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 0.3, 1.0, 2.0, 3.7, 1e4])
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", operator_cases.KERNELS)
 def test_exp_over_a_temperature_within_its_bound(name: str, temperature: float) -> None:
     """The bound is two ulp and the rounding of 1 / temperature.
 
@@ -302,7 +292,7 @@ def test_exp_over_a_temperature_within_its_bound(name: str, temperature: float) 
     """
     from fedkern.ops._core.backend import cpu_core
 
-    with using(name):
+    with operator_cases.using(name):
         bits = torch.cat([torch.arange(2**31, 2**32, 9973, dtype=torch.int64), torch.tensor([0xFF800000])])
         x = (bits - 2**32).to(torch.int32).view(torch.float32)
         for part in (x, torch.linspace(-110, 0, 100_001) * temperature):
