@@ -6,16 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedkern.engine.participation import (
-    DROPPED_OUT,
-    LATE,
-    Assignment,
-    Participation,
-    absent_clients,
-    sample_clients,
-    share_of_work,
-    speed,
-)
+from fedkern.engine import participation
 from fedkern.engine.run import run
 from fedkern.engine.setup import run_objects
 from fedkern.engine.store.checkpoints import Checkpoints
@@ -37,34 +28,36 @@ def many(**settings):
 
 def test_about_the_given_share_is_missing():
     config, everyone = many(dropout_rate=0.3), range(200)
-    found = [absent_clients(config, round, everyone) for round in range(20)]
+    found = [participation.absent_clients(config, round, everyone) for round in range(20)]
     assert 0.27 < sum(map(len, found)) / 4000 < 0.33
     assert found[0] != found[1]
-    assert set(found[0].values()) == {DROPPED_OUT}
-    assert absent_clients(config, 0, range(50)) == {k: why for k, why in found[0].items() if k < 50}
-    assert absent_clients(many(), 0, everyone) == {}
+    assert set(found[0].values()) == {participation.DROPPED_OUT}
+    assert participation.absent_clients(config, 0, range(50)) == {k: why for k, why in found[0].items() if k < 50}
+    assert participation.absent_clients(many(), 0, everyone) == {}
 
 
 def test_one_client_stays():
     config = many(dropout_rate=1.0)
-    stayed = {k for round in range(30) for k in {3, 5, 8} - set(absent_clients(config, round, [3, 5, 8]))}
+    stayed = {k for round in range(30) for k in {3, 5, 8} - set(participation.absent_clients(config, round, [3, 5, 8]))}
     assert stayed == {3, 5, 8}
-    assert len(absent_clients(config, 0, [3, 5, 8])) == 2
+    assert len(participation.absent_clients(config, 0, [3, 5, 8])) == 2
 
 
 def test_slow_clients_do_a_share_that_the_deadline_bounds():
     config = many(straggler_rate=0.4)
-    shares = torch.tensor([share_of_work(config, round, k) for round in range(20) for k in range(200)])
+    shares = torch.tensor([participation.share_of_work(config, round, k) for round in range(20) for k in range(200)])
     slow = shares[shares < 1]
     assert 0.37 < len(slow) / len(shares) < 0.43
     assert 0.45 < float(slow.mean()) < 0.55
     assert float(shares.min()) > 0
     later = many(straggler_rate=0.4, deadline=2.0)
     assert all(
-        share_of_work(later, 3, k) == pytest.approx(min(1.0, 2 * share_of_work(config, 3, k))) for k in range(200)
+        participation.share_of_work(later, 3, k)
+        == pytest.approx(min(1.0, 2 * participation.share_of_work(config, 3, k)))
+        for k in range(200)
     )
-    dropped = absent_clients(many(straggler_rate=0.4, stragglers="drop"), 3, range(200))
-    assert dropped == {k: LATE for k in range(200) if share_of_work(config, 3, k) < 1}
+    dropped = participation.absent_clients(many(straggler_rate=0.4, stragglers="drop"), 3, range(200))
+    assert dropped == {k: participation.LATE for k in range(200) if participation.share_of_work(config, 3, k) < 1}
 
 
 FIVE = Federation(rounds=3, samples=(10, 20, 30, 40, 50), classes=2)
@@ -72,18 +65,18 @@ FIVE = Federation(rounds=3, samples=(10, 20, 30, 40, 50), classes=2)
 
 def policy(**settings):
     settings = {"clients": 5, "batch_size": 10, "local_epochs": 2, **settings}
-    return Participation(RunConfig.make("fedavg", **settings), FIVE)
+    return participation.Participation(RunConfig.make("fedavg", **settings), FIVE)
 
 
 def test_who_is_asked_in_a_round():
     asked = policy(sample_fraction=0.4)
-    assert asked.assign(Round(participants=(3, 4)), 0) == Assignment((3, 4))
+    assert asked.assign(Round(participants=(3, 4)), 0) == participation.Assignment((3, 4))
     assert list(asked.assign(Round(participants="all"), 1).clients) == [0, 1, 2, 3, 4]
     drawn = asked.assign(Round(), 2).clients
-    assert drawn == sample_clients(asked._config, 2) != sample_clients(asked._config, 3)
+    assert drawn == participation.sample_clients(asked._config, 2) != participation.sample_clients(asked._config, 3)
     assert len(drawn) == len({*drawn}) == 2
     asked.secret = "5a" * 16
-    assert asked.assign(Round(), 2).clients == sample_clients(asked._config, 2, "5a" * 16) != drawn
+    assert asked.assign(Round(), 2).clients == participation.sample_clients(asked._config, 2, "5a" * 16) != drawn
 
 
 def test_who_is_missing_or_slow_in_an_assignment():
@@ -92,9 +85,9 @@ def test_who_is_missing_or_slow_in_an_assignment():
         asked = policy(**settings, stragglers=late)
         for number in range(6):
             given = asked.assign(Round(participants="all"), number)
-            assert given.absent == absent_clients(asked._config, number, range(5))
+            assert given.absent == participation.absent_clients(asked._config, number, range(5))
             assert given.began == {}
-    assert asked.assign(Round(participants="all", one_off=True), -1) == Assignment(range(5))
+    assert asked.assign(Round(participants="all", one_off=True), -1) == participation.Assignment(range(5))
 
 
 def test_the_clock_counts_steps_of_clients_of_usual_speed():
@@ -104,7 +97,9 @@ def test_the_clock_counts_steps_of_clients_of_usual_speed():
         for number in range(4):
             before = asked.clock
             asked.assign(Round(participants=(1, 4)), number)
-            times = {k: steps / speed(asked._config, number, k) for k, steps in ((1, 4), (4, 10))}  # two epochs each
+            times = {
+                k: steps / participation.speed(asked._config, number, k) for k, steps in ((1, 4), (4, 10))
+            }  # two epochs each
             clock += max(min(times[1], 4 * deadline), min(times[4], 10 * deadline))
             assert asked.clock == pytest.approx(clock)
             assert asked.clock > before
@@ -173,7 +168,9 @@ def test_a_slow_client_does_a_part_of_its_steps(make_data, make_config, tmp_path
     steps = steps_of(make_config("fedavg", clients=4, rounds=3, **limits), data, tmp_path / "a", monkeypatch)
     config = make_config("fedavg", clients=4, rounds=3, straggler_rate=0.6, **limits)
     part = steps_of(config, data, tmp_path / "b", monkeypatch)
-    shares = {(round, n): share_of_work(config, round, k) for round in range(3) for k, n in enumerate(SIZES)}
+    shares = {
+        (round, n): participation.share_of_work(config, round, k) for round in range(3) for k, n in enumerate(SIZES)
+    }
     assert part == {key: max(1, int(count * shares[key])) for key, count in steps.items()}
     assert any(share < 1 for share in shares.values())
     record = json.loads((tmp_path / "b" / "metrics.jsonl").read_text().splitlines()[0])
@@ -196,9 +193,9 @@ def test_slow_clients_with_an_epsilon_are_refused(monkeypatch):
 def test_the_clock_of_a_run_and_the_shares_of_its_clients(make_data, make_config, tmp_path):
     config = make_config("fedavg", clients=4, rounds=4, straggler_rate=0.6, deadline=1.2, workers="2")
     check_interruption(config, tmp_path, data=make_data(SIZES), at=KillAt("round", 2))
-    again = Participation(config, Federation(4, SIZES, 3, config.local_epochs))
+    again = participation.Participation(config, Federation(4, SIZES, 3, config.local_epochs))
     for number, record in enumerate(read_metrics(tmp_path / "whole")):
-        shares = {k: share_of_work(config, number, k) for k in again.assign(Round(), number).clients}
+        shares = {k: participation.share_of_work(config, number, k) for k in again.assign(Round(), number).clients}
         assert record["clock"] == again.clock
         told = {int(k): info["work_done"] for k, info in record["clients"].items() if "work_done" in info}
         assert told == {k: share for k, share in shares.items() if share < 1}
@@ -210,7 +207,7 @@ def test_the_clock_of_a_run_and_the_shares_of_its_clients(make_data, make_config
 # -- policies that keep tensors ----------------------------------------------------------------------------------------
 
 
-class Belated(Participation):
+class Belated(participation.Participation):
     """A policy in which every client answers the message of the round before."""
 
     def __init__(self, *given):
@@ -272,7 +269,7 @@ def test_what_a_policy_keeps_survives_an_interruption(make_data, make_config, tm
     assert again == outcome(tmp_path / "whole")
     names = {path.name for path in (out / "checkpoints").glob("participation-*")}
     assert names == {f"participation-{plan:06d}.safetensors" for plan in (4, 5)}  # of the checkpoints that are kept
-    monkeypatch.setattr(run_objects, "Participation", Participation)
+    monkeypatch.setattr(run_objects, "Participation", participation.Participation)
     run(config, out=tmp_path / "now", data=make_data(SIZES))
     assert outcome(tmp_path / "now")[0] != outcome(tmp_path / "whole")[0]
 

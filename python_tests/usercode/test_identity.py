@@ -21,19 +21,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedkern.usercode.code_identity import (
-    DEEP,
-    LIMIT,
-    NODES,
-    content_hash,
-    digest,
-    find_changes,
-    fold_table,
-    identity_table,
-    is_unchanged,
-    list_uncompared,
-    note_change,
-)
+from fedkern.usercode import code_identity
 
 FACTOR = 1
 
@@ -59,7 +47,7 @@ class Members(set):
 
 
 def table(thing):
-    return identity_table({"x": thing})
+    return code_identity.identity_table({"x": thing})
 
 
 def helper(value):
@@ -121,7 +109,7 @@ def with_buffer(value):
     return network
 
 
-def chain_of(value, depth=DEEP // 2):
+def chain_of(value, depth=code_identity.DEEP // 2):
     for _ in range(depth):
         value = Holder(value)
     return value
@@ -161,8 +149,8 @@ def test_a_change_is_told_and_an_equal_object_is_equal(kind):
     make = KINDS[kind]
     before = table(make(1))
     assert table(make(1)) == before
-    assert find_changes(before, table(make(2)))
-    assert list_uncompared(before) == []
+    assert code_identity.find_changes(before, table(make(2)))
+    assert code_identity.list_uncompared(before) == []
 
 
 TOLD = """
@@ -177,17 +165,21 @@ def test_a_table_is_the_same_in_another_process():
     told = subprocess.run(
         [sys.executable, "-c", TOLD], capture_output=True, text=True, check=True, env=environment
     ).stdout
-    assert json.loads(told) == {kind: digest(table(make(1))) for kind, make in KINDS.items()}
+    assert json.loads(told) == {kind: code_identity.digest(table(make(1))) for kind, make in KINDS.items()}
 
 
 def test_words_name_what_has_changed():
-    words = find_changes(table(Holder(2.0)), table(Holder(3.0)))
+    words = code_identity.find_changes(table(Holder(2.0)), table(Holder(3.0)))
     assert words == ["`x._value` changed from 2.0 to 3.0"]
     before, second = (run_code(f"def made(a):\n    return a + {n}") for n in (1, 2))
-    assert find_changes(table(before), table(second)) == ["`x` changed"]
-    assert find_changes(table(Holder(1)), table(Holder(Holder(1)))) == ["`x._value` changed from 1 to Holder"]
-    assert find_changes({"a": "1"}, {"b": "1"}) == ["`a` is gone", "`b` is new"]
-    assert find_changes(table(nn.ReLU()), table(before)) == ["`x` changed"]  # not the Python of its bytecode
+    assert code_identity.find_changes(table(before), table(second)) == ["`x` changed"]
+    assert code_identity.find_changes(table(Holder(1)), table(Holder(Holder(1)))) == [
+        "`x._value` changed from 1 to Holder"
+    ]
+    assert code_identity.find_changes({"a": "1"}, {"b": "1"}) == ["`a` is gone", "`b` is new"]
+    assert code_identity.find_changes(table(nn.ReLU()), table(before)) == [
+        "`x` changed"
+    ]  # not the Python of its bytecode
 
 
 def test_lines_and_docstrings_of_classes_do_not_count():
@@ -216,9 +208,9 @@ def test_a_module_that_code_imports_by_itself_counts_by_its_file(tmp_path, monke
     function = run_code("def made():\n    import imported_inside_a_test, torch, json")
     file.write_text("a = 1")
     before = table(function)
-    assert before["x.imported_inside_a_test"].endswith(content_hash(file.read_bytes()))
+    assert before["x.imported_inside_a_test"].endswith(code_identity.content_hash(file.read_bytes()))
     file.write_text("a = 2")
-    assert find_changes(before, table(function))
+    assert code_identity.find_changes(before, table(function))
 
 
 @pytest.mark.parametrize(
@@ -226,11 +218,11 @@ def test_a_module_that_code_imports_by_itself_counts_by_its_file(tmp_path, monke
     [
         (threading.Lock(), "lock"),
         ([Holder(1), (x for x in ())], "generator"),
-        (chain_of(1, DEEP + 5), f"deeper than {DEEP} levels"),
-        (torch.zeros(LIMIT), f"all after its first {LIMIT:,} bytes"),
-        ("a" * 2 * LIMIT, f"all after its first {LIMIT:,} bytes"),
-        ([*range(LIMIT)], f"all after its first {LIMIT:,} bytes"),
-        ([Holder(n) for n in range(NODES)], f"this and all after {NODES:,} values"),
+        (chain_of(1, code_identity.DEEP + 5), f"deeper than {code_identity.DEEP} levels"),
+        (torch.zeros(code_identity.LIMIT), f"all after its first {code_identity.LIMIT:,} bytes"),
+        ("a" * 2 * code_identity.LIMIT, f"all after its first {code_identity.LIMIT:,} bytes"),
+        ([*range(code_identity.LIMIT)], f"all after its first {code_identity.LIMIT:,} bytes"),
+        ([Holder(n) for n in range(code_identity.NODES)], f"this and all after {code_identity.NODES:,} values"),
         (os.environ, "environment of the process"),
         (random.random, "generator of the process"),
         (np.random.rand, "generator of the process"),
@@ -239,7 +231,7 @@ def test_a_module_that_code_imports_by_itself_counts_by_its_file(tmp_path, monke
     ids=range(11),
 )
 def test_what_is_not_compared_is_listed(thing, said):
-    (listed,) = list_uncompared(table(thing))
+    (listed,) = code_identity.list_uncompared(table(thing))
     assert said in listed
 
 
@@ -251,7 +243,7 @@ def test_an_object_that_raises_at_everything_is_walked():
     kind = type("Raising", (), {f"__{name}__": fails for name in names})
     things = kind(), kind()
     things[1].value = 2
-    assert find_changes(*map(table, things)) == ["`x.value` is new"]
+    assert code_identity.find_changes(*map(table, things)) == ["`x.value` is new"]
 
 
 def test_what_a_call_leaves_in_functools_and_in_modes_of_torch_does_not_count():
@@ -267,32 +259,38 @@ def test_cycles_end():
     holder._value = {"self": holder, "list": second}
     second.append(second)
     assert table(holder)["x._value['self']"] == "same as x"
-    assert list_uncompared(table(holder)) == []
+    assert code_identity.list_uncompared(table(holder)) == []
 
 
 def test_weights_and_code_can_be_left_out():
     layer, second = nn.Linear(3, 3), nn.Linear(3, 3)
     assert table(layer) != table(second)
-    assert identity_table({"x": layer}, weights=False) == identity_table({"x": second}, weights=False)
+    assert code_identity.identity_table({"x": layer}, weights=False) == code_identity.identity_table(
+        {"x": second}, weights=False
+    )
     small, two = (run_code(f"class made:\n    def f(self): return {n}")() for n in (1, 2))
     assert table(small) != table(two)
-    assert identity_table({"x": small}, code=False) == identity_table({"x": two}, code=False)
+    assert code_identity.identity_table({"x": small}, code=False) == code_identity.identity_table(
+        {"x": two}, code=False
+    )
 
 
 def test_a_large_table_is_stored_as_few_rows_that_tell_as_much():
     rows = table(nn.Sequential(*(nn.Sequential(nn.Dropout(0.1), nn.ReLU()) for _ in range(200))))
     second = {**rows, "x.150.0.p": "0.2"}
     assert len(rows) > 600
-    assert len(fold_table(rows, 250)) <= 250
-    assert find_changes(fold_table(rows, 250), fold_table(second, 250)) == ["`x.150` changed"]
-    assert fold_table({"a": "1"}) == {"a": "1"}
+    assert len(code_identity.fold_table(rows, 250)) <= 250
+    assert code_identity.find_changes(code_identity.fold_table(rows, 250), code_identity.fold_table(second, 250)) == [
+        "`x.150` changed"
+    ]
+    assert code_identity.fold_table({"a": "1"}) == {"a": "1"}
 
 
 def test_objects_that_a_run_has_changed_count_as_the_former_ones():
     before, after, last = (table(Holder(f"changed by a run of a test {n}")) for n in range(3))
-    assert not is_unchanged(digest(before), digest(after))
-    note_change(before, after)
-    note_change(after, last)
-    assert is_unchanged(digest(before), digest(after))
-    assert is_unchanged(digest(before), digest(last))
-    assert not is_unchanged(digest(last), digest(before))
+    assert not code_identity.is_unchanged(code_identity.digest(before), code_identity.digest(after))
+    code_identity.note_change(before, after)
+    code_identity.note_change(after, last)
+    assert code_identity.is_unchanged(code_identity.digest(before), code_identity.digest(after))
+    assert code_identity.is_unchanged(code_identity.digest(before), code_identity.digest(last))
+    assert not code_identity.is_unchanged(code_identity.digest(last), code_identity.digest(before))
