@@ -138,7 +138,7 @@ class Run:
 
     Attributes:
         serve: computes chains.
-        module, mode: the network, whether it trains, and whether gradients were enabled at the start.
+        module, key: the network, and the key of its convolutions' plans for calls without gradients.
         frame, handled: the frame that calls its hooks, and the exception handled at the start.
         recorder: of the rehearsal that this is, or None.
         last, converts: whether all convolutions run in channels-last, and one has begun.
@@ -151,7 +151,7 @@ class Run:
 
     serve: Serve
     module: nn.Module
-    mode: tuple[bool, bool]
+    key: int
     frame: FrameType | None
     handled: BaseException | None
     recorder: Any
@@ -234,6 +234,9 @@ class Pending(Tensor):
             *map(compute_pending, args), **{name: compute_pending(item) for name, item in (kwargs or {}).items()}
         )
 
+    def dim(self) -> int:
+        return 4
+
     @classmethod
     def __torch_dispatch__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> NoReturn:  # type: ignore[override]
         raise RuntimeError(
@@ -312,11 +315,12 @@ def _lay_out(result: Tensor, site: Site) -> Tensor:
 def _compute_value(node: Node, dense: bool) -> Tensor:
     chain, parent = node.chain, node.parent
     marks = chain.site.noted + (chain.norm.noted if chain.norm else []) + ([chain.residual] if chain.residual else [])
-    if any(version_of(tensor) != before for tensor, before in marks):
-        raise RuntimeError(
-            "A tensor was changed in place before fedkern.accelerate computed what an earlier step takes of it: write "
-            "the change without in-place operations, or run fedkern.plain(module)."
-        )
+    for tensor, version in marks:
+        if version_of(tensor) != version:
+            raise RuntimeError(
+                "A tensor was changed in place before fedkern.accelerate computed what an earlier step takes of it: "
+                "write the change without in-place operations, or run fedkern.plain(module)."
+            )
     before = parent
     while before is not None and before.value is None:
         before = before.parent
@@ -343,7 +347,7 @@ def _waiting(x: object) -> Node | None:
 def is_plain(tensor: Tensor, shape: tuple[int, ...]) -> bool:
     """Return whether a tensor is an ordinary fp32 tensor on the CPU, of a shape."""
     kind = type(tensor) is Tensor or type(tensor) is nn.Parameter
-    return kind and tensor.dtype is torch.float32 and tensor.is_cpu and tuple(tensor.shape) == shape
+    return kind and tensor.dtype is torch.float32 and tensor.is_cpu and tensor.shape == shape
 
 
 def shape_of(x: Tensor) -> tuple[int, ...]:
@@ -369,8 +373,10 @@ def _takes_norm(
     node = _waiting(x)
     if node is None or node.parent is not None or weight is None or bias is None or eps <= 0:
         return None
-    vectors = (item for item in (weight, bias, *statistics) if item is not None)
-    return node if all(is_plain(item, node.shape[1:2]) for item in vectors) else None
+    for item in (weight, bias, *statistics):
+        if item is not None and not is_plain(item, node.shape[1:2]):
+            return None
+    return node
 
 
 def _batch_norm(
