@@ -155,8 +155,8 @@ def test_a_change_is_told_and_an_equal_object_is_equal(kind):
 
 TOLD = """
 import json
-from python_tests.usercode.test_identity import KINDS, digest, table
-print(json.dumps({kind: digest(table(make(1))) for kind, make in KINDS.items()}))
+from python_tests.usercode.test_identity import KINDS, code_identity, table
+print(json.dumps({kind: code_identity.digest(table(make(1))) for kind, make in KINDS.items()}))
 """
 
 
