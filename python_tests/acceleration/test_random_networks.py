@@ -329,7 +329,7 @@ def judge(text, served_chains):
     # gradient of the weights of a strided 1x1 convolution of few channels.
     if "channels_last" in text and re.search(r"GroupNorm|Conv2d\((\d|1[0-5]), \d+, 1, [2-9]", text):
         return None
-    if re.search(r"if self.calls == \d:\n.*(channels_last|contiguous\(\)|dropout|permute)", text):  # which no rehearsal sees
+    if re.search(r"if self.calls == \d:\n.*(channels_last|contiguous\(\)|dropout|permute)", text):  # unrehearsed
         return None
     exact, plain, noisy = play(text, torch.float64), play(text), play(text, torch.float64, noise=EPS)
     if exact[2] or plain[2] or noisy[2]:
