@@ -135,5 +135,6 @@ class Target:
             value = record.get(self.figure)
             if isinstance(value, (int, float)) and (value <= self.value if self.falls else value >= self.value):
                 sent = [record[name] for name in ("bytes_up", "bytes_down") if name in record]
-                return {"rounds": record["round"], "bytes": sum(sent) if sent else None, "seconds": record["seconds"]}
+                total = sum(sent) if sent and None not in sent else None
+                return {"rounds": record["round"], "bytes": total, "seconds": record.get("seconds")}
         return None

@@ -133,8 +133,8 @@ def summarise(records: Sequence[Table]) -> Table:
     """Return the summary of the rounds, at least one: each figure's last value, and the costs."""
     last = records[-1]
     figures = {name: value for record in records for name, value in record.items() if name not in TAKEN}
-    sent = {name: last[f"bytes_{name}"] for name in ("up", "down") if last.get(f"bytes_{name}") is not None}
-    total = sum(sent.values()) if sent else None
+    sent = {name: last[f"bytes_{name}"] for name in ("up", "down") if f"bytes_{name}" in last}
+    total = sum(sent.values()) if sent and None not in sent.values() else None
     return {"metrics": figures, "rounds": last["round"], "bytes": {**sent, "total": total}, "seconds": last["seconds"]}
 
 

@@ -31,10 +31,12 @@ def hash_labels(labels: object) -> str:
         The SHA-256 of the shape and of the labels as little-endian float64, in hexadecimal.
 
     Raises:
-        UserError: the labels are no numbers, or none.
+        UserError: the labels are no numbers, or there are none.
     """
     try:
         array = np.asarray(labels)
+        if array.dtype.kind not in "biuf" or not array.size:
+            raise TypeError
         sha256 = hashlib.sha256(repr(array.shape).encode())
         sha256.update((np.asarray(array, "<f8") + 0.0).tobytes())  # -0.0 + 0.0 is 0.0
     except (TypeError, ValueError, RuntimeError):
@@ -61,7 +63,7 @@ class Recording:
             number: the round, higher than the one before. Round 0 stands for the network before training.
             seconds: time that the round took. None measures the time since the last call; NaN says that it is unknown.
             bytes_up: bytes that clients sent in this round. A direction that no round gives counts as 0, and costs
-                are unknown if no round gives either.
+                are unknown if no round gives either, or one is NaN.
             bytes_down: bytes that clients received in this round.
             **figures: figures by name, as numbers, arrays or tensors of one value. Shares are fractions from 0 to 1.
 

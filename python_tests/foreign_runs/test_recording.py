@@ -55,8 +55,9 @@ def test_labels_have_one_hash_in_any_form():
     assert len({fedkern.hash_labels(labels) for labels in forms}) == 1
     different = [1, 0, 1, 0], [0, 1, 1], [LABELS]
     assert len({fedkern.hash_labels(labels) for labels in (LABELS, *different)}) == 4
-    with pytest.raises(UserError, match="Test labels must be numbers"):
-        fedkern.hash_labels(["cat", "dog"])
+    for labels in (["cat", "dog"], ["1", "2"], [], None, [None]):
+        with pytest.raises(UserError, match="Test labels must be numbers"):
+            fedkern.hash_labels(labels)
 
 
 def test_the_files_of_a_run(tmp_path):
@@ -181,7 +182,8 @@ def test_runs_are_compared_with_those_of_fedkern(tmp_path):
 def test_recorded_runs_alone_with_unknown_costs(tmp_path):
     for seed, lr in ((0, 0.1), (0, 0.2), (1, 0.2)):
         with fedkern.record(tmp_path / f"{lr}-{seed}", method="m", seed=seed, settings={"lr": lr, "seed": seed}) as run:
-            run.round(1, accuracy=0.5, seconds=float("nan"))
+            unknown = float("nan")
+            run.round(1, accuracy=0.5, seconds=unknown, **({"bytes_up": unknown, "bytes_down": 7} if seed else {}))
     found = fedkern.compare(tmp_path, out=tmp_path / "z", target="accuracy=0.5")
     assert [row["group"] for row in found.table] == ["m (own code) lr=0.1", "m (own code) lr=0.2"]
     assert [row["seconds"] for row in found.table] == [row["bytes_to_target"] for row in found.table] == [None, None]
