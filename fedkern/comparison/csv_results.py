@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 
 from fedkern.comparison.cells import folder_name
@@ -125,9 +125,9 @@ class CsvResults:
     def _read_number(self, name: str, text: str) -> float:
         try:
             exact = Decimal(text.rstrip("% "))
-        except InvalidOperation:
+            number = float(exact.scaleb(-2) if text.endswith("%") or name in self.percent else exact)
+        except (ArithmeticError, ValueError):
             raise ValueError(f'{name} must be a number, not "{text}"') from None
-        number = float(exact.scaleb(-2) if text.endswith("%") or name in self.percent else exact)
         try:
             check_record({"round": 0, name: number if math.isfinite(number) else None}, -1)
         except ValueError as error:

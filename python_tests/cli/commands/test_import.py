@@ -73,6 +73,7 @@ def test_a_row_may_be_a_finished_run(result, write, tmp_path):
         (TABLE + "a,x,1,5\n", 'line 6: seed must be a whole number from 0 on, not "x"'),
         (TABLE + "a,2,1.5,5\n", 'line 6: round must be a whole number from 0 on, not "1.5"'),
         (TABLE + "a,2,1,high\n", 'line 6: accuracy must be a number, not "high"'),
+        (TABLE + "a,2,1,sNaN%\n", 'line 6: accuracy must be a number, not "sNaN%"'),
         (TABLE + "a,2,1,900\n", "line 6: accuracy must be a fraction from 0 to 1, not 9.0"),
         (TABLE + ",2,1,9\n", "line 6: the method must be a text of one line"),
         (TABLE + "a,1,1,9\n", "line 6: method, seed and round are those of line 5"),
