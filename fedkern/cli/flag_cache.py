@@ -105,7 +105,7 @@ def _digest(text: str = "") -> str:
     digest = blake2b(text.encode())
     if not text:
         digest.update(f"{__version__} {sys.version} {sys.flags.optimize}".encode())
-        for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        for file in sorted(filter(Path.is_file, Path(__file__).parents[1].rglob("*.py"))):  # no editor's lock
             content = file.read_bytes()
             digest.update(f"{file} {len(content)} ".encode() + content)
     return digest.hexdigest()
