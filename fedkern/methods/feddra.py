@@ -160,9 +160,10 @@ class FedDRA(Robust):
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         if phase.exchange == LOSSES:
             answer = super().client_update(client, phase, message)
-            # What the exchange of statistics computed with the model that the client keeps.
+            # What the exchange of statistics computed with the model that the client keeps, for the next anchors.
             client.state["heads"] = {}
-            if "heads" in client.round_cache and self.options.anchors and client.device.type == "cpu":
+            used = self.options.anchors and not self.paired
+            if used and "heads" in client.round_cache and client.device.type == "cpu":
                 client.state["heads"] = {"rows": client.round_cache["rows"], **client.round_cache["heads"]}
             return answer
         client.report["weight"] = message["weight"]
@@ -181,7 +182,7 @@ class FedDRA(Robust):
         else:
             model = start = anchor = self.held(client, message)
             if model is client.state.get("model"):
-                extras = client.state["heads"]
+                extras = client.state.get("heads", {})  # which a checkpoint of an earlier version lacks
         result = client.train(self, phase, {**message, **start}, rows=rows, anchor=anchor, extras=extras)
         client.report["drift"] = float(torch.linalg.vector_norm(result["parameters"] - model["parameters"]))
         return result
