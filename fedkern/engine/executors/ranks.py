@@ -1,15 +1,12 @@
 """Executor of torchrun: clients on all ranks, with the bits of :class:`Serial` for any number of ranks.
 
 Rank 0 runs the round loop and the server. Its own clients work between two answers of other ranks, which work as worker
-processes do (`fedkern.engine.executors.ranks`).
+processes do (:func:`serve`): they load no data and write no file. Rank 0 sends settings, data and method, and prints
+all messages.
 
 The clients of a round are dealt out in turn and keep their rank. A changed state returns with the answer, so that it is
 in the checkpoint from which torchrun's next attempt starts. A lost rank is not replaced: the run ends, and torchrun may
 start all ranks again.
-
-Rank of torchrun other than 0, where clients work that rank 0 asks.
-
-It loads no data and writes no file. Rank 0 sends settings, data and method, and prints all messages.
 """
 
 from __future__ import annotations

@@ -11,9 +11,8 @@ backward pass is recorded.
 
 Built-in methods and networks declare that they can be recorded (:attr:`fedkern.methods.roles.Objective.replayable`).
 User code may draw on the host or count, which a recording would repeat. So its eager step is run twice, and a recorded
-step is compared bit for bit: on three batches, and on the first of every later exchange.
-
-Snapshots of a training step, to compare with and to return to.
+step is compared bit for bit: on three batches, and on the first of every later exchange. A :class:`Snapshot` is what
+steps are compared with, and what a client returns to.
 """
 
 from __future__ import annotations

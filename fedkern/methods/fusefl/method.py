@@ -6,8 +6,6 @@ Networks are cut into K blocks. At level l = 1 ... K every client m trains
 
 and sends (adaptor, block l). The M pairs side by side are fused level l. In the end the last level's M features are
 fused, and the classifiers averaged and calibrated (:mod:`fedkern.methods.common.calibration`).
-
-FuseFL's parts that do not depend on rounds.
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
-"""contrastive: the launchers of the compiled cores.
+"""contrastive: the launcher of the CPU core.
 
-On the CPU torch multiplies, and csrc/cpu/contrast.cpp computes loss and gradient from the products.
-
-Matrix products of contrastive on the CPU, by the faster of oneDNN and MKL.
-
-They use ``mm(out=...)`` or oneDNN's operator: autocast would round the result of a plain ``mm``.
+torch multiplies, by the faster of oneDNN and MKL, and csrc/cpu/contrast.cpp computes loss and gradient from the
+products. They use ``mm(out=...)`` or oneDNN's operator: autocast would round the result of a plain ``mm``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The operators in ``torch.library``: one graph node each for torch.compile, vmap, torch.func and opcheck.
 
-Eager calls do not use them: a dispatcher round trip in Python costs several times a small kernel.
-
-``autograd.Function`` with less overhead, for operators whose whole call takes a few dozen microseconds.
+Eager calls do not use them: a dispatcher round trip in Python costs several times a small kernel. They use
+:class:`EagerFunction`, an ``autograd.Function`` with less overhead, as a whole call takes a few dozen microseconds.
 """
 
 from __future__ import annotations
