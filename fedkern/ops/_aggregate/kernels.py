@@ -25,7 +25,7 @@ from fedkern.ops._aggregate.checks import (
 from fedkern.ops._aggregate.plain import PlainAggregate
 from fedkern.ops._aggregate.rules import ServerCall
 from fedkern.ops._core import backend
-from fedkern.ops._core.memory import Launcher
+from fedkern.ops._core.launch import Launcher
 
 # Templates for empty_like, by number of clients: it takes two thirds of the time of empty(count, dtype=...).
 _NUMBERS: dict[int, Tensor] = {}

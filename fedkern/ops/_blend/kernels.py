@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core import checks
-from fedkern.ops._core.memory import HUGE, Launcher
+from fedkern.ops._core.launch import Launcher
+from fedkern.ops._core.memory import HUGE
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 

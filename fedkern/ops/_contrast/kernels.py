@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedkern.ops._contrast.reference import ContrastCall, Gradients
 from fedkern.ops._core.backend import DTYPES, compute_dtype
-from fedkern.ops._core.memory import Launcher
+from fedkern.ops._core.launch import Launcher
 
 _mm = torch.mm
 _HAS_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedkern.ops._contrast.reference import ContrastCall, Gradients
 from fedkern.ops._core.backend import compute_dtype
-from fedkern.ops._core.memory import Launcher
+from fedkern.ops._core.launch import Launcher
 
 # Most bytes of similarities that a call holds whole (8,192 pairs in fp32), and bytes of a tile of more.
 HELD = 256 << 20

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.memory import HUGE, Launcher
+from fedkern.ops._core.launch import Launcher
+from fedkern.ops._core.memory import HUGE
 
 _empty_like = torch.empty_like
 _CHANNELS_LAST = torch.channels_last

@@ -1,4 +1,4 @@
-"""Memory for large results of the CPU kernels, small tensors of numbers on a device, and the base of launchers."""
+"""Memory for large results of the CPU kernels, and small tensors of numbers created on a device."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-
-from fedkern.ops._core.private_torch import raw_stream
 
 # Bytes from which huge pages are asked for. Below this the system call costs as much as the page faults it saves.
 HUGE = 4 << 20
@@ -197,36 +195,3 @@ def place_values(values: Sequence[float], device: torch.device, dtype: torch.dty
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
-
-
-_threads = torch.get_num_threads
-
-
-class Launcher:
-    """Calls of one compiled core by a family of operators.
-
-    Both cores take tensors as they are (csrc/bindings/exchange.h), and :meth:`at` as the last argument.
-
-    Attributes:
-        core: ``fedkern._cpu`` or ``fedkern._cuda``.
-        gpu: whether it is ``fedkern._cuda``, which tests may emulate on CPU tensors.
-    """
-
-    def __init__(self, core: ModuleType) -> None:
-        self.core = core
-        self.gpu = hasattr(core, "architectures")
-        self.at: Callable[[Tensor], int] = _stream_of if self.gpu else _threads_of
-
-    def fresh(self, tensor: Tensor) -> Tensor:
-        """Move a large new CPU tensor, about to be written, to memory that is kept for such tensors."""
-        return tensor if self.gpu else fresh(self.core, tensor)
-
-
-def _threads_of(tensor: Tensor) -> int:
-    return _threads()
-
-
-def _stream_of(tensor: Tensor) -> int:
-    """Return torch's current stream on the tensor's device, 0 for a CPU tensor (of an emulated core)."""
-    index = tensor.get_device()
-    return raw_stream(index) if index >= 0 and raw_stream is not None else 0

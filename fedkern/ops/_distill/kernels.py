@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core.backend import DTYPES, add_kernels, compute_dtype
-from fedkern.ops._core.memory import HUGE, Launcher
+from fedkern.ops._core.launch import Launcher
+from fedkern.ops._core.memory import HUGE
 from fedkern.ops._core.private_torch import graph_is_retained
 from fedkern.ops._distill.reference import result_dtype
 from fedkern.ops._distill.rows import BATCHMEAN, NONE, mean_scale, row_shape

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core.backend import compute_dtype, not_forced
-from fedkern.ops._core.memory import HUGE, Launcher
+from fedkern.ops._core.launch import Launcher
+from fedkern.ops._core.memory import HUGE
 from fedkern.ops._fuse.maps import empty_map
 from fedkern.ops._fuse.reference import FuseCall, FuseGradients, FuseNeeds, fuse_backward_reference, fuse_mean_reference
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedkern.ops._core.memory import Launcher, place_values
+from fedkern.ops._core.launch import Launcher
+from fedkern.ops._core.memory import place_values
 from fedkern.ops._optimise.checks import check_like
 
 _empty, _empty_like = torch.empty, torch.empty_like
