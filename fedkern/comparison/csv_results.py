@@ -80,6 +80,7 @@ class CsvResults:
             for (method, seed), rounds in self.runs.items():
                 if not any(self.figures[0] in values for values in rounds.values()):
                     mistakes.append(f"no line of {method}, seed {seed}, has the main figure, {self.figures[0]}")
+            mistakes += filter(None, map(self._doubt_percent, self.percent))
         if mistakes:
             raise UserError(f"{self.path} cannot be imported: {first_of(mistakes, _SHOWN, '; ')}.")
 
@@ -88,9 +89,16 @@ class CsvResults:
         for name, column in self.columns.items():
             if (count := header.count(column)) != 1:
                 problem = f"{count} columns" if count else "no column"
-                mistakes.append(f'{problem} "{column}" for {name}{suggest_name(column, header).rstrip("?")}')
+                hint = suggest_name(column, header).strip()
+                mistakes.append(f'{problem} "{column}" for {name}{f" ({hint})" if hint else ""}')
         if mistakes:
-            raise UserError(f"{self.path} has {'; '.join(mistakes)}: its columns are {', '.join(header)}.")
+            swapped = [
+                f" The column comes second: {column}={name}."
+                for name, column in self.columns.items()
+                if name in header and column not in header and (column in (*_KEYS, *COSTS) or direction(column, {}))
+            ]
+            listed = f"its columns are {', '.join(header)}.{''.join(swapped[:1])}"
+            raise UserError(f"{self.path} has {'; '.join(mistakes)}: {listed}")
         way = f"--columns NAME=COLUMN,... says which of the columns {', '.join(header)} hold what"
         if "seed" not in self.columns:
             raise UserError(f"No column holds the seed, by which runs are paired: {way}.")
@@ -99,7 +107,8 @@ class CsvResults:
         if not self.figures:
             raise UserError(f"No column holds a figure, such as accuracy=COLUMN: {way}.")
         if unknown := [name for name in self.percent if name not in self.figures]:
-            raise UserError(f"--percent {unknown[0]}: it is none of the figures {', '.join(self.figures)}.")
+            way = " Name the figure, not its column." * (unknown[0] in header)
+            raise UserError(f"--percent {unknown[0]}: it is none of the figures {', '.join(self.figures)}.{way}")
 
     def _add(self, texts: Mapping[str, str], line: int) -> Iterable[str]:
         """Add a row's results, or yield what is wrong with them."""
@@ -134,6 +143,14 @@ class CsvResults:
             is_percentage = name in self.figures and 1 < number <= 100
             raise ValueError(f"{error}{f' (a percentage: --percent {name})' * is_percentage}") from None
         return number
+
+    def _doubt_percent(self, figure: str) -> str:
+        """Return a sentence if all percentages of a figure that should be high are at most 1, as fractions are."""
+        values = [row.get(figure, 0.0) for rounds in self.runs.values() for row in rounds.values()]
+        is_doubtful = any(value > 0 for value in values) and not any(value > 0.01 for value in values)
+        if direction(figure, {}) != "max" or not is_doubtful:
+            return ""
+        return f"no {figure} is above 1 %: leave out --percent {figure}, and write small percentages as 0.5 %"
 
     def write(self, out: Path, *, better: str = "", framework: str = "own code") -> list[Path]:
         """Record the runs in folders of the new folder ``out``, or write nothing.

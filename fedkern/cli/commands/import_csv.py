@@ -16,7 +16,7 @@ USAGE = f"""\
 
 FILE.csv has one row for each round, or for each finished run. --columns says what its columns hold:
 --columns method=algo,seed=seed,round=epoch,accuracy=test_acc makes one run of each method and seed, to be read by
-compare, report and reproduce.
+compare and reproduce.
 """
 
 

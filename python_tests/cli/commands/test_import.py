@@ -78,6 +78,7 @@ def test_a_row_may_be_a_finished_run(result, write, tmp_path):
         (TABLE + ",2,1,9\n", "line 6: the method must be a text of one line"),
         (TABLE + "a,1,1,9\n", "line 6: method, seed and round are those of line 5"),
         (TABLE + 'a,2,1,"9\n', "line 6: unexpected end of data"),
+        (TABLE[:24] + "\na,0,1,0.5\na,0,2,0.7\n", "no accuracy is above 1 %: leave out --percent accuracy"),
         (TABLE + "a,2,1,\n", "no line of a, seed 2, has the main figure, accuracy"),
     ],
 )
@@ -109,6 +110,9 @@ def test_all_mistakes_are_told_at_once(fails, write):
         (("table.csv", "--columns", COLUMNS, "--method", "x"), "The method is a column, method=COLUMN, or"),
         (("table.csv", "--columns", "method=algo,seed"), "No column holds a figure"),
         (("table.csv", "--columns", COLUMNS, "--percent", "f1"), "--percent f1: it is none of the figures accuracy"),
+        (("table.csv", "--columns", COLUMNS, "--percent", "test_acc"), "Name the figure, not its column."),
+        (("table.csv", "--columns", "algo=method,seed,test_acc=accuracy"), "The column comes second: method=algo."),
+        (("table.csv", "--columns", "method=algo,seed=sed"), 'for seed (Did you mean "seed"?): its columns are algo, '),
         (("table.csv", "--columns", COLUMNS), "not 50.0 (a percentage: --percent accuracy)"),
         (("table.csv", "--columns", "method=algo,seed,round=epoch,hits=test_acc"), "give --better max or --better min"),
         (("table.csv", "--columns", "method=algo,seed,accuracy=test_acc", "--percent", "accuracy"), "round=COLUMN"),
