@@ -153,7 +153,7 @@ class Run:
         """
         contents = read_summary(self.out)
         if contents is None:
-            raise UserError(f"The run in {self.out} is not finished: go on with it by resume().")
+            raise UserError(f"The run in {self.out} is not finished: continue it with resume().")
         return contents
 
     @property

@@ -79,7 +79,7 @@ class FoundRun:
         header, records = recorded_run.read_header(folder), recorded_run.read_records(folder)
         summary = recorded_run.read_summary(folder, records)
         if summary is None:
-            raise UserError(f"The run in {folder} is not finished: go on with it by resume=ROUND, or leave it out.")
+            raise UserError(f"The run in {folder} is not finished: continue it with resume=ROUND, or leave it out.")
         settings = {name: value for name, value in {**header.sizes, **header.settings}.items() if name not in _NO_GROUP}
         return cls(
             folder, f"{header.method} ({header.framework})", str(settings.get("data", "")), header.seed, header.main,
@@ -163,7 +163,7 @@ def read_own_run(folder: str | Path, trusted: Collection[str] = ()) -> OwnRun:
     config = load_unedited(path, trusted=trusted, device="cpu")
     summary = read_summary(path)
     if summary is None:
-        raise UserError(f"The run in {path} is not finished: go on with it by --resume {path}, or leave it out.")
+        raise UserError(f"The run in {path} is not finished: continue it with --resume {path}, or leave it out.")
     return OwnRun.of(path, with_identity(config, read_newest(path)), summary, read_metrics(path))
 
 

@@ -257,9 +257,11 @@ def _intervals(groups: Sequence[Group], figures: Sequence[str]) -> str:
     base = groups[0]
     points = " in percentage points" if all(scale(figure)[1] for figure in figures) else ""
     differences = f"Differences are to {base.label}{points}"
-    pairs = [sum(not is_other for is_other in group.shared_seeds(base).values()) for group in groups[1:]]
+    shared_seeds = [group.shared_seeds(base).values() for group in groups[1:]]
+    pairs = [sum(not is_other for is_other in answers) for answers in shared_seeds]
     if max(pairs) < 2:
-        return f"{differences}; an interval needs two seeds in common, so none is given."
+        labels = ", on the same test labels" * any(True in answers for answers in shared_seeds)
+        return f"{differences}; an interval needs two seeds in common{labels}, so none is given."
     fewest_pairs, most_pairs = min(pairs), max(pairs)
     count = f"{most_pairs}" if fewest_pairs == most_pairs else f"{fewest_pairs} to {most_pairs}"
     few_words = ", so few that it holds only if differences are nearly normal" if most_pairs < 6 else ""

@@ -165,10 +165,13 @@ def _dump_header(header: Header) -> str:
 
 def _cut_rounds(folder: Path, header: Header, last_round: int) -> list[Table]:
     """Remove the rounds after ``last_round`` from an existing run, and return the others."""
+    if not folder.exists():
+        raise UserError(f"{folder} has no run to continue: leave out resume to begin one.")
     stored, records = asdict(recorded_run.read_header(folder)), recorded_run.read_records(folder)
     given = tomllib.loads(text := _dump_header(header))
     if changed := [name for name in stored if name not in ("main", "better") and stored[name] != given[name]]:
-        raise UserError(f"The run in {folder} was recorded with another {changed[0]}: give its own, or another folder.")
+        names = ", ".join(changed)
+        raise UserError(f"The run in {folder} was begun with other values of {names}: give those, or another folder.")
     remaining = [record for record in records if record["round"] <= last_round]
     if not remaining or remaining[-1]["round"] != last_round:
         rounds = first_of([str(record["round"]) for record in records[::-1]], 3) or "none"

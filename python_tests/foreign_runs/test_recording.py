@@ -87,7 +87,7 @@ def test_an_interrupted_run_is_resumed(tmp_path):
     assert not (tmp_path / "x").exists()
     with (tmp_path / "y/metrics.jsonl").open("a") as file:
         file.write('{"round": 3, "acc')  # cut off by a crash
-    with pytest.raises(UserError, match=r"The run in .*/y is not finished: go on with it by resume=ROUND"):
+    with pytest.raises(UserError, match=r"The run in .*/y is not finished: continue it with resume=ROUND"):
         fedkern.compare([tmp_path / "y"])
     write_run(tmp_path / "y", [0.2, 0.3], start=2, resume=1)
     for name in ("record.toml", "metrics.jsonl", "summary.json"):
@@ -96,7 +96,7 @@ def test_an_interrupted_run_is_resumed(tmp_path):
         assert not (tmp_path / "y/summary.json").exists()
     for changed, message in (
         ({"resume": 5}, "has no round 5 to continue after; its rounds are, last first: 2, 1"),
-        ({"resume": 2, "method": "other"}, "was recorded with another method"), ({}, "is there already"),
+        ({"resume": 2, "method": "other"}, "was begun with other values of method: give"), ({}, "is there already"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             write_rounds(tmp_path / "y", **changed)
@@ -123,7 +123,7 @@ def test_two_programs_do_not_share_a_folder(tmp_path):
         ({"settings": {"lr": {}}}, "settings: lr must be a text of one line, a number"),
         ({"sizes": {"clients": 1.5}}, "sizes: clients must be a whole number from 0 on, not 1.5"),
         ({"test_labels": "abc"}, "test_labels: test must be the result of fedkern.hash_labels, not 'abc'"),
-        ({"resume": 1}, "record.toml is missing or damaged"),
+        ({"resume": 1}, "x has no run to continue: leave out resume to begin one"),
     ],
 )
 def test_mistakes_in_arguments(changed, message, tmp_path):
@@ -174,6 +174,8 @@ def test_runs_are_compared_with_those_of_fedkern(tmp_path):
     assert "Not paired with fedavg, as the test labels differ: other (lab)." in notes
     assert "as a hash of them is missing: unknown (lab)." in notes
     assert "lr" not in notes  # is the same
+    alone = fedkern.compare([tmp_path / "own", *sorted((tmp_path / "recorded").glob("other*"))], out=tmp_path / "alone")
+    assert "an interval needs two seeds in common, on the same test labels, so none" in " ".join(alone.notes)
     assert all((tmp_path / f"z/comparison.{end}").exists() for end in ("csv", "md", "tex", "png"))
     assert [group.label for group in read_comparison(found.folder).groups] == [*rows]
     assert "Clients of fedavg, seed 0" in found.report().read_text()
