@@ -1,4 +1,5 @@
-# fedkern for CPUs. The build argument TORCH_INDEX, PyTorch's index of CPU builds, makes the image gigabytes smaller.
+# fedkern for CPUs. PyTorch's index of CPU builds makes the image gigabytes smaller:
+# add --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu.
 #   docker build --build-arg COMMIT="$(git describe --always --dirty --match=)" --tag fedkern .
 #   mkdir -p runs && docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD/runs:/runs" fedkern fedgid --out first
 FROM python:3.11-slim-bookworm AS build

@@ -14,7 +14,7 @@ _USAGE = {
     "export DIR": "write a finished run's network for other programs",
     "extend DIR --rounds R": "give a run more rounds",
     "compare METHOD METHOD...": "compare methods over seeds and settings, or finished runs",
-    "import FILE.csv": "turn a table of anybody's results into runs, to compare them",
+    "import FILE.csv": "turn a table of results into runs, to compare them",
     "reproduce NAME|FILE.toml": "run a paper's table and compare it with the published figures",
     "report DIR...": "write a run or a comparison as one HTML file, to read in a browser",
     "flower PROJECT_DIR": "run a Flower project to its end, on a SuperLink or in a simulation",
