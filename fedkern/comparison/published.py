@@ -286,7 +286,8 @@ def _paper(path: Path, table: dict[str, Any]) -> Paper:
         if cell.baseline and base is None:
             text = f'there is no cell "{cell.baseline}" for its baseline.{suggest_name(cell.baseline, cells)}'
         elif base is not None and base.figure != cell.figure and not wrong & {name, base.name}:
-            text = f"its baseline has another figure, {base.figure or 'the main one'}."
+            figures = [figure or "the run's main one" for figure in (cell.figure, base.figure)]
+            text = f"its figure is {figures[0]}, but that of its baseline is {figures[1]}: give both the same figure."
         elif cell.before and cell.before not in befores:
             text = f'there is no entry "{cell.before}" of before.{suggest_name(cell.before, befores)}'
         elif cell.smaller and cell.published is not None and not cell.baseline and name not in compared:

@@ -62,6 +62,10 @@ def test_defaults_hold_where_a_cell_says_nothing_else(write):
         (CELL + 'select = "figur"', 'select must be figure or validation, not "figur". Did you mean "figure"?'),
         (CELL + 'smaller = "3 rounds"', "it needs a baseline"),
         (CELL + 'baseline = "b"', 'there is no cell "b" for its baseline'),
+        (
+            CELL + CELL.replace('"a"', '"b"\nbaseline = "a"').replace('"accuracy"', '"loss"'),
+            'cell "b": its figure is loss, but that of its baseline is accuracy: give both the same figure',
+        ),
         (CELL + 'before = "b"', 'there is no entry "b" of before'),
         (CELL + 'target = "accuracy=0.9"', 'the figure "rounds" and a target go together'),
         (CELL.replace('"accuracy"', '"rounds"'), 'the figure "rounds" and a target go together'),
