@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from fedkern.models.networks.cnn import CNN
+from fedkern.models.networks.resnet import ResNet, ResNet8T
 from fedkern.models.networks.staged import StagedNetwork
 from fedkern.models.networks.unet import UNet
 from fedkern.models.precision import cast_trunk, reduced_dtype
+from fedkern.ops._core.backend import active_isa, forced_backend
 
-CHUNK = 64
-"""Images per pass on the CPU when no gradient is kept, so that their feature maps stay in the CPU's cache."""
+CHUNK = 2**16
+"""Pixels per pass on the CPU when no gradient is kept, so that the feature maps stay in the CPU's cache."""
 
 
 class TeacherStack:
     """K frozen networks of any architectures on the same images, with logits ``[K, B, C, *positions]``.
 
-    Copies have batch norms folded into the convolutions before them, and ReLUs and sums in place.
+    Copies have batch norms folded into the convolutions before them, unless :func:`fedkern.ops.conv_norm` computes
+    both, which takes less time.
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
-        self._teachers = [_Teacher(fold_norms(network)) for network in networks]
+        self._teachers = [
+            _Teacher(freeze(network) if _suits_conv_norm(network) else fold_norms(network)) for network in networks
+        ]
 
     def logits(self, images: Tensor) -> Tensor:
         return torch.stack([teacher.logits(images) for teacher in self._teachers])
@@ -42,12 +46,13 @@ class _Teacher:
         if self._dtype is not None:
             self._head = network.head
             network = cast_trunk(_headless(network), self._dtype)
-        self._network = overwriting(network)
+        self._network = network
 
     def logits(self, images: Tensor) -> Tensor:
         images = images if self._dtype is None else images.to(self._dtype)
-        at_once = len(images) <= CHUNK or not images.is_cpu or (torch.is_grad_enabled() and images.requires_grad)
-        parts = (images,) if at_once else images.split(CHUNK)
+        chunk = max(1, CHUNK // images.shape[2:].numel())
+        at_once = len(images) <= chunk or not images.is_cpu or (torch.is_grad_enabled() and images.requires_grad)
+        parts = (images,) if at_once else images.split(chunk)
         answers = [self._network(part) for part in parts]
         logits: Tensor = self._head(answers[0] if at_once else torch.cat(answers))
         return logits
@@ -59,6 +64,18 @@ def _headless(network: nn.Module) -> nn.Module:
     return body
 
 
+def _suits_conv_norm(network: nn.Module) -> bool:
+    if type(network) not in (CNN, ResNet, ResNet8T, UNet) or forced_backend() not in (None, "cpu"):
+        return False
+    weight = next(network.parameters())
+    fp32 = weight.dtype is torch.float32 and reduced_dtype() is None
+    return weight.is_cpu and fp32 and active_isa() in ("avx2", "avx512")
+
+
+def freeze(network: nn.Module) -> nn.Module:
+    return copy.deepcopy(network).eval().requires_grad_(False)
+
+
 @torch.no_grad()
 def fold_norms(network: nn.Module) -> nn.Module:
     """Return a frozen copy in eval mode, with batch norms folded into the convolutions before them if that is safe.
@@ -66,7 +83,7 @@ def fold_norms(network: nn.Module) -> nn.Module:
     A batch norm must be the only reader of a convolution's result, and both be called once.  A network that torch.fx
     cannot trace is copied unfolded.
     """
-    frozen = copy.deepcopy(network).eval().requires_grad_(False)
+    frozen = freeze(network)
     try:
         nodes = list(fx.symbolic_trace(frozen).graph.nodes)
     except Exception:  # a network's own code may raise anything on a proxy
@@ -85,43 +102,3 @@ def fold_norms(network: nn.Module) -> nn.Module:
             frozen.set_submodule(str(before.target), fuse_conv_bn_eval(convolution, norm))
             frozen.set_submodule(node.target, nn.Identity())
     return frozen.eval().requires_grad_(False)
-
-
-def overwriting(network: nn.Module) -> nn.Module:
-    """Return the same frozen network with in-place ReLUs and sums where nothing else reads their input.
-
-    A new map costs page faults and evicts the CPU's cache.  Gradients stay right: the backward pass of a convolution
-    does not need its result, and that of a ReLU needs only its own.
-    """
-    try:
-        graph = fx.symbolic_trace(network)
-    except Exception:  # a network's own code may raise anything on a proxy
-        return network
-    modules = dict(graph.named_modules())
-
-    def fresh(value: object) -> bool:
-        """Return whether one node alone reads the result of a convolution or an in-place sum."""
-        if not isinstance(value, fx.Node) or len(value.users) != 1:
-            return False
-        if value.op == "call_module":
-            layer = modules[str(value.target)]
-            # An Identity (a batch norm folded by `fold_norms`) passes its input on: nothing else may read that input.
-            return type(layer) is nn.Conv2d or (type(layer) is nn.Identity and fresh(value.args[0]))
-        return value.op == "call_method" and value.target == "add_"
-
-    for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target in (operator.add, torch.add) and not node.kwargs:
-            a, b = node.args
-            if fresh(b) and not fresh(a):
-                a, b = b, a
-            if fresh(a) and isinstance(b, fx.Node) and a is not b:
-                node.op, node.target, node.args = "call_method", "add_", (a, b)
-    for node in graph.graph.nodes:
-        relu = node.op == "call_function" and node.target in (F.relu, torch.relu)
-        if node.op == "call_module" and type(modules[str(node.target)]) is nn.ReLU:
-            relu = True
-        if relu and fresh(node.args[0]):
-            node.op, node.target, node.args, node.kwargs = "call_method", "relu_", (node.args[0],), {}
-    graph.graph.lint()
-    graph.recompile()
-    return graph
