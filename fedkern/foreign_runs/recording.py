@@ -52,6 +52,7 @@ class Recording:
 
     def __init__(self, folder: Path, header: Header, records: list[Table]) -> None:
         self._folder, self._header, self._records, self._time = folder, header, records, time.monotonic()
+        self._is_cut = False  # whether the last write failed
 
     def round(
         self, number: int, *, seconds: float | None = None, bytes_up: float | None = None,
@@ -84,12 +85,16 @@ class Recording:
             recorded_run.check_record(record, previous["round"])
         except ValueError as error:
             raise UserError(f"Round {format_value(number)} of {self._folder}: {error}.") from None
-        if not self._records:
+        if not self._records and not self._is_cut:
             _check_free(self._folder)  # a second program may have begun
             atomic.make_folder(self._folder)
             atomic.write_bytes(self._folder / RECORD, _dump_header(self._header).encode())
+        if self._is_cut:
+            atomic.write_bytes(self._folder / METRICS, b"".join(map(dump, self._records)))
+        self._is_cut = True
         with atomic.open_in_place(self._folder / METRICS, "ab", durable=self.durable) as file:
             file.write(dump(record))
+        self._is_cut = False
         self._records.append(record)
 
 

@@ -1,5 +1,6 @@
 """Tests of fedkern.record: its files, an interruption, mistakes, and comparisons with fedkern's own runs."""
 
+import errno
 import json
 import re
 import subprocess
@@ -14,6 +15,8 @@ from torch.utils.data import TensorDataset
 import fedkern
 from fedkern.comparison.comparison_page import read_comparison
 from fedkern.errors import UserError
+from fedkern.foreign_runs import recording
+from fedkern.foreign_runs.recorded_run import dump
 from fedkern.run import main
 
 HOW = {"method": "mine", "framework": "lab", "settings": {"lr": 0.1, "clients": 2, "none": None, "sides": (3, 4)}}
@@ -100,6 +103,24 @@ def test_an_interrupted_run_is_resumed(tmp_path):
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             write_rounds(tmp_path / "y", **changed)
+
+
+def test_a_full_disk_leaves_no_half_of_a_line(tmp_path, monkeypatch):
+    def fill_disk(record):
+        with (tmp_path / "x/metrics.jsonl").open("ab") as file:
+            file.write(dump(record)[:9])
+        raise OSError(errno.ENOSPC, "full")
+
+    complete = write_run(tmp_path / "complete", [0.1, 0.2])
+    with fedkern.record(tmp_path / "x", seed=0, **HOW) as run:
+        for number, accuracy in ((1, 0.1), (2, 0.2)):
+            monkeypatch.setattr(recording, "dump", fill_disk)
+            with pytest.raises(UserError, match="the disk is full"):
+                run.round(number, accuracy=0.9)
+            monkeypatch.setattr(recording, "dump", dump)
+            run.round(number, accuracy=accuracy, bytes_up=10, seconds=2)
+    for name in ("record.toml", "metrics.jsonl", "summary.json"):
+        assert (tmp_path / "x" / name).read_bytes() == (complete / name).read_bytes()
 
 
 def test_two_programs_do_not_share_a_folder(tmp_path):
