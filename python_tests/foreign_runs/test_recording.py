@@ -195,8 +195,10 @@ def test_runs_are_compared_with_those_of_fedkern(tmp_path):
     assert "Not paired with fedavg, as the test labels differ: other (lab)." in notes
     assert "as a hash of them is missing: unknown (lab)." in notes
     assert "lr" not in notes  # is the same
-    alone = fedkern.compare([tmp_path / "own", *sorted((tmp_path / "recorded").glob("other*"))], out=tmp_path / "alone")
-    assert "an interval needs two seeds in common, on the same test labels, so none" in " ".join(alone.notes)
+    unpaired = fedkern.compare(
+        [tmp_path / "own", *sorted((tmp_path / "recorded").glob("other*"))], out=tmp_path / "alone"
+    )
+    assert "an interval needs two seeds in common, on the same test labels, so none" in " ".join(unpaired.notes)
     assert all((tmp_path / f"z/comparison.{end}").exists() for end in ("csv", "md", "tex", "png"))
     assert [group.label for group in read_comparison(found.folder).groups] == [*rows]
     assert "Clients of fedavg, seed 0" in found.report().read_text()
