@@ -428,7 +428,10 @@ def _pair_seeds(
     except UserError as error:
         return [], [f"{cell.name} is not compared with {base.name}: {error}"]
     groups = [Group(name, "", {**runs[name]}) for name in (base.name, cell.name)]
-    return [seed for seed, is_other in groups[1].shared_seeds(groups[0]).items() if not is_other], label_notes(groups)
+    shared_seeds = groups[1].shared_seeds(groups[0])
+    if not shared_seeds:
+        return [], [f"{cell.name} is not compared with {base.name}, as they have no seed in common."]
+    return [seed for seed, is_other in shared_seeds.items() if not is_other], label_notes(groups)
 
 
 def _mean_bytes(runs: Iterable[FoundRun], way: str) -> float | None:

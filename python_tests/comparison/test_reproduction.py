@@ -399,6 +399,10 @@ def test_runs_of_other_test_labels_are_not_paired(paper, tmp_path):
     loop, *_ = paper(RECORDED.replace('baseline = "old"', 'baseline = "old"\nsmaller = "digits"')).rows()
     assert str(loop.verdict) == "undecided: it shares no seed with its baseline"
     assert loop.notes == ["Not paired with old, as the test labels differ: loop."]
+    (tmp_path / "loop0").rename(tmp_path / "other0")
+    loop, *_ = paper(RECORDED.replace(', "old/1"', "")).rows()
+    assert loop.verdict.gap is None
+    assert loop.notes == ["loop is not compared with old, as they have no seed in common."]
 
 
 def test_a_played_cell_is_paired_with_recorded_runs(paper, tmp_path):
