@@ -69,7 +69,9 @@ def _suits_conv_norm(network: nn.Module) -> bool:
         return False
     weight = next(network.parameters())
     fp32 = weight.dtype is torch.float32 and reduced_dtype() is None
-    return weight.is_cpu and fp32 and active_isa() in ("avx2", "avx512")
+    # With AVX2 a ResNet of 8 channels takes 1.2 times as long by conv_norm.
+    gains = ("avx512",) if isinstance(network, (ResNet, ResNet8T)) and len(weight) < 16 else ("avx2", "avx512")
+    return weight.is_cpu and fp32 and active_isa() in gains
 
 
 def freeze(network: nn.Module) -> nn.Module:
