@@ -50,7 +50,7 @@ OTHERS = [
 
 def play(commands, folder, torch, **environment):
     """Return exit code, output and errors of every command, all in a new process that may refuse to import torch."""
-    words = [sys.executable, "-c", COMMANDS, json.dumps(commands), torch]
+    words = [sys.executable, "-P", "-c", COMMANDS, json.dumps(commands), torch]
     environment = {**os.environ, "FEDKERN_CACHE_DIR": str(folder), **environment}
     return json.loads(subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout)
 

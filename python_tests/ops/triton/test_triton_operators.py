@@ -132,7 +132,7 @@ def test_an_index_out_of_range_is_a_device_assertion(gpu: torch.device) -> None:
 # -- triton backend ----------------------------------------------------------------------------------------------------
 
 
-WITHOUT_TRITON = {"aggregate", "boxes", "optimise"}
+WITHOUT_TRITON = {"aggregate", "boxes", "contrastive", "optimise"}
 needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
 
 
