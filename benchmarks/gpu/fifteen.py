@@ -39,7 +39,7 @@ CHANGED = (
 WITHOUT_TRITON = (
     "median", "trimmed_mean", "pairwise_distances", "krum", "geometric_median", "clip_by_norm", "clip_and_noise",
     "kl_div limit", "dual_kl limit", "ensemble_kl limit", "erase_boxes", "keep_boxes", "sgd_step", "adamw_step",
-    "server_step", "weighted_mean",
+    "server_step", "weighted_mean", "contrastive",
 )  # fmt: skip
 """Operators that the reference serves where there is no CUDA core."""
 NETWORKS = {"lenet": (6, 50, 6), "cnn": (8, 50, 6), "resnet18": (64, 10, 3)}

@@ -174,7 +174,8 @@ def test_all_words_name_cases_and_tests() -> None:
 
 
 @pytest.mark.parametrize("name", ["tests", "compile", "memcheck"])
-def test_pytest_finds_what_a_line_names(name) -> None:
+def test_pytest_finds_what_a_line_names(name, monkeypatch) -> None:
+    monkeypatch.delenv("FEDKERN_TESTS_SHARE", raising=False)
     line = LINES.get(name) or fifteen.checks(known=True)[0]
     words = [word for word in line.command[3:] if word not in ("cuda", "--device", "--record", "-q", "-n", "9")]
     asked = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider", *words]
