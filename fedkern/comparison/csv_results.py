@@ -6,7 +6,6 @@ import csv
 import io
 import math
 import re
-import shutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -167,10 +166,8 @@ class CsvResults:
             raise UserError(f"Nothing says whether a low {main} is a good one: give --better max or --better min.")
         if out.exists() or out.is_symlink():
             raise UserError(f"{out} is there already: name a new folder with --out.")
-        part = out.with_name(f"{out.name}.part")
-        atomic.make_folder(part, fresh=True)
         names = {key: folder_name([key[0], f"seed={key[1]}"]) for key in sorted(self.runs)}
-        try:
+        with atomic.new_folder(out, "import") as part:
             for (method, seed), name in names.items():
                 with record(
                     part / name, method=method, seed=seed, framework=framework, main=main, better=better
@@ -178,10 +175,6 @@ class CsvResults:
                     run.durable = False
                     for number, values in sorted(self.runs[method, seed].items()):
                         run.round(number, **{"seconds": math.nan, **values})
-            with atomic.report_unwritable(out):
-                part.rename(out)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
         return [out / name for name in names.values()]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -246,23 +245,12 @@ def write_table(out: Path, predictor: Predictor, rows: Iterable[Row]) -> None:
 def write_masks(folder: Path, paths: Sequence[Path], rows: Iterable[Row]) -> None:
     """Write the predicted class of every pixel as a grey PNG of the image's own size and name.
 
-    Masks go into a folder beside ``folder``, which must not exist, that replaces it at the end. An error leaves
-    nothing.
+    ``folder`` must not exist. An error leaves nothing.
     """
     names = [f"{path.stem}.png" for path in paths]
     if twice := find_repeat(names):
         raise UserError(f"Two images would give the mask {twice}: predict them one folder at a time.")
-    part = folder.with_name(f"{folder.name}.part")
-    try:
-        part.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(
-            f"{part} is there: an earlier prediction was killed or another one runs; remove it once nothing writes to "
-            "it, or name another folder with --out."
-        ) from None
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}): name another folder with --out.") from None
-    try:
+    with atomic.new_folder(folder, "prediction") as part:
         for name, (_, answer, size) in zip(names, rows, strict=True):
             mask = Image.fromarray(answer.argmax(0).to(torch.uint8).numpy())
             full_mask = mask.resize((int(size[0]), int(size[1])), Image.Resampling.NEAREST)
@@ -270,13 +258,6 @@ def write_masks(folder: Path, paths: Sequence[Path], rows: Iterable[Row]) -> Non
                 full_mask.save(file, format="PNG")
                 file.flush()
                 os.fsync(file.fileno())
-        part.rename(folder)
-        filesystem.sync_folder(folder.parent)
-    except BaseException as error:
-        shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-            raise atomic.unwritable(folder, error) from None
-        raise
 
 
 WRITERS: Mapping[str, tuple[str, int, Callable[[Path, Predictor, Sequence[Path], Iterable[Row]], None]]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,33 @@ def make_folder(path: Path, *, fresh: bool = False) -> None:
         if path.is_symlink():
             raise OSError(errno.ELOOP, filesystem.LINK, str(path))
         path.mkdir(parents=True, exist_ok=not fresh)
+
+
+@contextmanager
+def new_folder(path: Path, work: str) -> Iterator[Path]:
+    """Yield a folder beside ``path``, which must not exist, that is renamed to it at the end. An error leaves nothing.
+
+    ``work`` is what fills the folder, in error messages.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(
+            f"{part} is there: an earlier {work} was killed or another one runs; remove it once nothing writes to it, "
+            "or name another folder with --out."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be made ({error.strerror}): name another folder with --out.") from None
+    try:
+        yield part
+        part.rename(path)
+        filesystem.sync_folder(path.parent)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):  # of a progress line
+            raise unwritable(path, error) from None
+        raise
 
 
 def write_bytes(path: Path, content: bytes) -> None:

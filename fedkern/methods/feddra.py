@@ -161,10 +161,9 @@ class FedDRA(Robust):
         if phase.exchange == LOSSES:
             answer = super().client_update(client, phase, message)
             # What the exchange of statistics computed with the model that the client keeps, for the next anchors.
-            client.state["heads"] = {}
-            used = self.options.anchors and not self.paired
-            if used and "heads" in client.round_cache and client.device.type == "cpu":
-                client.state["heads"] = {"rows": client.round_cache["rows"], **client.round_cache["heads"]}
+            used = self.options.anchors and not self.paired and client.device.type == "cpu"
+            kept = used and "heads" in client.round_cache
+            client.state["heads"] = {"rows": client.round_cache["rows"], **client.round_cache["heads"]} if kept else {}
             return answer
         client.report["weight"] = message["weight"]
         rows = self.rows(client)[0]
@@ -182,7 +181,7 @@ class FedDRA(Robust):
         else:
             model = start = anchor = self.held(client, message)
             if model is client.state.get("model"):
-                extras = client.state.get("heads", {})  # which a checkpoint of an earlier version lacks
+                extras = client.state["heads"]
         result = client.train(self, phase, {**message, **start}, rows=rows, anchor=anchor, extras=extras)
         client.report["drift"] = float(torch.linalg.vector_norm(result["parameters"] - model["parameters"]))
         return result

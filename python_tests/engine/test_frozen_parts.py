@@ -217,10 +217,10 @@ def on_disk(monkeypatch, tmp_path):
     return change
 
 
-def settings(root, method="fedavg", **more):
-    plain = {"data": "folder", "data_root": str(root), "data_options": {"size": SIDE, **more.pop("data_options", {})}}
+def settings(root, method="fedavg", **extra):
+    plain = {"data": "folder", "data_root": str(root), "data_options": {"size": SIDE, **extra.pop("data_options", {})}}
     small = {"width": 2, "rounds": 2, "batch_size": 4, "clients": 3, "partition": "iid", "threads": 1}
-    return RunConfig.make(method, **plain, **{**small, **more})
+    return RunConfig.make(method, **plain, **{**small, **extra})
 
 
 @pytest.mark.parametrize("colour", ["rgb", pytest.param("grey", marks=pytest.mark.exhaustive)])

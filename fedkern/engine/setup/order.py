@@ -63,12 +63,12 @@ def build(kind: Any, run: RunObjects) -> Any:
 
 
 def _call(
-    name: str, own_entries: set[str], code: MethodCode, function: Callable[..., object], *arguments: Any, **more: object
+    name: str, own_entries: set[str], code: MethodCode, function: Callable[..., object], *args: Any, **kwargs: object
 ) -> object:
     with code(name):
-        entries = arguments[0].entries if name in ("before_round", "round_end") else {}
+        entries = args[0].entries if name in ("before_round", "round_end") else {}
         before = dict(entries)
-        value = function(*arguments, **more)
+        value = function(*args, **kwargs)
         written = {entry for entry, content in entries.items() if content is not before.get(entry)}
         taken = before.keys() | RECORD_NAMES | FIGURE_NAMES
         if clash := sorted((written - own_entries) & taken):

@@ -159,7 +159,7 @@ _operator = library.register(
     "clip_and_noise",
     "(Tensor[] vectors, Tensor numbers, SymInt seed, SymInt offset) -> Tensor",
     _implementation,
-    fake=lambda vectors, *others: vectors[0].new_empty((len(vectors), vectors[0].shape[0])),
+    fake=lambda vectors, *_: vectors[0].new_empty((len(vectors), vectors[0].shape[0])),
     public="clip_by_norm and clip_and_noise",
 )
 

@@ -23,17 +23,17 @@ def _reference(
     return blend_reference(foreground, background, value if alpha is None else alpha, index)
 
 
-def _implementation(foreground: Tensor, background: Tensor, *others: Any) -> Tensor:
-    alpha, value, index = others
+def _implementation(foreground: Tensor, background: Tensor, *settings: Any) -> Tensor:
+    alpha, value, index = settings
     call = BlendCall(alpha, value, index, background.shape[0])
     kernel: BlendKernels | None = backend.select("blend", foreground, background)
     if kernel is not None:
         return kernel.forward(foreground, background, call)
     check_values(call)
-    return _fake(foreground).copy_(_reference(foreground, background, *others))
+    return _fake(foreground).copy_(_reference(foreground, background, *settings))
 
 
-def _fake(foreground: Tensor, *others: object) -> Tensor:
+def _fake(foreground: Tensor, *_: object) -> Tensor:
     strides = output_strides(foreground.shape, foreground.stride())
     return torch.empty_strided(foreground.shape, strides, dtype=foreground.dtype, device=foreground.device)
 
@@ -53,18 +53,18 @@ def _backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None)
 
 
-def _backward_implementation(grad: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    foreground, background, alpha, value, index, rows, *needs = others
+def _backward_implementation(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    foreground, background, alpha, value, index, rows, *needs = arguments
     call = BlendCall(alpha, value, index, rows)
     check_memory(foreground, background, call)
     kernel = backend.select("blend", grad)
     run = backward_reference if kernel is None else kernel.backward
     result = run(grad, foreground, background, call, needs)
-    return tuple(map(library.laid_out, result, _backward_fake(grad, *others)))
+    return tuple(map(library.laid_out, result, _backward_fake(grad, *arguments)))
 
 
-def _backward_fake(grad: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    _, _, alpha, _, _, rows, *needs = others
+def _backward_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    _, _, alpha, _, _, rows, *needs = arguments
     strides = output_strides(grad.shape, grad.stride())
     to_front = grad.new_empty_strided(grad.shape, strides) if needs[0] else grad.new_empty(0)
     to_back = grad.new_empty_strided((rows, *grad.shape[1:]), strides) if needs[1] else grad.new_empty(0)

@@ -66,24 +66,24 @@ def _backward(ctx: Context, grad: Tensor) -> tuple[list[Tensor | None] | Tensor 
 
 
 def _backward_implementation(
-    grad: Tensor, features: list[Tensor], out: Tensor | None, *others: Any
+    grad: Tensor, features: list[Tensor], out: Tensor | None, *arguments: Any
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    scale, shift, relu, mean, channels, *needs = others
+    scale, shift, relu, mean, channels, *needs = arguments
     if (needs[1] and scale is None) or (needs[2] and shift is None):
         raise ValueError("a scale or shift that is not given has no gradient")
     kernel = backend.select("fuse_mean" if mean else "fuse_concat", grad)
     run = fuse_backward_reference if kernel is None else kernel.backward
     call = FuseCall(scale, shift, relu, mean, channels, order_of(grad) == 1)
     result = run(grad, features or None, out, call, tuple(needs))
-    maps, to_scale, to_shift = _backward_fake(grad, features, out, *others)
+    maps, to_scale, to_shift = _backward_fake(grad, features, out, *arguments)
     filled = [library.laid_out(x, empty) for x, empty in zip(result[0], maps, strict=True)]
     return filled, library.laid_out(result[1], to_scale), library.laid_out(result[2], to_shift)
 
 
 def _backward_fake(
-    grad: Tensor, features: list[Tensor], out: Tensor | None, *others: Any
+    grad: Tensor, features: list[Tensor], out: Tensor | None, *arguments: Any
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    scale, shift, _, _, channels, need_features, need_scale, need_shift = others
+    scale, shift, _, _, channels, need_features, need_scale, need_shift = arguments
     channels_last = order_of(grad) == 1
     maps = [
         empty_map((grad.shape[0], count, *grad.shape[2:]), channels_last, grad) if need else grad.new_empty(0)

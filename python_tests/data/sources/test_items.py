@@ -214,11 +214,11 @@ def in_parts(data: Scans) -> Dataset:
 
 
 KINDS = {
-    "attribute": (lambda count, first: Scans(count, first), "patient"),
-    "key": (lambda count, first: Scans(count, first, form="keys"), "patient"),
-    "column": (lambda count, first: Column(count, first), "who"),
-    "function": (lambda count, first: Scans(count, first), lambda row: row // 5),
-    "parts": (lambda count, first: in_parts(Scans(count, first)) if count == 60 else Scans(count, first), "patient"),
+    "attribute": (lambda count, start: Scans(count, start), "patient"),
+    "key": (lambda count, start: Scans(count, start, form="keys"), "patient"),
+    "column": (lambda count, start: Column(count, start), "who"),
+    "function": (lambda count, start: Scans(count, start), lambda row: row // 5),
+    "parts": (lambda count, start: in_parts(Scans(count, start)) if count == 60 else Scans(count, start), "patient"),
 }
 
 

@@ -235,13 +235,13 @@ STAYING = ("fedavg", "scaffold", "moon", "feddyn", "fedgid")
 """Methods whose clients' vectors may stay; MOON, FedDyn and SCAFFOLD compute with what training returned."""
 
 
-def play(name, stays, data, make_config, out, monkeypatch, **more):
+def play(name, stays, data, make_config, out, monkeypatch, **changes):
     """Return the vectors that stayed on the device in a run, the final model and the clients' figures."""
     seen, train = [], Client.train
     with monkeypatch.context() as patch:
         patch.setattr(reduction, "has_room", lambda *_: stays)
         patch.setattr(Client, "train", lambda self, *a, **k: seen.append(self.on_gpu) or train(self, *a, **k))
-        run(make_config(name, **SMALL, **more), data=data, out=out)
+        run(make_config(name, **SMALL, **changes), data=data, out=out)
     return set(seen), load_file(out / "model.safetensors"), [record["clients"] for record in read_metrics(out)]
 
 
