@@ -35,6 +35,7 @@ INK = {
 TEXTURES = ("plain", "gradient", "rows", "columns", "diagonal", "checks", "speckles")
 BRIGHTEST = 95  # largest value of a background's channel, of 255, so that every ink stands out
 INK_THRESHOLD = 96  # opacity above which a pixel belongs to the digit
+_GRID = np.mgrid[0:SIDE, 0:SIDE]
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def draw_ground(texture: str, rng: np.random.Generator) -> Ground:
 
 def _texture(kind: str, rng: np.random.Generator) -> npt.NDArray[np.float64]:
     """Return the second colour's share per pixel, ``[SIDE, SIDE]``, at a random phase and scale."""
-    y, x = np.mgrid[0:SIDE, 0:SIDE] + rng.uniform(0, SIDE, size=(2, 1, 1))
+    y, x = _GRID + rng.uniform(0, SIDE, size=(2, 1, 1))
     period = rng.uniform(5, 9)
 
     def wave(along: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
@@ -84,24 +85,25 @@ def _texture(kind: str, rng: np.random.Generator) -> npt.NDArray[np.float64]:
         return share
     if kind == "speckles":
         return (rng.random((SIDE, SIDE)) < 0.35).astype(np.float64)
-    pattern = {"rows": wave(y), "columns": wave(x), "diagonal": wave((x + y) / np.sqrt(2)), "checks": wave(x) ^ wave(y)}
-    return pattern[kind].astype(np.float64)
+    if kind == "checks":
+        return (wave(x) ^ wave(y)).astype(np.float64)
+    return wave({"rows": y, "columns": x, "diagonal": (x + y) / np.sqrt(2)}[kind]).astype(np.float64)
 
 
 def draw(ground: Ground, digits: Sequence[Glyph], rng: np.random.Generator) -> tuple[Bytes, npt.NDArray[np.bool_]]:
     """Draw a canvas, and return the image uint8 ``[3, SIDE, SIDE]`` and the digits' mask bool ``[SIDE, SIDE]``."""
-    share = _texture(ground.texture, rng)[..., None]
-    light, dark = ground.colours[1].astype(np.float64), ground.colours[0].astype(np.float64)
+    share = _texture(ground.texture, rng)
+    dark, light = ground.colours.astype(np.float64)[..., None, None]
     image = (share * light + (1 - share) * dark) * rng.uniform(0.8, 1.2)
     mask = np.zeros((SIDE, SIDE), dtype=np.bool_)
     for placed in digits:
         top, left = (CELL * place + rng.integers(0, CELL - placed.side + 1) for place in divmod(placed.cell, 2))
-        where = slice(top, top + placed.side), slice(left, left + placed.side)
+        where = ..., slice(top, top + placed.side), slice(left, left + placed.side)
         opacity = _glyphs(placed.side)[placed.row]
-        alpha = opacity[..., None] / 255
-        image[where] = (1 - alpha) * image[where] + alpha * np.array(INK[placed.ink])
+        alpha = opacity / 255
+        image[where] = (1 - alpha) * image[where] + alpha * np.array(INK[placed.ink])[:, None, None]
         mask[where] = opacity > INK_THRESHOLD
-    return np.rint(image).clip(0, 255).astype(np.uint8).transpose(2, 0, 1), mask
+    return np.rint(image).clip(0, 255).astype(np.uint8), mask
 
 
 def add_noise(image: Bytes, limit: int, rng: np.random.Generator) -> Bytes:
@@ -308,6 +310,12 @@ def _draw_subjects(subjects: Digits | None, count: int, seed: int, client: int) 
     return stream(seed, "captions/client-test/subjects", client=client).choice(subjects, size=count)
 
 
+def _choose(shares: npt.NDArray[np.float64], count: int, rng: np.random.Generator) -> Digits:
+    """Draw ``count`` positions as ``rng.choice(len(shares), count, p=shares)`` does, in a fifth of its time."""
+    ends = shares.cumsum()
+    return (ends / ends[-1]).searchsorted(rng.random(count), side="right")
+
+
 def _canvases(
     styles: list[Style],
     count: int,
@@ -329,14 +337,14 @@ def _canvases(
     texts = []
     for i in range(count):
         style = styles[i % len(styles)]
-        number = 1 + int(rng.choice(3, p=style.counts))
-        classes = rng.choice(len(CLASSES), size=number, p=style.digits)
+        number = 1 + int(_choose(style.counts, 1, rng)[0])
+        classes = _choose(style.digits, number, rng)
         if subjects is not None:
             classes[0] = subjects[i]
-        inks = [tuple(INK)[ink] for ink in rng.choice(len(INK), size=number, p=style.inks)]
+        inks = [tuple(INK)[ink] for ink in _choose(style.inks, number, rng)]
         cells = rng.permutation(4)[:number]
         placed = [
-            Glyph(int(rng.choice(by_class[label])), ink, int(cell), OTHER if j else SUBJECT)
+            Glyph(int(by_class[label][rng.integers(len(by_class[label]))]), ink, int(cell), OTHER if j else SUBJECT)
             for j, (label, ink, cell) in enumerate(zip(classes, inks, cells, strict=True))
         ]
         images[i], masks[i] = draw(style.ground, placed, rng)
