@@ -50,6 +50,7 @@ MAIN = ("accuracy", "ood_accuracy", "i2t_r1")
 """The main figure of a run is the first of these that it has."""
 ENVIRONMENT = (
     "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MKL_NUM_THREADS", "PYTHONPATH", "FEDKERN_BACKEND",
+    "PYTHONDONTWRITEBYTECODE",  # every command would compile the sources anew
 )  # fmt: skip
 """What a variant does not inherit: every one has its own defaults."""
 
@@ -570,11 +571,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = check_checkout(args.before) if args.before else None
     rows = []
     for case in cases:
-        rows.append(
-            measure(
-                case, args.variants, args.repeats, before=before, data_root=data_root, device=args.device,
-            )
-        )  # fmt: skip
+        rows.append(measure(case, args.variants, args.repeats, before=before, data_root=data_root, device=args.device))
         if not args.dry:  # a session that is killed loses the case that it was at
             write(rows, machine, before=_revision(before), folder=args.results)
     content = {"machine": machine, "before": _revision(before)}

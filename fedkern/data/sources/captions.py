@@ -72,10 +72,6 @@ def _texture(kind: str, rng: np.random.Generator) -> npt.NDArray[np.float64]:
     """Return the second colour's share per pixel, ``[SIDE, SIDE]``, at a random phase and scale."""
     y, x = _GRID + rng.uniform(0, SIDE, size=(2, 1, 1))
     period = rng.uniform(5, 9)
-
-    def wave(along: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-        return along % period < period / 2
-
     if kind == "plain":
         return np.full((SIDE, SIDE), rng.random())
     if kind == "gradient":
@@ -85,9 +81,9 @@ def _texture(kind: str, rng: np.random.Generator) -> npt.NDArray[np.float64]:
         return share
     if kind == "speckles":
         return (rng.random((SIDE, SIDE)) < 0.35).astype(np.float64)
-    if kind == "checks":
-        return (wave(x) ^ wave(y)).astype(np.float64)
-    return wave({"rows": y, "columns": x, "diagonal": (x + y) / np.sqrt(2)}[kind]).astype(np.float64)
+    waves = {"rows": (y,), "columns": (x,), "diagonal": ((x + y) / np.sqrt(2),), "checks": (x, y)}[kind]
+    pattern: npt.NDArray[np.bool_] = np.logical_xor.reduce([along % period < period / 2 for along in waves])
+    return pattern.astype(np.float64)
 
 
 def draw(ground: Ground, digits: Sequence[Glyph], rng: np.random.Generator) -> tuple[Bytes, npt.NDArray[np.bool_]]:
@@ -313,7 +309,8 @@ def _draw_subjects(subjects: Digits | None, count: int, seed: int, client: int) 
 def _choose(shares: npt.NDArray[np.float64], count: int, rng: np.random.Generator) -> Digits:
     """Draw ``count`` positions as ``rng.choice(len(shares), count, p=shares)`` does, in a fifth of its time."""
     ends = shares.cumsum()
-    return (ends / ends[-1]).searchsorted(rng.random(count), side="right")
+    positions: Digits = (ends / ends[-1]).searchsorted(rng.random(count), side="right")
+    return positions
 
 
 def _canvases(

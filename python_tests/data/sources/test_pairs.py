@@ -13,6 +13,7 @@ import fedkern
 from fedkern.data import Split, load, lookup
 from fedkern.data.sharing.holdout import hold_out
 from fedkern.data.sharing.partition import partition
+from fedkern.data.sources import captions as module
 from fedkern.data.sources.captions import CELL, CLASSES, INK, SIDE, WORDS, Glyph, Ground, add_noise, draw
 from fedkern.data.sources.digits import read_digits
 from fedkern.data.split import join_splits
@@ -132,6 +133,10 @@ def test_stratified_shares_are_equal():
 
 
 CAPTIONED = {"test_samples": 20, "validation_samples": 10}
+THIRD = {word for choices in WORDS.values() for word in choices[2].split()} - {
+    word for choices in WORDS.values() for text in choices[:2] for word in text.split()
+}
+"""Words of the minority alone."""
 
 
 def captions(**settings):
@@ -219,12 +224,10 @@ def _brightest(image, cell):
 
 @pytest.mark.parametrize(("cells", "said"), [((0, 2), "above"), ((3, 1), "below"), ((2, 3), "left"), ((1, 0), "right")])
 def test_relations_are_those_of_the_picture(cells, said):
-    from fedkern.data.sources.captions import _caption
-
     words = {key: choices[0] for key, choices in WORDS.items()}
-    made = _caption(words, np.array([3, 7]), ["red", "blue"], np.array(cells))
+    made = module._caption(words, np.array([3, 7]), ["red", "blue"], np.array(cells))
     assert made == f"a red three {words[said]} a blue seven"
-    corner = _caption(words, np.array([3, 7]), ["red", "blue"], np.array([0, 3]))
+    corner = module._caption(words, np.array([3, 7]), ["red", "blue"], np.array([0, 3]))
     assert corner == "a red three in the top left with a blue seven in the bottom right"
 
 
@@ -239,14 +242,17 @@ def test_a_canvas_shows_the_digit_where_the_mask_says():
     assert image[:, mask].min() > image[:, :CELL, :CELL].max()
 
 
+def test_positions_are_drawn_as_numpy_draws_them():
+    shares, count = np.array([0.2, 0.0, 0.5, 0.3]), 1000
+    expected = np.random.default_rng(0).choice(len(shares), count, p=shares)
+    assert np.array_equal(module._choose(shares, count, np.random.default_rng(0)), expected)
+
+
 def test_the_minority_has_its_own_words_and_concepts():
     data = captions(train_samples=600, options={"minority": 0.2})
-    third = {word for choices in WORDS.values() for word in choices[2].split()} - {
-        word for choices in WORDS.values() for text in choices[:2] for word in text.split()
-    }
     texts = [set(" ".join(split.texts).split()) for split in data.clients]
-    assert texts[-1] & third
-    assert all(not own & third for own in texts[:-1])
+    assert texts[-1] & THIRD
+    assert all(not own & THIRD for own in texts[:-1])
     shares = data.statistics.shares
     liked = np.argsort(shares[-1])[-3:]
     assert shares[-1, liked].sum() > 0.85
@@ -257,10 +263,7 @@ def test_a_noisy_minority_has_the_words_and_concepts_of_all():
     own, data = (captions(train_samples=600, options={"minority": 0.2, **noise}) for noise in ({}, NOISY))
     assert data.client_sizes == own.client_sizes
     assert set(data.tests) == set(own.tests)
-    third = {word for choices in WORDS.values() for word in choices[2].split()} - {
-        word for choices in WORDS.values() for text in choices[:2] for word in text.split()
-    }
-    assert not third & set(" ".join(text for split in every_split(data) for text in split.texts).split())
+    assert not THIRD & set(" ".join(text for split in every_split(data) for text in split.texts).split())
     assert data.statistics.shares[-1].max() < 0.5
     settled = captions(train_samples=600, options={"minority": 0})
     assert data.clients[0].texts == settled.clients[0].texts[: data.client_sizes[0]]  # nobody avoids a concept
@@ -298,8 +301,6 @@ def test_unseen_clients_speak_with_known_words():
 
 
 def test_digits_of_the_tests_are_not_those_of_the_training(monkeypatch):
-    from fedkern.data.sources import captions as module
-
     rows = {}
 
     def remember(styles, count, subjects, pool, labels, rng, prefix, kind):
