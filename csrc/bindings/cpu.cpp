@@ -20,6 +20,7 @@ void bind_aggregate_server(py::module_&);
 void bind_aggregate_privacy(py::module_&);
 void bind_fuse(py::module_&);
 void bind_optimise(py::module_&);
+void bind_strided(py::module_&);
 void bind_tensors(py::module_&);
 
 namespace {
@@ -70,6 +71,7 @@ PYBIND11_MODULE(_cpu, module) {
   bind_aggregate_privacy(module);
   bind_fuse(module);
   bind_optimise(module);
+  bind_strided(module);
   bind_tensors(module);
 }
 

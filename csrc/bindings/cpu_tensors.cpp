@@ -6,6 +6,7 @@
 #include "exchange.h"
 #include "fedkern/distill.h"
 #include "optimise_call.h"
+#include "strided_call.h"
 
 namespace fedkern {
 namespace {
@@ -149,6 +150,14 @@ int pool_fits(py::handle x, py::handle weight, py::handle bias, py::handle paddi
   const PoolShape s = pool_shape(map, taps, whole_number(padding));
   if (!fits(s)) return kNo;
   return bias.is_none() || (readable(bias.ptr(), one) && is_vector(one, s.out)) ? TensorView::kCpu : kNo;
+}
+
+// The same of strided_conv's kernel, of whose groups threads share the work.
+int strided_fits(py::handle x, py::handle weight, py::handle groups) {
+  TensorView map, taps;
+  const auto fits = strided_kernels().fits;
+  if (!fits || !readable(x.ptr(), map) || !readable(weight.ptr(), taps)) return kNo;
+  return fits(strided_shape(map, taps, whole_number(groups))) ? TensorView::kCpu : kNo;
 }
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -298,6 +307,7 @@ void bind_tensors(py::module_& module) {
   module.def("fuse_fits", fuse_fits);
   module.def("conv_fits", conv_fits);
   module.def("pool_fits", pool_fits);
+  module.def("strided_fits", strided_fits);
   module.def("optimise_fits", optimise_fits);
   module.def("vectors_fit", vectors_fit);
 }

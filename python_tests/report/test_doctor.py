@@ -37,8 +37,8 @@ def test_it_names_versions_processor_threads_and_operators():
 def test_operators_without_kernels_for_gpus():
     rows = {(row["operator"], row["backend"]): row for row in doctor_page.collect_report()["operators"]}
     for name in ("triton", "cuda"):
-        assert not any(rows[operator, name]["serves"] for operator in ("conv_norm", "conv_pool"))
-        assert f"{name} does not serve conv_norm, conv_pool: not implemented" in show()
+        assert not any(rows[operator, name]["serves"] for operator in ("conv_norm", "conv_pool", "strided_conv"))
+        assert f"{name} does not serve conv_norm, conv_pool, strided_conv: not implemented" in show()
     left = "aggregate, boxes, contrastive, optimise"
     assert f"{left}: not implemented; the reference serves, also where triton is forced" in show()
     assert rows["boxes", "triton"]["serves"] is rows["optimise", "triton"]["serves"] is False

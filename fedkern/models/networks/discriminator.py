@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedkern.ops._conv.strided import strided_conv
 from fedkern.ops._core.layout import apply_norm
 
 
@@ -51,7 +52,7 @@ class PatchDiscriminators(nn.Module):
         x = F.leaky_relu(x, 0.2)
         for number in range(2, self.layers + 1):
             weight, scale, shift = (getattr(self, f"{name}{number}") for name in ("conv", "scale", "shift"))
-            x = F.conv2d(x, weight, stride=2, padding=1, groups=count)
+            x = strided_conv(x, weight, count)
             x = F.leaky_relu(apply_norm(F.batch_norm, x, None, None, scale, shift, training=True), 0.2)
         return F.conv2d(x, self.last, self.last_bias, groups=count).transpose(0, 1)
 

@@ -173,7 +173,7 @@ def active_isa() -> str:
 
 
 # A function of each core that earlier builds do not have.
-_NEWEST = {"_cpu": "pool_fits", "_cuda": "take_tensors"}
+_NEWEST = {"_cpu": "strided_fits", "_cuda": "take_tensors"}
 
 
 def _show_tensors(core: ModuleType, name: str) -> None:
