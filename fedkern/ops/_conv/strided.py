@@ -12,7 +12,6 @@ from fedkern.ops._core import backend, library
 from fedkern.ops._core.launch import Launcher
 from fedkern.ops._core.library import Context, EagerFunction, saved_tensors
 
-_grad_enabled = torch.is_grad_enabled
 _CHANNELS_LAST = torch.channels_last
 
 
@@ -36,10 +35,8 @@ def strided_conv(x: Tensor, weight: Tensor, groups: int) -> Tensor:
         return strided_reference(x, weight, groups)
     x = x.contiguous(memory_format=_CHANNELS_LAST)
     try:
-        if _grad_enabled() and (x.requires_grad or weight.requires_grad):
-            result: Tensor = _StridedConv.call(kernel, groups, x, weight)
-            return result
-        return kernel.forward(x, weight, groups)
+        result: Tensor = _StridedConv.call(kernel, groups, x, weight)
+        return result
     except NotFinite:
         return strided_reference(x, weight, groups)
 
@@ -95,7 +92,7 @@ class _StridedConv(EagerFunction):
             return strided_reference(x, weight, groups)
 
         with torch.autocast("cpu", enabled=False):
-            gradients = library.differentiate_reference(reference, (x, weight), needs, grad, _grad_enabled())
+            gradients = library.differentiate_reference(reference, (x, weight), needs, grad, torch.is_grad_enabled())
         return (None, None, *gradients)
 
 
