@@ -48,9 +48,9 @@ Keys of a cell:
 - ``published``: the paper's value. A text with a percent sign (``"41.5 %"``) is a percentage, and a number has the
   figure's own unit (``0.415``). Of a share, such as an accuracy, a number above 1 is a percentage too (``41.5``). A row
   without a value (a baseline, or a variant of ours) has no verdict.
-- ``figure``: the published figure. A final figure of a run (``accuracy``, ``ood_accuracy``, ``dice``), or ``rounds``,
-  communication rounds to ``target`` on the curve of the best values so far, interpolated between evaluated rounds, as
-  McMahan et al. count them. By default ``rounds`` with a target, and otherwise the run's main figure, which has to be a
+- ``figure``: the published figure. A final figure of a run (``accuracy``, ``ood_accuracy``, ``dice``), the best
+  evaluated round's (``best_accuracy``), or ``rounds``, communication rounds to ``target`` on the curve of the best
+  values so far, interpolated between evaluated rounds, as McMahan et al. count them. By default ``rounds`` with a target, and otherwise the run's main figure, which has to be a
   share if a value is published.
 - ``target``: ``FIGURE=VALUE``, only for ``rounds``.
 - ``tolerance``: the largest half width of an interval that is narrow enough for "reproduced", written like
@@ -95,7 +95,9 @@ PAPERS_PACKAGE = f"{__package__}.papers"
 EXAMPLE = Path(__file__).with_name("example.toml")
 """A file to start from."""
 ROUNDS = "rounds"
-"""The only figure that is not a run's final figure: rounds up to a target."""
+"""The figure that counts rounds up to a target."""
+BEST = "best_"
+"""Prefix of the best value of a figure over all evaluated rounds."""
 _PATTERN = {*"*?["}
 _SELECT = ("figure", "validation")
 _TABLES = {"title": str, "citation": str, "note": str, "words": dict, "defaults": dict, "before": list, "cells": list}

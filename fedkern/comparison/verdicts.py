@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from fedkern.comparison.found_runs import FoundRun, Group, main_figures
-from fedkern.comparison.published import ROUNDS, PublishedCell
+from fedkern.comparison.published import BEST, ROUNDS, PublishedCell
 from fedkern.comparison.seed_statistics import Difference, compare_pairs
 from fedkern.errors import UserError, suggest_name
 from fedkern.report.tables import human_metric
@@ -92,9 +92,11 @@ def figure_of(cell: PublishedCell, run: FoundRun) -> float | None:
     if cell.goal is not None:
         check_figure(cell.goal.figure, run)
         return cell.goal.crossing(run.records)
-    if cell.figure not in run.metrics:
-        raise _missing_figure(cell.figure, run, run.metrics)
-    return run.metrics[cell.figure]
+    if cell.figure in run.metrics:
+        return run.metrics[cell.figure]
+    if cell.figure.startswith(BEST):
+        return best_value(cell.figure.removeprefix(BEST), run)
+    raise _missing_figure(cell.figure, run, run.metrics)
 
 
 def best_value(figure: str, run: FoundRun) -> float:

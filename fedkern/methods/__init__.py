@@ -20,6 +20,7 @@ from fedkern.methods.baselines.fedprox import FedProx
 from fedkern.methods.baselines.fml import FML
 from fedkern.methods.baselines.moon import Moon
 from fedkern.methods.baselines.oneshot_fedavg import OneShotFedAvg
+from fedkern.methods.baselines.qffl import QFFL
 from fedkern.methods.baselines.scaffold import Scaffold
 from fedkern.methods.feddra import FedDRA
 from fedkern.methods.fedgid import FedGID
@@ -42,6 +43,7 @@ __all__ = [
     "FML",
     "METHODS",
     "METRICS",
+    "QFFL",
     "Backgrounds",
     "Batch",
     "Centralised",

@@ -21,8 +21,9 @@ _TEST_SETS = {
 }  # fmt: skip
 TEST_SETS = ("", *_TEST_SETS)
 """Test sets of built-in data, in the order of tables; a single test set is ``""``."""
-OVER_CLIENTS = ("mean_client_", "worst_client_")
+OVER_CLIENTS = ("mean_client_", "worst_client_", "worst_tenth_client_", "best_tenth_client_")
 """Prefixes of figures over the clients' own test sets."""
+_OVER_CLIENTS = re.compile(f"^({'|'.join(OVER_CLIENTS)})")
 RECALLS = {
     f"{way}_r{k}": f"{text}, recall at {k}"
     for way, text in (("i2t", "image to text"), ("t2i", "text to image"))
@@ -101,8 +102,8 @@ def direction(name: str, directions: Mapping[str, str | None], own: Collection[s
 
     ``directions`` are the task's, ``own`` names of user-defined test sets.
     """
-    figure = split_metric(name, own)[1].removeprefix("mean_client_").removeprefix("worst_client_")
-    for stem in (figure, re.sub("^(lowest|highest)_", "", figure)):
+    figure = _OVER_CLIENTS.sub("", split_metric(name, own)[1])
+    for stem in (figure, re.sub("^(lowest|highest|best)_", "", figure)):
         if stem in directions or stem in _FALLING or stem in _RISING:
             return directions.get(stem, "min" if stem in _FALLING else "max")
     return "max" if re.fullmatch(r"dice_\d+", figure) else None
@@ -141,7 +142,7 @@ def check_set_names(names: Collection[str], metrics: Collection[str] = ()) -> No
 
 def check_reachable(flag: str, name: str, value: float, *, falls: bool, own: Collection[str] = ()) -> None:
     """Raise UserError if a built-in fraction never reaches the value of ``flag``."""
-    figure = split_metric(name, own)[1].removeprefix("mean_client_").removeprefix("worst_client_")
+    figure = _OVER_CLIENTS.sub("", split_metric(name, own)[1])
     if (figure in FRACTIONS or re.fullmatch(r"dice_\d+", figure)) and (value < 0 if falls else value > 1):
         raise UserError(
             f"{flag}: {name} is a fraction from 0 to 1, which never reaches {value:g}: give a fraction, such as "

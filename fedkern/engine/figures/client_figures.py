@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from statistics import fmean
 
 from fedkern.methods.roles import EvaluatedSet, TestSet
 from fedkern.tasks.figure_names import direction
@@ -11,6 +12,9 @@ from fedkern.tasks.figure_names import direction
 
 def over_clients(by_client: Mapping[int, Mapping[str, float]], sets: Mapping[int, TestSet]) -> dict[str, float]:
     """Return mean and worst client of the `comparable` figures, as ``mean_client_...`` and ``worst_client_...``.
+
+    From 20 clients on the means of the worst and of the best tenth follow, as ``worst_tenth_client_...`` and
+    ``best_tenth_client_...`` (as in arXiv 1905.10497).
 
     The worst value is the largest of a figure that is to fall, such as the loss. Clients without the figure are left
     out, and those with NaN if others have a number.
@@ -20,7 +24,11 @@ def over_clients(by_client: Mapping[int, Mapping[str, float]], sets: Mapping[int
         values = [figures[name] for figures in by_client.values() if name in figures]
         values = [value for value in values if not math.isnan(value)] or values
         metrics[f"mean_client_{name}"] = sum(values) / len(values)
-        metrics[f"worst_client_{name}"] = max(values) if _falls(name, sets) else min(values)
+        values.sort(reverse=_falls(name, sets))
+        metrics[f"worst_client_{name}"] = values[0]
+        if (tenth := len(values) // 10) > 1:
+            metrics[f"worst_tenth_client_{name}"] = fmean(values[:tenth])
+            metrics[f"best_tenth_client_{name}"] = fmean(values[-tenth:])
     return metrics
 
 

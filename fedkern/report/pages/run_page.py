@@ -261,10 +261,12 @@ def _figures(run: Contents) -> Iterator[Block]:
     metrics = {name: value for name, value in run.metrics.items() if not name.startswith(OVER_CLIENTS)}
     yield figures_table("", metrics, run.facts.tests, run.config.main, by_name=bool(by_class))
     over_clients = dict.fromkeys(name.partition("_client_")[2] for name in run.metrics if name not in metrics)
-    rows = [[figure_title(name), *(human_metric(name, run.metrics[statistic + name]) for statistic in OVER_CLIENTS)]
+    columns = [statistic for statistic in OVER_CLIENTS if any(name.startswith(statistic) for name in run.metrics)]
+    rows = [[figure_title(name), *(human_metric(name, run.metrics[statistic + name]) for statistic in columns)]
             for name in over_clients]  # fmt: skip
     if rows:
-        yield Table(["over the clients' own test sets", "mean", "worst"], rows)
+        titles = [statistic.removesuffix("_client_").replace("_", " ") for statistic in columns]
+        yield Table(["over the clients' own test sets", *titles], rows)
     yield from intervals_tables(run.summary.get("intervals", ()), LISTED)
     for kind, tables in by_class.items():
         classes = list(dict.fromkeys(class_name for table in tables.values() for class_name in table))

@@ -341,3 +341,41 @@ def test_server_learning_rate_scales_the_step(make_data, make_config, tmp_path):
         start = RunContext(config, make_data()).networks.initial()["parameters"]
         moved[rate] = state.server_state()["parameters"] - start
     torch.testing.assert_close(moved[0.5], 0.5 * moved[1.0], rtol=1e-4, atol=1e-7)
+
+
+# -- qffl --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("q", "weighting"), [(0.0, "samples"), (0.5, "uniform"), (2.0, "samples")])
+def test_qffl_takes_the_published_steps(q, weighting, make_data, make_config, tmp_path):
+    options, data = {"q": q, "weighting": weighting}, make_data()
+    config = make_config("qffl", model="cnn-gn", rounds=3, lr=LR, momentum=0.0, batch_size=64, local_epochs=1, options=options)
+    run(config, out=tmp_path, data=data)
+    context = RunContext(config, data)
+    network = Network(context.networks.build(), torch.device("cpu"))
+    network.write(context.networks.initial())
+    plain = network.module.double()
+    weights = list(plain.parameters())
+    for _ in range(3):
+        steps, lipschitz = [torch.zeros_like(weight) for weight in weights], 0.0
+        for k in range(3):
+            client = context.samples.of_client(k)
+            loss = cross_entropy(plain(client.pixels.take(np.arange(len(client))).double()), client.labels)
+            gradients = torch.autograd.grad(loss, weights)
+            share, power = len(client) if weighting == "samples" else 1, loss.item() ** q
+            for step, gradient in zip(steps, gradients, strict=True):
+                step += share * power * gradient
+            squares = sum(float(gradient.square().sum()) for gradient in gradients)
+            lipschitz += share * (q * loss.item() ** (q - 1) * squares + power / LR)
+        with torch.no_grad():
+            for weight, step in zip(weights, steps, strict=True):
+                weight -= step / lipschitz
+    trained = load_file(tmp_path / "model.safetensors")
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(trained[name].double(), value, rtol=1e-4, atol=1e-6)
+
+
+def test_qffl_without_fairness_is_fedavg_bit_for_bit(make_data, make_config, tmp_path):
+    for name, options in (("fedavg", {}), ("qffl", {"q": 0})):
+        run(make_config(name, options=options, sample_fraction=0.67), out=tmp_path / name, data=make_data())
+    assert same_network(tmp_path / "fedavg", tmp_path / "qffl")
