@@ -13,6 +13,8 @@ The tables of these papers are ``benchmarks/studies/fcube.toml``, ``qffl.toml`` 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import nn
@@ -41,7 +43,7 @@ class Perceptron(nn.Sequential):
 
     def __init__(self) -> None:
         sizes = (3, 32, 16, 8)
-        hidden = [layer for pair in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(*pair), nn.ReLU())]
+        hidden = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
         super().__init__(*hidden, nn.Linear(8, 2))
 
 

@@ -50,8 +50,8 @@ Keys of a cell:
   without a value (a baseline, or a variant of ours) has no verdict.
 - ``figure``: the published figure. A final figure of a run (``accuracy``, ``ood_accuracy``, ``dice``), the best
   evaluated round's (``best_accuracy``), or ``rounds``, communication rounds to ``target`` on the curve of the best
-  values so far, interpolated between evaluated rounds, as McMahan et al. count them. By default ``rounds`` with a target, and otherwise the run's main figure, which has to be a
-  share if a value is published.
+  values so far, interpolated between evaluated rounds, as McMahan et al. count them. By default ``rounds`` with a
+  target, and otherwise the run's main figure, which has to be a share if a value is published.
 - ``target``: ``FIGURE=VALUE``, only for ``rounds``.
 - ``tolerance``: the largest half width of an interval that is narrow enough for "reproduced", written like
   ``published``, so that it is in points where that is a percentage. By default two points of a share, and 5 % of

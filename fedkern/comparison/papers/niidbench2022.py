@@ -32,32 +32,40 @@ class CNN(nn.Sequential):
         )  # fmt: skip
 
 
-def mnist(root: str | Path | None, clients: int, partition: str, seed: int) -> FederatedData:
+def mnist(root: str | Path | None, clients: int, partition: str, seed: int, *, quantity: float = 0.0) -> FederatedData:
     """Load MNIST with all 60,000 training images at the clients, pixels in [0, 1], without validation set.
 
-    ``partition`` is ``classes:2`` for the released code's own split, or one of fedkern's, such as ``dirichlet:0.5``,
-    which balances as the released code and has at least 10 samples of every client.
+    ``partition`` is ``classes:S`` for the released code's own split, or one of fedkern's, such as ``dirichlet:0.5``,
+    which balances as the released code and has at least 10 samples of every client.  With ``quantity`` above 0 clients
+    have samples of one distribution, whose number follows a Dirichlet distribution, and ``partition`` is ``iid``.
     """
-    return pixel_mnist(root, lambda labels: shares(labels, clients, partition, seed))
+    return pixel_mnist(root, lambda labels: shares(labels, clients, partition, seed, quantity))
 
 
-def shares(labels: Tensor, clients: int, partition: str, seed: int) -> list[Tensor]:
+def shares(labels: Tensor, clients: int, partition: str, seed: int, quantity: float = 0.0) -> list[Tensor]:
     """Return the rows of every client, int64.
 
-    With ``classes:2`` client i holds digit i and one other random digit, and the holders of a digit share its images
-    equally. Unlike in fedkern's own ``classes:2``, a digit may have many holders.
+    With ``classes:S`` client i holds digit i and S - 1 other random digits, and the holders of a digit share its images
+    equally. Unlike in fedkern's own ``classes:S``, a digit may have many holders.
     """
-    if partition != "classes:2":
+    spec, rng, classes = splits.parse_partition(partition), stream(seed, "partition"), int(labels.max()) + 1
+    if quantity:
+        sizes = np.zeros(clients)
+        while sizes.min() < splits.DIRICHLET_MIN_SAMPLES:
+            sizes = rng.dirichlet(np.full(clients, quantity)) * len(labels)
+        return [*torch.from_numpy(rng.permutation(len(labels))).tensor_split(sizes.cumsum()[:-1].astype(int).tolist())]
+    if spec.name != "classes":
         return [torch.from_numpy(rows) for rows in splits.partition(partition, labels.numpy(), clients, seed)]
-    rng, classes = stream(seed, "partition"), int(labels.max()) + 1
     if clients < classes:
         raise UserError(
-            f"the paper's classes:2 needs a client for every digit, not {clients}: use --clients {classes}."
+            f"the paper's {partition} needs a client for every digit, not {clients}: use --clients {classes}."
         )
-    pairs = [(digit, (digit + rng.integers(1, classes)) % classes) for digit in np.arange(clients) % classes]
+    others = spec.classes_per_client - 1
+    hands = [{own, *(own + 1 + rng.choice(classes - 1, others, replace=False)) % classes}
+             for own in np.arange(clients) % classes]  # fmt: skip
     parts: list[list[Tensor]] = [[] for _ in range(clients)]
     for digit in range(classes):
-        holders = [client for client, pair in enumerate(pairs) if digit in pair]
+        holders = [client for client, hand in enumerate(hands) if digit in hand]
         rows = rng.permutation(np.flatnonzero(labels.numpy() == digit))
         for client, piece in zip(holders, np.array_split(rows, len(holders)), strict=True):
             parts[client].append(torch.from_numpy(piece))

@@ -26,11 +26,12 @@ def test_the_networks_have_the_papers_number_of_parameters(kind, parameters):
         (shares, 100, "classes:2"),
         (niidbench2022.shares, 10, "dirichlet:0.5"),
         (niidbench2022.shares, 10, "classes:2"),
+        (lambda *given: niidbench2022.shares(*given, quantity=0.5), 10, "iid"),
     ],
 )
 def test_every_image_is_at_one_client(split, clients, partition):
     parts = split(LABELS, clients, partition, 3)
-    assert split is niidbench2022.shares or [len(rows) for rows in parts] == [60] * 100
+    assert split is not shares or [len(rows) for rows in parts] == [60] * 100
     assert torch.equal(torch.cat(parts).sort().values, torch.arange(6000))
     assert all(torch.equal(*pair) for pair in zip(parts, split(LABELS, clients, partition, 3), strict=True))
     assert not torch.equal(parts[0], split(LABELS, clients, partition, 4)[0])

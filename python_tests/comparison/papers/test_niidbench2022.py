@@ -27,18 +27,20 @@ def test_the_network_is_the_released_codes():
     torch.testing.assert_close(network(images), linear[-1](hidden))
 
 
-def test_a_party_has_its_own_digit_and_another_one_whose_holders_share_equally():
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_party_has_its_own_digit_and_others_whose_holders_share_equally(count):
     second = []
     for seed in range(20):
-        parts = shares(LABELS, 10, "classes:2", seed)
+        parts = shares(LABELS, 10, f"classes:{count}", seed)
         digits = [set(LABELS[rows].tolist()) for rows in parts]
-        assert all(len(pair) == 2 and own in pair for own, pair in enumerate(digits))
-        second += [next(iter(pair - {own})) for own, pair in enumerate(digits)]
+        assert all(len(hand) == count and own in hand for own, hand in enumerate(digits))
+        second += [digit for own, hand in enumerate(digits) for digit in hand - {own}]
         for digit in range(10):
             counts = [int((LABELS[rows] == digit).sum()) for rows in parts if digit in LABELS[rows]]
             assert max(counts) - min(counts) <= 1
     assert set(second) == set(range(10))
-    assert max(second[:10].count(digit) for digit in range(10)) > 1  # fedkern's own classes:2 gives each digit to two
+    # fedkern's own classes:S gives each digit to S clients
+    assert max(second[: 10 * (count - 1)].count(digit) for digit in range(10)) > count - 1
 
 
 def test_more_parties_begin_with_the_first_digit_again():
@@ -58,16 +60,23 @@ def test_fewer_parties_than_digits_are_refused():
         shares(LABELS, 9, "classes:2", 0)
 
 
+def test_unequal_parties_see_the_same_distribution():
+    sizes = [len(rows) for rows in shares(LABELS, 10, "iid", 0, quantity=0.5)]
+    assert min(sizes) >= 10
+    assert max(sizes) > 4 * sorted(sizes)[4]
+    largest = max(shares(LABELS, 10, "iid", 0, quantity=0.5), key=len)
+    assert np.bincount(LABELS[largest], minlength=10).min() > 0.07 * len(largest)
+
+
 def test_cells_play_the_papers_settings():
     paper = published.read_paper("niidbench2022")
-    for cell in paper.cells:  # the table in the paper itself is unread
-        assert (cell.published is None) == ("FedProx" in cell.name)  # whose published mu is the best of four
-        assert cell.published is None or "Flower's baseline" in cell.source
+    for cell in paper.cells:
+        assert cell.published is not None
         words = " ".join(paper.words(cell.command))
         for setting in (
             "--clients 10", "--rounds 50", "--local-epochs 10", "--batch-size 64", "--lr 0.01", "--momentum 0.9",
             "--weight-decay 0.00001",
         ):  # fmt: skip
             assert setting in words, cell.name
-        assert ("mu=0.01" in words) == ("FedProx" in cell.name)
-        assert cell.seeds == (0,)
+        assert bool(cell.sweep) == ("FedProx" in cell.name)
+        assert len(cell.seeds) == 5

@@ -348,8 +348,8 @@ def test_server_learning_rate_scales_the_step(make_data, make_config, tmp_path):
 
 @pytest.mark.parametrize(("q", "weighting"), [(0.0, "samples"), (0.5, "uniform"), (2.0, "samples")])
 def test_qffl_takes_the_published_steps(q, weighting, make_data, make_config, tmp_path):
-    options, data = {"q": q, "weighting": weighting}, make_data()
-    config = make_config("qffl", model="cnn-gn", rounds=3, lr=LR, momentum=0.0, batch_size=64, local_epochs=1, options=options)
+    data, settings = make_data(), {"model": "cnn-gn", "lr": LR, "momentum": 0.0, "batch_size": 64, "local_epochs": 1}
+    config = make_config("qffl", rounds=3, options={"q": q, "weighting": weighting}, **settings)
     run(config, out=tmp_path, data=data)
     context = RunContext(config, data)
     network = Network(context.networks.build(), torch.device("cpu"))
