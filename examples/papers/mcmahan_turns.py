@@ -77,7 +77,7 @@ class Centred(TwoNN):
 
 @register("fedavg-fixed-batches")
 class FixedBatches(FedAvg):
-    """FedAvg whose clients cut their samples into batches once, in stored order, as the paper's algorithm can be read."""
+    """FedAvg whose clients cut their samples into batches once, in stored order."""
 
     requires = frozenset({"loss"})
 

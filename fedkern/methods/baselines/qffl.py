@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ from fedkern.process.device_copies import fetch
 from fedkern.typed_option import option
 
 LEAST = 1e-10
-"""Least loss of a client, as in the released code, so that its powers stay finite."""
+"""Added to a client's loss, as in the released code, so that its powers stay finite."""
 
 
 @register("qffl")
@@ -32,8 +31,9 @@ class QFFL(FedAvg):
         h_k   = q L_k^(q - 1) ||d_k||^2 + L_k^q / eta
         theta <- theta - sum_{k in S} a_k L_k^q d_k / sum_{k in S} a_k h_k
 
-    a_k is n_k with ``weighting=samples``, and 1 with ``weighting=uniform``.  ``q=0`` is FedAvg.  Running statistics are
-    averaged with the weights a_k L_k^q.  A round costs the bytes of FedAvg and two numbers.
+    a_k is n_k with ``weighting=samples``, and 1 with ``weighting=uniform``.  ``q=0`` is FedAvg.  A client uploads
+    theta - L_k^q d_k / h_k and the number eta h_k, so the server's average with the weights a_k eta h_k is the step.
+    Running statistics have the same weights.
 
     Differences from the paper:
 
@@ -52,40 +52,21 @@ class QFFL(FedAvg):
     class Options(FedAvg.Options):
         q: float = option(1.0, "weight of fairness: the larger, the more equal are the clients' losses", low=0)
 
-    @property
-    def allows_server_rule(self) -> bool:
-        return False  # the step has a length of its own
-
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
-        q, network = self.options.q, client.frozen(message)
+        network = client.frozen(message)
+        loss = LEAST
         with torch.no_grad():
-            parts = [
-                float(batch.known / client.known) * float(batch.task.loss(network, batch))
-                for batch in client.in_order(client.task.outside)
-            ]
-        loss = max(sum(parts), LEAST)
+            for batch in client.in_order(client.task.outside):
+                loss += float(batch.known / client.known) * float(batch.task.loss(network, batch))
         result = client.train(self, phase, message)
-        change = fetch(result["parameters"]) - message["parameters"].cpu()
-        slope = q * loss ** (q - 1) * float(change.double().square().sum()) / client.lr
+        received, trained = message["parameters"].cpu(), fetch(result["parameters"])
+        factor = 1 + self.options.q * float((trained - received).double().square().sum()) / (loss * client.lr)
         client.report["start_loss"] = loss
-        return {**result, "power": loss**q, "slope": slope}
+        result["parameters"] = torch.lerp(received, trained, 1 / factor)
+        return {**result, "curvature": factor * loss**self.options.q}
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
-        return {**super().expects(server, phase, client, message), "power": Number(low=0), "slope": Number(low=0)}
+        return {**super().expects(server, phase, client, message), "curvature": Number(low=0)}
 
     def weight(self, server: Server, upload: Upload) -> float:
-        return super().weight(server, upload) * upload.message["power"]
-
-    def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
-        before, weights, slopes = server.state["parameters"], 0.0, 0.0
-
-        def add(upload: Upload) -> Upload:
-            nonlocal weights, slopes
-            weights += self.weight(server, upload)
-            slopes += super(QFFL, self).weight(server, upload) * upload.message["slope"]
-            return upload
-
-        super().server_update(server, phase, map(add, uploads))  # map keeps no upload while the next one arrives
-        if slopes:
-            share = weights / (weights + slopes)
-            server.state["parameters"] = torch.lerp(before, server.state["parameters"], share)
+        return super().weight(server, upload) * float(upload.message["curvature"])

@@ -7,7 +7,6 @@ from torch.nn import functional
 
 from fedkern.comparison import published
 from fedkern.comparison.papers.niidbench2022 import CNN, shares
-from fedkern.data.sharing.partition import partition
 from fedkern.errors import UserError
 
 LABELS = torch.from_numpy(np.random.default_rng(0).permutation(np.arange(6000) % 10))
@@ -47,12 +46,6 @@ def test_more_parties_begin_with_the_first_digit_again():
     digits = [set(LABELS[rows].tolist()) for rows in shares(LABELS, 12, "classes:2", 0)]
     assert 0 in digits[10]
     assert 1 in digits[11]
-
-
-def test_dirichlet_is_fedkerns_own():
-    expected = partition("dirichlet:0.5", LABELS.numpy(), 10, 3)
-    for rows, own in zip(shares(LABELS, 10, "dirichlet:0.5", 3), expected, strict=True):
-        assert torch.equal(rows, torch.from_numpy(own))
 
 
 def test_fewer_parties_than_digits_are_refused():

@@ -373,9 +373,3 @@ def test_qffl_takes_the_published_steps(q, weighting, make_data, make_config, tm
     trained = load_file(tmp_path / "model.safetensors")
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(trained[name].double(), value, rtol=1e-4, atol=1e-6)
-
-
-def test_qffl_without_fairness_is_fedavg_bit_for_bit(make_data, make_config, tmp_path):
-    for name, options in (("fedavg", {}), ("qffl", {"q": 0})):
-        run(make_config(name, options=options, sample_fraction=0.67), out=tmp_path / name, data=make_data())
-    assert same_network(tmp_path / "fedavg", tmp_path / "qffl")
