@@ -408,7 +408,10 @@ class Backward {
 // weights of one tap stay in L1 up to 256 channels.
 bool fits(const ConvShape& s) {
   if (s.kernel == 1) return s.in % 8 == 0 && s.out % 8 == 0 && s.in <= 256 && s.result().width >= kLeastWidth;
-  if (s.stride == 2) return s.in % 16 == 0 && s.out % 16 == 0 && s.in <= 32 && s.out <= 64 && s.width / 2 >= kLeastWidth;
+  if (s.stride == 2) {
+    const bool is_tiled = (s.in == 8 || s.in % 16 == 0) && s.out % 16 == 0;
+    return is_tiled && s.in <= 32 && s.out <= 64 && s.width / 2 >= kLeastWidth;
+  }
   if (s.in % 16 == 0 && s.out % 16 == 0) return 512 * s.batch * Band{0, s.height, s.width}.tiles() >= s.in * s.out;
   if (s.out % 8 || s.width < kLeastWidth || s.height < 2) return false;
   return s.in == 1 || s.in == 3 || ((s.in == 8 || s.in == 16) && s.out <= 32);
