@@ -189,11 +189,8 @@ def raw_weight(module: nn.Sequential) -> None:
     module[0].weight = weight
 
 
-HOOKED = {
-    f"{kind} hook of layer {position}": add_hook(position, kind)
-    for position in range(4)
-    for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre")
-}
+KINDS = ("forward", "forward_pre", "full_backward", "full_backward_pre")
+HOOKED = {f"{kind} hook of layer {position}": add_hook(position, kind) for position in range(4) for kind in KINDS}
 IN_THE_WAY = {
     **HOOKED,
     "parametrization": lambda m: nn.utils.parametrize.register_parametrization(m[0], "weight", Scaled()),
@@ -265,9 +262,6 @@ def test_an_eps_that_batch_norm_refuses_is_refused(eps, calls):
     with pytest.raises(ValueError, match="eps must be positive"):
         stage(eps=eps)(images())
     assert calls == []
-
-
-KINDS = ["forward", "forward_pre", "full_backward", "full_backward_pre"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -60,6 +60,13 @@ def compare(operator: Operator, device: torch.device) -> None:
             assert_close(f"{i}", ours.float().cpu(), theirs.double(), relative=1e-5, absolute=1e-5)
 
 
+def check_same_bits(operator: Operator, device: torch.device, large: bool) -> None:
+    inputs = [x.to(device) for x in operator.inputs(large=large)]
+    for gradient in gradients(operator):
+        results, again = (run(operator, inputs, gradient) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
+
+
 def capture(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

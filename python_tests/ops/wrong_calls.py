@@ -130,10 +130,7 @@ def main() -> None:
                 with use_backend("cpu"):
                     ours = _outcome(operator, given)
                 if isinstance(ours, Exception):
-                    print(
-                        "WRONG: a right call is refused" if given is right else "refused",
-                        repr(ours)[:100].replace("\n", " "),
-                    )
+                    print("WRONG: a right call is refused" if given is right else "refused", _line(ours))
                     continue
                 with use_backend("reference"):
                     theirs = _outcome(operator, given)

@@ -227,24 +227,15 @@ def test_means_where_memory_is_not_what_it_seems(exact: bool) -> None:
         accumulator.mean()
 
 
-def test_wrong_arguments_of_the_accumulator() -> None:
+def test_a_vector_of_another_size_and_weights_of_nothing_are_refused() -> None:
     accumulator = Accumulator(4)
-    for vector, weight, error, message in (
-        ([1.0], 1, TypeError, "vector must be a tensor, but got list"),
-        (torch.ones(4).int(), 1, TypeError, "vector must have dtype float32.*but has torch.int32"),
-        (torch.ones(5), 1, ValueError, r"vector must have shape \[4\], but has \[5\]"),
-        (torch.ones(4), -1, ValueError, "weight must be finite and not negative, not -1"),
-        (torch.ones(4), math.inf, ValueError, "weight must be finite and not negative, not inf"),
-    ):
-        with pytest.raises(error, match=message):
-            accumulator.add(vector, weight)
-    with pytest.raises(ValueError, match="nothing to average yet"):
-        accumulator.mean()
+    with pytest.raises(ValueError, match=r"vector must have shape \[4\], but has \[5\]"):
+        accumulator.add(torch.ones(5))
+    with pytest.raises(ValueError, match="weight must be finite and not negative, not inf"):
+        accumulator.add(torch.ones(4), math.inf)
     accumulator.add(torch.ones(4), 0)
     with pytest.raises(ValueError, match="nothing to average yet"):
         accumulator.mean()
-    with pytest.raises(ValueError, match="size must be between 0 and"):
-        Accumulator(-1)
 
 
 @pytest.mark.parametrize(

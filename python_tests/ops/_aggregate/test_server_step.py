@@ -135,12 +135,6 @@ def test_pairs(backend: str, rule: str) -> None:
         check(rule, **case, seed=seed)
 
 
-def test_mean_of_equal_models_is_that_model(backend: str) -> None:
-    for dtype in DTYPES:
-        (model, global_) = make_vectors(2, 500, dtype)
-        assert torch.equal(server_step(global_, [model] * 3, [1, 1, 1]).model, model)
-
-
 def test_a_client_of_weight_zero_is_only_measured(backend: str) -> None:
     vectors = make_vectors(3, 200, torch.float32)
     global_ = torch.zeros(200)

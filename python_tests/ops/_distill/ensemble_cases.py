@@ -18,7 +18,12 @@ from python_tests.ops.operator_cases import assert_close, move_to, pairwise, thi
 CPU = torch.device("cpu")
 FACTOR = 3.0  # every loss is multiplied before backward: a dropped grad_output shows
 LARGEST = 40_000  # elements of a case
-MIXES = {"probs": PROBS, "logits": LOGITS, "mean": MEAN}
+# What mixes for a student: ensemble_kl's arguments, and the reference's.
+MIXES: dict[str, tuple[dict[str, Any], int]] = {
+    "probs": ({"mix": "probs"}, PROBS),
+    "logits": ({"mix": "logits"}, LOGITS),
+    "mean": ({"mode": "mean_of_kl"}, MEAN),
+}
 
 COMMON: dict[str, Any] = {
     "teachers": (1, 2, 3, 5, 20),
@@ -149,8 +154,8 @@ def strides(x: Tensor) -> list[int]:
 
 def ensemble(case: dict[str, Any], mask: Tensor | None) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """Return the operator of a case, and its reference."""
-    how, temperature, log_probs, reduction = (case[n] for n in ("mix", "temperature", "log_probs", "reduction"))
-    names = {"mode": "mean_of_kl"} if how == "mean" else {"mix": how}
+    temperature, log_probs, reduction = (case[n] for n in ("temperature", "log_probs", "reduction"))
+    names, mix = MIXES[case["mix"]]
 
     def compute(student: Tensor, teachers: Tensor, weights: Tensor | None) -> Tensor:
         return ops.ensemble_kl(
@@ -160,7 +165,7 @@ def ensemble(case: dict[str, Any], mask: Tensor | None) -> tuple[Callable[..., T
     def reference(student: Tensor, teachers: Tensor, weights: Tensor | None) -> Tensor:
         spread = None if weights is None else spread_weights(weights, teachers)
         code = REDUCTIONS[reduction]
-        return ensemble_reference(student, teachers, spread, mask, temperature, MIXES[how], log_probs, code)
+        return ensemble_reference(student, teachers, spread, mask, temperature, mix, log_probs, code)
 
     return compute, reference
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops._distill.reference import kl_div_reference
-from python_tests.ops._distill.ensemble_cases import logits
+from python_tests.ops._distill.ensemble_cases import MIXES, logits
 from python_tests.ops._distill.finite_masks import CALLS, compare
 from python_tests.ops.operator_cases import DTYPES, assert_close, needs_core, using
 
@@ -209,13 +209,12 @@ def test_in_the_limit_a_finite_mask_is_a_number(backend: str, dtype: torch.dtype
 
 
 SHARES = (0.125, 0.375, 0.5)
-ENSEMBLES = {"probs": {}, "logits": {"mix": "logits"}, "mean": {"mode": "mean_of_kl"}}
 KL_CALLS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "kl_div": lambda s, t, T: ops.kl_div(s, t[0], T),
     "student": lambda s, t, T: ops.dual_kl(s, s, t[0], T, direction="student") / 2,
     **{
         name: lambda s, t, T, how=how: ops.ensemble_kl(s, t, s.new_tensor(SHARES), T, **how)
-        for name, how in ENSEMBLES.items()
+        for name, (how, _) in MIXES.items()
     },
 }
 

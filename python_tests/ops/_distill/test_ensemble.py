@@ -113,13 +113,12 @@ def test_masks_on_teachers_who_are_sure(backend: str, scale: float) -> None:
 def test_nearly_equal_rows_keep_their_digits(backend: str, classes: int, scale: float) -> None:
     student = ensemble_cases.logits(33, classes)
     teachers = student + scale * ensemble_cases.logits(4, 33, classes, seed=1)
-    for mix, mode in (("probs", "kl_of_mean"), ("logits", "kl_of_mean"), ("probs", "mean_of_kl")):
-        loss = ops.ensemble_kl(student, teachers, mix=mix, mode=mode, reduction="none")
-        code = {("probs", "kl_of_mean"): 0, ("logits", "kl_of_mean"): 1}.get((mix, mode), 2)
+    for how, code in ensemble_cases.MIXES.values():
+        loss = ops.ensemble_kl(student, teachers, reduction="none", **how)
         expected = ensemble_reference(student.double(), teachers.double(), None, None, 1.0, code, False, 0)
         # The reference in float32 keeps the sign and the order of magnitude; the kernels keep the digits.
         limit = 1e-1 if backend == "reference" else 3e-5
-        assert ((loss - expected).abs() / expected).max() < limit, (mix, mode)
+        assert ((loss - expected).abs() / expected).max() < limit, how
         assert (loss >= 0).all()
 
 

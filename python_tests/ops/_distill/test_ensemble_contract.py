@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,10 +11,10 @@ from fedkern import ops
 from fedkern.ops._core.backend import select
 from fedkern.ops._distill.ensemble_reference import js_reference
 from fedkern.ops._distill.kernels import CONSENSUS
-from python_tests.ops._distill.ensemble_cases import AGREEMENTS, logits, run_agreement
+from python_tests.ops._distill.ensemble_cases import AGREEMENTS, MIXES, logits, run_agreement
 from python_tests.ops.operator_cases import BACKENDS, KERNELS, backends, describe, using
 
-HOWS: list[dict[str, Any]] = [{"mix": "probs"}, {"mix": "logits"}, {"mode": "mean_of_kl"}]
+HOWS = [how for how, _ in MIXES.values()]
 
 # --- weights and masks
 

@@ -95,37 +95,6 @@ def test_portable_bits_are_those_of_torch_without_fused_products() -> None:
     assert run.returncode == 0, run.stderr[-2000:]
 
 
-@pytest.mark.sampled(8)
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(37,), (3, 1030)], ids=str)
-def test_backends_give_the_reference(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    for adamw, number in itertools.product((False, True), (0, 5, 26, 31)):
-        results = []
-        for served_by in (name, "reference"):
-            theta, g, anchor, correction, v, total = vectors(shape, 6, dtype)
-            second = vectors(shape, 1, dtype, 7)[0].abs()
-            settings: dict[str, Any] = {
-                "lr": [0.1, 0.2, 0.3] if number & 1 and len(shape) == 2 else 0.1,
-                "weight_decay": 0.01 if number & 2 else 0.0,
-                "max_norm": 2.0 if number & 16 else None,
-                "zero": bool(number & 1),
-            }
-            if number & 4:
-                settings |= {"anchor": anchor[0] if len(shape) == 2 else anchor, "proximal": 0.3}
-            if number & 8:
-                settings |= {"correction": correction, "gradient_sum": total}
-            with using(served_by):
-                if adamw:
-                    found = ops.adamw_step(theta, g, v, second, 3, **settings)
-                else:
-                    momentum = 0.9 if number & 1 else 0.0
-                    found = ops.sgd_step(theta, g, v if momentum else None, momentum=momentum, **settings)
-            results.append([theta, g, v, second, total, *found])
-        for got, expected in zip(*results, strict=True):
-            torch.testing.assert_close(got, expected)
-
-
 @pytest.mark.parametrize("max_norm", [None, 5.0])
 @pytest.mark.parametrize("momentum", [0.0, 0.9, None])
 def test_steps_are_those_of_torch_optim(momentum: float | None, max_norm: float | None) -> None:

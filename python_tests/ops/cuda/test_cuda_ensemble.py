@@ -9,17 +9,12 @@ from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops._distill.ensemble_reference import ensemble_reference, js_reference
-from fedkern.ops._distill.rows import LOGITS, MEAN, PROBS
+from fedkern.ops._distill.rows import PROBS
 from python_tests.ops._distill import ensemble_cases
+from python_tests.ops._distill.ensemble_cases import MIXES
 from python_tests.ops.operator_cases import assert_close, describe, move_to
 
 OPERATORS = ("probs", "logits", "mean", "js_div", "consensus")
-# What mixes for a student: ensemble_kl's arguments, and the reference's.
-MIXES: dict[str, tuple[dict[str, str], int]] = {
-    "probs": ({"mix": "probs"}, PROBS),
-    "logits": ({"mix": "logits"}, LOGITS),
-    "mean": ({"mode": "mean_of_kl"}, MEAN),
-}
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,7 @@ def test_each_operator_gives_the_reference_result(device: torch.device, operator
 
 @each_gpu_operator
 def test_same_bits_again(device: torch.device, operator: Operator) -> None:
-    inputs = [x.to(device) for x in operator.inputs(large=device.type == "cuda")]
-    for gradient in operator_runs.gradients(operator):
-        first_run, second_run = (
-            operator_runs.run(operator, inputs, gradient),
-            operator_runs.run(operator, inputs, gradient),
-        )
-        assert all(torch.equal(a, b) for a, b in zip(first_run, second_run, strict=True))
+    operator_runs.check_same_bits(operator, device, large=device.type == "cuda")
 
 
 @pytest.mark.gpu

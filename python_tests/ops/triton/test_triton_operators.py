@@ -80,13 +80,7 @@ def test_places_keep_all_bits(number: int) -> None:
 @each_gpu_operator
 def test_each_operator_gives_the_reference_result_on_a_gpu(gpu: torch.device, operator: Operator) -> None:
     operator_runs.compare(operator, gpu)
-    inputs = [x.to(gpu) for x in operator.inputs(large=True)]
-    for gradient in operator_runs.gradients(operator):
-        first_run, second_run = (
-            operator_runs.run(operator, inputs, gradient),
-            operator_runs.run(operator, inputs, gradient),
-        )
-        assert all(torch.equal(a, b) for a, b in zip(first_run, second_run, strict=True))
+    operator_runs.check_same_bits(operator, gpu, large=True)
 
 
 def _skip_waiting(operator: Operator) -> None:
