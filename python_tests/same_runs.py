@@ -80,14 +80,8 @@ ADDED = {"optimizer_state", "init_partial", "accelerate", "class_weights", "inte
 SERVED = """
 import json, sys
 from fedkern.methods import METHODS
-
-def serves(kind, task):
-    if hasattr(kind, "learns"):  # checkouts whose tasks are words
-        return kind.learns(task)
-    from fedkern.tasks import TASKS
-    return kind.serves(TASKS[task])
-
-print(json.dumps([[name, task] for name in METHODS for task in sys.argv[1:] if serves(METHODS[name], task)]))
+from fedkern.tasks import TASKS
+print(json.dumps([[name, task] for name in METHODS for task in sys.argv[1:] if METHODS[name].serves(TASKS[task])]))
 """
 PLAYER = '''
 import json, os, signal, sys
@@ -126,10 +120,7 @@ else:
 FLOWER = """
 import json, sys
 from python_tests.flower.node_grid import NodeGrid
-try:
-    from fedkern.flower.runs import server_app
-except ImportError:  # a checkout whose Flower package has no subpackages
-    from fedkern.flower import server_app
+from fedkern.flower.runs import server_app
 settings, pairs, out = json.loads(sys.argv[1])
 settings = {**settings, "flower.wait": 0.0, "out": out}
 # Captions are drawn anew by every new node, which takes seconds: theirs stay.  One of five clients has no node.
@@ -175,8 +166,6 @@ class Checkout:
         given = settings_of(method, task)
         if task == "multilabel":
             given["data_root"] = str(self.runs.parent / "labels.csv")
-        if task in NETWORKS and (self.folder / "fedkern" / "acceleration").exists():
-            given["accelerate"] = "off"  # then the bits are those of checkouts that know nothing else
         words = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if name != "options"]
         words += [f"--method-option={name}={value}" for name, value in given.get("options", {}).items()]
         if mode == "two ranks":
