@@ -38,6 +38,7 @@ import os
 import random
 import re
 import sys
+import types
 import weakref
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -48,17 +49,6 @@ from fractions import Fraction
 from importlib import metadata
 from importlib.machinery import ModuleSpec
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from types import (
-    CellType,
-    CodeType,
-    FunctionType,
-    GeneratorType,
-    GetSetDescriptorType,
-    MappingProxyType,
-    MemberDescriptorType,
-    MethodType,
-    ModuleType,
-)
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -224,9 +214,9 @@ class _Walk:
                 return
 
     def _thing(self, value: object, path: str, deep: int) -> None:
-        if isinstance(value, ModuleType):
+        if isinstance(value, types.ModuleType):
             self.write(path, _module_text(value))
-        elif isinstance(value, GeneratorType):
+        elif isinstance(value, types.GeneratorType):
             self.write(path, f"{NOT_COMPARED}the place in a generator")
             self._rows(inspect.getgeneratorlocals(value).items(), path, deep)
         elif (reason := _of_process(value)) is not None:
@@ -234,11 +224,11 @@ class _Walk:
         elif isinstance(value, type):
             self.write(path, f"class {_class_text(value)}")
             self._class(value, deep)
-        elif isinstance(value, FunctionType):
+        elif isinstance(value, types.FunctionType):
             self._function(value, path, deep)
-        elif isinstance(value, (MethodType, staticmethod, classmethod)):
+        elif isinstance(value, (types.MethodType, staticmethod, classmethod)):
             self.visit(value.__func__, path, deep)
-            if isinstance(value, MethodType):
+            if isinstance(value, types.MethodType):
                 self.visit(value.__self__, f"{path}.__self__", deep)
         elif isinstance(value, property):
             for accessor in filter(None, (value.fget, value.fset, value.fdel)):
@@ -253,7 +243,9 @@ class _Walk:
             module = getattr(value, "__module__", None) or ""
             self.write(path, f"function {'' if _package(module) is None else f'{module}.'}{value.__qualname__}")
             parts = {name: getattr(value, name, None) for name in ("__self__", "__wrapped__")}  # a method, lru_cache
-            parts = {name: part for name, part in parts.items() if not isinstance(part, (ModuleType, type, type(None)))}
+            parts = {
+                name: part for name, part in parts.items() if not isinstance(part, (types.ModuleType, type, type(None)))
+            }
             self._rows(parts.items(), path, deep)
         else:
             self._object(value, path, deep)
@@ -301,7 +293,7 @@ class _Walk:
         base: Any = None if kind in _TEXTS else next((base for base in kind.__mro__ if base in _TEXTS), None)
         size = f" of {len(value)}" if isinstance(value, (*_SEQUENCES, dict, set, frozenset)) else ""
         maker = next(part for part in kind.__mro__ if any(name in vars(part) for name in _PICKLING))
-        has_own_rules = isinstance(value, (nn.Module, enum.Enum, MappingProxyType)) or bool(base or size)
+        has_own_rules = isinstance(value, (nn.Module, enum.Enum, types.MappingProxyType)) or bool(base or size)
         pickled = not has_own_rules and maker is not object and _package(maker.__module__, maker) is not None
         attributes = [] if pickled and not is_user_class else [*_attributes(value)]
         reduced: Any = ""
@@ -325,7 +317,7 @@ class _Walk:
         elif isinstance(value, _SEQUENCES):
             basic: Any = next(part for part in _SEQUENCES if isinstance(value, part))
             self._rows(enumerate(basic.__iter__(value)), path, deep, "[{}]")
-        elif isinstance(value, (dict, MappingProxyType)):
+        elif isinstance(value, (dict, types.MappingProxyType)):
             items = dict.items(value) if isinstance(value, dict) else value.items()
             self._rows(((self._key(key, deep), item) for key, item in items), path, deep, "[{}]")
         elif isinstance(value, (set, frozenset)):
@@ -386,7 +378,7 @@ class _Walk:
                 members += [(name, member._value_) for name, member in base.__members__.items()]
             self._rows(members, class_path, deep)
 
-    def _function(self, function: FunctionType, path: str, deep: int) -> None:
+    def _function(self, function: types.FunctionType, path: str, deep: int) -> None:
         code, package = function.__code__, _package(function.__globals__.get("__name__", ""))
         cells = [
             (name, _cell_content(cell))
@@ -420,7 +412,7 @@ class _Walk:
     def _visit_named(self, value: object, path: str, attributes: frozenset[str], deep: int) -> None:
         """Add the rows of a value that code names, and if it is a user's module, of the names in it."""
         self.visit(value, path, deep)
-        if isinstance(value, ModuleType) and _package(value.__name__) is None and deep > 0:
+        if isinstance(value, types.ModuleType) and _package(value.__name__) is None and deep > 0:
             for name in sorted(attributes & vars(value).keys()):
                 self._visit_named(vars(value)[name], f"{path}.{name}", attributes, deep - 1)
 
@@ -478,7 +470,7 @@ def _attributes(value: object) -> Iterator[tuple[str, Any]]:
     """Yield the attributes of an object by name: slots, those of C, and its dict, without cached properties."""
     for kind in type(value).__mro__:
         for name, member in vars(kind).items() if "__slots__" in vars(kind) else ():
-            if isinstance(member, MemberDescriptorType):
+            if isinstance(member, types.MemberDescriptorType):
                 with suppress(AttributeError):  # unset
                     yield name, member.__get__(value)
     for name in ("maxlen", "default_factory"):
@@ -505,13 +497,13 @@ def _of_process(value: object) -> str | None:
 
 def _counts(name: str, member: object) -> bool:
     """Return whether a member of a class can affect its objects."""
-    if isinstance(member, (MemberDescriptorType, GetSetDescriptorType)) or name in _UNTOLD:
+    if isinstance(member, (types.MemberDescriptorType, types.GetSetDescriptorType)) or name in _UNTOLD:
         return False
     special = name.startswith("__") and name.endswith("__")
     return not special or callable(member) or isinstance(member, (classmethod, staticmethod, property))
 
 
-def _cell_content(cell: CellType) -> object:
+def _cell_content(cell: types.CellType) -> object:
     try:
         return cell.cell_contents
     except ValueError:  # not filled yet
@@ -519,7 +511,7 @@ def _cell_content(cell: CellType) -> object:
 
 
 def _short_name(thing: Any) -> str:
-    name: str = thing.co_qualname if isinstance(thing, CodeType) else thing.__qualname__
+    name: str = thing.co_qualname if isinstance(thing, types.CodeType) else thing.__qualname__
     return name.rpartition("<locals>.")[2]
 
 
@@ -538,7 +530,7 @@ class _Named(NamedTuple):
     imports: list[str]
 
 
-def _names(code: CodeType) -> _Named:
+def _names(code: types.CodeType) -> _Named:
     steps = [step for part in _pieces(code) for step in dis.get_instructions(part)]
     read = {step.argval for step in steps if step.opname.startswith("LOAD_") and step.opname.endswith(_READS)}
     imports = {step.argval for step in steps if step.opname == "IMPORT_NAME" and step.argval}
@@ -548,14 +540,14 @@ def _names(code: CodeType) -> _Named:
 _READS = ("_GLOBAL", "_NAME", "_GLOBALS")  # LOAD_GLOBAL, LOAD_NAME, LOAD_FROM_DICT_OR_GLOBALS
 
 
-def _pieces(code: CodeType) -> Iterator[CodeType]:
+def _pieces(code: types.CodeType) -> Iterator[types.CodeType]:
     yield code
     for constant in code.co_consts:
-        if isinstance(constant, CodeType):
+        if isinstance(constant, types.CodeType):
             yield from _pieces(constant)
 
 
-def _code_hash(code: CodeType) -> str:
+def _code_hash(code: types.CodeType) -> str:
     """Return a hash of code without line numbers and names of files."""
     digest_state = hashlib.sha256()
     for part in _pieces(code):
@@ -600,7 +592,7 @@ def _version(package: str) -> str:
     return " ".join(sorted(versions)) or "no version"
 
 
-def _module_text(module: ModuleType) -> str:
+def _module_text(module: types.ModuleType) -> str:
     package = _package(module.__name__)
     if package is None:
         package = str(vars(module).get("__version__", ""))

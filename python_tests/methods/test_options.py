@@ -10,21 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedkern import ops
+from fedkern import methods, ops
 from fedkern.errors import UserError
-from fedkern.methods import (
-    METHODS,
-    FedAvg,
-    FedDyn,
-    FedProx,
-    GradientSum,
-    LocalTraining,
-    Objective,
-    Scaffold,
-    Terms,
-    get,
-    register,
-)
 from fedkern.methods.base import VOUCHED
 from fedkern.methods.options import Options
 from fedkern.methods.uploads import Maybe, Number, Values, all_finite, why_refused
@@ -121,7 +108,7 @@ def test_what_is_no_such_number_is_refused(key, value):
 
 
 def test_every_number_of_every_method_fits_the_networks():
-    for name, kind in METHODS.items():
+    for name, kind in methods.METHODS.items():
         for spec in kind.Options.list_options():
             if spec.type is float:
                 with pytest.raises(UserError, match=rf'"{spec.name}" must be '):
@@ -138,9 +125,9 @@ def test_checked_when_constructed_directly():
         Example(count=0)
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(methods.METHODS))
 def test_every_method_is_described_and_its_options_round_trip(name):
-    method = METHODS[name]
+    method = methods.METHODS[name]
     assert method.description
     assert "\n" not in method.description
     options = method.Options()
@@ -152,7 +139,7 @@ def test_every_method_is_described_and_its_options_round_trip(name):
 
 
 def test_every_published_option_of_fedgid_can_be_set():
-    names = {spec.name for spec in METHODS["fedgid"].Options.list_options()}
+    names = {spec.name for spec in methods.METHODS["fedgid"].Options.list_options()}
     assert {
         "alpha", "lambda", "temperature", "mix_stage", "kl_direction", "distill_on",
         "intervention", "distillation",
@@ -161,25 +148,23 @@ def test_every_published_option_of_fedgid_can_be_set():
 
 def test_unknown_method_names_the_nearest():
     with pytest.raises(UserError, match=r'Unknown method "fedgdi".*Did you mean "fedgid"'):
-        get("fedgdi")
+        methods.get("fedgdi")
 
 
 def test_registering_a_name_twice_or_without_description():
-    from fedkern.methods import FedAvg
-
     with pytest.raises(ValueError, match="already registered"):
 
-        @register("fedavg")
-        class Other(FedAvg):
+        @methods.register("fedavg")
+        class Other(methods.FedAvg):
             """Another."""
 
     with pytest.raises(TypeError, match="docstring"):
 
-        @register("nameless")
-        class Nameless(FedAvg):
+        @methods.register("nameless")
+        class Nameless(methods.FedAvg):
             pass
 
-    assert "nameless" not in METHODS
+    assert "nameless" not in methods.METHODS
 
 
 def test_a_class_without_the_decorator_is_told() -> None:
@@ -197,7 +182,7 @@ def test_a_class_without_the_decorator_is_told() -> None:
 FLAGS = tuple(VOUCHED)
 
 
-def overriding(hook, base=FedAvg, **declared):
+def overriding(hook, base=methods.FedAvg, **declared):
     def call(self, *arguments):
         return getattr(base, hook)(self, *arguments)
 
@@ -215,9 +200,9 @@ def overriding(hook, base=FedAvg, **declared):
 def test_a_class_that_overrides_a_hook_loses_the_flags_that_vouch_for_it(hook, lost):
     kind = overriding(hook)
     assert {name for name in FLAGS if not getattr(kind, name)} == lost
-    again = overriding(hook, **{name: getattr(FedAvg, name) for name in lost})
+    again = overriding(hook, **{name: getattr(methods.FedAvg, name) for name in lost})
     for derived in (again, type("Further", (again,), {})):
-        assert all(getattr(derived, name) == getattr(FedAvg, name) for name in FLAGS)
+        assert all(getattr(derived, name) == getattr(methods.FedAvg, name) for name in FLAGS)
     assert {name for name in FLAGS if not getattr(type("Further", (kind,), {}), name)} == lost
 
 
@@ -226,10 +211,10 @@ def test_hooks_of_a_mixin_count_and_no_flag_comes_from_a_hook():
         def server_update(self, server, phase, uploads):
             pass
 
-    assert type("Mixed", (Mixin, FedAvg), {}).averages is None
-    assert type("Mixed", (FedAvg, Mixin), {}).averages
-    assert overriding("server_update", METHODS["fedcgs"]).averages is False
-    assert LocalTraining.asynchronous is False
+    assert type("Mixed", (Mixin, methods.FedAvg), {}).averages is None
+    assert type("Mixed", (methods.FedAvg, Mixin), {}).averages
+    assert overriding("server_update", methods.METHODS["fedcgs"]).averages is False
+    assert methods.LocalTraining.asynchronous is False
     with pytest.raises(TypeError, match=r"Derived.reduce: expected a tuple of names, given <function"):
         overriding("weight", reduce=lambda self, phase: ())
 
@@ -283,7 +268,7 @@ def test_all_finite(dtype):
 def make_received(size):
     draw = torch.Generator().manual_seed(0)
     start, correction = (torch.randn(size, generator=draw) for _ in range(2))
-    extras = {"correction": correction, "path": GradientSum(torch.zeros(size))}
+    extras = {"correction": correction, "path": methods.GradientSum(torch.zeros(size))}
     return types.SimpleNamespace(parameters=start, message={"alpha": 0.2}, extras=extras)
 
 
@@ -292,7 +277,7 @@ def alike():
     return (torch.backends.cpu.get_cpu_capability() == "DEFAULT") == (backend.cpu_core().isa() == "portable")
 
 
-OF_TERMS = [FedProx(FedProx.Options(mu=0.3)), Scaffold(), FedDyn()]
+OF_TERMS = [methods.FedProx(methods.FedProx.Options(mu=0.3)), methods.Scaffold(), methods.FedDyn()]
 
 
 @pytest.mark.parametrize("method", OF_TERMS, ids=["fedprox", "scaffold", "feddyn"])
@@ -315,12 +300,12 @@ def test_a_step_has_the_bits_of_the_gradient_changed_in_place(method):
 
 
 def test_fedprox_with_mu_zero_has_no_terms():
-    assert FedProx(FedProx.Options(mu=0)).terms(make_received(3)) is None
+    assert methods.FedProx(methods.FedProx.Options(mu=0)).terms(make_received(3)) is None
 
 
 def test_raw_gradients_are_summed_and_counted():
-    total = GradientSum(torch.zeros(2))
-    terms = Terms(correction=torch.ones(2), gradient_sum=total)
+    total = methods.GradientSum(torch.zeros(2))
+    terms = methods.Terms(correction=torch.ones(2), gradient_sum=total)
     for value in (1.0, 3.0):
         gradients = torch.full((2,), value)
         terms.add_to(gradients, torch.zeros(2))
@@ -330,5 +315,5 @@ def test_raw_gradients_are_summed_and_counted():
 
 def test_an_objective_has_no_terms_of_its_own():
     gradients = torch.ones(3)
-    Objective().adjust_gradient(torch.zeros(3), gradients, make_received(3))
+    methods.Objective().adjust_gradient(torch.zeros(3), gradients, make_received(3))
     assert gradients.equal(torch.ones(3))

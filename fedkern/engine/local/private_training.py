@@ -13,17 +13,7 @@ from fedkern.engine.batches.reader import Reader
 from fedkern.engine.local.training import Diverged, ReceivedMessage, Schedule
 from fedkern.methods.base import Client, Objective, Phase
 from fedkern.models.precision import compute_in
-from fedkern.privacy import DPSGD, LEDGER, Accountant
-from fedkern.privacy.dpsgd import (
-    check_network,
-    check_rows,
-    empty_batch,
-    generator_of,
-    keep_finite,
-    private_steps,
-    stream_name,
-    sum_patients,
-)
+from fedkern.privacy import DPSGD, LEDGER, Accountant, dpsgd
 from fedkern.process.interrupts import check
 
 
@@ -56,7 +46,7 @@ def train_privately(
         Diverged: a parameter is NaN or infinite at the end. A non-finite loss on the way raises nothing, because the
             error and its batch would leak samples, while the parameters are differentially private.
     """
-    check_network(module, "this one")
+    dpsgd.check_network(module, "this one")
 
     # Numbers of steps and draws depend only on declared sizes, as a patient's number of images is private.
     size = count_declared(len(data), rows, spending)
@@ -70,7 +60,7 @@ def train_privately(
     # With a secret, nobody who knows the seed can repeat draws and noise.
     noise = spending.noise(rate, steps)
     secret = spending.secret
-    draws = client.rng(stream_name("batches", secret), phase)
+    draws = client.rng(dpsgd.stream_name("batches", secret), phase)
     augmentation = client.rng("augmentation", phase) if data.fresh else None
 
     # The plain optimiser of torch, whose gradients the private steps clip and noise.
@@ -85,13 +75,15 @@ def train_privately(
     module.train()
     total, batches = 0.0, 0
     device = next(module.parameters()).device
-    generator = generator_of(client.rng(stream_name("dp-sgd", secret), phase), device, full_state=bool(secret))
+    generator = dpsgd.generator_of(
+        client.rng(dpsgd.stream_name("dp-sgd", secret), phase), device, full_state=bool(secret)
+    )
     expected = rate * count
     # Booked before the first step: however the training ends, and whatever is disclosed, costs no more.
     accountant = Accountant(client.state.get(LEDGER))
     accountant.dp_sgd(spending.channel, noise, rate=rate, steps=steps)
     client.state[LEDGER] = accountant.state
-    with private_steps(
+    with dpsgd.private_steps(
         module, optimizer, max_norm=spending.max_norm, noise=noise, batch=expected, generator=generator
     ) as private:
         for done in range(steps):
@@ -107,15 +99,15 @@ def train_privately(
                 result = method.loss(module, batch, received)
                 loss = result[0] if isinstance(result, tuple) else result
                 loss.backward()
-                check_rows(module, len(drawn))
-                keep_finite(module)
+                dpsgd.check_rows(module, len(drawn))
+                dpsgd.keep_finite(module)
                 if spending.patients is not None:
-                    sum_patients(module, spending.patients[drawn])
+                    dpsgd.sum_patients(module, spending.patients[drawn])
                 value = float(loss.detach())
                 if math.isfinite(value):
                     total, batches = total + value, batches + 1
             else:
-                empty_batch(module)
+                dpsgd.empty_batch(module)
             private.step()
     if not all(bool(torch.isfinite(parameter).all()) for parameter in trained):
         raise Diverged(client.id, phase.round, steps, "the parameters are not finite")

@@ -9,18 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedkern.ops._aggregate.checks import (
-    Vectors,
-    as_tensor,
-    check_call,
-    check_vectors,
-    check_weights,
-    count_of,
-    eager,
-    near_one,
-    rows_of,
-    size_of,
-)
+from fedkern.ops._aggregate import checks
+from fedkern.ops._aggregate.checks import Vectors
 from fedkern.ops._aggregate.kernels import SHORT, AggregateKernels
 from fedkern.ops._aggregate.mean import fake_vector, select
 from fedkern.ops._aggregate.plain import PlainAggregate
@@ -73,9 +63,9 @@ def pairwise_distances(vectors: Vectors) -> Tensor:
     kernel: AggregateKernels | None = select_ordinary("aggregate", vectors, torch.is_grad_enabled())
     if kernel is not None:
         return kernel.distances(vectors)
-    template, count = check_vectors(vectors)
-    check_call("pairwise_distances", vectors, None, template, count)
-    return _pairwise(vectors) if eager(vectors) else _pairwise_operator(rows_of(vectors))
+    template, count = checks.check_vectors(vectors)
+    checks.check_call("pairwise_distances", vectors, None, template, count)
+    return _pairwise(vectors) if checks.eager(vectors) else _pairwise_operator(checks.rows_of(vectors))
 
 
 def krum(vectors: Vectors, byzantine: int, keep: int = 1) -> Tensor:
@@ -101,13 +91,13 @@ def krum(vectors: Vectors, byzantine: int, keep: int = 1) -> Tensor:
     """
     kernel: AggregateKernels | None = select_ordinary("aggregate", vectors, torch.is_grad_enabled())
     if kernel is not None:
-        _check_krum(byzantine, keep, count_of(vectors))
+        _check_krum(byzantine, keep, checks.count_of(vectors))
         return _krum(kernel, vectors, byzantine, keep)
-    template, count = check_vectors(vectors)
+    template, count = checks.check_vectors(vectors)
     _check_krum(byzantine, keep, count)
-    check_call("krum", vectors, None, template, count)
-    if not eager(vectors):
-        return _krum_operator(rows_of(vectors), byzantine, keep)
+    checks.check_call("krum", vectors, None, template, count)
+    if not checks.eager(vectors):
+        return _krum_operator(checks.rows_of(vectors), byzantine, keep)
     return _krum(select(vectors), vectors, byzantine, keep)
 
 
@@ -154,18 +144,18 @@ def geometric_median(
     kernel: AggregateKernels | None = None
     if not isinstance(weights, Tensor):
         kernel = select_ordinary("aggregate", vectors, torch.is_grad_enabled())
-    if kernel is not None and kernel.host and count_of(vectors) <= MAX_FROM_DISTANCES:
-        count = count_of(vectors)
-        numbers = [1.0] * count if weights is None else near_one(kernel.numbers(weights, count))
+    if kernel is not None and kernel.host and checks.count_of(vectors) <= MAX_FROM_DISTANCES:
+        count = checks.count_of(vectors)
+        numbers = [1.0] * count if weights is None else checks.near_one(kernel.numbers(weights, count))
         return _median_from_distances(kernel, vectors, numbers, iterations, tolerance, smoothing)
-    template, count = check_vectors(vectors)
-    check_call("geometric_median", vectors, weights, template, count)
+    template, count = checks.check_vectors(vectors)
+    checks.check_call("geometric_median", vectors, weights, template, count)
     if weights is None:  # made on the device: a copy from the host would wait, and end the capture of a CUDA graph
         weight_tensor = torch.ones(count, dtype=torch.float64, device=template.device)
     else:
-        weight_tensor = as_tensor(weights, template, count)
-    if not eager(vectors, weights):
-        return _geometric_median_operator(rows_of(vectors), weight_tensor, iterations, tolerance, smoothing)
+        weight_tensor = checks.as_tensor(weights, template, count)
+    if not checks.eager(vectors, weights):
+        return _geometric_median_operator(checks.rows_of(vectors), weight_tensor, iterations, tolerance, smoothing)
     return _geometric_median(vectors, weight_tensor, iterations, tolerance, smoothing)
 
 
@@ -190,7 +180,7 @@ def _run_krum(vectors: list[Tensor], byzantine: int, keep: int) -> Tensor:
 def _krum(kernel: PlainAggregate, vectors: Vectors, byzantine: int, keep: int) -> Tensor:
     if kernel.host:
         chosen = _krum_weights(kernel.squared_distances(vectors), byzantine, keep)
-        if keep == 1 and size_of(vectors) <= SHORT:
+        if keep == 1 and checks.size_of(vectors) <= SHORT:
             return vectors[chosen.index(1.0)].clone()
         return kernel.weighted_mean(vectors, chosen, None)
     shares = kernel.krum_shares(vectors, byzantine, keep)
@@ -250,8 +240,8 @@ def _mean(vectors: Vectors, shares: Tensor, out: Tensor | None = None) -> Tensor
 def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolerance: float, smoothing: float) -> Tensor:
     count, device = len(vectors), vectors[0].device
     if weights.device.type == "cpu":
-        check_weights(weights.detach(), count)
-    weight_tensor = near_one(weights.to(device, torch.float64))
+        checks.check_weights(weights.detach(), count)
+    weight_tensor = checks.near_one(weights.to(device, torch.float64))
     kernel = select(vectors)
     if type(kernel) is PlainAggregate:
         return geometric_median_reference(vectors, weight_tensor, iterations, tolerance, smoothing)

@@ -9,18 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._aggregate.checks import (
-    Vectors,
-    as_tensor,
-    check_out,
-    check_vectors,
-    check_weights,
-    check_weights_tensor,
-    count_of,
-    kernel_weights,
-    near_one,
-    rows_or_stack,
-)
+from fedkern.ops._aggregate import checks
+from fedkern.ops._aggregate.checks import Vectors
 from fedkern.ops._aggregate.kernels import AggregateKernels
 from fedkern.ops._aggregate.plain import PLAIN, PlainAggregate
 from fedkern.ops._aggregate.reference import countable, weighted_mean_reference
@@ -62,22 +52,22 @@ def weighted_mean(
         recorded = torch.is_grad_enabled()
         kernel: AggregateKernels | None = select_ordinary("aggregate", vectors, recorded, out)
         if kernel is not None:
-            return kernel.weighted_mean(vectors, kernel.numbers(weights, count_of(vectors)), out)
+            return kernel.weighted_mean(vectors, kernel.numbers(weights, checks.count_of(vectors)), out)
         if recorded and out is None:
             kernel = select_ordinary("aggregate", vectors, False)
             if kernel is not None:
-                checked = check_weights(weights, count_of(vectors))
-                return _WeightedMean.call(kernel, isinstance(vectors, Tensor), checked, *rows_or_stack(vectors))
-    template, count = check_vectors(vectors)
+                checked = checks.check_weights(weights, checks.count_of(vectors))
+                return _WeightedMean.call(kernel, isinstance(vectors, Tensor), checked, *checks.rows_or_stack(vectors))
+    template, count = checks.check_vectors(vectors)
     if isinstance(weights, Tensor):
-        check_weights_tensor(weights, count, template.device)
+        checks.check_weights_tensor(weights, count, template.device)
     if out is not None:
-        check_out(out, template.shape[-1], template.device)
+        checks.check_out(out, template.shape[-1], template.device)
     rows: Sequence[Tensor] = (vectors,) if isinstance(vectors, Tensor) else vectors
     tensors = [*rows, weights] if isinstance(weights, Tensor) else [*rows]
     if not backend.eager(*tensors, *(() if out is None else (out,))):
         stacked = vectors if isinstance(vectors, Tensor) else torch.stack(list(vectors))
-        weights = as_tensor(weights, template, count)
+        weights = checks.as_tensor(weights, template, count)
         result = _weighted_mean(stacked, weights, None if out is None else out.dtype)
         return result if out is None else out.copy_(result)
     if torch.is_grad_enabled():
@@ -87,18 +77,18 @@ def weighted_mean(
                 "out takes no part in differentiation; call weighted_mean under torch.no_grad(), or without out"
             )
         if differentiable:
-            values = weights if isinstance(weights, Tensor) else check_weights(weights, count)
+            values = weights if isinstance(weights, Tensor) else checks.check_weights(weights, count)
             return _WeightedMean.call(select(vectors), isinstance(vectors, Tensor), values, *rows)
     return _compute(vectors, weights, out)
 
 
 def _compute(vectors: Vectors, weights: Tensor | Sequence[float], out: Tensor | None) -> Tensor:
-    return select(vectors).weighted_mean(vectors, kernel_weights(weights, len(vectors)), out)
+    return select(vectors).weighted_mean(vectors, checks.kernel_weights(weights, len(vectors)), out)
 
 
 def select(vectors: Vectors, *others: Tensor) -> PlainAggregate:
     """Return the backend's kernel object, or the plain reference."""
-    return backend.select("aggregate", *rows_or_stack(vectors), *others) or PLAIN
+    return backend.select("aggregate", *checks.rows_or_stack(vectors), *others) or PLAIN
 
 
 def fake_vector(vectors: list[Tensor], *others: Any) -> Tensor:
@@ -116,7 +106,7 @@ class _WeightedMean(EagerFunction):
             return kernel.weighted_mean(vectors, weights[0], None)
         ctx.settings = stacked, None
         ctx.save_for_backward(weights, *(rows if ctx.needs_input_grad[2] else ()))
-        return kernel.weighted_mean(vectors, kernel_weights(weights, count_of(vectors)), None)
+        return kernel.weighted_mean(vectors, checks.kernel_weights(weights, checks.count_of(vectors)), None)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -155,7 +145,7 @@ def _by_weights(grad: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
     values = weights.to(rows.device, torch.float64)
     counted = countable(rows, values)
     wide = torch.where(counted[:, None], rows.to(torch.float64), 0.0)
-    scaled = near_one(values)
+    scaled = checks.near_one(values)
     mean = (scaled @ wide) / scaled.sum()
     gradient = (wide - mean) @ grad.to(torch.float64) / values.sum()
     return torch.where(counted, gradient, math.nan).to(weights.device, weights.dtype)

@@ -8,19 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkern.ops._aggregate.checks import (
-    Vectors,
-    as_tensor,
-    check_call,
-    check_vectors,
-    count_of,
-    eager,
-    kernel_weights,
-    near_one,
-    rows_of,
-    rows_or_stack,
-    size_of,
-)
+from fedkern.ops._aggregate import checks
+from fedkern.ops._aggregate.checks import Vectors
 from fedkern.ops._aggregate.kernels import SHORT, AggregateKernels
 from fedkern.ops._aggregate.mean import fake_vector, select, weighted_mean
 from fedkern.ops._aggregate.plain import PlainAggregate
@@ -113,13 +102,13 @@ def _call(name: str, vectors: Vectors, max_norm: float, deviation: float, seed: 
     stack = vectors[None] if single else vectors  # type: ignore[call-overload]
     if isinstance(stack, Tensor) and not stack.shape[0] and stack.dtype in backend.FLOATS:
         return stack.clone()
-    check_vectors(stack)
-    refuse_gradient(name, *rows_or_stack(stack))
+    checks.check_vectors(stack)
+    refuse_gradient(name, *checks.rows_or_stack(stack))
     _check_deviation(deviation, stack[0].dtype)
-    if eager(stack):
+    if checks.eager(stack):
         return _rows(select(stack), vectors, stack, max_norm, deviation, seed, offset)
     numbers = library.numbers_tensor((max_norm, deviation))
-    result = _operator(rows_of(stack), numbers, to_signed(seed), to_signed(offset))
+    result = _operator(checks.rows_of(stack), numbers, to_signed(seed), to_signed(offset))
     return result[0] if single else result if isinstance(vectors, Tensor) else [row.clone() for row in result.unbind(0)]
 
 
@@ -139,7 +128,7 @@ def _rows(
         return result[0] if vectors.dim() == 1 else result
     if not kernel.host:
         return kernel.scale_each(vectors, kernel.clip_factors(vectors, max_norm, deviation), deviation, seed, offset)
-    size = size_of(vectors)
+    size = checks.size_of(vectors)
     if size <= SHORT:
         return [row.clone() for row in kernel.clip_and_noise(vectors, max_norm, deviation, seed, offset).unbind(0)]
     # A vector may still be cached from its norm.
@@ -192,12 +181,12 @@ def trimmed_mean(vectors: Vectors, trim: int, weights: Tensor | Sequence[float] 
     if weights is None and trim:
         kernel = select_ordinary("aggregate", vectors, torch.is_grad_enabled())
     if kernel is not None:
-        count = count_of(vectors)
+        count = checks.count_of(vectors)
         _check_trim(trim, count)
         return kernel.sorted_mean(vectors, trim, count - trim, None)
-    template, count = check_vectors(vectors)
+    template, count = checks.check_vectors(vectors)
     _check_trim(trim, count)
-    check_call("trimmed_mean", vectors, weights, template, count)
+    checks.check_call("trimmed_mean", vectors, weights, template, count)
     if trim == 0:
         return weighted_mean(vectors, [1.0] * count if weights is None else weights)
     return _sorted_mean(vectors, trim, count - trim, weights, template, count)
@@ -229,14 +218,14 @@ def median(vectors: Vectors, weights: Tensor | Sequence[float] | None = None) ->
     if weights is None:
         kernel = select_ordinary("aggregate", vectors, torch.is_grad_enabled())
     if kernel is not None:
-        count = count_of(vectors)
+        count = checks.count_of(vectors)
         return kernel.sorted_mean(vectors, (count - 1) // 2, count // 2 + 1, None)
-    template, count = check_vectors(vectors)
-    check_call("median", vectors, weights, template, count)
+    template, count = checks.check_vectors(vectors)
+    checks.check_call("median", vectors, weights, template, count)
     if weights is None:
         return _sorted_mean(vectors, (count - 1) // 2, count // 2 + 1, None, template, count)
-    if not eager(vectors, weights):
-        return _weighted_median_operator(rows_of(vectors), as_tensor(weights, template, count))
+    if not checks.eager(vectors, weights):
+        return _weighted_median_operator(checks.rows_of(vectors), checks.as_tensor(weights, template, count))
     return _weighted_median_implementation(vectors, weights)
 
 
@@ -249,21 +238,21 @@ def _check_trim(trim: int, count: int) -> None:
 def _sorted_mean(
     vectors: Vectors, low: int, high: int, weights: Tensor | Sequence[float] | None, template: Tensor, count: int
 ) -> Tensor:
-    if not eager(vectors, weights):
-        weight_tensor = None if weights is None else as_tensor(weights, template, count)
-        return _sorted_mean_operator(rows_of(vectors), low, high, weight_tensor)
+    if not checks.eager(vectors, weights):
+        weight_tensor = None if weights is None else checks.as_tensor(weights, template, count)
+        return _sorted_mean_operator(checks.rows_of(vectors), low, high, weight_tensor)
     return _sorted_mean_implementation(vectors, low, high, weights)
 
 
 def _sorted_mean_implementation(
     vectors: Vectors, low: int, high: int, weights: Tensor | Sequence[float] | None
 ) -> Tensor:
-    values = None if weights is None else kernel_weights(weights, len(vectors))
+    values = None if weights is None else checks.kernel_weights(weights, len(vectors))
     return select(vectors).sorted_mean(vectors, low, high, values)
 
 
 def _weighted_median_implementation(vectors: Vectors, weights: Tensor | Sequence[float]) -> Tensor:
-    return select(vectors).weighted_median(vectors, near_one(kernel_weights(weights, len(vectors))))
+    return select(vectors).weighted_median(vectors, checks.near_one(checks.kernel_weights(weights, len(vectors))))
 
 
 _sorted_mean_operator = library.register(

@@ -9,20 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedkern.ops._aggregate.checks import (
-    Vectors,
-    as_tensor,
-    check_out,
-    check_vector,
-    check_vectors,
-    check_weights_tensor,
-    copy_result,
-    count_of,
-    eager,
-    kernel_weights,
-    rows_of,
-    rows_or_stack,
-)
+from fedkern.ops._aggregate import checks
+from fedkern.ops._aggregate.checks import Vectors
 from fedkern.ops._aggregate.kernels import AggregateKernels
 from fedkern.ops._aggregate.mean import select
 from fedkern.ops._aggregate.rules import DEFAULTS, RULES, ServerCall, ServerRule
@@ -127,35 +115,35 @@ def server_step(
         if kernel is not None:
             settings = _settings(rule, learning_rate, beta1, beta2, tau)
             if _ordinary(kernel, global_, vectors, settings.rule, first, second, out):
-                values = kernel.numbers(weights, count_of(vectors))
+                values = kernel.numbers(weights, checks.count_of(vectors))
                 call = ServerCall(global_, vectors, values, settings, first, second, out, similarities)
                 step = kernel.server_step(call)
                 if first is not None or out is not None:
                     mark_written(first, second, out)
                 return ServerStep(*step)
-    template, count = check_vectors(vectors)
+    template, count = checks.check_vectors(vectors)
     size = template.shape[-1]
-    check_vector(global_, "global_", size)
+    checks.check_vector(global_, "global_", size)
     if global_.dtype != template.dtype:
         raise ValueError(f"global_ must have the dtype {template.dtype} of the vectors, but has {global_.dtype}")
     check_device(global_, "global_", template, "the vectors")
     if isinstance(weights, Tensor):
-        check_weights_tensor(weights, count, template.device)
+        checks.check_weights_tensor(weights, count, template.device)
     settings = _settings(rule, learning_rate, beta1, beta2, tau)
     _check_states(rule, first, second, size, template.device)
     if out is not None:
-        check_out(out, size, template.device)
-    ordinary = eager(vectors, weights, global_, first, second, out)
+        checks.check_out(out, size, template.device)
+    ordinary = checks.eager(vectors, weights, global_, first, second, out)
     call = ServerCall(global_, vectors, weights, settings, first, second, out, similarities)
     if first is not None:
         _check_apart(call, share_memory if ordinary else operator.is_)
-    refuse_gradient("server_step", global_, *rows_or_stack(vectors), weights, first, second, out)
+    refuse_gradient("server_step", global_, *checks.rows_or_stack(vectors), weights, first, second, out)
     if not ordinary:
-        weight_tensor = as_tensor(weights, template, count)
+        weight_tensor = checks.as_tensor(weights, template, count)
         dtype = None if out is None else out.dtype
         numbers = library.numbers_tensor(settings[1:])  # a schedule compiles nothing anew
         settings_and_states = settings.rule, numbers, first, second, dtype, similarities
-        result = ServerStep(*_operator(global_, rows_of(vectors), weight_tensor, *settings_and_states))
+        result = ServerStep(*_operator(global_, checks.rows_of(vectors), weight_tensor, *settings_and_states))
         return result if out is None else result._replace(model=out.copy_(result.model))
     return _compute(call)
 
@@ -185,7 +173,7 @@ def _ordinary(
     out: Tensor | None,
 ) -> bool:
     """Return whether a kernel may take plain tensors ``[P]`` unchanged: dtypes, states, shared memory."""
-    if global_.dtype is not rows_or_stack(vectors)[0].dtype:
+    if global_.dtype is not checks.rows_or_stack(vectors)[0].dtype:
         return False
     # "mean" has no state, "momentum" has only the first.
     if (moment1 is None) is not (rule == 0) or (moment2 is None) is not (rule < 2):
@@ -207,7 +195,7 @@ def _check_states(rule: str, moment1: Tensor | None, moment2: Tensor | None, siz
             continue
         if state is None:
             raise ValueError(f'{name} must be given for rule "{rule}": a tensor [{size}], zeros at the start')
-        check_out(state, size, device, name)
+        checks.check_out(state, size, device, name)
         if state.dtype not in _STATES:
             raise TypeError(f"{name} must have dtype float32 or float64, but has {state.dtype}")
         if not state.is_contiguous():
@@ -219,7 +207,7 @@ def _check_states(rule: str, moment1: Tensor | None, moment2: Tensor | None, siz
 def _check_apart(call: ServerCall, shared: Callable[[Tensor, Tensor], bool]) -> None:
     """Raise ValueError if a state, which is written to, is ``shared`` with another argument."""
     arguments: dict[str, object] = {name: getattr(call, name) for name in ("second", "out", "global_", "weights")}
-    arguments |= {f"vectors[{m}]": vector for m, vector in enumerate(rows_of(call.vectors))}
+    arguments |= {f"vectors[{m}]": vector for m, vector in enumerate(checks.rows_of(call.vectors))}
     for name, state in (("first", call.first), ("second", call.second)):
         arguments.pop(name, None)
         for argument, tensor in arguments.items():
@@ -230,13 +218,13 @@ def _check_apart(call: ServerCall, shared: Callable[[Tensor, Tensor], bool]) -> 
 def _compute(call: ServerCall) -> ServerStep:
     global_, vectors, weights, _, moment1, moment2, out, _ = call
     kernel = select(vectors, global_, *(state for state in (moment1, moment2) if state is not None))
-    values = kernel_weights(weights, len(vectors))
+    values = checks.kernel_weights(weights, len(vectors))
     target = out
     if out is not None and not _direct(out, global_, vectors, moment1, moment2):
         target = torch.empty_like(out, memory_format=torch.contiguous_format)  # rounded once, to out's dtype
     model, norms, cosines = kernel.server_step(call._replace(weights=values, out=target))
     mark_written(moment1, moment2)
-    return ServerStep(model if out is None else copy_result(model, out), norms, cosines)
+    return ServerStep(model if out is None else checks.copy_result(model, out), norms, cosines)
 
 
 def _direct(out: Tensor, global_: Tensor, vectors: Vectors, *states: Tensor | None) -> bool:
@@ -245,7 +233,7 @@ def _direct(out: Tensor, global_: Tensor, vectors: Vectors, *states: Tensor | No
         return False
     storage = out.untyped_storage().data_ptr()
     in_place = out.data_ptr() == global_.data_ptr() and global_.is_contiguous() and out.dtype == global_.dtype
-    tensors = [*rows_or_stack(vectors), *(state for state in states if state is not None)]
+    tensors = [*checks.rows_or_stack(vectors), *(state for state in states if state is not None)]
     if not in_place:
         tensors.append(global_)
     return all(tensor.untyped_storage().data_ptr() != storage for tensor in tensors)

@@ -8,18 +8,7 @@ from torch import Tensor
 from fedkern.ops._core.backend import eager, outlived, select_ordinary
 from fedkern.ops._core.checks import autocast, check_tensor
 from fedkern.ops._core.private_torch import is_wrapped
-from fedkern.ops._distill.checks import (
-    check_mask,
-    check_reduction,
-    check_stack,
-    check_student,
-    check_temperature,
-    check_values,
-    mask_weights,
-    move_classes,
-    spread_weights,
-    without_unknown,
-)
+from fedkern.ops._distill import checks
 from fedkern.ops._distill.ensemble_reference import ensemble_reference
 from fedkern.ops._distill.entries import ENSEMBLE, select_at
 from fedkern.ops._distill.gradients import EnsembleFunction
@@ -92,7 +81,7 @@ def ensemble_kl(
     """
     student, teachers = autocast(student, teachers)
     if type(dim) is not int or dim != 1:
-        student, teachers = move_classes(("student", "teachers"), (student, teachers), dim, (0, 1))
+        student, teachers = checks.move_classes(("student", "teachers"), (student, teachers), dim, (0, 1))
         if weights is not None:
             check_tensor(weights, "weights")
             if weights.dim() == student.dim() + 1:
@@ -104,26 +93,26 @@ def ensemble_kl(
     if ordinary and isinstance(class_mask, Tensor) and outlived(class_mask):
         ordinary = False
     if not ordinary or teachers.shape[1:] != student.shape or 0 in (teachers.shape[0], teachers.shape[2]):
-        check_stack("teachers", teachers)
-        check_student(student, teachers)
+        checks.check_stack("teachers", teachers)
+        checks.check_student(student, teachers)
     if type(temperature) is not float or not temperature > 0:
-        temperature = check_temperature(temperature)
-    code = check_reduction(reduction)
+        temperature = checks.check_temperature(temperature)
+    code = checks.check_reduction(reduction)
     mixture = _mixture(mix, mode)
     # Weights [K] stay short for kernels that read them with a stride of 0.
     short = False
     if weights is not None:
-        check_values(weights, ordinary)
+        checks.check_values(weights, ordinary)
         short = ordinary and weights.dim() == 1 and weights.shape[0] == teachers.shape[0] and not weights.requires_grad
         short = short and weights.dtype is not torch.float64
         if not short:
-            weights = spread_weights(weights, teachers)
+            weights = checks.spread_weights(weights, teachers)
             tensors = (student, teachers, weights)
     if class_mask is not None:
-        check_mask(class_mask, teachers)
+        checks.check_mask(class_mask, teachers)
     if mixture == MEAN and (class_mask is not None or (weights is not None and not short and weights.shape[2] != 1)):
         raise ValueError('mode="mean_of_kl" takes weights per teacher, [K] or [K, B], and no class_mask')
-    teachers = without_unknown(teachers, weights, class_mask)
+    teachers = checks.without_unknown(teachers, weights, class_mask)
     tensors = (student, teachers, *tensors[2:])
     log_probs = bool(log_probs)
 
@@ -131,11 +120,11 @@ def ensemble_kl(
     if not ordinary or is_flat(temperature):
         if not eager(*tensors, *(() if class_mask is None else (class_mask,))):
             if class_mask is not None and not torch.compiler.is_compiling() and is_wrapped(class_mask):
-                weights, class_mask = mask_weights(weights, class_mask, teachers), None
+                weights, class_mask = checks.mask_weights(weights, class_mask, teachers), None
             return ENSEMBLE(student, teachers, weights, class_mask, temperature, mixture, log_probs, code)
         kernel = select_at(temperature, "ensemble_kl", *tensors)
     if short and weights is not None and (kernel is None or not kernel.short_weights):
-        weights = spread_weights(weights, teachers)
+        weights = checks.spread_weights(weights, teachers)
     if kernel is None:
         return ensemble_reference(student, teachers, weights, class_mask, temperature, mixture, log_probs, code)
     call = new_call(Ensemble, (student, teachers, weights, class_mask, temperature, mixture, log_probs, code))

@@ -15,33 +15,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedkern.listeners.events import Record
-from fedkern.report.figures.plots import (
-    BLUE,
-    COLOURS,
-    DRAWN,
-    GREEN,
-    GREY,
-    MARKERS,
-    ORANGE,
-    PAGE,
-    PINK,
-    add_frame,
-    add_title,
-    legend_below,
-    new_figure,
-    whole_numbers,
-    wrap_text,
-)
+from fedkern.report.figures import plots
 from fedkern.report.names import TITLE, entry, label
 from fedkern.report.tables import in_unit
 from fedkern.tasks.figure_names import scale, set_title, short_title, split_metric
 
 DASHES = ("-", "--", "-.", ":")
-SOFT, THIN = (GREY, "--", ""), (GREY, "-", "")
+SOFT, THIN = (plots.GREY, "--", ""), (plots.GREY, "-", "")
 """Looks of a curve that is no result, and of one among many."""
 _SETS = {
-    "id": (BLUE, "-", "o"), "ood": (ORANGE, "-", "s"), "": (BLUE, "-", "o"), "minority": (PINK, "-", "D"),
-    "unseen": (GREEN, "-", "^"), "held_out": (ORANGE, "-", "v"), "validation": SOFT,
+    "id": (plots.BLUE, "-", "o"), "ood": (plots.ORANGE, "-", "s"), "": (plots.BLUE, "-", "o"),
+    "minority": (plots.PINK, "-", "D"), "unseen": (plots.GREEN, "-", "^"), "held_out": (plots.ORANGE, "-", "v"),
+    "validation": SOFT,
 }  # fmt: skip
 """Looks of the curves of known test sets, in their order."""
 NAMED, LEGEND = 24, 40
@@ -98,8 +83,8 @@ class Panel:
 
 
 def look(number: int) -> tuple[str, str, str]:
-    colours, markers = len(COLOURS), len(MARKERS)
-    return COLOURS[number % colours], DASHES[number // colours % len(DASHES)], MARKERS[number % markers]
+    colours, markers = len(plots.COLOURS), len(plots.MARKERS)
+    return plots.COLOURS[number % colours], DASHES[number // colours % len(DASHES)], plots.MARKERS[number % markers]
 
 
 def by_name(points: Iterable[tuple[str, int, object]], factor: float = 1) -> dict[str, Points]:
@@ -151,7 +136,7 @@ def accuracy_panels(
 def levels(figure: str, values: Iterable[float | None]) -> dict[str, Any]:
     """Return arguments of a panel for dotted lines at distinct figures of constant predictions."""
     factor, unit = scale(figure)
-    lines = {round(factor * value, 1 if unit else 3): GREY for value in values if value is not None}
+    lines = {round(factor * value, 1 if unit else 3): plots.GREY for value in values if value is not None}
     names = {"accuracy": "commonest class", "dice": "one class everywhere"}
     return {"levels": lines, "level_name": names.get(figure, "chance")}
 
@@ -174,7 +159,7 @@ def client_panels(records: Sequence[Record], main: str) -> list[Panel]:
 
 def thin_curves(points: Mapping[str, Points]) -> list[Curve]:
     """Return thin curves of at most `DRAWN` clients, the first of which names all."""
-    drawn_points = list(points.values())[:: -(-len(points) // DRAWN) or 1]
+    drawn_points = list(points.values())[:: -(-len(points) // plots.DRAWN) or 1]
     name = "single clients" if len(drawn_points) == len(points) else f"{len(drawn_points)} of {len(points):,} clients"
     return [Curve("" if number else name, *client_points, THIN) for number, client_points in enumerate(drawn_points)]
 
@@ -205,7 +190,11 @@ def weight_panels(records: Sequence[Record], *, by_samples: bool = False) -> lis
     clients = sorted(weights, key=int)
     heaviest = max(clients, key=lambda client: weights[client][1][-1])
     has_few_clients = len(clients) <= CLIENTS
-    looks = {k: look(number) for number, k in enumerate(clients)} if has_few_clients else {heaviest: (ORANGE, "-", "o")}
+    looks = (
+        {k: look(number) for number, k in enumerate(clients)}
+        if has_few_clients
+        else {heaviest: (plots.ORANGE, "-", "o")}
+    )
     names, panels = _names(records), []
     for key, axis in WEIGHTS.items():
         points = _points(records, key)
@@ -215,9 +204,9 @@ def weight_panels(records: Sequence[Record], *, by_samples: bool = False) -> lis
         if key == "weight" and by_samples:
             shares = _shares(records)
             levels = {shares[k]: colour for k, (colour, _, _) in looks.items()}
-            curves.append(Curve("share of the samples", [], [], (GREY, ":", "")))  # the name of all these lines
+            curves.append(Curve("share of the samples", [], [], (plots.GREY, ":", "")))  # the name of all these lines
         elif key == "weight":
-            levels, name = {1 / len(clients): GREY}, "equal weights"
+            levels, name = {1 / len(clients): plots.GREY}, "equal weights"
         summary = [] if has_few_clients else client_curves(records, key)
         if points:
             panels.append(Panel(axis, curves, "", key == "weight", False, levels, name, summary))
@@ -266,8 +255,8 @@ def over_clock(records: Sequence[Record], panels: Sequence[Panel]) -> list[Panel
 def draw_panels(panels: Sequence[Panel], *, title: str = "", stacked: bool = False, page: bool = False) -> Figure:
     """Draw at least one panel, side by side or ``stacked`` for a file, or for a ``page``, which has the title."""
     down, across = (len(panels), 1) if page or stacked else (1, len(panels))
-    wide = PAGE if page else 7.2 if across == 1 else 5.4 * across
-    figure = new_figure(wide, 0.7 + 2.7 * down if page else 1.2 + 3.0 * down)
+    wide = plots.PAGE if page else 7.2 if across == 1 else 5.4 * across
+    figure = plots.new_figure(wide, 0.7 + 2.7 * down if page else 1.2 + 3.0 * down)
     rows = figure.subplots(down, across, squeeze=False)
     curves = [curve for panel in panels for curve in panel.curves]
     places = [float(x) for curve in curves for x in (curve.rounds if curve.at is None else curve.at)]
@@ -282,18 +271,18 @@ def draw_panels(panels: Sequence[Panel], *, title: str = "", stacked: bool = Fal
             _write_ends(axes, panel)
         if all(curve.at is None for curve in curves):
             axes.set_xlabel("communication round", fontsize=12)
-            axes.xaxis.set_major_locator(whole_numbers())
+            axes.xaxis.set_major_locator(plots.whole_numbers())
             axes.set_xlim(start - 0.5, end + 0.5)
         else:
             axes.set_xlabel("virtual clock: local steps of a client of usual speed", fontsize=12)
             axes.xaxis.set_major_locator(MaxNLocator(8))
             axes.set_xlim(start - 0.02 * end, 1.02 * end)
-        add_frame(axes)
+        plots.add_frame(axes)
     for axes in rows[:-1].flat:
         axes.set_xlabel("")
     banded = any(curve.deviation is not None for curve in curves)
-    add_title(figure, title, "mean and standard deviation over seeds" if banded else "")
-    legend_below(figure)
+    plots.add_title(figure, title, "mean and standard deviation over seeds" if banded else "")
+    plots.legend_below(figure)
     return figure
 
 
@@ -315,7 +304,7 @@ def _draw_panel(axes: Axes, panel: Panel, room: float) -> None:
     for number, (height, colour) in enumerate(panel.levels.items()):
         axes.axhline(height, color=colour, lw=1.5, ls=":", label="" if number else panel.level_name)
     axis = f"{panel.axis} (%)" if panel.unit == "%" else panel.axis
-    lines = [wrap_text(label(line, TITLE), 12, room) for line in axis.split("\n")]
+    lines = [plots.wrap_text(label(line, TITLE), 12, room) for line in axis.split("\n")]
     axes.set_ylabel("\n".join(lines), fontsize=12)
     if panel.unit in ("B", "s"):
         axes.yaxis.set_major_formatter(lambda value, _: in_unit(value, panel.unit))
