@@ -11,7 +11,7 @@ from typing import Any
 
 from fedkern.cli import extensions
 from fedkern.cli.front_page import PROGRAM, front_page
-from fedkern.cli.parser import RUN_FLAGS, Parser, add_arguments, key_values, read_run
+from fedkern.cli.parser import RUN_FLAGS, TRACKERS, Parser, add_arguments, key_values, read_run
 from fedkern.cli.request import Request, one_shot
 from fedkern.data import COMMON_OPTIONS, DATASETS
 from fedkern.errors import UserError
@@ -159,9 +159,8 @@ def as_request(values: dict[str, Any], settings: Iterable[str], command: str) ->
 def _check(request: Request) -> None:
     if request.own_data and request.flower is None:
         raise UserError("--own-data is for nodes of Flower: give --flower DIR too.")
-    if request.flower is not None and (
-        request.resume or request.tensorboard or request.wandb or request.profile or request.quiet or request.json
-    ):
+    single = ("resume", *TRACKERS, "profile", "quiet", "json")
+    if request.flower is not None and any(getattr(request, name) for name in single):
         raise UserError(
             "--flower writes a project and runs nothing: leave out --resume, displays, trackers and --profile."
         )

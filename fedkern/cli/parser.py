@@ -28,6 +28,7 @@ RUN_FLAGS: dict[str, tuple[Any, ...]] = {
     "own_data": ("", "with --flower: every node has only its own client's data"),
     "tensorboard": ("", "also write every round's figures as TensorBoard event files"),
     "wandb": ("PROJECT", "also log every round's figures to a project of Weights & Biases"),
+    "mlflow": ("EXPERIMENT", "also log every round's figures to an experiment of MLflow"),
     "profile": ("", "write a trace of one round into the run folder, for chrome://tracing"),
     "predictions": ("", "write the final network's class and probabilities of every test image to predictions.csv"),
     "report": ("", "write report.html at the end, one file to read in a browser"),
@@ -35,7 +36,7 @@ RUN_FLAGS: dict[str, tuple[Any, ...]] = {
     "json": ("", "print only the summary, as JSON"),
 }
 """Flags of a run that are not settings, as `add_arguments` takes them."""
-TRACKERS = ("tensorboard", "wandb")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
 class Parser(argparse.ArgumentParser):
@@ -160,7 +161,7 @@ def read_run(parser: Parser, argv: Sequence[str], *around: Parser) -> argparse.N
         raise unknown_method(values.method, parser.methods, [*COMMANDS, "--resume"])
     for word in [*unknown, *extra_words]:
         raise _unknown(word, named, parser, *around)
-    check_filled({name: getattr(values, name) for name in (*FOLDERS, "wandb")})
+    check_filled({name: getattr(values, name) for name in (*FOLDERS, "wandb", "mlflow")})
     if not (values.help or values.method or values.config or values.resume):
         raise UserError(f"Which method? For example: {PROGRAM} fedgid (all of them: {PROGRAM} list).")
     return values

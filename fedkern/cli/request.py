@@ -43,6 +43,7 @@ class Request:
     folder: Path | None = None
     tensorboard: bool = False
     wandb: str | None = None
+    mlflow: str | None = None
     profile: bool = False
     predictions: bool = False
     report: bool = False

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedkern.listeners.events import Listener, Listeners, RunInfo
+    from fedkern.listeners.mlflow import MLflow
     from fedkern.listeners.tensorboard import TensorBoard
     from fedkern.listeners.wandb import WandB
 
-__all__ = ["Listener", "Listeners", "RunInfo", "TensorBoard", "WandB"]
+__all__ = ["Listener", "Listeners", "MLflow", "RunInfo", "TensorBoard", "WandB"]
 
 _LAZY = {
     **dict.fromkeys(("Listener", "Listeners", "RunInfo"), "fedkern.listeners.events"),
+    "MLflow": "fedkern.listeners.mlflow",
     "TensorBoard": "fedkern.listeners.tensorboard",
     "WandB": "fedkern.listeners.wandb",
 }

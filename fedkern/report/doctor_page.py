@@ -26,7 +26,7 @@ from fedkern.text_table import Table
 CPUINFO = Path("/proc/cpuinfo")
 PACKAGES = (
     "fedkern", "torch", "triton", "numpy", "nvidia-ml-py", "safetensors", "transformers", "flwr", "opacus",
-    "dp-accounting", "nibabel", "tensorboard", "wandb",
+    "dp-accounting", "nibabel", "tensorboard", "wandb", "mlflow",
 )  # fmt: skip
 
 

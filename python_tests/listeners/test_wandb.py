@@ -8,17 +8,11 @@ import types
 import pytest
 
 from fedkern.cli.command_parser import parse_words, play_request
-from fedkern.cli.commands import run
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.listeners import WandB
 from fedkern.listeners.events import scalars
-from python_tests.interrupted import Kill, KillAt
-
-WORDS = [
-    "fedavg", "--data", "digits", "--train-samples", "60", "--clients", "2", "--rounds", "4", "--local-epochs", "1",
-    "--width", "2", "--model", "cnn", "--grad-cam", "0", "--checkpoint-every", "2",
-]  # fmt: skip
+from python_tests.listeners.tracked import WORDS, cut, resume
 
 
 class StandIn(types.ModuleType):
@@ -54,19 +48,6 @@ def wandb(monkeypatch):
     made = StandIn()
     monkeypatch.setitem(sys.modules, "wandb", made)
     return made
-
-
-def cut(monkeypatch, last, *words):
-    """Play a run that is killed after round ``last`` has reached every listener."""
-    make = run.Listeners
-    monkeypatch.setattr(run, "Listeners", lambda *listeners: make(*listeners, KillAt("round", round=last)))
-    with pytest.raises(Kill):
-        play_request(parse_words([*words, "--quiet"]))
-    monkeypatch.setattr(run, "Listeners", make)
-
-
-def resume(out, *words):
-    assert play_request(parse_words(["--resume", str(out), "--quiet", *words])) == 0
 
 
 def test_a_resumed_run_goes_on_with_the_same_curve(wandb, tmp_path, monkeypatch):

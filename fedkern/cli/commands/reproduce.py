@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fedkern.cli import extensions, flags
 from fedkern.cli.commands.compare import config_of, print_outcome
 from fedkern.cli.front_page import PROGRAM
-from fedkern.cli.parser import Parser, add_arguments, key_values
+from fedkern.cli.parser import TRACKERS, Parser, add_arguments, key_values
 from fedkern.cli.request import Request
 from fedkern.errors import UserError
 from fedkern.process import interrupts
@@ -29,7 +29,7 @@ _OTHERWISE = {
     "data_root": "--data-root of this command names the data's folder",
     "out": "--out of this command names the folder of all runs",
     **dict.fromkeys(
-        ("resume", "flower", "tensorboard", "wandb", "profile", "predictions", "report", "quiet", "json", "config"),
+        ("resume", "flower", *TRACKERS, "profile", "predictions", "report", "quiet", "json", "config"),
         "it is for a single run",
     ),
 }

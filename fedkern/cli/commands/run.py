@@ -159,6 +159,10 @@ def trackers(request: Request) -> list[Listener]:
         from fedkern.listeners import WandB
 
         listeners.append(WandB(request.wandb, quiet=request.quiet or request.json))
+    if request.mlflow is not None:
+        from fedkern.listeners import MLflow
+
+        listeners.append(MLflow(request.mlflow))
     return listeners
 
 

@@ -98,9 +98,7 @@ def test_a_schedule_over_all_rounds_is_told(result):
     assert "the cosine schedules and the warm-up span all rounds" in " ".join((out + err).split())
 
 
-@pytest.mark.parametrize(
-    "flags", [["--tensorboard"], ["--wandb", "a/b"], ["--wandb=p", "--tensorboard", "--quiet"], []]
-)
+@pytest.mark.parametrize("flags", [["--tensorboard"], ["--wandb", "a/b"], ["--wandb=p", "--mlflow=e", "--quiet"], []])
 def test_the_trackers_of_a_run_follow_an_extended_one(flags, monkeypatch):
     given, played = parse_words(["extend", "run", "--rounds", "9", *flags, "--workers", "2"]), []
     monkeypatch.setattr(extend.run, "play", played.append)
