@@ -7,6 +7,7 @@ changes (`fedkern.engine.uploads.private_mean`), so whatever the server computes
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter
 
 from torch import Tensor
@@ -27,7 +28,8 @@ class ClientPrivacy:
     """Client-level differential privacy of one run.
 
     Attributes:
-        level: the mechanism.
+        level: the mechanism of the next round.
+        used_clip: the norm of the last round, NaN before the first.
         amplified: whether epsilon uses amplification by sampling: clients are drawn in secret and keep no state.
         secret: 32 hexadecimal digits that seed noise and draws; empty: the run's seed does.
     """
@@ -38,7 +40,8 @@ class ClientPrivacy:
         assert config.dp_clip is not None
         assert config.dp_noise is not None
         self._config, self._participation = config, participation
-        self.level = ClientLevel(config.dp_clip, config.dp_noise, config.delta)
+        self.level = ClientLevel.parse(config.dp_clip, config.dp_noise, config.delta)
+        self.used_clip = math.nan
         if config.dp_noise and self.level.delta * config.trained_clients >= 1:
             context.notices.warn(
                 "large-delta",
@@ -61,7 +64,8 @@ class ClientPrivacy:
             for number, entry in enumerate(plan):
                 requests.update(participation.clients(entry, number))
                 self._most[number + 1] = max(requests.values())
-        self.planned = self.epsilon(len(plan)) if self.level.noise else math.inf
+        self.allowed = self._allowed(len(plan))
+        self.planned = self.epsilon(self.allowed) if self.level.noise else math.inf
 
     def keep(self, secret: str) -> None:
         """Seed the noise, and a draw of clients that epsilon counts, from a secret."""
@@ -77,6 +81,19 @@ class ClientPrivacy:
             return self.level.epsilon(rounds, drawn=config.sampled_clients, of=config.trained_clients)
         return self.level.epsilon(self._most[rounds])
 
+    def _allowed(self, rounds: int) -> int:
+        """Return how many of the planned rounds stay within ``--max-epsilon``."""
+        most = self._config.max_epsilon
+        if most is None:
+            return rounds
+        allowed = bisect_right(range(1, rounds + 1), most, key=self.epsilon)
+        if not allowed:
+            raise UserError(
+                f"--max-epsilon {most:g} is less than the epsilon of the first round, {self.epsilon(1):.3g}: take more "
+                "--dp-noise, or a larger --max-epsilon."
+            )
+        return allowed
+
     def guarantee(self) -> ClientGuarantee | None:
         if not self.level.noise:
             return None
@@ -90,7 +107,7 @@ class ClientPrivacy:
             {"networks": "the networks of all rounds and all that is computed from them"},
             conditions=tuple(conditions),
             planned=self.planned,
-            rounds=len(self._most) - 1,
+            rounds=self.allowed,
         )
         guarantee = base if self._config.records == "private" else base.with_records()
         assert isinstance(guarantee, ClientGuarantee)
@@ -98,7 +115,8 @@ class ClientPrivacy:
 
     def figures_after(self, rounds: int) -> dict[str, float]:
         guarantee = self.guarantee()
-        return {} if guarantee is None else {guarantee.figure: self.epsilon(rounds)}
+        figures = {} if guarantee is None else {guarantee.figure: self.epsilon(rounds)}
+        return figures if self.level.quantile is None else {**figures, "dp_clip": self.used_clip}
 
     def report(self, rounds: int) -> State:
         """Return the ``privacy`` entry of summary.json, empty without noise."""

@@ -17,8 +17,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -192,6 +192,8 @@ def least_noise(account: Callable[[float], Accountant], epsilon: float, delta: f
 
 
 CHANNEL = "updates"
+ADAPTIVE, FIRST_CLIP, CLIP_RATE = "adaptive:", 0.1, 0.2
+"""Prefix of an adaptive norm, its value in the first round, and its learning rate (arXiv 1905.03871, section 3)."""
 LEAST_VARIANCE = 0.1
 """Least share of its old value that a running variance keeps in a round: noise could make it negative."""
 
@@ -204,11 +206,47 @@ class ClientLevel:
         clip: C, the largest Euclidean norm of a client's update, above 0.
         noise: Z, the standard deviation of the noise on the sum of the updates over C; 0: no noise.
         delta: the delta at which epsilon is reported, in (0, 1).
+        quantile: share of the clients whose updates C should leave as they are; None: C stays as it is.
     """
 
     clip: float
     noise: float
     delta: float
+    quantile: float | None = None
+
+    @classmethod
+    def parse(cls, clip: str, noise: float, delta: float) -> Self:
+        """Return the mechanism for a value of ``--dp-clip``: a number, or ``adaptive:QUANTILE``.
+
+        Raises:
+            UserError: the value is neither, or out of range.
+        """
+        is_adaptive = clip.startswith(ADAPTIVE)
+        try:
+            value = float(clip.removeprefix(ADAPTIVE))
+        except ValueError:
+            value = math.nan
+        if not 0 < value < (1 if is_adaptive else math.inf):
+            raise UserError(
+                f"--dp-clip must be a number above 0, or adaptive:Q with a share Q between 0 and 1, not {clip}."
+            )
+        return cls(FIRST_CLIP, noise, delta, value) if is_adaptive else cls(value, noise, delta)
+
+    def split_noise(self, clients: int) -> tuple[float, float]:
+        """Return the noise on the sum of the updates over C, and on the number of updates within C.
+
+        With a replaced client the sum changes by 2 C and the number by 1, so the two releases together are one of
+        noise Z. The number gets ``clients`` / 20, as in the paper, or Z if that is more.
+        """
+        if self.quantile is None or not self.noise:
+            return self.noise, 0.0
+        number_noise = max(clients / 20, self.noise)
+        return (self.noise**-2 - (2 * number_noise) ** -2) ** -0.5, number_noise
+
+    def adapt(self, share: float) -> Self:
+        """Return the mechanism of the next round, after one in which this share of the updates was within C."""
+        assert self.quantile is not None
+        return replace(self, clip=self.clip * math.exp(CLIP_RATE * (self.quantile - share)))
 
     def factor(self, norm: float) -> float:
         """Return the factor in (0, 1] on an update of this norm."""
@@ -216,7 +254,7 @@ class ClientLevel:
 
     def deviation(self, clients: int) -> float:
         """Return the standard deviation of the noise on every entry of the mean over ``clients`` clients."""
-        return self.noise * self.clip / clients
+        return self.split_noise(clients)[0] * self.clip / clients
 
     def epsilon(self, releases: int, *, drawn: int = 1, of: int = 1) -> float:
         """Return the epsilon of several rounds together, at :attr:`delta`.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedkern.errors import UserError
 from fedkern.methods.aggregators import MEAN
-from fedkern.privacy import IMAGE, UNITS, Unit
+from fedkern.privacy import IMAGE, UNITS, ClientLevel, Unit
 from fedkern.settings.faults import FaultSettings
 from fedkern.settings.federation import AVERAGING
 from fedkern.settings.model import ModelSettings
@@ -22,12 +22,11 @@ USUAL_DELTA = 1e-5
 class PrivacySettings(FaultSettings, ModelSettings):
     """Settings of privacy."""
 
-    dp_clip: float | None = option(
+    dp_clip: str | None = option(
         None,
         "averaging methods: client-level differential privacy, with --dp-noise. A client's change in a round is scaled "
-        "down to at most this Euclidean norm, and all clients weigh the same. Choose it near the median change: a run "
-        "on similar public data with --dp-noise 0 writes every client's change as update_norm into metrics.jsonl",
-        above=0,
+        "down to at most this Euclidean norm, and all clients weigh the same. adaptive:Q lets the norm follow the "
+        "quantile Q of the changes, adaptive:0.5 their median",
     )
     dp_noise: float | None = option(
         None,
@@ -40,6 +39,9 @@ class PrivacySettings(FaultSettings, ModelSettings):
         None, "delta at which epsilon is reported; if left out, the smaller one of 1e-5 and clients^-1.1",
         above=0, high=0.5,
     )  # fmt: skip
+    max_epsilon: float | None = option(
+        None, "largest epsilon of --dp-noise; a round that would exceed it is not run", above=0
+    )
     dp_draws: str = option(
         "secret",
         "seed of the noise of --dp-noise: 128 secret random bits, or the run's seed. With the run's seed a run can be "
@@ -88,12 +90,17 @@ class PrivacySettings(FaultSettings, ModelSettings):
             for flag, is_given in (
                 ("--dp-delta", self.dp_delta is not None),
                 ("--dp-draws", self.dp_draws != "secret"),
+                ("--max-epsilon", self.max_epsilon is not None),
             ):
                 if is_given:
                     raise UserError(
                         f"{flag} is about the noise of --dp-noise: give --dp-clip and --dp-noise too, or leave it out."
                     )
             return
+        assert self.dp_noise is not None
+        ClientLevel.parse(self.dp_clip, self.dp_noise, self.delta)
+        if self.max_epsilon is not None and not self.dp_noise:
+            raise UserError("--max-epsilon needs noise, and --dp-noise 0 has no epsilon: leave one of the two out.")
         # The bound on a client holds for its change in a mean of updates, with no state left at clients.
         if self.aggregator != MEAN:
             raise UserError(

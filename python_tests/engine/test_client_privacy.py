@@ -15,7 +15,7 @@ from fedkern.engine.uploads.private_mean import ClippedSum, variances
 from fedkern.errors import UserError
 from fedkern.methods import METHODS, FedAvg, Federation
 from fedkern.models import build
-from fedkern.privacy import ClientLevel, server_secret
+from fedkern.privacy import ClientLevel, accounting, server_secret
 from fedkern.privacy.keys import noise_key
 from fedkern.report.live.progress_bar import run_headline
 from fedkern.settings.config import RunConfig
@@ -93,6 +93,33 @@ def test_an_audit_finds_what_is_claimed(noise, low, high):
     assert low < audit(*scores).lower <= high == 2 / noise
 
 
+def test_norm_and_number_share_the_noise():
+    for clients, noise in ((4, 2.0), (1000, 2.0), (1000, 0.01)):
+        update_noise, number_noise = ClientLevel(0.5, noise, 1e-5, 0.5).split_noise(clients)
+        # A replaced client changes the sum by 2 C and the number by 1: squared ratios to the noise add up.
+        assert (2 / update_noise) ** 2 + (1 / number_noise) ** 2 == pytest.approx((2 / noise) ** 2)
+        assert number_noise == max(clients / 20, noise)
+
+
+@pytest.mark.exhaustive
+def test_an_audit_of_an_adaptive_norm_finds_what_is_claimed():
+    """One client's update is within the norm in one run, and longer and opposite in the other one."""
+    level, noise = ClientLevel(0.5, 2.0, 1e-5, 0.5), 2.0
+    update_noise, number_noise = level.split_noise(40)
+    scores = []
+    for turn, canary in enumerate((0.4999, -7.0)):
+        own = []
+        for number in range(6000):
+            total = ClippedSum(level, {"parameters": torch.zeros(1)})
+            for value in (3.0, -9.0, canary):
+                total.add({"parameters": torch.tensor([value])})
+            key, share_key = (noise_key(SECRET, -1, name, 6000 * turn + number) for name in ("updates", "dp_clip"))
+            change = float(total.release(40, key)["parameters"][0]) * 40 / 0.5
+            own.append(-change * 2 / update_noise**2 - total.noisy_share(40, share_key) * 40 / number_noise**2)
+        scores.append(torch.tensor(own))
+    assert 0.85 < audit(*scores).lower <= 2 / noise
+
+
 def test_variances_are_found_where_the_flat_vector_has_them():
     from fedkern import ops
 
@@ -165,6 +192,32 @@ def test_a_round_is_the_plain_formula_over_the_clients_asked(make_data, make_con
         (only,) = played["got"]
         assert (only.client_id, only.samples, only.share) == (-1, 1, 1.0)
     assert "privacy" not in read_summary(tmp_path / "run")  # without noise nothing is promised
+
+
+def test_an_adaptive_norm_follows_the_quantile(make_data, make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(accounting, "FIRST_CLIP", 0.6)
+    config = make_config("fedavg", clients=4, rounds=5, workers="1", dp_clip="adaptive:0.7", dp_noise=0.0)
+    run(config, out=tmp_path / "run", data=make_data(SIZES))
+    clip, shares = 0.6, []
+    for record in read_metrics(tmp_path / "run"):
+        assert record["dp_clip"] == pytest.approx(clip, rel=1e-12)
+        shares.append(np.mean([client["update_norm"] <= clip for client in record["clients"].values()]))
+        clip *= np.exp(0.2 * (0.7 - shares[-1]))
+    assert len(set(shares)) > 1
+
+
+def test_no_round_exceeds_the_largest_epsilon(make_data, make_config, tmp_path):
+    level = ClientLevel(0.5, 2.0, 1e-5)
+    most = (level.epsilon(2) + level.epsilon(3)) / 2
+    config = make_config("fedavg", rounds=5, max_epsilon=most, **NOISED)
+    heard = Hearing()
+    summary = run(config, out=tmp_path / "run", data=make_data(), listener=heard)
+    assert summary["stopped"]["by"] == "max-epsilon"
+    assert (summary["rounds"], summary["metrics"]["epsilon"]) == (2, level.epsilon(2))
+    assert f"epsilon {level.epsilon(2):.3g} at delta 1e-05 after 2 rounds" in "\n".join(run_headline(heard.info))
+    with pytest.raises(UserError, match="--max-epsilon 1 is less than the epsilon of the first round"):
+        run(config.replace(max_epsilon=1.0), out=tmp_path / "none", data=make_data())
+    assert not (tmp_path / "none").exists()
 
 
 def test_scaffold_clips_network_and_control_variate_together(make_data, make_config, tmp_path, monkeypatch):
@@ -268,7 +321,10 @@ def test_every_method_runs_or_is_refused(name, make_small, tmp_path):
         ("fedavg", {"dp_noise": 1.0}, "--dp-noise needs --dp-clip: give both"),
         ("fedavg", {"dp_delta": 1e-6}, "--dp-delta is about the noise of --dp-noise"),
         ("fedavg", {"dp_draws": "seed"}, "--dp-draws is about the noise of --dp-noise"),
-        ("fedavg", {**NOISED, "dp_clip": 0.0}, "--dp-clip must be above 0"),
+        ("fedavg", {**NOISED, "dp_clip": 0.0}, "--dp-clip must be a number above 0, or adaptive:Q .*, not 0.0"),
+        ("fedavg", {**NOISED, "dp_clip": "adaptive:1"}, "a share Q between 0 and 1, not adaptive:1"),
+        ("fedavg", {"max_epsilon": 8.0}, "--max-epsilon is about the noise of --dp-noise"),
+        ("fedavg", {**ONLY_CLIP, "max_epsilon": 8.0}, "--dp-noise 0 has no epsilon"),
         ("fedavg", {**NOISED, "dp_noise": -1.0}, "--dp-noise must be at least 0"),
         ("fedavg", {**NOISED, "dp_noise": float("nan")}, "--dp-noise must be"),
         ("fedavg", {**NOISED, "dp_delta": 0.7}, "--dp-delta must be above 0 and at most 0.5"),
@@ -341,6 +397,7 @@ def constant(monkeypatch):
     [
         ("fedavg", {"sample_fraction": 0.5, "dp_draws": "secret", "server_rule": "momentum"}),
         ("scaffold", {"dropout_rate": 0.3, "checkpoint_every": 2}),
+        ("fedavg", {"dp_clip": "adaptive:0.3"}),
     ],
 )
 def test_workers_and_an_interruption_change_no_bit(method, settings, constant, make_data, make_config, tmp_path):

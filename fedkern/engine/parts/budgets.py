@@ -1,4 +1,4 @@
-"""Budgets ``--max-seconds`` and ``--max-bytes``: a round that would exceed a budget is not begun."""
+"""Budgets ``--max-seconds``, ``--max-bytes`` and ``--max-epsilon``: a round that would exceed one is not begun."""
 
 from __future__ import annotations
 
@@ -75,3 +75,20 @@ class MaxBytes(_Budget):
 
     def of_round(self, record: Record) -> float:
         return sum(row["up"] + row["down"] for row in self._run.ledger.round_sums.values())
+
+
+@register_part("max_epsilon")
+class MaxEpsilon(RunPart):
+    """Budget of the epsilon of ``--dp-noise``, which is known before a round."""
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Part | None:
+        return None if run.config.max_epsilon is None else cls(run)
+
+    def before_round(self, record: Record) -> Stop | None:
+        private, done = self._run.private, self._run.progress.done
+        assert private is not None
+        if done < private.allowed:
+            return None
+        reason = f"epsilon is {private.epsilon(done):.3g}, and of one more round {private.epsilon(done + 1):.3g}"
+        return Stop("max-epsilon", f"{reason} (--max-epsilon {self._run.config.max_epsilon:g})")

@@ -110,8 +110,8 @@ USERS = "..."
 """Place of user-defined parts or filters."""
 PART_ORDER = (
     "effects", "traffic", "artifacts", "evaluation", "server", "oracle", "privacy", USERS, "stop_at", "patience",
-    "max_seconds", "max_bytes", "diagnoses", "answers", "records", "warnings", "listeners", "results", "trace",
-    "checkpoints",
+    "max_seconds", "max_bytes", "max_epsilon", "diagnoses", "answers", "records", "warnings", "listeners", "results",
+    "trace", "checkpoints",
 )  # fmt: skip
 FILTER_ORDER = (
     "client_digests", "bytes", "reduction", "compress", USERS, "declared", "norm_bounds", "asynchronous",

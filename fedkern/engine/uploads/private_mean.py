@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -13,7 +14,8 @@ from fedkern.engine.client_privacy import ClientPrivacy, size_of
 from fedkern.engine.server import Server
 from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.engine.uploads.filters import ExchangeRequest, Filter, register_filter
-from fedkern.methods.base import VECTORS, ClientId, Declaration, Message, Method, Phase, Upload
+from fedkern.messages.states import State
+from fedkern.methods.base import VECTORS, ClientId, Declaration, Message, Method, Upload
 from fedkern.models.state import freezing
 from fedkern.privacy.accounting import CHANNEL, ClientLevel, keep_variances
 from fedkern.privacy.keys import SECRET_BYTES, NoiseKey, noise_key
@@ -30,6 +32,7 @@ class ClippedSum:
     def __init__(self, level: ClientLevel, start: Mapping[str, Tensor]) -> None:
         self._level, self._start = level, dict(start)
         self._sum = ops.Accumulator(sum(vector.numel() for vector in start.values()))
+        self._within = 0  # updates that were no longer than the norm
 
     def add(self, message: Message) -> tuple[float, float]:
         """Add a client's vectors, fp32 ``[P_i]`` by name.
@@ -46,13 +49,14 @@ class ClippedSum:
         )
         norm = float(torch.linalg.vector_norm(change))
         factor = self._level.factor(norm)
+        self._within += factor == 1
         self._sum.add(change.mul_(factor))
         return norm, factor
 
     def release(self, clients: int, key: NoiseKey) -> Message:
         """Return the start plus the noised sum over ``clients``, as vectors fp32 ``[P_i]`` by name."""
         total = self._sum.mean().mul_(self._sum.count) if self._sum.count else torch.zeros(self._sum.size).double()
-        deviation = self._level.noise * self._level.clip
+        deviation = self._level.split_noise(clients)[0] * self._level.clip
         if deviation:
             total += ops.clip_and_noise(torch.zeros(len(total)), 1.0, deviation, key.seed, key.offset)
         parts = total.div_(clients).split([vector.numel() for vector in self._start.values()])
@@ -60,6 +64,12 @@ class ClippedSum:
             name: (before.double() + part).to(before.dtype)
             for (name, before), part in zip(self._start.items(), parts, strict=True)
         }
+
+    def noisy_share(self, clients: int, key: NoiseKey) -> float:
+        """Return the noisy share of the updates within the norm, in [0, 1]. A client without one counts as half."""
+        deviation = self._level.split_noise(clients)[1]
+        noise = float(ops.clip_and_noise(torch.zeros(1), 1.0, deviation, key.seed, key.offset)) if deviation else 0.0
+        return min(1.0, max(0.0, 0.5 + (self._within - self._sum.count / 2 + noise) / clients))
 
 
 @register_filter("private_mean")
@@ -73,6 +83,14 @@ class PrivateMean(Filter):
     def build(cls, run: RunObjects) -> PrivateMean | None:
         return None if run.private is None else cls(run.private, run.config, run.method, run.server)
 
+    def state(self) -> State:
+        level = self._privacy.level
+        return {} if level.quantile is None else {"clip": level.clip, "used": self._privacy.used_clip}
+
+    def restore(self, state: State) -> None:
+        self._privacy.level = replace(self._privacy.level, clip=state["clip"])
+        self._privacy.used_clip = state["used"]
+
     def combine(
         self, asked: ExchangeRequest, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
     ) -> Iterator[Upload]:
@@ -83,14 +101,17 @@ class PrivateMean(Filter):
         self, asked: ExchangeRequest, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
     ) -> Iterator[Upload]:
         declared, state = asked.declaration_of(asked.participants[0]), self._server.state
-        start = self._start(declared)
-        total = ClippedSum(self._privacy.level, start)
+        start, level = self._start(declared), self._privacy.level
+        total = ClippedSum(level, start)
         for upload in uploads:
             norm, factor = total.add(upload.message)
             note(upload.client_id, {"update_norm": norm, **({"clipped": factor} if factor < 1 else {})})
             del upload  # free this upload before the next one arrives
-        message = total.release(asked.clients, self._key(asked.plan, asked.phase))
-        if "buffers" in message and self._privacy.level.noise:
+        message = total.release(asked.clients, self._key(CHANNEL, asked))
+        self._privacy.used_clip = level.clip
+        if level.quantile is not None:
+            self._privacy.level = level.adapt(total.noisy_share(asked.clients, self._key("dp_clip", asked)))
+        if "buffers" in message and level.noise:
             values = message["buffers"][self._variances]
             keep_variances(values, start["buffers"][self._variances])
             message["buffers"][self._variances] = values
@@ -104,10 +125,10 @@ class PrivateMean(Filter):
         state = self._server.state
         return {name: state[name] if name in VECTORS else torch.zeros(size_of(declared[name])) for name in names}
 
-    def _key(self, number: int, phase: Phase) -> NoiseKey:
+    def _key(self, channel: str, asked: ExchangeRequest) -> NoiseKey:
         secret = self._privacy.secret
         material = bytes.fromhex(secret) if secret else stream(self._config.seed, "privacy").bytes(SECRET_BYTES)
-        return noise_key(material, RELEASED, f"{CHANNEL}/{phase.exchange}", number)
+        return noise_key(material, RELEASED, f"{channel}/{asked.phase.exchange}", asked.plan)
 
     @cached_property
     def _variances(self) -> Tensor:
