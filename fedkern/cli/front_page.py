@@ -18,6 +18,7 @@ _USAGE = {
     "reproduce NAME|FILE.toml": "run a paper's table and compare it with the published figures",
     "report DIR...": "write a run or a comparison as one HTML file, to read in a browser",
     "flower PROJECT_DIR": "run a Flower project to its end, on a SuperLink or in a simulation",
+    "partition": "show how the samples of --data are shared out, without a run",
     "list": "show methods, data sets, models, encoders, partitioners, aggregators",
     "doctor": "show versions, processor, GPU and the usable backends",
 }

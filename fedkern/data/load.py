@@ -319,7 +319,7 @@ def _unused_sites(source: Source, spec: PartitionSpec) -> Iterator[str]:
     if not source.named_by:
         return
     named = source.named_by[:1].upper() + source.named_by[1:]
-    if spec.name != "attribute":
+    if not spec.info.by_groups:
         count = f"{len(source.sites)} client{'s' * (len(source.sites) != 1)}" if source.sites else "clients"
         yield f"{named} names {count} and is not used: --partition {spec.text} shares the samples out."
     elif source.lost:
@@ -327,12 +327,12 @@ def _unused_sites(source: Source, spec: PartitionSpec) -> Iterator[str]:
 
 
 def _check_partition(name: str, info: DatasetInfo, source: Source, spec: PartitionSpec, clients: int) -> None:
-    if spec.name not in ("iid", "attribute") and (instead := source.train.task.classless(len(source.classes))):
+    if spec.info.needs_classes and (instead := source.train.task.classless(len(source.classes))):
         raise UserError(
-            f'data set "{name}" has {instead}, so "{spec.text}" cannot share it out; take iid, or attribute with a '
-            "column client"
+            f'data set "{name}" has {instead}, so "{spec.text}" cannot share it out; take iid or quantity:ALPHA, or '
+            "attribute with a column client"
         )
-    if spec.name != "attribute":
+    if not spec.info.by_groups:
         return
     if source.unnamed:
         raise UserError(
@@ -340,13 +340,13 @@ def _check_partition(name: str, info: DatasetInfo, source: Source, spec: Partiti
             f"{len(source.train)} in {source.named_by}); name one for all of them, or ask for a --partition that does "
             "not use it"
         )
-    if source.groups is None and not info.palette:
+    if source.groups is None and not (spec.name == "attribute" and info.palette):
         hint = "" if "client_column" not in info.options else ", or name the column of the clients with --client-column"
         raise UserError(
             f'data set "{name}" has no attribute (contexts, sites or colours) to partition by; take iid, '
             f"dirichlet:ALPHA or classes:S{hint}"
         )
-    if source.groups is not None and clients != source.groups:
+    if spec.name == "attribute" and source.groups is not None and clients != source.groups:
         by = f" by {source.named_by}" if source.named_by else ""
         raise UserError(
             f'data set "{name}" assigns its contexts or sites{by} to {source.groups} clients, not {clients}; take '
@@ -375,9 +375,9 @@ def _shares(source: Source, spec: PartitionSpec, rows: Tensor, clients: int, see
     """
     pool = source.train
     labels, classes = pool.task.shared_classes(pool.labels[rows].numpy(), len(source.classes))
-    owners = pool.groups[rows].numpy() if spec.name == "attribute" and pool.groups is not None else None
+    owners = pool.groups[rows].numpy() if spec.info.by_groups and pool.groups is not None else None
     for k, site in enumerate(source.sites):
-        if owners is not None and k not in owners:
+        if spec.name == "attribute" and owners is not None and k not in owners:
             raise UserError(f"the client {site} would have no training sample; take more --train-samples")
     units = {name: rows_of(getattr(pool, name), rows) for name in ("ids", "cases", "patients")}
     return share_samples(spec, labels, clients, seed, classes, owners=owners, **units)

@@ -48,8 +48,8 @@ class DataSettings(Section):
     )
     partition: str | None = option(
         None,
-        "split of the samples over clients: iid, stratified, dirichlet:ALPHA, classes:S, attribute (the default if the "
-        "data name sites)",
+        "split of the samples over clients: iid, stratified, dirichlet:ALPHA, classes:S, quantity:ALPHA, "
+        "domain:LAMBDA, attribute (the default if the data name sites)",
     )
     clients: int = option(
         DATASETS[COMMON["data"]].clients, "number of clients; data that name sites have one client a site", low=1

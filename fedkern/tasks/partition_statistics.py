@@ -98,13 +98,15 @@ class PartitionStatistics:
     def title(self) -> str:
         """The partition in words, such as ``label skew, Dirichlet(0.1)``."""
         name, *values = self.partition.strip().split(":")
-        number = float(values[0]) if name in ("dirichlet", "classes") else 0.0
+        number = float(values[0]) if values else 0.0
         return {
             "iid": "equal random shares",
             "stratified": "equal shares of every class",
             "dirichlet": ", ".join([f"label skew, Dirichlet({number:g})", *values[1:]]),
             "classes": f"label skew, {number:.0f} classes a client",
+            "quantity": ", ".join([f"quantity skew, Dirichlet({number:g})", *values[1:]]),
             "attribute": "attribute skew",
+            "domain": f"domain skew, {number:g} of 1 mixed",
         }.get(name, self.partition)
 
     @property

@@ -67,6 +67,16 @@ def test_the_first_of_the_columns_and_the_one_that_is_named(tmp_path):
         open_set("csv", root, client_column="client")
 
 
+def test_sites_as_domains_of_other_clients(tmp_path):
+    notices = []
+    data = open_set("csv", table(tmp_path, rows=60), clients=6, partition="domain:0", notice=notices.append)
+    assert sorted(held_by(data)) == [0, 0, 1, 1, 2, 2]
+    assert (data.client_names, notices) == (None, [])
+    mixed = open_set("csv", tmp_path, clients=2, partition="domain:1")
+    for split in mixed.clients:
+        assert set(Counter(int(name.removesuffix(".png")) % 3 for name in split.ids).values()) <= {7, 8, 9}
+
+
 def test_another_partition_says_that_the_column_is_not_used(tmp_path):
     said = []
     data = open_set("csv", table(tmp_path), partition="iid", notice=said.append)

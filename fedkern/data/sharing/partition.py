@@ -29,20 +29,34 @@ DIRICHLET_ALPHA = 1e9
 class PartitionerInfo:
     usage: str
     description: str
+    needs_classes: bool = False
+    by_groups: bool = False
 
 
 PARTITIONERS: dict[str, PartitionerInfo] = {
     "iid": PartitionerInfo("iid", "equal random shares: every client sees the same distribution"),
-    "stratified": PartitionerInfo("stratified", "equal shares of every class"),
+    "stratified": PartitionerInfo("stratified", "equal shares of every class", needs_classes=True),
     "dirichlet": PartitionerInfo(
         "dirichlet:ALPHA[:min=N][:plain]",
         "label skew (class shares differ by client) by a Dirichlet(ALPHA) draw per class; small ALPHA, strong skew",
+        needs_classes=True,
     ),
     "classes": PartitionerInfo(
-        "classes:S", "label skew (class shares differ by client): every client holds S classes only"
+        "classes:S", "label skew (class shares differ by client): every client holds S classes only", needs_classes=True
+    ),
+    "quantity": PartitionerInfo(
+        "quantity:ALPHA[:min=N]",
+        "quantity skew (sizes differ by client) by one Dirichlet(ALPHA) draw; small ALPHA, strong skew",
     ),
     "attribute": PartitionerInfo(
-        "attribute", "attribute skew (images differ by client): every client has its own contexts or background colours"
+        "attribute",
+        "attribute skew (images differ by client): every client has its own contexts or background colours",
+        by_groups=True,
+    ),
+    "domain": PartitionerInfo(
+        "domain:LAMBDA",
+        "domain skew: 0 gives every client one domain (a group that the data name), 1 the same mixture of all",
+        by_groups=True,
     ),
 }
 
@@ -51,8 +65,9 @@ PARTITIONERS: dict[str, PartitionerInfo] = {
 class PartitionSpec:
     """Parsed partition specification.
 
-    ``min_samples``: fewest samples per client under ``dirichlet``; every image of a patient or case counts.  ``plain``:
-    ``dirichlet`` without balancing and without shuffling inside a class.
+    ``min_samples``: fewest samples per client under ``dirichlet`` and ``quantity``; every image of a patient or case
+    counts.  ``plain``: ``dirichlet`` without balancing and without shuffling inside a class.  ``mixing``: LAMBDA of
+    ``domain``.
     """
 
     text: str
@@ -61,10 +76,15 @@ class PartitionSpec:
     classes_per_client: int = 0
     min_samples: int = DIRICHLET_MIN_SAMPLES
     plain: bool = False
+    mixing: float = math.nan
+
+    @property
+    def info(self) -> PartitionerInfo:
+        return PARTITIONERS[self.name]
 
 
 def parse_partition(text: str) -> PartitionSpec:
-    """Parse ``iid``, ``stratified``, ``dirichlet:ALPHA[:min=N][:plain]``, ``classes:S`` or ``attribute``.
+    """Parse one of `PARTITIONERS` with its value, such as ``dirichlet:0.5:min=1``.
 
     Returns:
         The specification for :func:`partition`, with the text as the user wrote it.
@@ -82,33 +102,34 @@ def parse_partition(text: str) -> PartitionSpec:
             raise UserError(f'partition "{text}": {name} takes no value, write {usage}')
         return PartitionSpec(text, name)
     if not values or not values[0]:
-        example = {"dirichlet": "dirichlet:0.5", "classes": "classes:2"}[name]
-        raise UserError(f'partition "{text}": {name} needs a value, for example {example}')
+        example = 2 if name == "classes" else 0.5
+        raise UserError(f'partition "{text}": {name} needs a value, for example {name}:{example}')
     if name == "classes":
         if len(values) > 1 or not values[0].isdecimal() or int(values[0]) < 1:
             raise UserError(f'partition "{text}": expected classes:S with a whole number S of at least 1')
         return PartitionSpec(text, name, classes_per_client=int(values[0]))
-    return _parse_dirichlet(text, values, usage)
-
-
-def _parse_dirichlet(text: str, values: Sequence[str], usage: str) -> PartitionSpec:
     try:
-        alpha = float(values[0])
+        number = float(values[0])
     except ValueError:
-        alpha = math.nan
-    if not 0 < alpha <= DIRICHLET_ALPHA:
+        number = math.nan
+    if name == "domain":
+        if len(values) > 1 or not 0 <= number <= 1:
+            raise UserError(f'partition "{text}": expected domain:LAMBDA with a number LAMBDA from 0 to 1')
+        return PartitionSpec(text, name, mixing=number)
+    if not 0 < number <= DIRICHLET_ALPHA:
+        equal = "stratified gives equal shares of every class" if name == "dirichlet" else "iid gives equal sizes"
         raise UserError(
-            f'partition "{text}": expected dirichlet:ALPHA with a positive number ALPHA up to {DIRICHLET_ALPHA:g}, for '
-            "example 0.5; stratified gives equal shares of every class"
+            f'partition "{text}": expected {name}:ALPHA with a positive number ALPHA up to {DIRICHLET_ALPHA:g}, for '
+            f"example 0.5; {equal}"
         )
-    plain = "plain" in values[1:]
+    plain = name == "dirichlet" and "plain" in values[1:]
     fewest = 1 if plain else DIRICHLET_MIN_SAMPLES
     for value in values[1:]:
         if value.startswith("min=") and value[4:].isdecimal():
             fewest = int(value[4:])
-        elif value != "plain":
+        elif not plain or value != "plain":
             raise UserError(f'partition "{text}": cannot read "{value}", expected {usage}')
-    return PartitionSpec(text, "dirichlet", alpha=alpha, min_samples=fewest, plain=plain)
+    return PartitionSpec(text, name, alpha=number, min_samples=fewest, plain=plain)
 
 
 def partition(
@@ -130,8 +151,8 @@ def partition(
         clients: number of clients, at least 1.
         seed: the run's root seed; draws come from its stream ``"partition"``.
         class_count: number of classes, some of which may not occur (default: the largest label + 1).
-        groups: int64 ``[n]`` for ``attribute``: the client of every row.  Without ``groups`` rows are shared out
-            equally, and the attribute is made later, as in the coloured sets.
+        groups: int64 ``[n]``, for ``attribute`` the client of every row, for ``domain`` its domain.  Without ``groups``
+            ``attribute`` shares rows out equally, and the attribute is made later, as in the coloured sets.
         sizes: int64 ``[n]``, the number of samples behind every row (default: 1), such as a patient's images.
         unit: plural noun for a row, for messages.
 
@@ -157,9 +178,11 @@ def partition(
         parts = _deal_classes(labels, clients, class_count, rng)
     elif spec.name == "classes":
         parts = _by_classes(spec, labels, clients, class_count, rng)
+    elif spec.name == "domain":
+        parts = _by_domains(spec, groups, clients, rng)
     else:
         row_sizes = np.ones(n, dtype=np.int64) if sizes is None else sizes
-        parts = _dirichlet(spec, labels, clients, class_count, rng, row_sizes)
+        parts = _draw_shares(spec, labels, clients, class_count, rng, row_sizes)
     parts = [np.sort(part).astype(np.int64) for part in parts]
     for k, part in enumerate(parts):
         if len(part) == 0:
@@ -184,18 +207,19 @@ def share_samples(
 ) -> list[Rows]:
     """Share rows out as :func:`partition` does, with patients, cases and images with several texts kept whole.
 
-    ``owners``, int64 ``[n]``, are clients that the data name, which then decide.
+    ``owners``, int64 ``[n]``, are clients or domains that the data name. Under ``attribute`` they decide alone.
     """
+    is_named = spec.name == "attribute" and owners is not None
 
     def share(labels: Rows, rows: Rows, sizes: Rows | None) -> list[Rows]:
         unit = "samples" if sizes is None else unit_noun(cases, patients)
         groups = None if owners is None else owners[rows]
         return partition(spec, labels, clients, seed, class_count=classes, groups=groups, sizes=sizes, unit=unit)
 
-    patients = None if owners is not None else patients
+    patients = None if is_named else patients
     if cases is not None:
         return share_cases((cases if patients is None else patients).numpy(), labels, share)
-    units = None if owners is not None else grouped_rows(ids, None, patients)
+    units = None if is_named else grouped_rows(ids, None, patients)
     if units is None:
         return share(labels, np.arange(len(labels)), None)
     return share_units(units, lambda rows, sizes: share(labels[rows], rows, sizes))
@@ -262,14 +286,12 @@ def _by_classes(spec: PartitionSpec, labels: Rows, clients: int, classes: int, r
     return [np.concatenate(part) for part in parts]
 
 
-def _dirichlet(
+def _draw_shares(
     spec: PartitionSpec, labels: Rows, clients: int, classes: int, rng: np.random.Generator, sizes: Rows
 ) -> list[Rows]:
-    """Partition by one Dirichlet draw per class.
+    """Partition by Dirichlet draws: one per class, or with ``quantity`` one over the sizes of clients.
 
-    The default is the "NIID-bench" form, as in FuseFL's code: a client with its fair share of rows gets nothing of the
-    next class, and draws repeat until every client has ``min_samples``.  ``plain`` is FedIOD's form, without balancing
-    and without shuffling inside a class.
+    Draws repeat until every client has ``min_samples``.
     """
     n = int(sizes.sum())
     if spec.min_samples * clients > n:
@@ -279,28 +301,43 @@ def _dirichlet(
         )
     per_class = np.bincount(labels, minlength=classes)
     for _ in range(DIRICHLET_DRAWS):
-        counts = _dirichlet_counts(spec, per_class, clients, rng)
-        if counts.sum(axis=0).min() * sizes.max() < spec.min_samples:
-            continue  # before the rows are shuffled: counting makes a retry cheap
-        parts: list[list[Rows]] = [[] for _ in range(clients)]
-        for label in range(classes):
-            rows = np.flatnonzero(labels == label)
-            rows = rows if spec.plain else rng.permutation(rows)
-            for part, piece in zip(parts, np.split(rows, np.cumsum(counts[label])[:-1]), strict=True):
-                part.append(piece)
-        joined = [np.concatenate(part) for part in parts]
-        if min(sizes[part].sum() for part in joined) >= spec.min_samples:
-            return joined
+        if spec.name == "quantity":
+            cuts = np.cumsum(rng.dirichlet(np.full(clients, spec.alpha)))[:-1] * len(labels)
+            parts = np.split(rng.permutation(len(labels)), cuts.astype(np.int64))
+        else:
+            counts = _dirichlet_counts(spec, per_class, clients, rng)
+            if counts.sum(axis=0).min() * sizes.max() < spec.min_samples:
+                continue  # before the rows are shuffled: counting makes a retry cheap
+            parts = _take_counts(spec, labels, counts, rng)
+        if min(sizes[part].sum() for part in parts) >= spec.min_samples:
+            return parts
     raise UserError(
         f'partition "{spec.text}" found no draw in {DIRICHLET_DRAWS} that leaves each of {clients} clients '
         f"{spec.min_samples} samples of {n}; take a larger ALPHA or fewer clients, or append :min=1"
     )
 
 
+def _take_counts(
+    spec: PartitionSpec, labels: Rows, counts: npt.NDArray[np.int64], rng: np.random.Generator
+) -> list[Rows]:
+    """Return every client's rows, of every class as many as ``counts`` ``[classes, clients]``."""
+    parts: list[list[Rows]] = [[] for _ in range(counts.shape[1])]
+    for label, of_clients in enumerate(counts):
+        rows = np.flatnonzero(labels == label)
+        rows = rows if spec.plain else rng.permutation(rows)
+        for part, piece in zip(parts, np.split(rows, np.cumsum(of_clients)[:-1]), strict=True):
+            part.append(piece)
+    return [np.concatenate(part) for part in parts]
+
+
 def _dirichlet_counts(
     spec: PartitionSpec, per_class: Rows, clients: int, rng: np.random.Generator
 ) -> npt.NDArray[np.int64]:
-    """Return rows per class and client, int64 ``[classes, clients]``."""
+    """Return rows per class and client, int64 ``[classes, clients]``, of one Dirichlet draw per class.
+
+    The default is the "NIID-bench" form, as in FuseFL's code: a client with its fair share of rows gets nothing of the
+    next class.  ``plain`` is FedIOD's form, without balancing and without shuffling inside a class.
+    """
     counts = np.zeros((len(per_class), clients), dtype=np.int64)
     totals = np.zeros(clients, dtype=np.int64)
     fair = per_class.sum() / clients
@@ -316,3 +353,40 @@ def _dirichlet_counts(
         counts[label] = np.diff(cuts, prepend=0, append=available)
         totals += counts[label]
     return counts
+
+
+def _by_domains(
+    spec: PartitionSpec, groups: npt.NDArray[np.int64] | None, clients: int, rng: np.random.Generator
+) -> list[Rows]:
+    """Partition by domains, as "heterogeneous partitioning" of Bai et al. (arXiv 2307.04942).
+
+    A domain's clients share the part 1 - LAMBDA of its rows, and all clients the part LAMBDA.
+    """
+    if groups is None:
+        raise UserError(
+            f'partition "{spec.text}" needs the domain of every sample: a column client, site folders, or groups= in '
+            "Python"
+        )
+    positions = np.unique(groups, return_inverse=True)[1]
+    parts: list[list[Rows]] = [[] for _ in range(clients)]
+    for domain, owners in enumerate(_domain_clients(np.bincount(positions), clients)):
+        rows = rng.permutation(np.flatnonzero(positions == domain))
+        share = (1 - spec.mixing) * owners / owners.sum() + spec.mixing / clients
+        cuts = np.rint(np.cumsum(share) * len(rows)).astype(np.int64)[:-1]
+        for part, piece in zip(parts, np.split(rows, cuts), strict=True):
+            part.append(piece)
+    return [np.concatenate(part) for part in parts]
+
+
+def _domain_clients(counts: npt.NDArray[np.int64], clients: int) -> npt.NDArray[np.int64]:
+    """Return which clients a domain has, int64 ``[domains, clients]`` of 0 and 1, for clients of similar sizes."""
+    owners = np.zeros((len(counts), clients), dtype=np.int64)
+    if clients < len(counts):  # the largest domain first, each to the client with fewest samples
+        for domain in np.argsort(-counts, kind="stable"):
+            owners[domain, np.argmin(counts @ owners)] = 1
+        return owners
+    number = np.ones(len(counts), dtype=np.int64)
+    for _ in range(clients - len(counts)):
+        number[np.argmax(counts / number)] += 1
+    owners[np.repeat(np.arange(len(counts)), number), np.arange(clients)] = 1
+    return owners

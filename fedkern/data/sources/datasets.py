@@ -328,7 +328,7 @@ def parts_of_datasets(
         no_counts = np.zeros((len(splits), 0), dtype=np.int64)
         counted = PartitionStatistics(no_counts, (), "attribute", names=sites, samples=sizes)
     else:
-        if is_captioned and parse_partition(partition).name not in ("iid", "attribute"):
+        if is_captioned and parse_partition(partition).info.needs_classes:
             raise UserError(f"partition={partition!r} needs classes, and images with texts have none: take iid.")
         splits, counted, names = _share_out(own_sets[""], names, partition, count, samples, seed, group_names)
         sites = counted.names
@@ -404,24 +404,26 @@ def _share_out(
 ) -> tuple[dict[str, Items], PartitionStatistics, tuple[str, ...]]:  # fmt: skip
     """Share a data set out among ``count`` clients, or one client per group of ``group_names``."""
     spec = parse_partition(partition)
-    all_labels = None if spec.name in ("iid", "attribute") else classes_of(pool)
+    all_labels = classes_of(pool) if spec.info.needs_classes else None
     rows = np.arange(len(pool)) if samples is None else _draw_samples(len(pool), samples, seed, pool.groups)
     labels = np.zeros(len(rows), dtype=np.int64) if all_labels is None else all_labels.numpy()[rows]
     classes = 1 if all_labels is None else max(len(names), 1 + int(all_labels.max()))
     patients, sites, owners = None if pool.groups is None else pool.groups[rows], None, None
-    if spec.name == "attribute":
+    if spec.info.by_groups:
         homes = [] if patients is None else [group_names[value] for value in patients.tolist()]
         if not all(homes) or not homes:
             raise UserError(
                 f"partition={partition!r} needs the site of every item: give groups=, or a dict of clients."
             )
+        owners, patients = _places(homes, sort_names(homes)), None
+    if spec.name == "attribute":
         sites = sort_names(homes)
         if count not in (None, len(sites)):
             raise UserError(f"groups has {len(sites)} sites, not {count}: leave clients out, or partition another way.")
-        count, owners = len(sites), _places(homes, sites)
+        count = len(sites)
     count = 5 if count is None else count
     shares = share_samples(spec, labels, count, seed, classes, patients=patients, owners=owners)
-    pool = replace(pool, classes=all_labels, groups=None if sites else pool.groups)
+    pool = replace(pool, classes=all_labels, groups=None if spec.info.by_groups else pool.groups)
     splits = {
         name: replace(pool.subset(torch.from_numpy(rows[part])), name=f"client {name}")
         for name, part in zip(sites or map(str, range(count)), shares, strict=True)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from fedkern.data import PARTITIONERS, PartitionStatistics, parse_partition, partition, partition_like
 from fedkern.data.sharing.groups import rows_by_owner, share_cases, share_units
 from fedkern.errors import UserError
+from fedkern.streams import stream
 
 LABELS = np.random.default_rng(0).integers(0, 10, size=3_000)
 
@@ -25,7 +26,7 @@ def assert_partition(parts: list[np.ndarray], n: int) -> None:
 
 SPECS = (
     "iid", "dirichlet:0.1", "dirichlet:0.5", "dirichlet:100", "dirichlet:0.5:plain", "dirichlet:0.2:min=20",
-    "classes:1", "classes:2", "classes:3", "classes:10", "attribute",
+    "classes:1", "classes:2", "classes:3", "classes:10", "attribute", "quantity:0.5", "quantity:3:min=1",
 )  # fmt: skip
 # classes:S needs enough clients for every class to be held; fewer are an error, tested below.
 CASES = [
@@ -44,7 +45,7 @@ def test_parts_are_disjoint_and_cover_the_set(spec: str, clients: int) -> None:
     assert min(len(part) for part in parts) > 0
 
 
-@pytest.mark.parametrize("spec", ["iid", "dirichlet:0.3", "classes:2"])
+@pytest.mark.parametrize("spec", ["iid", "dirichlet:0.3", "classes:2", "quantity:0.3"])
 def test_the_seed_reproduces_and_changes_the_partition(spec: str) -> None:
     parts, again, reseeded = (partition(spec, LABELS, 8, seed=seed) for seed in (1, 1, 2))
     for a, b in zip(parts, again, strict=True):
@@ -145,6 +146,43 @@ def test_attribute_follows_the_groups() -> None:
         np.testing.assert_array_equal(part, np.flatnonzero(groups == k))
 
 
+def test_sizes_are_one_dirichlet_draw_and_classes_are_mixed() -> None:
+    parts = partition("quantity:0.8", LABELS, 6, seed=3)
+    rng = stream(3, "partition")
+    while True:
+        cuts = (np.cumsum(rng.dirichlet(np.full(6, 0.8)))[:-1] * len(LABELS)).astype(np.int64)
+        wanted = np.split(rng.permutation(len(LABELS)), cuts)
+        if min(map(len, wanted)) >= 10:
+            break
+    for part, rows in zip(parts, wanted, strict=True):
+        np.testing.assert_array_equal(part, np.sort(rows))
+
+
+DOMAINS = np.repeat([7, 2, 5], [600, 300, 100])  # numbers that are no positions, and the largest first
+
+
+def domain_counts(spec: str, clients: int) -> np.ndarray:
+    """Return every client's rows of domains 2, 5 and 7, int64 ``[clients, 3]``."""
+    parts = partition(spec, LABELS[:1000], clients, seed=1, groups=DOMAINS)
+    assert_partition(parts, 1000)
+    return np.array([[(DOMAINS[part] == domain).sum() for domain in (2, 5, 7)] for part in parts])
+
+
+def test_domains_are_apart_mixed_or_in_between() -> None:
+    # Domain 7 is twice as large as domain 2: of seven clients it has four.
+    apart = [[150, 0, 0]] * 2 + [[0, 100, 0]] + [[0, 0, 150]] * 4
+    np.testing.assert_array_equal(domain_counts("domain:0", 7), apart)
+    np.testing.assert_array_equal(domain_counts("domain:1", 5), [[60, 20, 120]] * 5)
+    np.testing.assert_array_equal(domain_counts("domain:0.5", 2), [[75, 25, 450], [225, 75, 150]])  # 5 and 2 together
+
+
+def test_domains_need_names() -> None:
+    with pytest.raises(
+        UserError, match=r'"domain:0.5" needs the domain of every sample: a column client, site folders'
+    ):
+        partition("domain:0.5", LABELS, 4, seed=0)
+
+
 def test_an_empty_client_is_an_error_that_names_it() -> None:
     groups = np.zeros(len(LABELS), dtype=np.int64)
     with pytest.raises(UserError, match="client 1 would have no training sample"):
@@ -170,6 +208,11 @@ def test_more_clients_than_samples(spec: str) -> None:
     ("dirichlet:nan", "positive number ALPHA"),
     ("dirichlet:1:mim=3", 'cannot read "mim=3"'),
     ("classes", "needs a value, for example classes:2"),
+    ("domain", "needs a value, for example domain:0.5"),
+    ("domain:1.1", "number LAMBDA from 0 to 1"),
+    ("domain:0:1", "number LAMBDA from 0 to 1"),
+    ("quantity:0", "positive number ALPHA .*iid gives equal sizes"),
+    ("quantity:1:plain", 'cannot read "plain", expected quantity:ALPHA'),
     ("classes:0", "whole number S"),
     ("classes:1.5", "whole number S"),
     ("classes:2:3", "whole number S"),
@@ -188,7 +231,7 @@ def test_zero_clients() -> None:
 
 
 def test_every_registered_partitioner_can_be_parsed() -> None:
-    examples = {"dirichlet": "dirichlet:0.5", "classes": "classes:2"}
+    examples = {"dirichlet": "dirichlet:0.5", "classes": "classes:2", "quantity": "quantity:1", "domain": "domain:0"}
     examples |= {name: name for name in ("iid", "stratified", "attribute")}
     assert set(examples) == set(PARTITIONERS)
     for name, text in examples.items():
@@ -252,7 +295,7 @@ def test_units_and_cases_are_shared_out_by_owner() -> None:
             np.testing.assert_array_equal(rows, np.flatnonzero(np.isin(units, part)))
 
 
-@pytest.mark.parametrize("spec", ["dirichlet:0.5", "dirichlet:0.5:plain:min=40"])
+@pytest.mark.parametrize("spec", ["dirichlet:0.5", "dirichlet:0.5:plain:min=40", "quantity:1:min=40"])
 def test_the_minimum_counts_the_samples_of_a_unit(spec: str) -> None:
     sizes = np.random.default_rng(0).integers(10, 30, size=40)
     labels = np.arange(40) % 2
@@ -284,6 +327,7 @@ def test_clients_that_stand_for_all() -> None:
     ("text", "title"),
     [("iid", "equal random shares"), ("attribute", "attribute skew"), ("classes:2", "label skew, 2 classes a client"),
      ("dirichlet:0.10:plain", "label skew, Dirichlet(0.1), plain"), ("stratified", "equal shares of every class"),
+     ("quantity:0.5:min=1", "quantity skew, Dirichlet(0.5), min=1"), ("domain:0.25", "domain skew, 0.25 of 1 mixed"),
      ("own data", "own data")],
 )  # fmt: skip
 def test_a_partition_in_words(text, title):
