@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedkern.errors import UserError
-from fedkern.listeners.events import Listener, RunInfo, scalars
+from fedkern.listeners.events import RunInfo
+from fedkern.listeners.tracker import Tracker, reason
 from fedkern.process.extras import import_extra
 
 LOGGED = "fedkern.round"
@@ -23,7 +24,7 @@ def check() -> Any:
     return import_extra("MLflow (--mlflow) needs mlflow", "mlflow", "mlflow")
 
 
-class MLflow(Listener):
+class MLflow(Tracker):
     """Logs every communication round's figures to MLflow, with the round as ``step``.
 
     Metrics have the tags of :class:`TensorBoard`. The settings of the run are the parameters, and MLflow gets nothing
@@ -43,55 +44,26 @@ class MLflow(Listener):
     def __init__(self, experiment: str) -> None:
         if not isinstance(experiment, str) or not experiment.strip():
             raise UserError("MLflow needs the name of an experiment: MLflow(EXPERIMENT), or --mlflow EXPERIMENT.")
+        super().__init__(experiment.strip())
         self._mlflow = check()
-        self._experiment = experiment.strip()
-        self._id: str | None = None
-        self._client: Any = None  # None: nothing is logged now
-        self._logged = 0
-        self._sets: Collection[str] = ()
-
-    def state(self) -> dict[str, Any]:
-        return {} if self._id is None else {"experiment": self._experiment, "id": self._id}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        if state.get("experiment") == self._experiment:
-            self._id = str(state["id"])
 
     def on_start(self, run: RunInfo) -> None:
-        self._sets = run.test_sets
         try:
-            client = self._mlflow.MlflowClient()
+            self._client = client = self._mlflow.MlflowClient()
             if self._id is None:
-                experiment = client.get_experiment_by_name(self._experiment)
-                number = client.create_experiment(self._experiment) if experiment is None else experiment.experiment_id
+                experiment = client.get_experiment_by_name(self._place)
+                number = client.create_experiment(self._place) if experiment is None else experiment.experiment_id
                 self._id = str(client.create_run(number, run_name=Path(run.out).name).info.run_id)
                 client.log_batch(self._id, params=self._parameters(run.config.to_publish()))
             else:
                 self._logged = int(client.get_run(self._id).data.tags.get(LOGGED, 0))
                 client.update_run(self._id, status="RUNNING")
         except self._mlflow.MlflowException as error:
-            why = " ".join(str(error).split()).rstrip(".")
             raise UserError(
-                f"MLflow cannot open the experiment {self._experiment} ({why}): put that right, name another "
+                f"MLflow cannot open the experiment {self._place} ({reason(error)}): put that right, name another "
                 "experiment, or leave --mlflow out."
             ) from None
-        self._client = client
-
-    def on_round(self, record: Mapping[str, Any]) -> None:
-        number = int(record["round"])
-        if self._client is not None and number > self._logged:
-            self._log(scalars(record, self._sets), number)
-            self._logged = number
-
-    def on_end(self, summary: Mapping[str, Any]) -> None:
-        if self._client is not None:  # None: the run had finished before
-            figures = scalars(summary["metrics"], self._sets)
-            self._log({f"final/{tag}": value for tag, value in figures.items()}, int(summary["rounds"]))
-            self._finish("FINISHED")
-
-    def close(self) -> None:
-        """End MLflow's run, which then counts as failed. Does nothing after :meth:`on_end`."""
-        self._finish("FAILED")
+        self._sets, self._is_open = run.test_sets, True
 
     def _log(self, figures: Mapping[str, float], number: int) -> None:
         entities, now = self._mlflow.entities, int(1000 * time.time())
@@ -104,11 +76,10 @@ class MLflow(Listener):
             flat |= {f"{name}.{key}": text for key, text in value.items()} if isinstance(value, dict) else {name: value}
         return [self._mlflow.entities.Param(_metric_name(name), str(value)[:LONGEST]) for name, value in flat.items()]
 
-    def _finish(self, status: str) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            client.set_terminated(self._id, status)
-            self._id = None
+    def _finish(self, figures: Mapping[str, float] | None, number: int) -> None:
+        if figures is not None:
+            self._log(figures, number)
+        self._client.set_terminated(self._id, "FAILED" if figures is None else "FINISHED")
 
 
 def _metric_name(tag: str) -> str:

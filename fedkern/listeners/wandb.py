@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fedkern.errors import UserError
 from fedkern.files import atomic
 from fedkern.files.filesystem import read_json
-from fedkern.listeners.events import Listener, RunInfo, scalars
+from fedkern.listeners.events import RunInfo
+from fedkern.listeners.tracker import Tracker, reason
 from fedkern.process.extras import import_extra
 
 FOLDER, LOGGED = "wandb", "fedkern.json"
@@ -24,7 +25,7 @@ def check() -> Any:
     return import_extra("Weights & Biases (--wandb) needs wandb", "wandb", "wandb")
 
 
-class WandB(Listener):
+class WandB(Tracker):
     """Logs every communication round's figures to Weights & Biases, with the round as ``step``.
 
     Tags are those of :class:`TensorBoard`. The settings of the run are the config, the final figures the summary, under
@@ -48,25 +49,15 @@ class WandB(Listener):
     def __init__(self, project: str, *, quiet: bool = False) -> None:
         if not isinstance(project, str) or not project.strip("/ "):
             raise UserError("Weights & Biases needs the name of a project: WandB(PROJECT), or --wandb PROJECT.")
-        self._wandb = check()
-        self._project, self._quiet = project.strip(), quiet
-        self._id: str | None = None
+        super().__init__(project.strip())
+        self._wandb, self._quiet = check(), quiet
         self._run: Any = None
-        self._logged = 0
-        self._sets: Collection[str] = ()
-        self._folder: Path | None = None
+        self._folder = Path()
         self._made = False  # whether this run made the folder
-
-    def state(self) -> dict[str, Any]:
-        return {} if self._id is None else {"project": self._project, "id": self._id}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        if state.get("project") == self._project:
-            self._id = str(state["id"])
 
     def on_start(self, run: RunInfo) -> None:
         resumed, self._id = self._id, self._id or uuid.uuid4().hex[:8]
-        self._folder, self._sets = Path(run.out) / FOLDER, run.test_sets
+        self._folder = Path(run.out) / FOLDER
         self._made = not self._folder.exists()
         if not self._made:
             atomic.make_folder(self._folder)  # raises where the folder is a link
@@ -75,45 +66,30 @@ class WandB(Listener):
         settings: dict[str, Any] = {"console": "off", "silent": self._quiet}
         if run.private:
             settings |= {"x_disable_meta": True, "x_disable_stats": True, "x_disable_machine_info": True}
-        entity, _, project = self._project.rpartition("/")
+        entity, _, project = self._place.rpartition("/")
         try:
             self._run = self._wandb.init(
                 id=self._id, resume="allow", project=project, entity=entity or None, name=Path(run.out).name,
                 dir=str(run.out), config=run.config.to_publish(), settings=settings,
             )  # fmt: skip
         except self._wandb.Error as error:
-            why = " ".join(str(error).split()).rstrip(".")
             raise UserError(
-                f"wandb cannot open the project {self._project} ({why}): put that right, set WANDB_MODE=offline, or "
-                "leave --wandb out."
+                f"wandb cannot open the project {self._place} ({reason(error)}): put that right, set "
+                "WANDB_MODE=offline, or leave --wandb out."
             ) from None
+        self._sets, self._is_open = run.test_sets, True
 
-    def on_round(self, record: Mapping[str, Any]) -> None:
-        number = int(record["round"])
-        if self._run is None or self._folder is None or number <= self._logged:
-            return
-        self._run.log(scalars(record, self._sets), step=number)
-        self._logged = number
+    def _log(self, figures: Mapping[str, float], number: int) -> None:
+        self._run.log(figures, step=number)
         atomic.make_folder(self._folder)
         atomic.write_bytes(self._folder / LOGGED, json.dumps({"id": self._id, "round": number}).encode())
 
-    def on_end(self, summary: Mapping[str, Any]) -> None:
-        if self._run is not None:  # None: the run had finished before
-            for tag, value in scalars(summary["metrics"], self._sets).items():
-                self._run.summary[f"final/{tag}"] = value
-            self._finish(0)
-
-    def close(self) -> None:
-        """End wandb's run, which then counts as failed. Does nothing after :meth:`on_end`."""
-        self._finish(1)
-        if self._folder is not None and self._made and self._logged == 0:
+    def _finish(self, figures: Mapping[str, float] | None, number: int) -> None:
+        for tag, value in (figures or {}).items():
+            self._run.summary[tag] = value
+        self._run.finish(exit_code=int(figures is None))
+        if self._made and self._logged == 0:
             shutil.rmtree(self._folder, ignore_errors=True)  # a run that did no round leaves nothing
-        self._folder = None
-
-    def _finish(self, code: int) -> None:
-        run, self._run, self._id = self._run, None, None
-        if run is not None:
-            run.finish(exit_code=code)
 
 
 def _last(file: Path, id: str) -> int:
