@@ -15,6 +15,7 @@ from benchmarks.shown import nodes
 from benchmarks.studies.page_commands import COMMANDS
 from fedkern.comparison.seed_statistics import compare_pairs
 from fedkern.methods import METHODS
+from fedkern.report.tables import human_metric
 from fedkern.settings.config import RunConfig
 
 Lines = Sequence[str]
@@ -99,17 +100,17 @@ def commits_of(paper: str, rows: Sequence[Mapping[str, Any]]) -> Lines:
 
 
 def verdicts(paper: str) -> Lines:
-    """Return the table of published numbers of rounds, those played here, and the verdicts."""
+    """Return the table of published figures, those played here, and the verdicts."""
     rows = []
     for row in read_rows(paper).values():
-        as_text = "{:,.0f}".format
+        as_text = "{:,.0f}".format if row["figure"] == "rounds" else partial(human_metric, row["figure"])
         ours = "" if row["ours"] is None else as_text(row["ours"])
         if row["ours_low"] is not None:
             ours += f" [{as_text(row['ours_low'])}, {as_text(row['ours_high'])}]"
         verdict = ": ".join(filter(None, (row["verdict"], row["detail"])))
         published = "" if row["published"] is None else as_text(row["published"])
         rows.append([row["name"], published, ours, row.get("swept") or "", verdict])
-    return table(["cell", "published", "ours", "swept, seed 0", "verdict"], rows).split("\n")
+    return table(["cell", "published", "ours", "swept, first seed", "verdict"], rows).split("\n")
 
 
 def command(method: str, digits: int = 1, scale: float = 100.0, unit: str = "%") -> Lines:
@@ -647,7 +648,8 @@ def find_accuracy(runs: Mapping[str, Mapping[str, Any]], sent: float) -> str:
 
 
 def _reproducing() -> Page:
-    sections = {"FedAvg rounds to an accuracy on MNIST": partial(verdicts, "mcmahan2017")}
+    tables = {"FedAvg rounds to an accuracy on MNIST": "mcmahan2017", "NIID-Bench on FCUBE": "fcube"}
+    sections = {name: partial(verdicts, study) for name, study in tables.items()}
     return Page("docs/reproducing.md", sections, "Tables run here")
 
 
