@@ -212,7 +212,3 @@ def test_a_paper_that_fedkern_ships_is_in_the_format(name):
 def test_the_page_shows_the_example():
     page = (Path(__file__).parents[2] / "docs" / "reproducing.md").read_text()
     assert page.partition("```toml\n")[2].partition("```")[0] == published.EXAMPLE.read_text()
-
-
-def test_fedkern_ships_papers():
-    assert "mcmahan2017" in published.list_papers()

@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from fedkern.comparison.published import PublishedCell
-from fedkern.comparison.verdicts import Outcome, judge_cell
+from fedkern.comparison.verdicts import Outcome, figure_of, judge_cell
 
 CELL = PublishedCell("a", figure="accuracy", published=0.9, tolerance=0.02)
 ROUNDS = PublishedCell("a", figure="rounds", published=87, tolerance=20, target="accuracy=0.97")
@@ -35,6 +36,12 @@ def test_a_value_at_the_published_scale(mean, deviation, verdict):
     assert str(judged) == verdict
     assert math.isclose(judged.ours.high - judged.ours.mean, HALF * deviation)
     assert judged.gap is None
+
+
+def test_the_best_evaluated_round_is_a_figure():
+    run = SimpleNamespace(metrics={"accuracy": 0.7}, direction=lambda figure: "max")
+    run.records = [{"accuracy": value} for value in (0.5, 0.8, 0.7)]
+    assert [figure_of(replace(CELL, figure=name), run) for name in ("accuracy", "best_accuracy")] == [0.7, 0.8]
 
 
 def test_one_seed_decides_nothing():

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedkern.comparison import published
 from fedkern.comparison.papers.niidbench2022 import CNN, shares
 from fedkern.errors import UserError
 
@@ -42,12 +41,6 @@ def test_a_party_has_its_own_digit_and_others_whose_holders_share_equally(count)
     assert max(second[: 10 * (count - 1)].count(digit) for digit in range(10)) > count - 1
 
 
-def test_more_parties_begin_with_the_first_digit_again():
-    digits = [set(LABELS[rows].tolist()) for rows in shares(LABELS, 12, "classes:2", 0)]
-    assert 0 in digits[10]
-    assert 1 in digits[11]
-
-
 def test_fewer_parties_than_digits_are_refused():
     with pytest.raises(UserError, match="a client for every digit, not 9: use --clients 10"):
         shares(LABELS, 9, "classes:2", 0)
@@ -59,17 +52,3 @@ def test_unequal_parties_see_the_same_distribution():
     assert max(sizes) > 4 * sorted(sizes)[4]
     largest = max(shares(LABELS, 10, "iid", 0, quantity=0.5), key=len)
     assert np.bincount(LABELS[largest], minlength=10).min() > 0.07 * len(largest)
-
-
-def test_cells_play_the_papers_settings():
-    paper = published.read_paper("niidbench2022")
-    for cell in paper.cells:
-        assert cell.published is not None
-        words = " ".join(paper.words(cell.command))
-        for setting in (
-            "--clients 10", "--rounds 50", "--local-epochs 10", "--batch-size 64", "--lr 0.01", "--momentum 0.9",
-            "--weight-decay 0.00001",
-        ):  # fmt: skip
-            assert setting in words, cell.name
-        assert bool(cell.sweep) == ("FedProx" in cell.name)
-        assert len(cell.seeds) == 5

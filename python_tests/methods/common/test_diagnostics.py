@@ -334,6 +334,9 @@ def test_the_clients_that_have_a_figure_are_compared():
     figures = {0: {"dice": 0.5, "loss": 1.0}, 1: {"loss": 9.0}, 2: {"dice": 0.75, "loss": 2.0}}
     assert over_clients(figures, sets)["mean_client_dice"] == 0.625
     assert over_clients(figures, sets)["worst_client_loss"] == 9.0
+    tenths = over_clients({k: {"loss": float(k)} for k in range(20)}, sets)
+    assert (tenths["worst_tenth_client_loss"], tenths["best_tenth_client_loss"]) == (18.5, 0.5)
+    assert "best_tenth_client_loss" not in over_clients({k: {"loss": 1.0} for k in range(19)}, sets)
     assert worst_client(figures, sets) == (0, "dice")
     assert worst_client({k: figures[k] for k in (1, 2)}, sets) is None  # nobody to compare with
     assert over_clients({**figures, 0: {"dice": math.nan}}, sets)["worst_client_dice"] == 0.75
