@@ -19,8 +19,8 @@ from benchmarks.plain import common
 
 FLAGS: dict[str, Any] = {"lambda": 0.5, "temperature": 1.0, "pretrain_epochs": 20}
 ASSUMES = {
-    "weighting": "samples", "teacher": "pretrained", "mixing": "convex", "divergence": "kl", "teachers": 1,
-    "backbone": "consistent", "teacher_view": "cached", "teacher_tuning": "zero-shot",
+    "weighting": "samples", "teacher": "pretrained", "mixing": "convex", "teachers": 1, "prior": "none",
+    "mapping": "auto", "backbone": "consistent", "teacher_view": "cached", "teacher_tuning": "zero-shot",
 }  # fmt: skip
 IGNORES = ("prompts", "tuning_epochs", "tuning_lr", "teacher_cache")
 """Method options that say nothing where the others are as :data:`ASSUMES` has them."""

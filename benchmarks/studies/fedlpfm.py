@@ -1,16 +1,14 @@
-"""EfficientNet-Lite0's frozen features under a linear classifier, for the row of FedCGS beside Fed-LPFM."""
+"""EfficientNet-Lite0's frozen maps under a linear classifier, for the rows of FedCGS beside Fed-LPFM."""
 
 from functools import cache
 
-import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
 from fedkern.data.sources.cifar import CIFAR10_CLASSES, CIFAR10_SCALE
 from fedkern.models.teachers.efficientnet_lite import NAME, SHA256, efficientnet_lite_teacher
 from fedkern.models.teachers.teacher import Teacher, teacher_of
 from fedkern.models.teachers.teacher_cache import LogitsCache
-
-WIDTH = 1280
 
 
 class FrozenFeatures(nn.Module):
@@ -22,23 +20,32 @@ class FrozenFeatures(nn.Module):
         classes: number of classes.
     """
 
+    stage, grid, width = "layer7", 1, 1280
+
     def __init__(self, classes: int) -> None:
         super().__init__()
-        self.head = nn.Linear(WIDTH, classes)
+        self.head = nn.Linear(self.width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map CIFAR-10's normalised images fp32 ``[B, 3, 32, 32]`` to logits ``[B, classes]``."""
-        store, extractor = _extractor()
-        with torch.no_grad():
-            features = store.logits(extractor, [images])
-        logits: Tensor = self.head(features.to(images.device))
-        return logits
+        store, extractor = make_extractor(self.stage, self.grid, self.width)
+        return self.head(store.logits(extractor, [images]).to(images.device))
+
+
+class EarlyFeatures(FrozenFeatures):
+    """The same on maps of the first three stages, averaged over a 4x4 grid."""
+
+    stage, grid, width = "layer3", 4, 640
 
 
 @cache
-def _extractor() -> tuple[LogitsCache, Teacher]:
+def make_extractor(stage: str, grid: int, width: int) -> tuple[LogitsCache, Teacher]:
+    """Return a store of features, and what computes them: maps after ``stage``, averaged over a grid."""
     mean, std = CIFAR10_SCALE
-    network = efficientnet_lite_teacher(CIFAR10_CLASSES, mean=mean, std=std)
-    name = f"features of {NAME}"
-    extractor = teacher_of(network.features, name, WIDTH, identity={"model": name, "weights": SHA256})
-    return LogitsCache(None, mean, std), extractor
+    teacher, name = efficientnet_lite_teacher(CIFAR10_CLASSES, mean=mean, std=std), f"{stage} of {NAME}"
+
+    def extract(images: Tensor) -> Tensor:
+        return adaptive_avg_pool2d(teacher.network.maps(images, stage), grid).flatten(1)
+
+    identity = {"model": name, "grid": grid, "weights": SHA256}
+    return LogitsCache(None, mean, std), teacher_of(extract, name, width, identity=identity)

@@ -11,21 +11,21 @@ logits t are of the images before augmentation, computed once.
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, log_softmax
+from torch.func import functional_call
 
 from fedkern import ops
 from fedkern.errors import UserError
 from fedkern.files import filesystem
-from fedkern.methods.base import LocalTraining
+from fedkern.methods.base import LocalTraining, vectors_of
+from fedkern.methods.common.figures import class_counts
 from fedkern.methods.method_registry import register
 from fedkern.methods.options import Options as BaseOptions
 from fedkern.methods.protocol import (
@@ -41,7 +41,7 @@ from fedkern.methods.protocol import (
     Upload,
 )
 from fedkern.methods.roles import Client, Drawn, Server, TestSet
-from fedkern.methods.uploads import Declaration, Maybe, Number
+from fedkern.methods.uploads import Declaration, Maybe, Number, Values
 from fedkern.models.cost import count_flops, measure_cost
 from fedkern.models.precision import compute_in
 from fedkern.models.teachers import clip as templates
@@ -54,7 +54,7 @@ from fedkern.process.device_copies import send
 from fedkern.typed_option import option
 
 _ASKING = threading.Lock()  # test sets are evaluated in threads: a teacher is built once and runs once on each set
-TUNE = "tune"
+TUNE, COUNT = "tune", "count"
 
 
 @register("fedlpfm")
@@ -83,14 +83,20 @@ class FedLPFM(LocalTraining):
             "loss: (1 - lambda) CE + lambda KL (convex), or CE + lambda KL (additive)",
             choices=("convex", "additive"),
         )
-        divergence: str = option(
-            "kl",
-            "distillation loss: kl (KL(teacher || proxy)), mse (half the variance of the logit difference, its "
-            "limit at high temperature), js (Jensen-Shannon)",
-            choices=("kl", "mse", "js"),
-        )
         prompts: str = option(
             DEFAULT, "CLIP's prompts: a template, a file of templates, or JSON by class", path=templates.absolute
+        )
+        mapping: str = option(
+            "auto",
+            "logit of a class with several ImageNet classes or prompts: their mean (of prompts: of their features), "
+            "the log of the mean of their exponentials, or auto (log-mean-exp, and mean of prompts)",
+            choices=("auto", "mean", "log-mean-exp"),
+        )
+        prior: str = option(
+            "none",
+            "correct the teacher for class shares: none, or counts (from one exchange of every client's class counts, "
+            "which tell its labels)",
+            choices=("none", "counts"),
         )
         teachers: int = option(1, "teachers per client; the mean of their probabilities is the target", low=1)
         backbone: str = option(
@@ -128,15 +134,18 @@ class FedLPFM(LocalTraining):
             )
         if o.teacher_view == "same" and o.teacher_tuning == "finetune":
             raise UserError("A fine-tuned teacher is kept as its logits alone: take teacher_view=cached.")
-        if math.isinf(o.temperature) and o.divergence != "kl":
-            raise UserError('Method option "temperature" may be inf with divergence=kl alone.')
-        if o.prompts != DEFAULT and all(spec.kind != "clip" for spec in named_teachers.parse_teachers(o.teacher)):
-            raise UserError(
-                f'Method option "prompts" is for CLIP, and the teacher is {o.teacher}: leave it out, or take '
-                "teacher=clip:FOLDER."
-            )
+        if o.prior == "counts" and o.teacher_tuning != "zero-shot":
+            raise UserError("A tuned teacher has its client's class shares: take prior=none.")
+        specs = named_teachers.parse_teachers(o.teacher)
+        for name, unset, kinds in (("prompts", DEFAULT, ("clip",)), ("mapping", "auto", ("clip", named_teachers.LITE))):
+            if getattr(o, name) != unset and all(spec.kind not in kinds for spec in specs):
+                raise UserError(
+                    f'Method option "{name}" is for {" and ".join(kinds)}, and the teacher is {o.teacher}: leave it '
+                    "out, or take teacher=clip:FOLDER."
+                )
         self._teachers: named_teachers.Teachers  # from _install on
         self._proxy: Teacher | None = None
+        self._shift = torch.zeros(1, 1)
         self._known: dict[int, tuple[Any, dict[str, float]]] = {}
 
     # -- the loss --------------------------------------------------------------------------------------------------
@@ -147,25 +156,11 @@ class FedLPFM(LocalTraining):
         em = batch.task.criterion(logits, batch)
         if not o.lam:
             return em
-        kd = self.divergence(logits, batch.drawn["teacher"])
+        teacher, t = batch.drawn["teacher"], float(o.temperature)  # [K, B, C]
+        kd = ops.kl_div(logits, teacher[0], t) if len(teacher) == 1 else ops.ensemble_kl(logits, teacher, None, t)
         share = 1 - o.lam if o.mixing == "convex" else 1.0
         total = share * em + o.lam * kd if share else o.lam * kd
         return total, {"loss_em": em.detach(), "loss_kd": kd.detach()}
-
-    def divergence(self, logits: Tensor, teacher: Tensor) -> Tensor:
-        """Return the distillation loss of proxy logits [B, C] against teachers' logits.
-
-        ``teacher`` is [B, C] for one teacher, [K, B, C] for several.
-        """
-        o = self.options
-        temperature = float(o.temperature)
-        if o.divergence == "kl":
-            if teacher.dim() == 3:
-                return ops.ensemble_kl(logits, teacher, None, temperature)
-            return ops.kl_div(logits, teacher, temperature)
-        if o.divergence == "mse":
-            return ops.kl_div(logits, teacher, math.inf)
-        return temperature**2 * ops.js_div(torch.stack([logits, teacher]) / temperature)
 
     # -- the client ------------------------------------------------------------------------------------------------
 
@@ -177,7 +172,8 @@ class FedLPFM(LocalTraining):
         for index in self._used():
             spec = self._teachers.specs[index]
             if spec.kind == "logits" and self.options.teacher_tuning == "zero-shot":
-                if self.options.teacher_view == "same" and self._has_augmented(client):
+                image = next(client.in_order(1, augment=True, rng=client.rng("look", BEFORE)))
+                if self.options.teacher_view == "same" and image.fresh:
                     raise UserError(
                         f"The teacher {spec} knows images as they are stored and these are augmented: "
                         "take teacher_view=cached, or --augment none."
@@ -185,63 +181,83 @@ class FedLPFM(LocalTraining):
                 for batch in client.in_order():
                     self._teachers[index].logits(batch.inputs)
 
-    def _has_augmented(self, client: Client) -> bool:
-        return next(client.in_order(1, augment=True, rng=client.rng("look", BEFORE))).fresh
-
     def rounds(self, federation: Federation) -> Iterator[Round]:
-        """Yield FedAvg's plan, with a set-up round for tuned teachers.
+        """Yield FedAvg's plan, with set-up rounds for tuned teachers and for class counts.
 
-        That round uploads only a figure for the experimenter.
+        Tuning uploads only a figure for the experimenter.
         """
         if self.options.lam and self.options.teacher_tuning != "zero-shot":
             yield Round(TUNE, exchanges=(TUNE,), participants="all", one_off=True, counted=False, trains="teachers")
+        if self.options.lam and self.options.prior == "counts":
+            yield Round(COUNT, exchanges=(COUNT,), participants="all", one_off=True)
         yield from super().rounds(federation)
 
     def send(self, server: Server, phase: Phase) -> Message | dict[ClientId, Message]:
-        return {} if phase.exchange == TUNE else super().send(server, phase)
+        if phase.exchange in (TUNE, COUNT):
+            return {}
+        message: Message = vectors_of(server.state)
+        return {**message, "shift": server.state["shift"]} if "shift" in server.state else message
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
         if phase.exchange == TUNE:
             return {"right": Maybe(Number(0, 1))}
+        if phase.exchange == COUNT:
+            return {"counts": Values((2, len(self._used()), len(server.classes)), low=0)}
         return super().expects(server, phase, client, message)
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
-        if phase.exchange != TUNE:
+        if phase.exchange == COUNT:
+            server.state["shift"] = class_shift(upload.message["counts"] for upload in uploads)
+        elif phase.exchange != TUNE:
             super().server_update(server, phase, uploads)
         elif right := [upload.message["right"] for upload in uploads]:
             server.report["validation_tuned_teacher_accuracy"] = sum(right) / len(right)
 
     def _tune(self, client: Client) -> Message:
         """Tune the client's teachers, and return their mean validation accuracy as ``right``."""
-        each_round = self.options.backbone == "random-each-round"
-        for index in self._used() if each_round else self.backbones(client, BEFORE):
+        for index in self._list_teachers(client):
             self._own_logits(client, index)
         right = client.state.get("tuned_right", {}).values()
         return {"right": sum(right) / len(right)} if right else {}
+
+    def _list_teachers(self, client: Client) -> Sequence[int]:
+        """Return the positions of all teachers that the client asks in the run."""
+        return self._used() if self.options.backbone == "random-each-round" else self.backbones(client, BEFORE)
+
+    def _count(self, client: Client) -> Message:
+        """Return the sums over the client's samples of labels and of teachers' probabilities, ``counts`` [2, J, C]."""
+        counts = torch.zeros(2, len(self._used()), len(client.classes))
+        for index in self._list_teachers(client):
+            counts[0, index] = class_counts(client)
+            counts[1, index] = self._own_logits(client, index).softmax(1).sum(0)
+        return {"counts": counts}
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         if self.options.lam:
             self._install(client, client.network)
             if phase.exchange == TUNE:
                 return self._tune(client)
+            if phase.exchange == COUNT:
+                return self._count(client)
             chosen = self.backbones(client, phase)
-            client.round_cache["chosen"] = chosen
+            shift = message.get("shift", torch.zeros(len(self._used()), 1)).cpu()[chosen, None]
+            client.round_cache.update(chosen=chosen, shift=shift)
             if self.options.teacher_view == "cached":
-                stacked = torch.stack([self._own_logits(client, index) for index in chosen])
-                client.round_cache["teacher"] = self._mixture(stacked).to(client.device)
+                stacked = torch.stack([self._own_logits(client, index) for index in chosen]) + shift
+                client.round_cache["teacher"] = stacked.to(client.device)
                 guesses = stacked.softmax(2).mean(0).argmax(1)
                 client.report["teacher_right"] = float((guesses == client.labels).float().mean())
         return super().client_update(client, phase, message)
 
     def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> Drawn:
-        """Return the teacher's logits of the batch's samples."""
+        """Return the logits [K, B, C] of the batch's samples by the client's K teachers."""
         if not self.options.lam:
             return {}
         if self.options.teacher_view == "same":
-            live = [self._live(client, index, batch) for index in client.round_cache["chosen"]]
-            return {"teacher": self._mixture(torch.stack(live))}
+            live = torch.stack([self._live(client, index, batch) for index in client.round_cache["chosen"]])
+            return {"teacher": live + client.round_cache["shift"].to(live.device)}
         logits: Tensor = client.round_cache["teacher"]
-        return {"teacher": logits.index_select(logits.dim() - 2, send(torch.from_numpy(batch.indices), logits.device))}
+        return {"teacher": logits.index_select(1, send(torch.from_numpy(batch.indices), logits.device))}
 
     def backbones(self, client: Client, phase: Phase) -> list[int]:
         """Return the positions of a client's teachers in this round."""
@@ -251,18 +267,6 @@ class FedLPFM(LocalTraining):
         when = BEFORE if o.backbone == "random" else Phase(phase.round, "", "update")
         drawn = client.rng("backbone", when).choice(len(self._teachers.specs), size=o.teachers, replace=False)
         return sorted(int(index) for index in drawn)
-
-    def _mixture(self, logits: Tensor) -> Tensor:
-        """Return teacher logits [K, B, C] for the divergence.
-
-        Several teachers with another divergence than KL become the logits [B, C] of their mean probabilities.
-        """
-        if len(logits) == 1:
-            return logits[0]
-        if self.options.divergence == "kl":
-            return logits
-        temperature: float = self.options.temperature
-        return temperature * (torch.logsumexp(log_softmax(logits / temperature, 2), 0) - math.log(len(logits)))
 
     def _own_logits(self, client: Client, index: int) -> Tensor:
         """Return a teacher's logits [n, C] of the client's samples, computed once in a run."""
@@ -301,7 +305,8 @@ class FedLPFM(LocalTraining):
         if index not in client.state.get("teacher_heads", {}):
             self._own_logits(client, index)
         head = {name: value.to(teacher.device) for name, value in client.state["teacher_heads"][index].items()}
-        return linear(teacher.features(batch.inputs), head["weight"], head["bias"]).to(batch.inputs.device)
+        answers: Tensor = functional_call(teacher.classifier.head, head, teacher.features(batch.inputs))
+        return answers.to(batch.inputs.device)
 
     # -- teachers --------------------------------------------------------------------------------------------------
 
@@ -318,7 +323,7 @@ class FedLPFM(LocalTraining):
             )
         self._teachers = named_teachers.Teachers(
             specs, LogitsCache(o.teacher_cache or None, place.mean, place.std, place.notice), classes=place.classes,
-            device=place.device, build=build, public=place.public, prompts=o.prompts,
+            device=place.device, build=build, public=place.public, prompts=o.prompts, mapping=o.mapping,
             recipe=Recipe(epochs=o.pretrain_epochs),
         )  # fmt: skip
 
@@ -337,8 +342,6 @@ class FedLPFM(LocalTraining):
         server.report["proxy_parameters"] = costs.parameters
         server.report["proxy_inference_mflops"] = costs.inference_flops / 1e6
         server.report["proxy_training_mflops"] = costs.training_flops / 1e6
-        server.report["proxy_inference_mbytes"] = costs.inference_bytes / 1e6
-        server.report["proxy_training_mbytes"] = costs.training_bytes / 1e6
         for index in self._used():
             teacher = self._teachers[index]
             if self.options.teacher_tuning != "zero-shot":
@@ -353,6 +356,10 @@ class FedLPFM(LocalTraining):
             network = server.build()
             load_or_pretrain(network, server.public, self._teachers.cache, name="proxy", recipe=self._teachers.recipe)
             self._proxy = trained_teacher(network, "proxy", len(server.classes), server.device)
+
+    def model(self, server: Server) -> nn.Module:
+        self._shift = server.state.get("shift", self._shift).cpu()
+        return super().model(server)
 
     def evaluate(self, model: nn.Module, data: TestSet) -> dict[str, float]:
         """Return the proxy's figures, and if possible ``teacher_accuracy`` and ``public_proxy_accuracy``.
@@ -385,7 +392,9 @@ class FedLPFM(LocalTraining):
         figures: dict[str, float] = {}
         kinds = {self._teachers.specs[index].kind for index in self._used()}
         if "logits" not in kinds:  # stored logits may lack the test images
-            probabilities = [answers(teacher).double().softmax(1) for teacher in used]
+            shifts = self._shift.expand(len(used), -1)
+            logits = [answers(teacher) + shift for teacher, shift in zip(used, shifts, strict=True)]
+            probabilities = [answer.double().softmax(1) for answer in logits]
             if self.options.backbone == "consistent":
                 figures["teacher_accuracy"] = accuracy(torch.stack(probabilities).mean(0))
             else:
@@ -413,6 +422,19 @@ class FedLPFM(LocalTraining):
                 "prompts and the class names, or lower lambda."
             )
         return notes
+
+
+def class_shift(counts: Iterable[Tensor]) -> Tensor:
+    """Return what to add to teachers' logits, fp32 ``[J, C]``, for the class shares of the federation.
+
+    ``log(n_c / m_c)`` with n_c samples of class c, and m_c the sum of the teacher's probabilities of c over all samples
+    (the correction of Saerens et al., Neural Computation 2002, for known shares).  Both are at least half a sample.
+
+    Args:
+        counts: clients' n and m, ``[2, J, C]``.
+    """
+    total: Tensor = sum(counts, torch.zeros((), dtype=torch.float64)).clamp_min(0.5)
+    return (total[0] / total[1]).log().float()
 
 
 @compute_in("fp32")  # in bf16 a teacher computes with a copy of its layers, whose calls are not counted

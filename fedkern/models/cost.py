@@ -1,8 +1,8 @@
-"""Cost of a network: parameters, floating-point operations and memory, in inference and in training."""
+"""Cost of a network: parameters, and floating-point operations in inference and in training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -39,15 +39,10 @@ def count_flops(module: nn.Module | None) -> Iterator[Counted]:
             yield counted
         counted.flops = int(counter.get_total_flops())
         return
-    with hook_layers((layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))), counted.add):
-        yield counted
-
-
-@contextmanager
-def hook_layers(layers: Iterable[nn.Module], hook: Callable[..., None]) -> Iterator[None]:
-    handles = [layer.register_forward_hook(hook) for layer in layers]
+    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    handles = [layer.register_forward_hook(counted.add) for layer in layers]
     try:
-        yield
+        yield counted
     finally:
         for handle in handles:
             handle.remove()
@@ -55,18 +50,11 @@ def hook_layers(layers: Iterable[nn.Module], hook: Callable[..., None]) -> Itera
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a network per image.
-
-    Attributes:
-        inference_bytes: parameters, buffers, and the largest sum of a layer's input and output.
-        training_bytes: parameters, buffers, gradients, momentum, and the tensors for the backward pass of one image.
-    """
+    """Parameters of a network, and its operations per image."""
 
     parameters: int
     inference_flops: int
     training_flops: int
-    inference_bytes: int
-    training_bytes: int
 
 
 def stored_bytes(module: nn.Module) -> int:
@@ -86,36 +74,16 @@ def measure_cost(module: nn.Module, images: Tensor) -> Cost:
 
     Give a copy: running statistics change, and all gradients are required.
     """
-    count = len(images)
-    weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    buffers = stored_bytes(module) - weights
-    largest = 0  # sum of a layer's input and output, in bytes
-
-    def look(layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-        nonlocal largest
-        largest = max(largest, sum(x.nbytes for x in (*inputs, output) if isinstance(x, Tensor)))
-
-    leaves = [layer for layer in module.eval().modules() if not any(True for _ in layer.children())]
-    with torch.no_grad(), hook_layers(leaves, look), count_flops(module) as forward:
+    module.eval()
+    with torch.no_grad(), count_flops(module) as forward:
         module(images)
-    saved: dict[int, int] = {}
-    storages = {p.untyped_storage().data_ptr() for p in module.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in storages:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     module.train().requires_grad_(True)
-    with count_flops(module) as step, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with count_flops(module) as step:
         module(images).sum().backward()
     for parameter in module.parameters():
         parameter.grad = None
     return Cost(
         parameters=sum(p.numel() for p in module.parameters()),
-        inference_flops=forward.flops // count,
-        training_flops=step.flops // count,
-        inference_bytes=weights + buffers + largest // count,
-        training_bytes=3 * weights + buffers + sum(saved.values()) // count,
+        inference_flops=forward.flops // len(images),
+        training_flops=step.flops // len(images),
     )

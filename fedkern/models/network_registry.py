@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fedkern.errors import UserError, suggest_name
-from fedkern.models.networks.cnn import CNN
+from fedkern.models.networks.cnn import CNN, RandomFilters
 from fedkern.models.networks.efficientnet import EfficientNetB0
 from fedkern.models.networks.mlp import MLP
 from fedkern.models.networks.mobilenet import MobileNetV2
@@ -75,7 +75,7 @@ def _any_size(make: Callable[..., Network]) -> Callable[..., Network]:
     return make_without_stem
 
 
-_cnn, _mlp, _vit = _any_size(CNN), _any_size(MLP), _any_size(ViT)
+_cnn, _filters, _mlp, _vit = _any_size(CNN), _any_size(RandomFilters), _any_size(MLP), _any_size(ViT)
 _unet, _unet_small = _any_size(partial(UNet, depth=4)), _any_size(partial(UNet, depth=3))
 _resnet8, _resnet10, _resnet18 = (partial(ResNet, blocks) for blocks in ((1, 1, 1), (1, 1, 1, 1), (2, 2, 2, 2)))
 
@@ -122,6 +122,7 @@ _SHIPPED = {
         ModelEntry("resnet18-gn", "resnet18 with group norm, for DP-SGD", 64, 8, group_norm(_resnet18)),
         ModelEntry("mlp", "three hidden layers of 256 units with batch norm, for small images", 256, 1, _mlp,
                    sized=True),
+        ModelEntry("random-filters", "32 random 3x3 filters averaged over a 4x4 grid, for fedcgs", 32, 4, _filters),
         ModelEntry("vit-tiny", "vision transformer of 12 layers and width 192 (DeiT-Ti), 5.4 million parameters", 192,
                    8, _vit, sized=True),
         ModelEntry("unet", "U-Net of depth 4 with batch norm for segmentation, 1.9 million parameters", 16, 16, _unet,

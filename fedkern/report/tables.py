@@ -70,8 +70,8 @@ def human_metric(name: str, value: float) -> str:
     figure, (factor, unit) = split_metric(name)[1], scale(name)
     if unit:
         return f"{factor * value:.1f} {unit}"
-    if figure.endswith(("_bytes", "_mbytes")):
-        return human_bytes(value * (1e6 if figure.endswith("_mbytes") else 1))
+    if figure.endswith("_bytes"):
+        return human_bytes(value)
     if figure.endswith("_mflops"):
         return f"{value:,.1f} MFLOP"
     return f"{value:,.0f}" if abs(value) >= 1000 and float(value).is_integer() else f"{value:.3g}"

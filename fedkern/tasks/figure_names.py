@@ -82,7 +82,7 @@ _SHARES = (
 )  # fmt: skip
 _ENDINGS = {
     "_up_bytes": " (sent by a client)", "_down_bytes": " (sent to a client)", "_bytes": " (size)",
-    "_mbytes": " (memory)", "_mflops": " (operations)",
+    "_mflops": " (operations)",
 }  # fmt: skip
 
 

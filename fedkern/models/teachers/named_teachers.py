@@ -58,7 +58,7 @@ def parse_teachers(text: str) -> list[Spec]:
                 )
             kind, source = CODE, word.strip()
         if kind not in ALONE and not source:
-            raise UserError(f"the teacher {kind} needs a name after the colon, for example {_EXAMPLES[kind]}.")
+            raise UserError(f"the teacher {kind} needs a path after a colon: {kind}:PATH.")
         specs.append(Spec(kind, source))
     return specs
 
@@ -79,9 +79,6 @@ def absolute(text: str) -> str:
 def list_code(text: str) -> list[str]:
     """Return the teachers in a list that are Python code, which is imported and so run."""
     return [str(spec) for spec in parse_teachers(text) if spec.kind == CODE]
-
-
-_EXAMPLES = {"clip": "clip:openai/clip-vit-base-patch32", "logits": "logits:FILE"}
 
 
 def expand_pretrained(specs: Sequence[Spec], build: Callable[..., nn.Module]) -> list[Spec]:
@@ -114,6 +111,7 @@ class Teachers:
         cache: of logits and the weights of embedded (``pretrained``) teachers, with the images' normalisation.
         build: makes a freshly initialised network: ``build(model=, width=)``.
         public: public images for the training of embedded teachers, or None.
+        mapping: of logits of ImageNet classes or prompts to a class, or auto for each teacher's own.
         recipe: of this training.
     """
 
@@ -124,6 +122,7 @@ class Teachers:
     build: Callable[..., Any]
     public: Labelled | None
     prompts: str
+    mapping: str
     recipe: Recipe
     made: dict[int, Teacher] = field(default_factory=dict)
 
@@ -134,10 +133,13 @@ class Teachers:
 
     def make(self, spec: Spec) -> Teacher:
         scale = {"mean": self.cache.mean, "std": self.cache.std}
+        options: dict[str, Any] = {**scale, "device": self.device}
+        if self.mapping != "auto":
+            options["mapping"] = self.mapping
         if spec.kind == "clip":
-            return clip_teacher(spec.source, self.classes, **scale, prompts=self.prompts, device=self.device)
+            return clip_teacher(spec.source, self.classes, **options, prompts=self.prompts)
         if spec.kind == LITE:
-            return efficientnet_lite_teacher(self.classes, **scale, path=spec.source, device=self.device)
+            return efficientnet_lite_teacher(self.classes, **options, path=spec.source)
         if spec.kind == "logits":
             return stored_logits(spec.source, len(self.classes), **scale)
         if spec.kind == CODE:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -17,9 +18,24 @@ from fedkern.ops._core.layout import plain_strides
 
 F = TypeVar("F", bound=Callable[..., Any])
 Identity = Mapping[str, str | int | float]
-UNTUNABLE = (
-    "gives logits alone, and tuning needs features: take teacher_tuning=zero-shot, or a network of fedkern or CLIP."
-)
+
+
+class GroupedHead(nn.Linear):
+    """Linear head with rows by class, whose logit is the log of the mean of its rows' exponentials.
+
+    Args:
+        weight: ``[R, d]``.
+        bias: ``[R]``.
+        sizes: number of rows of every class, of sum R.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, sizes: Sequence[int]) -> None:
+        super().__init__(weight.shape[1], len(sizes), device="meta")
+        self.weight, self.bias, self._sizes = nn.Parameter(weight), nn.Parameter(bias), list(sizes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        groups = super().forward(features).split(self._sizes, dim=1)
+        return torch.stack([group.logsumexp(1) - math.log(group.shape[1]) for group in groups], 1)
 
 
 class Teacher:
@@ -31,7 +47,6 @@ class Teacher:
         load: makes the network, or another callable from images to logits.
         identity: everything that decides the logits of an image, for the cache on disk.  None: no such cache.
         batch: images per pass.
-        untunable: message about a teacher that is no :class:`Classifier`, after its name.
     """
 
     def __init__(
@@ -43,10 +58,9 @@ class Teacher:
         device: torch.device | str = "cpu",
         identity: Identity | None = None,
         batch: int = 256,
-        untunable: str = UNTUNABLE,
     ) -> None:
         self.name, self.classes, self.device, self.identity = name, classes, torch.device(device), identity
-        self.batch, self._load, self._untunable = batch, load, untunable
+        self.batch, self._load = batch, load
 
     @cached_property
     def network(self) -> Any:
@@ -61,7 +75,10 @@ class Teacher:
     def classifier(self) -> Classifier:
         """The network, as a classifier that can be tuned."""
         if not isinstance(self.network, Classifier):
-            raise UserError(f"the teacher {self.name} {self._untunable}")
+            raise UserError(
+                f"the teacher {self.name} gives logits alone, and tuning needs features: take "
+                "teacher_tuning=zero-shot, or a network of fedkern or CLIP."
+            )
         return self.network
 
     @cached_property

@@ -169,8 +169,7 @@ def stored_logits(file: str | Path, classes: int, mean: Sequence[float], std: Se
             )
         return torch.stack([rows[key] for key in keys])
 
-    reason = "is a file of logits and cannot be tuned: teacher_tuning=zero-shot."
-    return Teacher(f"logits:{file}", classes, lambda: look_up, untunable=reason)
+    return Teacher(f"logits:{file}", classes, lambda: look_up)
 
 
 def limit_notices(notice: Callable[[str], None] | None, since: float = -math.inf) -> Callable[[str], None]:
