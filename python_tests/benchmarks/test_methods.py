@@ -77,7 +77,7 @@ def test_fedgid_has_the_loss_of_fedkern():
 def test_fedlpfm_has_the_loss_of_fedkern():
     model, teacher = network().train(), 3 * torch.randn(6, 10)
     options = {"lambda": 0.9, "temperature": 4.0}
-    method, data = FedLPFM(FedLPFM.Options.parse(options, method="fedlpfm")), batch(teacher=teacher)
+    method, data = FedLPFM(FedLPFM.Options.parse(options, method="fedlpfm")), batch(teacher=teacher[None])
     ours, _ = method.loss(model, data, make_received(None))
     theirs = fedlpfm.loss_of(model, data.inputs, data.targets, teacher, argparse.Namespace(**options))
     same_loss_and_gradients(theirs, ours, model)
