@@ -262,15 +262,6 @@ def test_options_that_do_not_fit(tmp_path, options, words):
         open_set(tmp_path, **options)
 
 
-def test_a_share_of_0_holds_nothing_out(tmp_path):
-    write_cases(tmp_path, 4)
-    full = open_set(tmp_path)
-    slices = sum(map(len, [*full.clients, full.validation, full.tests[""]]))
-    data = open_set(tmp_path, test_share=0, validation_share=0)
-    assert (len(data.tests[""]), len(data.validation)) == (0, 0)
-    assert sum(map(len, data.clients)) == slices
-
-
 def test_without_nibabel(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "nibabel", None)
     with pytest.raises(UserError, match="nibabel, which is not installed: pip install "):

@@ -13,7 +13,6 @@ from PIL import Image
 from fedkern.data import Split, load
 from fedkern.errors import UserError
 from fedkern.run import main
-from python_tests.in_time import in_time
 from python_tests.papers_data import NICO, TINYIMAGENET
 
 CLASSES, CONTEXTS, IMAGES = 3, 10, 5
@@ -102,15 +101,6 @@ def test_share_held_out(tmp_path: Path, write_nico, share: float) -> None:
     assert len(data.tests["id"]) == len(data.validation) == 2 * 7 * min(round(20 * share), 6)
 
 
-def test_only_the_images_needed_are_decoded(tmp_path: Path, write_nico) -> None:
-    write_nico(tmp_path)
-    data = load(NICO, root=tmp_path, train_samples=40, options={"size": 8, "test_samples": 5})
-    used = {name for split in (*data.clients, data.validation, *data.tests.values()) for name in split.ids}
-    unused = min(data.image_ids - used)
-    (tmp_path / unused).write_bytes(b"broken")
-    load(NICO, root=tmp_path, train_samples=40, options={"size": 8, "test_samples": 5})
-
-
 def test_a_part_of_a_download(tmp_path: Path, write_nico) -> None:
     write_nico(tmp_path / "NICO" / "Animal", classes=2)
     write_nico(tmp_path / "NICO" / "Vehicle", classes=4)
@@ -118,14 +108,6 @@ def test_a_part_of_a_download(tmp_path: Path, write_nico) -> None:
     assert len(load(NICO, root=tmp_path, options={"size": 8, "part": "Animal"}).classes) == 2
     with pytest.raises(UserError, match='no folder "plants"'):
         load(NICO, root=tmp_path, options={"size": 8, "part": "plants"})
-
-
-def test_other_partitions_mix_the_training_contexts(tmp_path: Path, write_nico) -> None:
-    write_nico(tmp_path)
-    data = load(NICO, root=tmp_path, clients=2, partition="iid", options={"size": 8})
-    assert len(data.clients) == 2
-    assert all(len(contexts_of(split)) > CLASSES for split in data.clients)
-    assert contexts_of(data.tests["ood"]) == set.union(*(contexts_at(position) for position in (7, 8, 9)))
 
 
 def spoil(path: Path) -> None:
@@ -158,19 +140,6 @@ def test_bad_trees(tmp_path: Path, write_nico, change, clients: int | None, mess
         load(NICO, root=tmp_path, clients=clients, options={"size": 8})
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"protocol": "F8"}, "protocol.*must be one of F7, L7"),
-        ({"protocoll": "F7"}, 'no option "protocoll".*Did you mean "protocol"'),
-        ({"held_out": 0.5}, r"held_out.*must be in \[0, 0.33\]"),
-    ],
-)
-def test_bad_options(tmp_path: Path, options: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        load(NICO, root=tmp_path, options=options)
-
-
 def test_one_image_in_two_contexts(tmp_path: Path, write_nico) -> None:
     write_nico(tmp_path)
     contexts = sorted((tmp_path / "class0").iterdir())
@@ -181,13 +150,6 @@ def test_one_image_in_two_contexts(tmp_path: Path, write_nico) -> None:
     (tmp_path / "class0" / "zoo").symlink_to(contexts[0])
     with pytest.raises(UserError, match="are one file"):
         load(NICO, root=tmp_path, options={"size": 8})
-
-
-def test_the_limit_of_pixels(tmp_path: Path, write_nico) -> None:
-    write_nico(tmp_path)
-    with pytest.raises(UserError, match=r"pixels, more than 60: .*--max-image-pixels"):
-        load(NICO, root=tmp_path, options={"size": 8, "max_image_pixels": 60})
-    load(NICO, root=tmp_path, options={"size": 8, "max_image_pixels": 240})
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -250,16 +212,6 @@ def test_content(tree, above):
         assert np.allclose(red, 60 * split.labels, atol=4)
 
 
-def test_what_macos_puts_beside_its_images_is_left_out(tree):
-    for path in [*tree.rglob("*")]:
-        if path.is_file():
-            path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
-    told = []
-    data = load(TINYIMAGENET, root=tree, clients=3, partition="iid", notice=told.append)
-    assert len(data.image_ids) == 36
-    assert told == [f"Files under {tree} that are not read: 42 ._* of macOS, such as ._wnids.txt."]
-
-
 def test_what_is_missing_is_named(tree):
     (tree / "val" / "images" / "val_3.JPEG").unlink()
     with pytest.raises(UserError, match=r"val_3\.JPEG of .*val_annotations\.txt, line 4, is missing"):
@@ -284,13 +236,6 @@ def test_incomplete_folders_are_one_sentence(tree, change, words):
     with pytest.raises(UserError, match=words) as caught:
         load(TINYIMAGENET, root=tree, clients=2, partition="iid")
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["words.txt", "val/val_annotations.txt", "wnids.txt"])
-def test_lists_that_are_pipes(tree, name):
-    (tree / name).unlink()
-    os.mkfifo(tree / name)
-    assert "named pipe" in in_time(lambda: load(TINYIMAGENET, root=tree)) or name == "wnids.txt"
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])

@@ -155,12 +155,6 @@ def test_length_of_reports(tmp_path):
     assert sum(len(split) for split in every_split(data)) == 15
 
 
-def test_the_sites_are_the_clients(tmp_path):
-    data = open_set(write_reports(tmp_path), partition="attribute")
-    for k, split in enumerate(data.clients):
-        assert {int(name.removesuffix(".png")) % 2 for name in split.ids} == {k}
-
-
 def test_tables_of_mimic(tmp_path):
     header = "ViewPosition,Filename,Impression,Findings,Atelectasis,No Finding,Edema"
     line = "PA,{i}.png,Stable.,Line in place; {label}.,-1.0,,1.0"
@@ -228,17 +222,6 @@ def test_columns_by_other_names_and_whole_patients(tmp_path):
     people = [{int(name.removesuffix(".png")) // 3 for name in split.ids} for split in every_split(data)]
     assert sum(map(len, people)) == len(set.union(*people)) == 10
     assert all(text.startswith("some words of") for split in every_split(data) for text in split.texts)
-
-
-def test_equal_images_with_two_labels_are_refused(tmp_path):
-    write_reports(tmp_path, header="image,report,label", line="{i}.png,a report of {i},{label}")
-    rows = (tmp_path / "reports.csv").read_text().splitlines()
-    for i in range(30):  # no two alike
-        Image.frombytes("L", (8, 8), bytes(range(i, i + 64))).save(tmp_path / f"{i}.png")
-    Image.frombytes("L", (8, 8), bytes(range(64))).save(tmp_path / "30.png")
-    (tmp_path / "reports.csv").write_text("\n".join([*rows, "30.png,another report here,other"]))
-    with pytest.raises(UserError, match=r"are the same image with .*leave one of the two out"):
-        load(REPORTS, root=tmp_path, clients=2, partition="iid", options={"size": 8}, identify=True)
 
 
 def test_prompts_are_the_names_of_classes_alone():
