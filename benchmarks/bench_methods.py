@@ -111,8 +111,8 @@ PLAIN_SETTINGS = (
 )  # fmt: skip
 """Settings that the plain methods have flags for."""
 PLAIN_ASSUMES = {
-    "sample_fraction": 1.0, "lr_decay": 1.0, "clip_norm": 0.0, "client_test": 0.0, "image_encoder": "conv",
-    "text_encoder": "words", "max_update_norm": 0.0, "clip_update_norm": 0.0, "on_nan": "stop",
+    "sample_fraction": 1.0, "lr_decay": 1.0, "lr_end": 1.0, "clip_norm": 0.0, "client_test": 0.0,
+    "image_encoder": "conv", "text_encoder": "words", "max_update_norm": 0.0, "clip_update_norm": 0.0, "on_nan": "stop",
 }  # fmt: skip
 PLAIN_LACKS = ("lr_steps", "held_out_client", "freeze_bn_after", "teachers", "patient_images")
 

@@ -402,7 +402,7 @@ class Client(Node):
         return Schedule(
             lr=lr, momentum=config.momentum, weight_decay=config.weight_decay, clip_norm=config.clip_norm,
             epochs=epochs, batch_size=config.batch_size, drop_epochs=drops, factor=config.lr_step_factor,
-            first_epoch=round * epochs if first_epoch is None else first_epoch, max_steps=limit,
+            end=config.lr_end, first_epoch=round * epochs if first_epoch is None else first_epoch, max_steps=limit,
             optimizer=config.optimizer, keep=config.optimizer_state == "keep", make=make,
         )  # fmt: skip
 

@@ -33,7 +33,7 @@ class Place:
 _AVERAGE = "whose server never reaches the run's average", "call self.average(server, uploads) or super().average"
 _STEP = "whose clients take no such step of the run's optimiser", "train with client.train or client.fit"
 _BATCHES = "take them from client.batches()"
-_RATES = ("lr", "lr_decay", "lr_steps", "lr_step_factor")
+_RATES = ("lr", "lr_decay", "lr_end", "lr_steps", "lr_step_factor")
 PLACES = {
     "drawn": Place(("sample_fraction",), "in whose rounds all clients take part", "plan rounds of sampled clients"),
     "average": Place(("aggregator",), *_AVERAGE),

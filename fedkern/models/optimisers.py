@@ -5,6 +5,7 @@ The first ``torch.optim`` optimiser of a process imports torch's compiler, which
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -13,6 +14,11 @@ from torch import Tensor
 from fedkern.ops._core.private_torch import foreach_add, foreach_add_, fused_adam, fused_adamw
 
 EPSILON = 1e-8
+
+
+def cosine(start: float, end: float, progress: float) -> float:
+    """Return a learning rate on half a cosine from ``start`` to ``end``."""
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 class _Optimiser:

@@ -33,6 +33,10 @@ class TrainingSettings(Section):
     lr_step_factor: float = option(
         0.1, "factor by which the learning rate changes at each of --lr-steps", above=0, high=1
     )
+    lr_end: float = option(
+        1.0, "share of the learning rate that is left after a round's local epochs, along half a cosine; 1: constant",
+        low=0, high=1,
+    )  # fmt: skip
     momentum: float = option(COMMON["momentum"], "momentum of the clients' SGD", low=0, high=1)
     weight_decay: float = option(COMMON["weight_decay"], "weight decay of the clients' optimiser", low=0)
     clip_norm: float = option(0.0, "largest gradient norm of a step; 0: no clipping", low=0)
@@ -63,6 +67,8 @@ class TrainingSettings(Section):
             ways["local_epochs"] = "beside --local-steps: leave one of the two out"
         if self.optimizer == "adamw":
             ways["momentum"] = "with --optimizer adamw, which has moments of its own: leave it out"
+        if self.local_steps is None and self.local_epochs == 1:
+            ways["lr_end"] = "with one local epoch, which has one rate: leave it out"
         if self.lr_steps is None:
             ways["lr_step_factor"] = "without --lr-steps: give that too, or leave it out"
         return ways

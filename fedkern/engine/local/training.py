@@ -28,6 +28,7 @@ from fedkern.messages.states import State
 from fedkern.methods.protocol import Batch, Message, Phase, Received, batch_slices
 from fedkern.methods.roles import Client, Objective
 from fedkern.methods.terms import Terms
+from fedkern.models.optimisers import cosine
 from fedkern.ops._core.private_torch import backward
 from fedkern.process.device_copies import fetch, to_host_async
 from fedkern.process.interrupts import check
@@ -54,6 +55,7 @@ class Schedule:
     Attributes:
         lr: learning rate before the drops in ``drop_epochs``; decay by rounds is included.
         drop_epochs: epochs of the whole run, from 0, at each of which the rate is multiplied by ``factor``.
+        end: share of the rate that is left after ``epochs``, along half a cosine; 1: the rate is constant.
         first_epoch: the run's epoch with which this exchange begins.
         max_steps: optimiser steps of the exchange, whatever number of epochs they take; None: all of ``epochs``.
         optimizer: ``"sgd"``, or ``"adamw"`` with betas of 0.9 and 0.999, reset in every exchange.
@@ -69,6 +71,7 @@ class Schedule:
     batch_size: int
     drop_epochs: tuple[int, ...] = ()
     factor: float = 0.1
+    end: float = 1.0
     first_epoch: int = 0
     max_steps: int | None = None
     optimizer: str = "sgd"
@@ -76,7 +79,9 @@ class Schedule:
     make: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None
 
     def lr_at(self, epoch: int) -> float:
-        return self.lr * self.factor ** sum(drop <= self.first_epoch + epoch for drop in self.drop_epochs)
+        """Return the rate of an epoch of the exchange, from 0."""
+        drops = sum(drop <= self.first_epoch + epoch for drop in self.drop_epochs)
+        return cosine(self.lr, self.lr * self.end, min(epoch / self.epochs, 1)) * self.factor**drops
 
 
 @dataclass

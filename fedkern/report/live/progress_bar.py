@@ -84,8 +84,9 @@ def run_headline(run: RunInfo) -> list[str]:
 
 
 def _local_training(config: RunConfig) -> str:
-    step_words = {"lr": f"learning rate {config.lr:g}", "momentum": f"momentum {config.momentum:g}"}
     ignored = {*config.find_unused()}
+    end = "" if config.lr_end == 1 or "lr_end" in ignored else f" to {config.lr * config.lr_end:g}"
+    step_words = {"lr": f"learning rate {config.lr:g}{end}", "momentum": f"momentum {config.momentum:g}"}
     if config.training:
         ignored |= {"momentum"} if config.training.startswith("train ") else {"lr", "momentum"}
     words = [config.training or {"sgd": "SGD", "adamw": "AdamW"}[config.optimizer]]

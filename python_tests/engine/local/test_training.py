@@ -90,6 +90,22 @@ def test_the_rate_drops_at_epochs_of_the_whole_run(make_data, make_config):
     torch.testing.assert_close(train(3, **steps), expected["parameters"])
 
 
+def test_the_rate_falls_along_half_a_cosine(make_data, make_config):
+    """The rates are those of torch's scheduler, stepped once an epoch as in FedIOD's released code."""
+    client = Client(RunContext(make_config(local_epochs=4, lr=0.0025, lr_end=0.4), make_data()), 0, {})
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.0025)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 4, eta_min=0.001)
+    rates = []
+    for _ in range(5):
+        rates.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        scheduler.step()
+    schedule = client._schedule(Phase(0, "train", "update"), 10)
+    assert [schedule.lr_at(epoch) for epoch in range(5)] == pytest.approx(rates)
+    assert rates[1::3] == pytest.approx([0.001 + 0.0015 * (2 + 2**0.5) / 4, 0.001])
+    assert schedule.lr_at(9) == schedule.lr_at(4)  # a loop of one's own may go on
+
+
 def test_gradients_are_channels_last_views_of_one_vector(make_data, make_config):
     context, message, _, _ = one_client(make_config(), make_data())
     network = context.networks.get("local")
