@@ -324,7 +324,7 @@ def test_no_file_of_a_private_run_tells_a_clients_figure(options, make_data, mak
     (record,) = read_metrics(tmp_path / "private")
     assert "clients" not in record
     assert not hidden & set(record)
-    pictures = {"generated.png", "agreement.png", "teacher_weights.png"}
+    pictures = {"generated.png", "teacher_weights.png"}
     assert pictures | {"partition.png"} <= told[2]
     assert private[2] & (pictures | {"partition.png"}) == (pictures if covered else set())
     assert "partition.png" not in {path.name for path in (tmp_path / "private").iterdir()}

@@ -64,15 +64,10 @@ class Ensemble(MemberNetworks):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            if self.class_weights == "counts" and self.weighting == "samples":
+            if self.class_weights == "counts" and (self.weighting == "samples" or self.calibrate):
                 raise UserError(
-                    'Method options "class_weights" = counts and "weighting" = samples exclude each other, since both '
-                    "weigh the members: leave one of the two out."
-                )
-            if self.class_weights == "counts" and self.calibrate:
-                raise UserError(
-                    'Method option "class_weights" = counts weighs the mean of the logits, which calibrate replaces: '
-                    "leave one of the two out."
+                    'Method option "class_weights" = counts weighs the mean of the logits, which "weighting" = samples '
+                    'weighs too and "calibrate" replaces: leave one of them out.'
                 )
 
     # -- training: nothing is averaged -----------------------------------------------------------------------------
@@ -93,16 +88,18 @@ class Ensemble(MemberNetworks):
         server.report["memory_ratio"] = memory_ratio(ensemble, server.build())
 
     def model(self, server: Server) -> models.Ensemble:
-        state = server.state
-        if "members" not in state:  # no client has trained yet
+        if "members" not in server.state:  # no client has trained yet
             return models.Ensemble([server.build()])
-        weights = self.member_weights(server)
-        if self.options.weighting == "samples":
-            weights = torch.tensor([float(state["members"][k]["samples"]) for k in sorted(state["members"])])
-        ensemble = models.Ensemble(self.build_members(server.build, state["members"]), weights, pool=self.options.pool)
-        if "head" in state:
-            ensemble.replace_head(state["head"]["weight"], state["head"]["bias"])
+        ensemble = self.ensemble(server, self.options.pool)
+        if "head" in server.state:
+            ensemble.replace_head(**server.state["head"])
         return ensemble
+
+    def member_weights(self, server: Server) -> Tensor | None:
+        if self.options.weighting == "uniform":
+            return super().member_weights(server)
+        members = server.state["members"]
+        return torch.tensor([float(members[k]["samples"]) for k in sorted(members)])
 
     # -- calibration: one classifier on the features of all members ------------------------------------------------
 

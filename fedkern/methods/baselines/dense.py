@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedkern.methods.common.oneshot_distill import Distilled, Pool, synthesise, torch_stream
+from fedkern.methods.common.oneshot_distill import Distilled, Pool, build_generator, synthesise, torch_stream
 from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import Phase
 from fedkern.methods.roles import Server
@@ -71,12 +71,11 @@ class DENSE(Distilled):
     def distil(self, server: Server, phase: Phase, teachers: Ensemble, student: nn.Module) -> None:
         o, classes = self.options, server.federation.classes
         draw = torch_stream(server, "generator", phase)
-        generator = self.generator(server, draw)
+        generator = build_generator(server, draw, nz=o.nz, ngf=o.ngf)
         pool = Pool(teachers, o.distill_epochs * o.synthesis_batch)
-        settings = self.synthesis(adversarial=o.adv_weight, restart=o.restart)
         optimiser = torch.optim.SGD(student.parameters(), o.distill_lr, MOMENTUM)
         for _ in range(o.distill_epochs):
-            images, _labels = synthesise(generator, teachers, student, settings, draw, classes)
+            images, _ = synthesise(generator, teachers, student, o, draw, classes, o.adv_weight, o.restart)
             pool.add(images)
             batches = map(pool.take, pool.batches(o.distill_batch, draw))
             server.report.update(self.follow(student, teachers, batches, optimiser))

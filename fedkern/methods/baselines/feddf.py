@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fedkern.errors import UserError
-from fedkern.methods.common.oneshot_distill import Distilled, Pool, synthesise, torch_stream
+from fedkern.methods.common.oneshot_distill import Distilled, Pool, build_generator, synthesise, torch_stream
 from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import Phase
 from fedkern.methods.roles import Server
@@ -92,8 +92,8 @@ class FedDF(Distilled):
             return pool
         pool = Pool(teachers, IMAGES)
         draw = torch_stream(server, "generator", phase)
-        generator = self.generator(server, draw)
+        generator = build_generator(server, draw, nz=o.nz, ngf=o.ngf)
         while len(pool) < IMAGES:
-            images, _ = synthesise(generator, teachers, None, self.synthesis(), draw, classes)
+            images, _ = synthesise(generator, teachers, None, o, draw, classes)
             pool.add(images[: IMAGES - len(pool)])
         return pool

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern import models
 from fedkern.errors import UserError
@@ -16,11 +18,12 @@ from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.methods.common.calibration import CalibrationOptions, calibrate_head, collect_statistics, statistics_of
 from fedkern.methods.common.figures import class_counts
 from fedkern.methods.options import Options
-from fedkern.methods.protocol import ClientId, Federation, Message, Phase, Round, Upload
+from fedkern.methods.protocol import BEFORE, ClientId, Federation, Message, Phase, Round, Upload
 from fedkern.methods.roles import Architecture, Client, Objective, Server
 from fedkern.methods.uploads import Declaration, Values, all_finite, like, make_once
 from fedkern.models.network_registry import explain_unknown
 from fedkern.models.state import freezing
+from fedkern.models.state.freezing import train_mode
 from fedkern.models.users.user_models import channels_last
 from fedkern.ops import FlatParameters
 from fedkern.typed_option import option
@@ -43,6 +46,73 @@ def parse_models(text: str) -> Architectures:
             raise UserError(f'Method option "models": the width of {name} must be a positive number, not "{width}".')
         result.append((name, int(width) if colon else models.MODELS[name].width))
     return tuple(result)
+
+
+CLASS_WEIGHTS = (
+    "weight of a client for a class in the ensemble: counts (its share of the class's samples, which clients then "
+    "tell; a mean of log-probabilities), or uniform (equal among all; discloses nothing)"
+)
+"""Help of the option ``class_weights``."""
+
+
+@dataclass(frozen=True)
+class TeacherOptions(Options):
+    """Options of methods with an ensemble of networks that every client trains alone."""
+
+    models: str = option(
+        "", "networks of the clients in turn, as name[:width] separated by commas; empty: --model for all"
+    )
+    class_weights: str = option("uniform", CLASS_WEIGHTS, choices=("counts", "uniform"))
+    teacher_temperature: float = option(
+        1.0, "temperature of the clients' log-probabilities in an ensemble with class_weights=counts", above=0
+    )
+    weight_floor: float = option(
+        0.0, "least weight of a client for a class with class_weights=counts, as a share of all samples of the class; "
+        "0: a client without the class has no say in it", low=0, high=1,
+    )  # fmt: skip
+    fresh_statistics: bool = option(
+        True, "after training, compute the batch norms' running statistics anew on the client's own samples"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.class_weights == "uniform" and (self.teacher_temperature != 1 or self.weight_floor):
+            raise UserError(
+                'Method options "teacher_temperature" and "weight_floor" are for class_weights=counts, and change no '
+                "prediction with equal weights: leave them out."
+            )
+
+
+def floor_counts(counts: Tensor, floor: float) -> Tensor:
+    """Return class counts ``[K, C]`` of at least a share ``floor`` of all clients' samples of the class."""
+    return torch.maximum(counts, floor * counts.sum(0))
+
+
+@torch.no_grad()
+def refresh_statistics(client: Client, module: nn.Module, rows: np.ndarray | None = None) -> None:
+    """Replace the batch norms' running statistics by their mean over one pass, and put the module in eval mode.
+
+    The averages of training lag behind its last steps, the more so the higher the last learning rate. As with
+    ``torch.optim.swa_utils.update_bn``, all batches count alike; here their sizes differ by at most one sample.
+    Samples come in random order and are not augmented. Batch norms that did not train keep their statistics.
+
+    Source: Izmailov et al., arXiv 1803.05407, section 3.2.
+
+    Args:
+        rows: int64, positions of the samples; None: all of the client's.
+    """
+    norms = [layer for layer in train_mode(module).modules() if isinstance(layer, _BatchNorm) and layer.training]
+    module.eval()
+    momenta = {layer: layer.momentum for layer in norms if layer.track_running_stats}
+    for layer in momenta:
+        layer.train().reset_running_stats()
+        layer.momentum = None  # the mean of all batches
+    order = client.rng("batch norm", BEFORE).permutation(client.samples if rows is None else rows)
+    for part in np.array_split(order, -(-len(order) // client.task.outside)) if momenta else ():
+        module(client.batch(part).inputs)
+    for layer, momentum in momenta.items():
+        layer.momentum = momentum
+    module.eval()
 
 
 class OwnNetworks(Objective, Method):
@@ -190,26 +260,16 @@ class MemberNetworks(OwnNetworks, OneShot):
     """Base of one-shot methods whose server keeps every client's network, with an architecture from ``models``.
 
     The ensemble is the mean of the members' logits t_k, as published. ``class_weights=counts`` takes FedIOD's instead,
-    with n_kc samples (labelled pixels) of class c at client k, and n_c at all clients:
+    with n_kc samples (labelled pixels) of class c at client k, and n_c at all clients. T is ``teacher_temperature``:
 
-        m_c(x) = sum_k n_kc / n_c log softmax(t_k(x))_c
+        v_kc = max(n_kc, weight_floor n_c),    m_c(x) = sum_k v_kc / (sum_j v_jc) log softmax(t_k(x) / T)_c
 
     The clients upload exact counts: these methods claim no privacy.
     """
 
     @dataclass(frozen=True)
-    class Options(OneShot.Options):
+    class Options(TeacherOptions, OneShot.Options):
         """Options of methods that keep the clients' networks."""
-
-        models: str = option(
-            "", "networks of the clients in turn, as name[:width] separated by commas; empty: --model for all"
-        )
-        class_weights: str = option(
-            "uniform",
-            "weight of a member for a class in the mean of the logits: uniform (as published), or counts (its client's "
-            "share of the class's samples, which clients then tell; a mean of log-probabilities, as FedIOD's)",
-            choices=("uniform", "counts"),
-        )
 
     needs_statistics = True
     averages = False  # every network also counts by itself
@@ -248,11 +308,18 @@ class MemberNetworks(OwnNetworks, OneShot):
         return bool(self.options.class_weights == "counts")
 
     def member_weights(self, server: Server) -> Tensor | None:
-        """Return the members' class counts ``[M, C]``, or None for equal weights."""
+        """Return the members' weights by class ``[M, C]``, or None for equal weights."""
         if not self.by_class:
             return None
         members = server.state["members"]
-        return torch.stack([members[k]["classes"] for k in sorted(members)])
+        return floor_counts(torch.stack([members[k]["classes"] for k in sorted(members)]), self.options.weight_floor)
+
+    def ensemble(self, server: Server, pool: Literal["concat", "mean"] = "concat") -> models.Ensemble:
+        """Return the ensemble of the accepted networks."""
+        return models.Ensemble(
+            self.build_members(server.build, server.state["members"]), self.member_weights(server), pool=pool,
+            temperature=self.options.teacher_temperature,
+        )  # fmt: skip
 
     def start(self, server: Server) -> None:
         super().start(server)
@@ -272,29 +339,28 @@ class MemberNetworks(OwnNetworks, OneShot):
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         if phase.exchange != "update":
             return super().client_update(client, phase, message)
-        answer = self._train_client(client, phase, message)
+        architecture = self.architecture(client.id)
+        module = client.network(**architecture)
+        if architecture:
+            client.fit(self, phase, module)
+            answer = copy_vectors(flatten(module))
+        else:
+            answer = super().client_update(client, phase, message)
+        if self.options.fresh_statistics and not client.load_pretrained(module):
+            refresh_statistics(client, load(flatten(module), answer))
+            answer = {**copy_vectors(flatten(module)), "parameters": answer["parameters"]}
         return {**answer, "classes": class_counts(client)} if self.by_class else answer
 
-    def _train_client(self, client: Client, phase: Phase, message: Message) -> Message:
-        architecture = self.architecture(client.id)
-        if not architecture:
-            return super().client_update(client, phase, message)
-        module = client.network(**architecture)
-        client.fit(self, phase, module)
-        return copy_vectors(flatten(module))
-
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
+        if phase.exchange != "update":
+            return super().expects(server, phase, client, message)
         architecture = self.architecture(client)
-        if phase.exchange != "update" or not architecture:
-            declared = super().expects(server, phase, client, message)
-        else:
-            key = f"member {architecture['model']} {architecture['width']}"
-            declared = make_once(
-                server.round_cache, key, lambda: like(copy_vectors(flatten(server.build(**architecture))))
-            )
-        if phase.exchange != "update" or not self.by_class:
-            return declared
-        return {**declared, "classes": Values((server.federation.classes,), low=0)}
+        declared = make_once(
+            server.round_cache,
+            f"member {architecture}",
+            lambda: like(copy_vectors(flatten(server.build(**architecture)))),
+        )
+        return {**declared, "classes": Values((server.federation.classes,), low=0)} if self.by_class else declared
 
 
 def exhaust(uploads: Iterable[Upload]) -> None:

@@ -86,23 +86,6 @@ class BatchNormStatistics:
         return torch.stack(terms).sum() / len(self._networks) if terms else 0.0
 
 
-@dataclass(frozen=True)
-class Synthesis:
-    """Settings of the synthesis of a batch of ``size`` images in ``steps`` steps of the generator.
-
-    ``lr`` is Adam's learning rate, also for the noise, which is learned too; ``restart`` draws new weights for the
-    generator before every batch. See :func:`synthesise` for the weights.
-    """
-
-    steps: int
-    size: int
-    lr: float
-    cross_entropy: float = 1.0
-    batch_norm: float = 1.0
-    adversarial: float = 1.0
-    restart: bool = True
-
-
 def divergence(student: Tensor, teachers: Tensor, weights: Tensor) -> Tensor:
     """Return the mean of ``KL(ensemble || student)`` over images with different predictions (DENSE, equation 5).
 
@@ -117,40 +100,41 @@ def synthesise(
     generator: Generator,
     teachers: Ensemble,
     student: nn.Module | None,
-    how: Synthesis,
+    options: Distilled.Options,
     draw: torch.Generator,
     classes: int,
+    adversarial: float = 0.0,
+    restart: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Train the generator and its noise, and return the images of the step with the lowest loss.
 
     With the teachers' mixed logits t, the student's logits s and random labels y:
 
-        L = cross_entropy CE(t(x), y) + batch_norm L_BN(x) - adversarial D(t(x) || s(x))
+        L = CE(t(x), y) + bn_weight L_BN(x) - adversarial D(t(x) || s(x))
 
     L_BN is :class:`BatchNormStatistics` and D :func:`divergence`. Teachers and student (None: no D) are in eval mode.
+    ``restart`` draws new weights for the generator first.
 
     Returns:
-        Normalised images fp32 [size, C, H, W] and their target labels int64 [size].
+        Normalised images fp32 [synthesis_batch, C, H, W] and their target labels int64 [synthesis_batch].
     """
     if student is not None:
         refuse_diverged(student)
     device = teachers.weights.device
-    if how.restart:
+    if restart:
         generator.reset(draw)
     generator.train()
-    z = send(torch.randn(how.size, generator.nz, generator=draw), device).requires_grad_()
-    labels = send(torch.randint(classes, (how.size,), generator=draw), device)
-    optimiser = torch.optim.Adam([*generator.parameters(), z], how.lr, betas=(0.5, 0.999))
-    adversarial = how.adversarial if student is not None else 0.0
+    z = send(torch.randn(options.synthesis_batch, generator.nz, generator=draw), device).requires_grad_()
+    labels = send(torch.randint(classes, (options.synthesis_batch,), generator=draw), device)
+    optimiser = torch.optim.Adam([*generator.parameters(), z], options.generator_lr, betas=(0.5, 0.999))
     best: Tensor | None = None
     lowest = torch.full((), torch.inf, device=device)
     student_frozen = nullcontext() if student is None else frozen(student)
-    with student_frozen, BatchNormStatistics(teachers.members if how.batch_norm else ()) as statistics:
-        for _ in range(how.steps):
+    with student_frozen, BatchNormStatistics(teachers.members if options.bn_weight else ()) as statistics:
+        for _ in range(options.generator_steps):
             images = generator(z)
             logits = teachers.logits(images)
-            loss = how.cross_entropy * cross_entropy(teachers.mix(logits), labels)
-            loss = loss + how.batch_norm * statistics.take()
+            loss = cross_entropy(teachers.mix(logits), labels) + options.bn_weight * statistics.take()
             if adversarial and student is not None:
                 loss = loss - adversarial * divergence(student(images), logits, teachers.weights)
             better = (loss < lowest).detach()  # stays on the device, so no step waits for the loss
@@ -167,6 +151,16 @@ def synthesise(
 def refuse_diverged(student: nn.Module) -> None:
     if not all(bool(torch.isfinite(x).all()) for x in (*student.parameters(), *student.buffers())):
         raise UserError("The student diverged: lower the method option distill_lr.")
+
+
+def build_generator(server: Server, draw: torch.Generator, **how: Any) -> Generator:
+    """Return a fresh generator for the images of the run."""
+    channels, height, width = server.image_shape
+    network = Generator(
+        channels=channels, image_size=(height, width), mean=server.mean, std=server.std, generator=draw, **how
+    )
+    network.to(server.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 @contextmanager
@@ -241,22 +235,6 @@ class Distilled(MemberNetworks):
             running.add(distil_loss=loss, teacher_agreement=agrees.float().mean())
         return running.read()
 
-    def generator(self, server: Server, draw: torch.Generator) -> Generator:
-        o = self.options
-        channels, height, width = server.image_shape
-        network = Generator(
-            nz=o.nz, ngf=o.ngf, channels=channels, image_size=(height, width), mean=server.mean, std=server.std,
-            generator=draw,
-        )  # fmt: skip
-        network.to(server.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return network
-
-    def synthesis(self, **settings: Any) -> Synthesis:
-        o = self.options
-        return Synthesis(
-            steps=o.generator_steps, size=o.synthesis_batch, lr=o.generator_lr, batch_norm=o.bn_weight, **settings
-        )
-
     # -- the plan --------------------------------------------------------------------------------------------------
 
     def rounds(self, federation: Federation) -> Iterator[Round]:
@@ -288,9 +266,7 @@ class Distilled(MemberNetworks):
             if self.options.student_init == "average":
                 load(flat, server.state)
             train_mode(student)
-            members = self.build_members(server.build, server.state["members"])
-            teachers = Ensemble(members, self.member_weights(server))
-            self.distil(server, phase, teachers, student)
+            self.distil(server, phase, self.ensemble(server), student)
             refuse_diverged(student)
             server.state.update(copy_vectors(flat))
             del server.state["members"]  # later rounds do not need the members
@@ -367,8 +343,7 @@ class Means:
 
     def add(self, **figures: Tensor) -> None:
         for name, value in figures.items():
-            total = self._totals.get(name)
-            self._totals[name] = value.detach() if total is None else total + value.detach()
+            self._totals[name] = self._totals.get(name, 0) + value.detach()
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self) -> dict[str, float]:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from fedkern.errors import UserError
 from fedkern.methods.base import Method
+from fedkern.methods.common.oneshot import CLASS_WEIGHTS, TeacherOptions
 from fedkern.methods.protocol import Federation
 from fedkern.privacy import IMAGE, Guarantee, Unit
 from fedkern.typed_option import option
 
 
 @dataclass(frozen=True)
-class IODOptions(Method.Options):
+class IODOptions(TeacherOptions, Method.Options):
     """Options of FedIOD.
 
     The defaults are the settings of docs/fediod.md.
@@ -55,9 +56,6 @@ class IODOptions(Method.Options):
         "images that the student learns on: generated ones, or public ones (then only outputs travel)",
         choices=("generator", "public"),
     )
-    models: str = option(
-        "", "networks of the clients in turn, as name[:width] separated by commas; empty: --model for all"
-    )
     holdout: float = option(
         0.0,
         "share of a client's samples that its teacher does not train on; its discriminator sees them",
@@ -91,12 +89,7 @@ class IODOptions(Method.Options):
     student_lr: float = option(0.05, "initial learning rate of the student (cosine to 1e-5)", above=0)
     w_real: float = option(8.0, "weight of the realism loss; clarity and diversity have the weight 1", low=0)
     w_balance: float = option(2.0, "weight of the loss for balanced classes in a batch", low=0)
-    class_weights: str = option(
-        "counts",
-        "weight of a client for a class: counts (its share of the class's samples), or uniform (equal among all; "
-        "discloses nothing)",
-        choices=("counts", "uniform"),
-    )
+    class_weights: str = option("counts", CLASS_WEIGHTS, choices=("counts", "uniform"))
     disc_weight: bool = option(False, "scale a client's weight by its discriminator's confidence")
     pixels: str = option(
         "float32", "data type of images in messages; uint8 takes a quarter of the bytes", choices=("float32", "uint8")

@@ -25,13 +25,14 @@ def scalar_of(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         return torch.stack([(x * gradient).sum() for x, gradient in zip(outputs, gradients, strict=True)]).sum()
 
 
-def teacher_log_probs(logits: Tensor) -> Tensor:
-    """Return the teachers' log-probabilities, which the ensemble averages.
+def teacher_log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return the teachers' log-probabilities of logits, or of log-probabilities at temperature 1.
 
     A softmax ignores a constant added to all its logits, and how sure a network is of classes that it has never seen. A
-    mean with different weights for every class depends on both, so the ensemble is the logarithmic opinion pool.
+    mean with different weights for every class depends on both, so the ensemble averages log-probabilities, as the
+    logarithmic opinion pool.
     """
-    return logits.log_softmax(2)
+    return (logits / temperature).log_softmax(2)
 
 
 # -- weights (section 5) -------------------------------------------------------------------------------------------

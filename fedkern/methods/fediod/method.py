@@ -24,20 +24,21 @@ from fedkern.data.sharing.groups import drawn_rows
 from fedkern.errors import UserError
 from fedkern.methods.base import Messages
 from fedkern.methods.common.figures import class_counts
-from fedkern.methods.common.oneshot import OwnNetworks, copy_vectors, flatten, load
+from fedkern.methods.common.oneshot import OwnNetworks, copy_vectors, flatten, load, refresh_statistics
 from fedkern.methods.common.oneshot_distill import torch_stream
 from fedkern.methods.fediod import private_messages as private
 from fedkern.methods.fediod.client import Answers
 from fedkern.methods.fediod.discriminators import Discriminators
 from fedkern.methods.fediod.iod_options import IODOptions
 from fedkern.methods.fediod.losses import importance, mixture, normalise_weights, teacher_log_probs
-from fedkern.methods.fediod.server import NOISE, Ensemble, Workshop, cosine, make_generator, stack_class_counts
+from fedkern.methods.fediod.server import NOISE, Ensemble, Workshop, make_generator, stack_class_counts
 from fedkern.methods.method_registry import register
 from fedkern.methods.options import Options as BaseOptions
 from fedkern.methods.protocol import BEFORE, Batch, ClientId, Federation, Message, Phase, Round, Upload, batch_slices
 from fedkern.methods.roles import Client, Server, TestSet
 from fedkern.methods.uploads import Declaration, Maybe, Values
 from fedkern.models.networks.generator import Generator
+from fedkern.models.optimisers import cosine
 from fedkern.models.teachers.teacher_stack import TeacherStack
 from fedkern.privacy import Guarantee
 
@@ -57,7 +58,6 @@ class Panel(nn.Module):
         self.task = data.task
         self.cases = getattr(data, "cases", None)
         self._cache: list[Tensor] = []
-        self._full = False
         self._now: Tensor | None = None
         self.answer: Callable[[Tensor, Tensor], Tensor] = lambda images, logits: logits[0]
 
@@ -66,16 +66,15 @@ class Panel(nn.Module):
 
     def batches(self) -> Iterator[Batch]:
         """Yield the test set's batches, and keep the teachers' logits for the next pass."""
-        cache, size = self._cache if self._full else None, 0
-        fresh: list[Tensor] = []
+        kept: list[Tensor] = []
+        size = 0
         for i, batch in enumerate(self._data.batches()):
-            self._now = self._ask(batch.inputs) if cache is None else cache[i]
+            self._now = self._cache[i] if self._cache else self._ask(batch.inputs)
             size += self._now.numel() * self._now.element_size()
-            if cache is None and size <= KEEP_BYTES:
-                fresh.append(self._now)
+            if size <= KEEP_BYTES:
+                kept.append(self._now)
             yield batch
-        if cache is None and size <= KEEP_BYTES:
-            self._cache, self._full = fresh, True
+        self._cache = kept if size <= KEEP_BYTES else []
         self._now = None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -100,14 +99,14 @@ def compare_teachers(
         return float(panel.task.score(method.evaluate(panel, panel)))
 
     figures = [figure(lambda images, logits, i=i: logits[i]) for i in range(len(ids))]  # type: ignore[misc]
-    disclosed = stack_class_counts(server, ids).to(device)
+    disclosed = stack_class_counts(server, ids, o.weight_floor).to(device)
     mask = None if o.class_weights == "uniform" else disclosed > 0
     uniform = torch.ones(len(ids), 1, 1, device=device)
     discriminators = Discriminators(list(members.values()), o) if o.tells_scores else None
 
     def mix_weighted(images: Tensor, logits: Tensor) -> Tensor:
         scores = None if discriminators is None else discriminators.judge(images)
-        return mixture(logits, importance(disclosed, scores), mask)
+        return mixture(teacher_log_probs(logits, o.teacher_temperature), importance(disclosed, scores), mask)
 
     return {
         "best_teacher": max(figures),
@@ -172,6 +171,8 @@ def make_teacher(method: OwnNetworks, client: Client) -> None:
     load_pretrained = client.load_pretrained(module)
     if not load_pretrained and not private.train_teacher(method, client, TRAIN, module, rows):
         client.fit(method, TRAIN, module, rows=None if len(rows) == client.samples else rows)
+        if method.options.fresh_statistics:
+            refresh_statistics(client, module, rows)
     module.eval()
     state = client.state["teacher"] = copy_vectors(flatten(module))
     if test_set.can_be_scored and not load_pretrained:
@@ -194,34 +195,14 @@ SHOWN = 8
 
 def log_pictures(server: Server, generator: Generator | None, options: IODOptions, ensemble: Ensemble | None) -> None:
     """Log the pictures of a round's last iteration, from what there is of generator and ensemble."""
-    everyone = server.federation.clients
     if generator is not None:
         server.log_image("generated", lambda: _images(server, generator, options))
     if ensemble is None:
         return
-    ids, logits, weights = ensemble.ids, ensemble.logits, normalise_weights(ensemble.weights, ensemble.mask)
-    server.log_image(
-        "teacher_weights",
-        lambda: _rows(weights.mean(1), ids, everyone),
-        axes=("client", "class", "weight of the client's teacher"),
-    )
-    server.log_image(
-        "agreement",
-        lambda: _rows(_rows(agreement(logits), ids, everyone).T, ids, everyone),
-        axes=("client", "client", "share of images with the same predicted class"),
-    )
-
-
-def agreement(logits: Tensor) -> Tensor:
-    """Return the share of images with equal predictions of two teachers, ``[K, K]``."""
-    classes = logits.argmax(2).flatten(1)
-    return torch.stack([(classes == row).float().mean(1) for row in classes])
-
-
-def _rows(table: Tensor, ids: list[int], count: int) -> Tensor:
-    rows = table.new_full((count, table.shape[1]), float("nan"))
-    rows[ids] = table
-    return rows
+    weights = normalise_weights(ensemble.weights, ensemble.mask).mean(1)
+    rows = weights.new_full((server.federation.clients, weights.shape[1]), float("nan"))
+    rows[ensemble.ids] = weights
+    server.log_image("teacher_weights", lambda: rows, axes=("client", "class", "weight of the client's teacher"))
 
 
 @torch.no_grad()
@@ -313,11 +294,9 @@ class FedIOD(OwnNetworks):
         if kind == "secret":
             return {}
         ids = sorted(server.state["classes"])
-        if kind == "answers":
-            return {k: {} for k in ids}
-        shop = self._workshop(server)
         if not self.options.makes_images:
             return {k: {} for k in ids}
+        shop = self._workshop(server)
         if kind == "gradients":
             criticism: dict[ClientId, Message] | None = server.round_cache.pop("criticism", None)
             return criticism

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,14 +12,14 @@ from torch import Tensor, nn
 
 from fedkern.data.images.transforms import normalise
 from fedkern.errors import UserError
-from fedkern.methods.common.oneshot import copy_vectors, flatten, load
-from fedkern.methods.common.oneshot_distill import Means
+from fedkern.methods.common.oneshot import copy_vectors, flatten, floor_counts, load
+from fedkern.methods.common.oneshot_distill import Means, build_generator
 from fedkern.methods.fediod.iod_options import IODOptions
-from fedkern.methods.fediod.losses import distillation, importance, mixture, scalar_of, teacher_terms
+from fedkern.methods.fediod.losses import distillation, importance, mixture, scalar_of, teacher_log_probs, teacher_terms
 from fedkern.methods.protocol import ClientId, Message, batch_slices
 from fedkern.methods.roles import Node, Server
 from fedkern.models.networks.generator import Generator
-from fedkern.models.optimisers import SGD, Adam
+from fedkern.models.optimisers import SGD, Adam, cosine
 from fedkern.models.state.freezing import train_mode
 from fedkern.process.device_copies import send
 
@@ -38,9 +37,9 @@ STUDENT_MOMENTUM, STUDENT_DECAY, STUDENT_LR_END = 0.9, 3e-5, 1e-5
 """Settings of the student's optimiser and of its cosine schedule, as in the released CIFAR-10 script."""
 
 
-def stack_class_counts(server: Server, ids: Sequence[ClientId]) -> Tensor:
-    """Return the disclosed class counts, fp32 ``[K, C]``, or ones ``[K, 1]``."""
-    return torch.stack([server.state["classes"][k].float() for k in ids])
+def stack_class_counts(server: Server, ids: Sequence[ClientId], floor: float) -> Tensor:
+    """Return the disclosed class counts, fp32 ``[K, C]``, with their floor, or ones ``[K, 1]``."""
+    return floor_counts(torch.stack([server.state["classes"][k].float() for k in ids]), floor)
 
 
 def prepare_images(images: Tensor, node: Node) -> Tensor:
@@ -50,24 +49,13 @@ def prepare_images(images: Tensor, node: Node) -> Tensor:
     return images.detach().to(node.device, memory_format=torch.channels_last)
 
 
-def cosine(start: float, end: float, progress: float) -> float:
-    """Return a learning rate on half a cosine from ``start`` to ``end``."""
-    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
-
-
 def make_generator(server: Server, options: IODOptions, draw: torch.Generator) -> Generator:
     """Return a fresh generator for the images of the run.
 
     The first images have the data's mean colour. Teachers may be sure of grey images, and leaving these can take half
     of a short training: on MNIST (Dirichlet 0.1, seed 2) the student reached 38 % from grey images, 73 % from the mean.
     """
-    channels, height, width = server.image_shape
-    generator = Generator(
-        nz=NOISE, ngf=options.ngf, channels=channels, image_size=(height, width), widths=(4, 2, 1),
-        mean=server.mean, std=server.std, pixel_mean=server.mean, generator=draw,
-    )  # fmt: skip
-    generator.to(server.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return generator
+    return build_generator(server, draw, nz=NOISE, ngf=options.ngf, widths=(4, 2, 1), pixel_mean=server.mean)
 
 
 class Learner(Generic[N]):
@@ -190,7 +178,7 @@ class Workshop:
         logits = torch.stack([answers[k]["logits"].to(device) for k in ids])
         samples = torch.tensor([float(self.server.federation.samples[k]) for k in ids])
         pi = samples / samples.sum()
-        disclosed = send(stack_class_counts(self.server, ids), device)
+        disclosed = send(stack_class_counts(self.server, ids, self.options.weight_floor), device)
         scores = None
         if self.options.tells_scores:
             scores = torch.stack([answers[k]["scores"].to(device) for k in ids])
@@ -228,15 +216,15 @@ class Workshop:
         progress = (self.iteration - self._first_taught) / (self.total - self._first_taught)
         lr = cosine(self.options.student_lr, STUDENT_LR_END, progress)
         per_image = ensemble.weights.shape[1] > 1
-        target = mixture(ensemble.logits, ensemble.weights, ensemble.mask).argmax(1)
+        answers = teacher_log_probs(ensemble.logits, self.options.teacher_temperature)
+        target = mixture(answers, ensemble.weights, ensemble.mask).argmax(1)
         guesses: list[Tensor] = []
         for rows in batch_slices(len(images), size):
             x = prepare_images(images[rows], self.server)
             weights = ensemble.weights[:, rows] if per_image else ensemble.weights
-            logits = ensemble.logits[:, rows]
             with torch.enable_grad():
                 student_logits: Tensor = self.student.network(x)
-                loss = distillation(student_logits, logits, weights, ensemble.mask)
+                loss = distillation(student_logits, answers[:, rows], weights, ensemble.mask)
             self.student.step(loss, lr)
             self.running.add(student_loss=loss)
             guesses.append(student_logits.detach().argmax(1))

@@ -32,6 +32,7 @@ class Ensemble(nn.Module):
         members: M >= 1 networks with ``features`` and a linear ``head``, of any architecture, with the same classes.
         weights: numbers of at least 0, the members' weights in the mean, M or ``[M, C]`` by class; normalised to sum 1
             over the members, by default equal.  A class in which no member has a weight weighs all alike.
+        temperature: divides the logits before the log-probabilities, with weights by class.
         pool: :meth:`features` concatenates the members' features or takes their mean (members of one width).
 
     Raises:
@@ -46,6 +47,7 @@ class Ensemble(nn.Module):
         weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
         *,
         pool: Literal["concat", "mean"] = "concat",
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         heads: list[Any] = [member.head for member in members]
@@ -53,7 +55,7 @@ class Ensemble(nn.Module):
         if pool == "mean" and len(set(self.widths)) > 1:
             raise ValueError(f'pool "mean" needs members with equally many features, not {self.widths}')
         self.members = nn.ModuleList(members)
-        self.pool = pool
+        self.pool, self.temperature = pool, temperature
         w = torch.ones(len(members)) if weights is None else torch.as_tensor(weights, dtype=torch.float32)
         total = w.sum(0)
         w = w / total if w.dim() == 1 else torch.where(total > 0, w / total, 1 / len(members))[:, None]
@@ -75,7 +77,7 @@ class Ensemble(nn.Module):
         """
         features = [member.features(x) for member in self.members]  # type: ignore[operator]
         logits = torch.stack([member.head(f) for member, f in zip(self.members, features, strict=True)])  # type: ignore[operator]
-        return features, logits if self.weights.dim() == 1 else logits.log_softmax(2)
+        return features, logits if self.weights.dim() == 1 else (logits / self.temperature).log_softmax(2)
 
     def logits(self, x: Tensor) -> Tensor:
         """Return every member's logits ``[M, B, C]``, with gradients to ``x``."""

@@ -1,20 +1,27 @@
 """One round: FedAvg with calibration, FedCGS's classifier, and the ensemble of the clients' networks."""
 
+import copy
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.optim.swa_utils import update_bn
 
 from fedkern import models
 from fedkern.downstream.saved_network import read_model
+from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
 from fedkern.engine.run import run
 from fedkern.engine.store.record_files import read_metrics, read_summary
 from fedkern.errors import UserError
+from fedkern.methods import FedAvg
 from fedkern.methods.baselines.client_ensemble import Ensemble, vote
 from fedkern.methods.baselines.fedcgs import FeatureStatistics
 from fedkern.methods.baselines.oneshot_fedavg import OneShotFedAvg
+from fedkern.methods.common.oneshot import flatten, load, refresh_statistics
+from fedkern.methods.protocol import BEFORE
 from fedkern.ops import FlatParameters
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import SEGMENTATION
@@ -236,9 +243,7 @@ def test_members_figures_and_memory(plain, make_data):
 
 
 def test_a_member_is_the_network_that_its_client_trains(plain, make_data, make_config, tmp_path):
-    """A member is the upload of FedAvg's first round, as an average over that client alone."""
-    from fedkern.methods import FedAvg
-
+    """A member is the upload of FedAvg's first round, with the statistics of the client's samples in batch norm."""
     sent = {}
     real = FedAvg.client_update
 
@@ -250,11 +255,32 @@ def test_a_member_is_the_network_that_its_client_trains(plain, make_data, make_c
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FedAvg, "client_update", Spy.client_update)
         run(make_config("fedavg", rounds=1), out=tmp_path / "fedavg", data=make_data())
-    members = [m.state_dict() for m in read_model(plain)[0].members]
-    for k, member in enumerate(members):
-        total = sum(t.double().sum() for t in member.values() if t.is_floating_point())
-        expected = sent[k]["parameters"].double().sum() + sent[k]["buffers"].double().sum()
-        torch.testing.assert_close(total, expected)
+    data = make_data()
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (data.form.mean, data.form.std))
+    for k, member in enumerate(read_model(plain)[0].members):
+        expected = copy.deepcopy(member)
+        load(flatten(expected), sent[k])
+        update_bn([(data.clients[k].images / 255 - mean) / std], expected)
+        torch.testing.assert_close(member.state_dict(), expected.state_dict())
+
+
+def test_statistics_are_those_of_a_pass_over_the_samples(make_data, make_config, monkeypatch):
+    """Frozen batch norms keep theirs."""
+    client = Client(RunContext(make_config("ensemble", model="cnn", rounds=None), make_data()), 0, {})
+    monkeypatch.setattr(type(client.task), "outside", 4)
+    rows = np.arange(3, 12)
+    module, expected = client.network(), client.network()
+    order = client.rng("batch norm", BEFORE).permutation(rows)
+    update_bn([client.batch(order[part]).inputs for part in (slice(0, 3), slice(3, 6), slice(6, 9))], expected)
+    refresh_statistics(client, module, rows)
+    torch.testing.assert_close(module.state_dict(), expected.state_dict())
+    norms = [layer for layer in module.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    assert {(layer.momentum, layer.training) for layer in norms} == {(0.1, False)}
+    norms[0].requires_grad_(False)
+    refresh_statistics(client, module)
+    statistics = module.state_dict()
+    changed = {name for name, value in expected.state_dict().items() if not torch.equal(value, statistics[name])}
+    assert {name[:6] for name in changed} == {"layer2", "layer3"}
 
 
 def test_calibrated_on_all_features(plain, make_data, make_config, tmp_path):

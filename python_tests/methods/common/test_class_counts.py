@@ -22,6 +22,7 @@ from fedkern.methods.common.oneshot_distill import Distilled
 from fedkern.tasks import MULTILABEL, TASKS
 
 COUNTS = {"class_weights": "counts"}
+MIXTURE = {"teacher_temperature": 2.0, "weight_floor": 0.3}
 MEMBERS = ("ensemble", "feddf", "dense")
 SMALL = {
     "ensemble": {},
@@ -47,19 +48,23 @@ def test_counts_are_of_known_labels():
 
 
 def test_the_ensemble_is_that_of_fediods_teachers(data, make_config, tmp_path):
-    """The same networks and counts give the figure that FedIOD calls its weighted ensemble."""
+    """The same networks, counts, temperature and floor give the figure that FedIOD calls its weighted ensemble."""
     settings = {"model": "cnn", "grad_cam": 0}
-    config = make_config("ensemble", rounds=None, options=COUNTS, local_epochs=2, **settings)
+    config = make_config("ensemble", rounds=None, options=COUNTS | MIXTURE, local_epochs=2, **settings)
     summary = run(config, out=tmp_path / "ensemble", data=data)
     network, _ = read_model(tmp_path / "ensemble")
     counts = counts_of(data)
-    torch.testing.assert_close(network.weights[:, 0], counts / counts.sum(0))
-    options = {"ngf": 2, "ndf": 2, "batch": 4, "student_steps": 1, "iterations": 1}
+    floored = torch.maximum(counts, 0.3 * counts.sum(0))
+    weights = floored / floored.sum(0)
+    assert (weights != counts / counts.sum(0)).any()
+    x = torch.randn(5, 3, 8, 8)
+    logits = torch.stack([member(x) for member in network.members])
+    torch.testing.assert_close(network(x), (weights[:, None] * (logits / 2).log_softmax(2)).sum(0))
+    options = {"ngf": 2, "ndf": 2, "batch": 4, "student_steps": 1, "iterations": 1, **MIXTURE}
     config = make_config("fediod", rounds=1, options=options, teachers=str(tmp_path / "ensemble"), **settings)
     figures = run(config, out=tmp_path / "fediod", data=data)["metrics"]
     for test_set in data.tests:
         assert summary["metrics"][f"{test_set}_accuracy"] == figures[f"{test_set}_ensemble_weighted"]
-    assert summary["metrics"]["id_accuracy"] != figures["id_ensemble_uniform"]
 
 
 @pytest.mark.sampled(1)
@@ -128,13 +133,18 @@ def test_tasks_without_classes_are_refused():
         Anything(class_weights="counts").start(server)
 
 
-@pytest.mark.parametrize(
-    ("option", "words"),
-    [({"weighting": "samples"}, "exclude each other, since both weigh"), ({"calibrate": True}, "calibrate replaces")],
-)
-def test_what_the_ensemble_cannot_do_beside_counts(option, words):
-    with pytest.raises(UserError, match=words):
+@pytest.mark.parametrize("option", [{"weighting": "samples"}, {"calibrate": True}])
+def test_what_the_ensemble_cannot_do_beside_counts(option):
+    with pytest.raises(UserError, match='"weighting" = samples weighs too and "calibrate" replaces: leave one of them'):
         Ensemble(**COUNTS, **option)
+
+
+@pytest.mark.parametrize("name", MIXTURE)
+@pytest.mark.parametrize("method", [*MEMBERS, "fediod"])
+def test_a_mixture_by_class_is_for_counts(method, name):
+    assert getattr(METHODS[method].Options(**COUNTS, **{name: MIXTURE[name]}), name) == MIXTURE[name]
+    with pytest.raises(UserError, match=f'"{name}" .*are for class_weights=counts, and .*: leave them out'):
+        METHODS[method].Options(class_weights="uniform", **{name: MIXTURE[name]})
 
 
 def test_counts_below_zero_are_refused(data, make_config, tmp_path, monkeypatch):

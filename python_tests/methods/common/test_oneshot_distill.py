@@ -21,6 +21,7 @@ from python_tests.saved_network import same_network
 
 SMALL = {"nz": 4, "ngf": 2, "generator_steps": 2, "synthesis_batch": 8, "distill_batch": 4, "distill_epochs": 2}
 OPTIONS = {"feddf": {"distill_batch": 4, "distill_epochs": 2}, "dense": SMALL}
+RUNNING = {"fresh_statistics": False}
 CALIBRATED = {"calibrate": True, "virtual_features": 20, "calibration_epochs": 1}
 
 
@@ -33,7 +34,7 @@ def data(make_data, make_public):
 @pytest.mark.parametrize("method", OPTIONS)
 def test_average_then_distilled_then_calibrated(method, data, make_config, tmp_path):
     run(make_config("oneshot-fedavg", model="cnn", rounds=None), out=tmp_path / "average", data=data)
-    config = make_config(method, model="cnn", rounds=None, options={**OPTIONS[method], **CALIBRATED})
+    config = make_config(method, model="cnn", rounds=None, options={**OPTIONS[method], **CALIBRATED, **RUNNING})
     summary = run(config, out=tmp_path / "run", data=data)
     train, distil, calibrate = read_metrics(tmp_path / "run")
     average = read_metrics(tmp_path / "average")[0]
@@ -59,7 +60,8 @@ def test_labels_of_public_images_are_not_looked_at(data, make_config, tmp_path):
 
 def test_feddf_follows_the_ensemble(data, make_config, tmp_path):
     """With enough distillation the student's answers on public images are the ensemble's."""
-    run(make_config("ensemble", model="cnn", rounds=None, local_epochs=4), out=tmp_path / "ensemble", data=data)
+    settings = {"model": "cnn", "rounds": None, "local_epochs": 4, "lr_end": 1.0}
+    run(make_config("ensemble", **settings), out=tmp_path / "ensemble", data=data)
     images = data.public.images
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (data.form.mean, data.form.std))
     x = (images / 255 - mean) / std
@@ -68,7 +70,7 @@ def test_feddf_follows_the_ensemble(data, make_config, tmp_path):
     for epochs in (1, 60):
         options = {"distill_batch": 10, "distill_epochs": epochs, "distill_lr": 0.01}
         out = tmp_path / str(epochs)
-        run(make_config("feddf", model="cnn", rounds=None, local_epochs=4, options=options), out=out, data=data)
+        run(make_config("feddf", **settings, options=options), out=out, data=data)
         with torch.no_grad():
             own = read_model(out)[0](x).log_softmax(1)
             losses.append(float((target.exp() * (target - own)).sum(1).mean()))
@@ -204,7 +206,9 @@ def generator(seed=0):
 
 
 def how(**settings):
-    return oneshot_distill.Synthesis(**{"steps": 4, "size": 12, "lr": 1e-2, **settings})
+    return oneshot_distill.Distilled.Options(
+        **{"generator_steps": 4, "synthesis_batch": 12, "generator_lr": 1e-2, **settings}
+    )
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -261,21 +265,23 @@ def test_divergence_counts_the_boundary_alone():
 
 def test_teachers_and_student_stay_as_they_are(teachers):
     student = networks(3)[2].train()
+    student.head.weight.requires_grad_(False)
     before = copy.deepcopy([teachers.state_dict(), student.state_dict()])
-    oneshot_distill.synthesise(generator(), teachers, student, how(), draw(), 3)
+    oneshot_distill.synthesise(generator(), teachers, student, how(), draw(), 3, adversarial=1.0)
     for module, state in zip((teachers, student), before, strict=True):
         assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
     assert student.training
-    assert all(p.requires_grad and p.grad is None for p in student.parameters())
-    assert all(p.grad is None for p in teachers.parameters())
+    assert all(p.grad is None for p in (*student.parameters(), *teachers.parameters()))
+    assert [n for n, p in student.named_parameters() if not p.requires_grad] == ["head.weight"]
 
 
 def test_images_come_to_look_like_their_labels(teachers):
     for member in teachers.members:
         member.head.weight.mul_(5)  # opinions, as after training
-    settings = how(steps=40, batch_norm=0.0, size=30)
+    settings = how(generator_steps=40, bn_weight=0.0, synthesis_batch=30)
     made, labels = oneshot_distill.synthesise(generator(), teachers, None, settings, draw(1), 3)
-    raw, _ = oneshot_distill.synthesise(generator(), teachers, None, how(steps=1, size=30), draw(1), 3)
+    settings = how(generator_steps=1, synthesis_batch=30)
+    raw, _ = oneshot_distill.synthesise(generator(), teachers, None, settings, draw(1), 3)
     assert made.shape == (30, 1, 8, 8)
     with torch.no_grad():
         assert F.cross_entropy(teachers(made), labels) < 0.8 * F.cross_entropy(teachers(raw), labels)
@@ -286,17 +292,18 @@ def test_statistics_and_divergence_pull_where_they_should(teachers):
     with torch.no_grad():
         student.head.weight.neg_()  # it disagrees with the teachers
 
-    def figures(**settings):
+    def figures(bn_weight, adversarial):
+        settings = how(generator_steps=30, bn_weight=bn_weight)
         made, _ = oneshot_distill.synthesise(
-            generator(), teachers, student, how(steps=30, cross_entropy=0.0, **settings), draw(2), 3
+            generator(), teachers, student, settings, draw(2), 3, adversarial=adversarial
         )
         with oneshot_distill.BatchNormStatistics(teachers.members) as statistics, torch.no_grad():
             t = torch.stack([m(made) for m in teachers.members])
             return float(statistics.take()), float(oneshot_distill.divergence(student(made), t, teachers.weights))
 
-    near, _ = figures(batch_norm=1.0, adversarial=0.0)
-    far, adversarial = figures(batch_norm=0.0, adversarial=1.0)
-    _, plain = figures(batch_norm=0.0, adversarial=0.0)
+    near, _ = figures(bn_weight=1.0, adversarial=0.0)
+    far, adversarial = figures(bn_weight=0.0, adversarial=10.0)
+    _, plain = figures(bn_weight=0.0, adversarial=0.0)
     assert near < far
     assert adversarial > plain > 0
 
@@ -307,7 +314,7 @@ def test_same_stream_same_images(teachers):
     b = oneshot_distill.synthesise(
         generator(1), teachers, None, how(), draw(3), 3
     )  # restarted, so its first weights do not matter
-    c = oneshot_distill.synthesise(generator(1), teachers, None, how(restart=False), draw(3), 3)
+    c = oneshot_distill.synthesise(generator(1), teachers, None, how(), draw(3), 3, restart=False)
     assert torch.equal(a[0], b[0])
     assert torch.equal(a[1], b[1])
     assert not torch.equal(a[0], c[0])
@@ -322,13 +329,3 @@ def test_a_student_and_a_generator_that_diverge_are_named(teachers):
     torch.nn.init.constant_(teachers.members[0].head.bias, float("nan"))
     with pytest.raises(UserError, match="lower the method option generator_lr"):
         oneshot_distill.synthesise(generator(), teachers, None, how(), draw(), 3)
-
-
-def test_frozen_gives_back_what_it_found():
-    network = networks(1)[0].train()
-    network.head.weight.requires_grad_(False)
-    with oneshot_distill.frozen(network):
-        assert not network.training
-        assert not any(p.requires_grad for p in network.parameters())
-    assert network.training
-    assert [n for n, p in network.named_parameters() if not p.requires_grad] == ["head.weight"]
