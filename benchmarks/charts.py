@@ -84,7 +84,7 @@ class Chart:
 
 def speed_chart() -> Chart:
     """Return whole runs beside plain PyTorch, and rounds of FedAvg beside other frameworks."""
-    plain = load("methods_intel-xeon", comparisons.RESULTS)["cases"]
+    plain = load("methods_amd-epyc", comparisons.RESULTS)["cases"]
     runs = {row["method"]: bench_methods.Row(**row) for row in plain if row["setting"] == "default"}
     bars = [Row(title, round(runs[name].speedup(bench_methods.PLAIN) or 0, 2)) for name, title in NAMES.items()]
     (recorded,) = (file for file in comparisons.read_results()["rounds"] if file.name == "rounds-intel-xeon")

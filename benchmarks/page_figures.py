@@ -402,7 +402,7 @@ def operators(machine: str, marked: str = "", *, folder: Path = comparisons.RESU
 
 # -- what a user waits for ---------------------------------------------------------------------------------------------
 
-RUNS, MANY_CLIENTS = f"methods_{MACHINE}", f"many_clients_{OTHER_MACHINE}"
+RUNS, MANY_CLIENTS = f"methods_{OTHER_MACHINE}", f"many_clients_{OTHER_MACHINE}"
 
 
 def caption(machine: Mapping[str, Any]) -> Lines:
@@ -436,7 +436,7 @@ def make_run_row(row: bench_methods.Row) -> dict[str, str]:
         "of the default": describe_length(row),
         "plain PyTorch": seconds(median(row.seconds[plain])),
         "fedkern": seconds(median(row.seconds[ours])),
-        "fedkern with bf16": seconds(median(row.seconds["bf16"])),
+        "fedkern with bf16": seconds(median(row.seconds["bf16"]) if "bf16" in row.seconds else None),
         TIMES: times(row.speedup(plain)),
         f"{TIMES}, processor seconds": times(row.speedup(plain, of="cpu_seconds")),
         f"{TIMES}, one core": times(row.speedup(one_core[plain], one_core[ours])),
@@ -464,7 +464,8 @@ def whole_runs() -> Lines:
         if abs(mean(row.figure[bench_methods.PLAIN]) - mean(row.figure[bench_methods.OURS]))
         > 2 * stdev(row.figure[bench_methods.OURS])
     ]
-    lines = table([*rows[0]], [[*row.values()] for row in rows]).split("\n")
+    header = [name for name in rows[0] if any(row[name] != "–" for row in rows)]  # some variants may be missing
+    lines = table(header, [[row[name] for name in header] for row in rows]).split("\n")
     return [*caption(content["machine"]), *(line for text in unequal for line in (text, "")), *lines]
 
 

@@ -64,6 +64,11 @@ def watch(root: str) -> tuple[Persons, Persons]:
 def network() -> nn.Module:
     """Return two convolutions over time and a linear head."""
     return nn.Sequential(
-        nn.Conv1d(6, 32, 9, 2), nn.ReLU(), nn.Conv1d(32, 64, 9, 2), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(),
+        nn.Conv1d(6, 32, 9, 2),
+        nn.ReLU(),
+        nn.Conv1d(32, 64, 9, 2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(),
         nn.Linear(64, 7),
     )

@@ -370,7 +370,15 @@ def test_a_callable_has_nothing_to_tune() -> None:
 
 def make_teacher(spec: named_teachers.Spec, folder: Path, public: Public | None = None) -> Any:
     named = named_teachers.Teachers(
-        [spec], LogitsCache(folder, MEAN, STD), CLASSES, torch.device("cpu"), build, public, "", "auto", Recipe(epochs=1)
+        [spec],
+        LogitsCache(folder, MEAN, STD),
+        CLASSES,
+        torch.device("cpu"),
+        build,
+        public,
+        "",
+        "auto",
+        Recipe(epochs=1),
     )
     return named[0]
 
