@@ -3,8 +3,6 @@
 ``python -m fedkern.run`` is the same command.
 """
 
-from __future__ import annotations
-
 import atexit
 import errno
 import os

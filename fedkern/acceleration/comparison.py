@@ -1,7 +1,5 @@
 """Comparison of an accelerated network's results with those of the network as written."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

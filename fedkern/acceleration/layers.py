@@ -1,7 +1,5 @@
 """Convolutions of torch that an operator may replace: one inspection for networks of any origin."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from operator import attrgetter, itemgetter
 from typing import Any

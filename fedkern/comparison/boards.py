@@ -1,7 +1,5 @@
 """Progress of a comparison: a line for every run, and on a terminal the current run."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Collection, Sequence
 

@@ -1,7 +1,5 @@
 """Plan of a comparison: variants (a method with its settings), and cells (a variant with a seed)."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import re

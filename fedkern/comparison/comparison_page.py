@@ -1,7 +1,5 @@
 """The report of a comparison as a page: table, curves with bands, runs and settings."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterator, Mapping

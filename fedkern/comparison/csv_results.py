@@ -1,7 +1,5 @@
 """Results in a CSV file, turned into recorded runs: one for each method and seed."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

@@ -1,7 +1,5 @@
 """Runs of a comparison that play at once, each in its own process."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

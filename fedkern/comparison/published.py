@@ -70,8 +70,6 @@ Keys of a cell:
 - ``minutes``: estimate for all runs of the cell on one core, without those of ``before``.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import math

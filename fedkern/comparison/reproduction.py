@@ -1,7 +1,5 @@
 """Plays the cells of a paper's table within a time budget, and writes the published figures beside ours."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import time

@@ -1,7 +1,5 @@
 """The table of a reproduction: published figures beside ours, with verdicts, as Markdown, CSV and a page."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Result of a comparison: a table over the groups, the sentences below it, and the files of both."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

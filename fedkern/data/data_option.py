@@ -1,7 +1,5 @@
 """Data-set options, given as ``--data-option key=value`` or as flags."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from fedkern.data.images.image_files import MAX_PIXELS

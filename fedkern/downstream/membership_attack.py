@@ -1,7 +1,5 @@
 """Membership attack on the model of a finished run."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path

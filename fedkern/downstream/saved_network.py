@@ -1,7 +1,5 @@
 """Networks of a finished run, read from model.safetensors and best.safetensors as modules."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field

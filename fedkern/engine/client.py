@@ -1,7 +1,5 @@
 """Client as the engine implements it (protocol: :class:`fedkern.methods.roles.Client`)."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import math

@@ -4,8 +4,6 @@ The server of a method sees no single upload. Every round has one upload, the no
 changes (`fedkern.engine.uploads.private_mean`), so whatever the server computes from it costs no more.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_right
 from collections import Counter

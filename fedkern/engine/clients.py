@@ -1,7 +1,5 @@
 """Views of all clients at once, which only a simulation has."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Calls of the server's half of a method, in its random streams, with the method named in errors."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Code that reaches the place in which a setting acts, such as the server's averag
 travel with its answer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ The clock's unit is the time of one local step at usual speed. No measured time 
 and client, on any machine and after an interruption.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """One federated run from its settings to its folder, resumable at any point."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from contextlib import closing
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Server as the engine implements it (protocol: :class:`fedkern.methods.roles.Server`)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

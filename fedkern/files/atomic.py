@@ -1,7 +1,5 @@
 """Complete or absent writes of files and folders, never through a link, with failures as UserErrors."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

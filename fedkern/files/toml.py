@@ -1,7 +1,5 @@
 """TOML writer for the flat tables of a run's settings (the standard library only reads TOML)."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Format of a recorded run's folder: ``record.toml``, ``metrics.jsonl`` and, of a finished run, ``summary.json``."""
 
-from __future__ import annotations
-
 import json
 import re
 import tomllib

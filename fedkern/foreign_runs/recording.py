@@ -1,7 +1,5 @@
 """``fedkern.record``: the records of a run of any program, for comparisons."""
 
-from __future__ import annotations
-
 import hashlib
 import time
 import tomllib

@@ -1,7 +1,5 @@
 """A run's losses and metrics as a run of MLflow (``--mlflow EXPERIMENT``)."""
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A run's losses and metrics as TensorBoard event files (``--tensorboard``)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Base of listeners that log a run's figures to another program, as one curve over all resumptions."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """A run's losses and metrics as a run of Weights & Biases (``--wandb PROJECT``)."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import uuid

@@ -10,8 +10,6 @@ Both ends are processes of one run: a packet is never read from a file. `engine/
 packets over a socket, `engine/transport/connection.py` over a network. Nothing else in fedkern pickles.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import math

@@ -4,8 +4,6 @@ A *round* has one or more named *exchanges* (server -> clients -> server). A *me
 numbers. A method never writes a file, prints, picks a device, draws from a global generator or counts bytes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar

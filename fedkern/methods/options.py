@@ -1,7 +1,5 @@
 """Options of a method, for the command line, the config file, ``list`` and the range checks."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

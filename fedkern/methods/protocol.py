@@ -1,7 +1,5 @@
 """Types that a method exchanges and trains on: rounds, messages, samples and batches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, Protocol

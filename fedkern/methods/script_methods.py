@@ -4,8 +4,6 @@ A run stores such a class as ``class:MODULE:NAME`` with a hash of its source, an
 again. The module may differ then: ``__main__`` becomes a module when another script imports it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Collection, Mapping

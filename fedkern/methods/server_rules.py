@@ -1,7 +1,5 @@
 """Steps of a server from its network towards the clients' average (``--server-rule``)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Terms that a method adds to the gradient of every local step, in the form of the optimiser kernels."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

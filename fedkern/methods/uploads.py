@@ -4,8 +4,6 @@ A declaration has the keys of the expected message. Each value is a tensor (for 
 `Number`, a `Maybe` of one of these, or another dict. Every tensor and number must be finite.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

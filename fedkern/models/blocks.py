@@ -1,7 +1,5 @@
 """Division of networks into blocks that are fused one after another in FuseFL (arXiv 2410.20380)."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Cost of a network: parameters, and floating-point operations in inference and in training."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

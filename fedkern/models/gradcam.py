@@ -1,7 +1,5 @@
 """Grad-CAM (Selvaraju et al., arXiv 1610.02391): image regions that a network uses, and the object's share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -3,8 +3,6 @@
 The first ``torch.optim`` optimiser of a process imports torch's compiler, which takes a second.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 

@@ -3,8 +3,6 @@
 Encoders are built in, or read from local folders of transformers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 Accounting and DP-SGD need the packages of the extra ``privacy``; the attack does not.
 """
 
-from __future__ import annotations
-
 from fedkern.privacy.accounting import Accountant, ClientGuarantee, ClientLevel, Figure, least_noise
 from fedkern.privacy.bounds import need_accounting
 from fedkern.privacy.dpsgd import DPSGD

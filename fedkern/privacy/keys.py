@@ -14,8 +14,6 @@ No generator is cryptographic: the guarantee assumes random numbers. FedIOD's no
 standard deviations and DP-SGD's to 8.5, with probability 2^-68 and 2^-55 beyond.
 """
 
-from __future__ import annotations
-
 import hashlib
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@ how well losses separate members from others (0.5: not at all), its true-positiv
 members are found while hardly any other record is called a member (Carlini et al., arXiv 2112.03570).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 

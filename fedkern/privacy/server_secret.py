@@ -4,8 +4,6 @@ The secret is on the disk before the first release, so that a resumed run repeat
 which are not published.
 """
 
-from __future__ import annotations
-
 import re
 import secrets
 from pathlib import Path

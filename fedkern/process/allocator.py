@@ -1,7 +1,5 @@
 """Settings of malloc that keep freed memory in the process, for its next tensors."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import sys

@@ -1,7 +1,5 @@
 """Commit of fedkern's code."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import subprocess

@@ -1,7 +1,5 @@
 """Copies of tensors between host and device: small ones without waiting, vectors at the bus's speed."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

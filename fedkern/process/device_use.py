@@ -1,7 +1,5 @@
 """GPU memory and utilisation of a round."""
 
-from __future__ import annotations
-
 import torch
 
 

@@ -1,7 +1,5 @@
 """Optional packages, and advice to install them."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType

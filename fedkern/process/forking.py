@@ -1,7 +1,5 @@
 """Forks of a process: threads that prevent them, and separate positions in open files."""
 
-from __future__ import annotations
-
 import os
 import socket
 import stat

@@ -1,7 +1,5 @@
 """Garbage collector during imports."""
 
-from __future__ import annotations
-
 import atexit
 import gc
 from collections.abc import Iterator

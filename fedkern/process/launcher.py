@@ -4,8 +4,6 @@ Such a process would take itself for a rank. With the variables of rank 3 of 8, 
 print nothing, as only the first rank speaks, and a run waits 600 seconds for the other ranks before it fails.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

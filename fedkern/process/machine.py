@@ -1,7 +1,5 @@
 """Cores and memory that this process may use, with the limits of its control groups."""
 
-from __future__ import annotations
-
 import os
 import sys
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """Standard output and error of a process that must not fail because nobody reads them."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os

@@ -1,7 +1,5 @@
 """Versions and kernels that a run is made with."""
 
-from __future__ import annotations
-
 import platform
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Names from users and files, for pictures, tables and terminals: shortened, and never read as markup."""
 
-from __future__ import annotations
-
 import sys
 
 from rich.console import Console

@@ -1,7 +1,5 @@
 """A run folder for pictures and pages: settings, records, summary, facts about the data."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Readable numbers (bytes, durations, metrics) and tables, such as the closing table of a run."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace

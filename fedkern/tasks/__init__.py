@@ -1,7 +1,5 @@
 """Tasks: losses, figures and pictures."""
 
-from __future__ import annotations
-
 import numpy as np
 from torch import Tensor
 

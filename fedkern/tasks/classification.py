@@ -4,8 +4,6 @@ Figures beyond the accuracy are by class, areas under ROC curves, and calibratio
 import would take longer than the rest of a short run's start.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import ClassVar

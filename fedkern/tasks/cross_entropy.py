@@ -1,7 +1,5 @@
 """Mean cross-entropy of samples or pixels with the same bits every time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

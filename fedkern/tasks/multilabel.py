@@ -1,7 +1,5 @@
 """Multi-label classification, with AUROC and average precision as in scikit-learn."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Ordinal classification: ordered classes, such as grades or ages."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Protocols of a task's inputs: batches, sets of samples, networks and runs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 

@@ -26,8 +26,6 @@ its first path.
 PyTorch is imported where values are walked: the command line's front page does without it.
 """
 
-from __future__ import annotations
-
 import dis
 import enum
 import functools

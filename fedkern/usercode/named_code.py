@@ -8,8 +8,6 @@ An identity is ``sha256:HEX`` of the plugin, followed by ``; PATH sha256:HEX`` f
 relative to the plugin's folder.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import importlib

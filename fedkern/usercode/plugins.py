@@ -8,8 +8,6 @@ A run folder may come from anyone.  :func:`restore` therefore executes a stored 
 and this user has started a run with it on this machine before (:func:`remember`), or if the user names it again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import os

@@ -1,7 +1,5 @@
 """Networks and data of FedAvg's first table (McMahan et al., AISTATS 2017, arXiv 1602.05629, section 3)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

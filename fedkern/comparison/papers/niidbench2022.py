@@ -1,7 +1,5 @@
 """Network and data of NIID-Bench's MNIST rows (Li et al., ICDE 2022, arXiv 2102.02079, sections III and V)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """MNIST for papers that train on all 60,000 images with pixels in [0, 1]."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -6,8 +6,6 @@ out of the background bank, since its object would leak into the "background" (F
 trains.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable

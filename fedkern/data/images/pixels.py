@@ -1,7 +1,5 @@
 """Batches of a split's images as network inputs: normalised, channels-last, cached if small."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Batch transforms: normalisation and seeded augmentation, vectorised over the batch."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Labels in cells and folder names: several per image, and values written in several ways (numbers, Unicode, case)."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter

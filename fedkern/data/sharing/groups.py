@@ -1,7 +1,5 @@
 """Units: samples of one patient, volume or picture, which stay together at one client and in one split."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Federated data from arrays in memory."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """CIFAR-10 and CIFAR-100 (the official "binary version", not the pickled one), and SVHN (MATLAB files)."""
 
-from __future__ import annotations
-
 import io
 import math
 from pathlib import Path

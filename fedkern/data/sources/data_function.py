@@ -1,7 +1,5 @@
 """User-defined data sets: a function's options and result."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Embedded default data set: UCI's 1,797 handwritten digits, enlarged from 8x8 to 32x32."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 

@@ -5,8 +5,6 @@ the ink of digit d.  Clients see similar backgrounds but unevenly many digits, s
 are nearly equal for the background and differ per digit.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import numpy as np

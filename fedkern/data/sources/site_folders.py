@@ -6,8 +6,6 @@ Each site has a folder with the layout of the data set; its test folder is that 
 test set joins them.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

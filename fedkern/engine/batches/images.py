@@ -1,7 +1,5 @@
 """Images of a split in batches, and banks of their backgrounds."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from functools import cached_property, partial

@@ -1,7 +1,5 @@
 """Choice of a run's executor: this process, workers, ranks of torchrun, or remote clients."""
 
-from __future__ import annotations
-
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext

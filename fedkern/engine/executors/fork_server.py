@@ -1,7 +1,5 @@
 """Fork server: the process that forks workers. It has all that clients need, and has never computed anything."""
 
-from __future__ import annotations
-
 import os
 import select
 import signal

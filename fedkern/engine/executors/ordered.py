@@ -7,8 +7,6 @@ starts from the state at the beginning of the round and replays the answered mes
 sent works in this process.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 

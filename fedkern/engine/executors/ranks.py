@@ -9,8 +9,6 @@ in the checkpoint from which torchrun's next attempt starts. A lost rank is not 
 start all ranks again.
 """
 
-from __future__ import annotations
-
 import copy
 import time
 import traceback

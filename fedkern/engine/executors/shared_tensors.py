@@ -1,7 +1,5 @@
 """Connection between two processes of one machine, for whole packets over a socket."""
 
-from __future__ import annotations
-
 import array
 import contextlib
 import os

@@ -12,8 +12,6 @@ Message classes are in `fedkern.engine.executors.executor`: as ``__main__``, thi
 classes than the run's process imports.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

@@ -5,8 +5,6 @@ A client keeps its worker within a round. After a lost worker, another one begin
 this process.
 """
 
-from __future__ import annotations
-
 import os
 import select
 import socket

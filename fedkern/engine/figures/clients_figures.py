@@ -1,7 +1,5 @@
 """Means of the figures of all clients' own networks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Warnings, by name, about typical signs of failed training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol

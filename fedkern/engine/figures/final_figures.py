@@ -1,7 +1,5 @@
 """Figures of the final network alone: by class, areas under ROC curves, calibration."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 

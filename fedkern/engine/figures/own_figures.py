@@ -1,7 +1,5 @@
 """Figures of the clients' own networks, computed where each client works."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 from fedkern.engine.client import Client

@@ -1,7 +1,5 @@
 """Differential privacy of a run: its guarantee, and figures from the clients' ledgers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from fedkern.methods.base import Method

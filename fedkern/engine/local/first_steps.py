@@ -1,7 +1,5 @@
 """Checks of a process's first training steps, for mistakes in user code that raise nothing."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ them, so it starts the next clients before it takes the first one's upload. Ther
 and their uploads taken, in client order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 

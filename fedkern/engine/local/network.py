@@ -1,7 +1,5 @@
 """Network whose parameters, buffers and gradients are flat vectors."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

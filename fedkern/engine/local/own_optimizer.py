@@ -1,7 +1,5 @@
 """Steps of a user-defined optimiser."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Local training with differential privacy: Poisson-sampled batches, per-sample gradients, noise."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Samples of a run in this process, in batches, and trials of the first batches of a user's items."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, singledispatch

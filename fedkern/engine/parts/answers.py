@@ -1,7 +1,5 @@
 """Confusion matrices of the final network, and ``predictions.csv`` on request."""
 
-from __future__ import annotations
-
 from fedkern.engine.figures.final_figures import kept_answers, set_name, unique_names
 from fedkern.engine.parts.part import RunPart, Summary, register_part
 from fedkern.engine.store import confusions, predictions

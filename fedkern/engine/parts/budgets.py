@@ -1,7 +1,5 @@
 """Budgets ``--max-seconds``, ``--max-bytes`` and ``--max-epsilon``: a round that would exceed one is not begun."""
 
-from __future__ import annotations
-
 import time
 
 from fedkern.engine.parts.part import Part, Record, RunPart, Stop, register_part

@@ -1,7 +1,5 @@
 """Times of checkpoints, and their content beside states."""
 
-from __future__ import annotations
-
 import time
 
 from fedkern.engine.parts.part import Record, RunPart, Summary, register_part

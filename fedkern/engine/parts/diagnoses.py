@@ -1,7 +1,5 @@
 """Warnings about the final network and clients' reports (`fedkern.engine.figures.diagnostics`)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fedkern.engine.figures import diagnostics

@@ -1,7 +1,5 @@
 """Settings of the user without effect, which end the run in its first round."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from fedkern.engine.marks import comparison_notes, find_unused

@@ -1,7 +1,5 @@
 """Events of a run for its listeners."""
 
-from __future__ import annotations
-
 from fedkern.engine.executors.choice import worker_bytes
 from fedkern.engine.parts.part import Record, RunPart, register_part
 from fedkern.engine.setup.run_objects import RunObjects

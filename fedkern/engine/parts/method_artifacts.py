@@ -1,7 +1,5 @@
 """Pictures that the server shows of a round (``Server.log_image``), kept by the run."""
 
-from __future__ import annotations
-
 from fedkern.engine.parts.part import Record, RunPart, register_part
 from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.engine.store.artifacts import Artifact, ArtifactLog

@@ -1,7 +1,5 @@
 """Figures that only an experimenter with a view of all clients has (``Method.oracle_metrics``)."""
 
-from __future__ import annotations
-
 from fedkern.engine.clients import AllClients
 from fedkern.engine.context import convert_figures
 from fedkern.engine.parts.part import Part, RunPart, Summary, register_part

@@ -1,7 +1,5 @@
 """Differential privacy of a run: conditions of its releases, and figures in records and summary."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Record of every communication round (metrics.jsonl)."""
 
-from __future__ import annotations
-
 import time
 
 from fedkern.engine.parts.part import Record, RunPart, Summary, register_part

@@ -1,7 +1,5 @@
 """Final files of a run: evaluation.csv, the model, summary.json."""
 
-from __future__ import annotations
-
 from fedkern.engine.parts.part import RunPart, Summary, register_part
 from fedkern.engine.store import record_files
 from fedkern.engine.store.record_files import rows, write_evaluation

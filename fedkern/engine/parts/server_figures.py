@@ -1,7 +1,5 @@
 """Figures that the method's server reports of a round (``server.report``)."""
 
-from __future__ import annotations
-
 import math
 
 from fedkern.engine.context import convert_figures

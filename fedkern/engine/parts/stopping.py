@@ -1,7 +1,5 @@
 """Early ends of a run (``--stop-at``, ``--patience``)."""
 
-from __future__ import annotations
-
 import math
 
 from fedkern.engine.parts.part import Part, Record, RunPart, Stop, Summary, register_part

@@ -1,7 +1,5 @@
 """Trace of one round (``--profile``)."""
 
-from __future__ import annotations
-
 import gzip
 import os
 import tempfile

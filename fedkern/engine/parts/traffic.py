@@ -1,7 +1,5 @@
 """Bytes in records, summary and checkpoints."""
 
-from __future__ import annotations
-
 from fedkern.engine.parts.part import Record, RunPart, Summary, register_part
 from fedkern.messages.states import State
 

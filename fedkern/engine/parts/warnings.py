@@ -1,7 +1,5 @@
 """Warnings of a run, one of each name."""
 
-from __future__ import annotations
-
 from fedkern.engine.parts.part import Record, RunPart, Summary, register_part
 from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.messages.states import State

@@ -1,7 +1,5 @@
 """One exchange of a round: messages out, and uploads in through the run's filters."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace

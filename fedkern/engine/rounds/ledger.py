@@ -1,7 +1,5 @@
 """Bytes sent up and down, per client, exchange and round."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 

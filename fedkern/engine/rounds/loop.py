@@ -1,7 +1,5 @@
 """Round loop: plays a method's plan, and calls the run's parts around every round."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from functools import partial

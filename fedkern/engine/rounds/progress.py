@@ -1,7 +1,5 @@
 """Progress of a run: its round and its exchange."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from fedkern.methods.base import Round

@@ -1,7 +1,5 @@
 """Log of a round's clients: figures of finished clients, reasons of dropped ones, and states to keep or drop."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 

@@ -1,7 +1,5 @@
 """Order of a run's parts and upload filters, by registered names, and construction of user-defined ones."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial

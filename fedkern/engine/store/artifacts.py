@@ -1,7 +1,5 @@
 """Artifacts: images and tables that a method logs, kept for a few rounds, for the report."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from dataclasses import dataclass

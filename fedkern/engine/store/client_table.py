@@ -6,8 +6,6 @@ table's length at a checkpoint. A table that has grown to twice its first line i
 commit writes on average a few times the changed rows.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Confusion matrices of the final network (confusion.json)."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

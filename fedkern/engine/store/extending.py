@@ -1,7 +1,5 @@
 """Extension of a run by more rounds, in its settings and its last checkpoint."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 from itertools import islice

@@ -1,7 +1,5 @@
 """Initial weights of a run's network from a file or a finished run (``--init``)."""
 
-from __future__ import annotations
-
 import hashlib
 import shlex
 from collections.abc import Mapping

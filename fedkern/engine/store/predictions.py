@@ -1,7 +1,5 @@
 """Predictions of the final network for every test image (predictions.csv)."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence

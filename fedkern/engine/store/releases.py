@@ -13,8 +13,6 @@ So every message's digest is on the disk before the server gets the message, and
 that differs.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

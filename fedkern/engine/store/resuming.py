@@ -1,7 +1,5 @@
 """Checks before a run is resumed from its last checkpoint, and warnings about what has changed since."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import zlib

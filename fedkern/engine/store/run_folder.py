@@ -3,8 +3,6 @@
 `fedkern.downstream.saved_network` reads that file, model.safetensors.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import shlex

@@ -7,8 +7,6 @@ One thread sends and one receives, so that no end waits for the other to take wh
 that has vanished.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import pickle

@@ -1,7 +1,5 @@
 """Ranks of one torchrun: this process's rank, the connections of all, and their common end."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import socket

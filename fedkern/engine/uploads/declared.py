@@ -1,7 +1,5 @@
 """Check that uploads are finite and as the method declares."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 

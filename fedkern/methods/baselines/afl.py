@@ -1,7 +1,5 @@
 """Agnostic federated learning: training for the worst mixture of clients."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Local training without federation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """CCVR after a single round of FedAvg."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from fedkern.methods.baselines.oneshot_fedavg import OneShotFedAvg

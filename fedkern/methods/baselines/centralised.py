@@ -1,7 +1,5 @@
 """Centralised training on the pooled data of all clients."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 from torch import nn

@@ -1,7 +1,5 @@
 """DENSE: one-shot federated learning without any data on the server."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

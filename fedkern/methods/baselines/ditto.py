@@ -1,7 +1,5 @@
 """Ditto: personal networks regularised towards the global one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from fedkern.methods.base import vectors_of

@@ -1,7 +1,5 @@
 """FedAvg: local training and a weighted average."""
 
-from __future__ import annotations
-
 from fedkern.methods.base import LocalTraining
 from fedkern.methods.method_registry import register
 

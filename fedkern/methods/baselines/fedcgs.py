@@ -1,7 +1,5 @@
 """FedCGS: a classifier from statistics of frozen features, in one round."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 

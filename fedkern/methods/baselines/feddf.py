@@ -1,7 +1,5 @@
 """FedDF with one round of communication."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """FedNTD: not-true distillation from the received model."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """FedPer: shared base layers and a personal head."""
 
-from __future__ import annotations
-
 from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.methods.method_registry import register
 

@@ -1,7 +1,5 @@
 """FedProx: FedAvg with a proximal term."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from fedkern.methods.baselines.fedavg import FedAvg

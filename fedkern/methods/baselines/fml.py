@@ -1,7 +1,5 @@
 """FML, federated mutual learning: private models and a shared proxy teach each other."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """MOON: a model-contrastive loss on every client."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

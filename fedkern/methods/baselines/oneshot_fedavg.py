@@ -1,7 +1,5 @@
 """FedAvg with a single round."""
 
-from __future__ import annotations
-
 from fedkern.methods.common.oneshot import OneShot
 from fedkern.methods.method_registry import register
 

@@ -1,7 +1,5 @@
 """q-FFL: federated learning in which clients with high losses weigh more."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -4,8 +4,6 @@ The server pools the clients' statistics of features, draws virtual features fro
 the classifier.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass

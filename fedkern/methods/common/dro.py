@@ -7,8 +7,6 @@ round. The server projects ``v_k = w_k exp(eta l_k)`` onto the set Q (`fedkern.m
 moves weight among the round's participants, the projection among all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 

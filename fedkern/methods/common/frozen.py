@@ -1,7 +1,5 @@
 """Cached outputs and copies of frozen networks, for losses that compare with a frozen network."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """Base of one-shot methods: every client trains its whole budget once, perhaps on an architecture of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Personal networks of clients, evaluated instead of one global network."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any

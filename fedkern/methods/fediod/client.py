@@ -1,7 +1,5 @@
 """Client side of FedIOD's stage 2, for one client or all clients of a process."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Discriminators of the clients, which never leave them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ K clients, B images, C classes: logits are ``[K, B, C]``, for segmentation ``[K,
 positions too.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

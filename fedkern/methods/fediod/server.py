@@ -1,7 +1,5 @@
 """Server of FedIOD: generator and student during a round (docs/methods/fediod.md, section 4)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

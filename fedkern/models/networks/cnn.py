@@ -1,7 +1,5 @@
 """A small three-stage network for digits, and random filters for classifiers from feature statistics."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from fedkern.models.networks.conv_norm_layers import ConvSequential

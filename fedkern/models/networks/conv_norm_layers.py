@@ -3,8 +3,6 @@
 PyTorch's layers keep their names, states and hooks.  The operator replaces them if calling them has no other effect.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from operator import attrgetter, itemgetter
 from typing import Any

@@ -1,7 +1,5 @@
 """EfficientNet-B0 (Tan and Le, arXiv 1905.11946)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import ClassVar

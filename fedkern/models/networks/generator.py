@@ -1,7 +1,5 @@
 """Generator of images from noise, for distillation without data."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

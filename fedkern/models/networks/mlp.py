@@ -1,7 +1,5 @@
 """Multi-layer perceptron with 1x1 feature maps as hidden layers."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from fedkern.models.networks.staged import StagedNetwork

@@ -1,7 +1,5 @@
 """MobileNetV2 (Sandler et al., arXiv 1801.04381)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor, nn

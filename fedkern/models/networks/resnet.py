@@ -1,7 +1,5 @@
 """Residual networks (He et al., arXiv 1512.03385), and FedIOD's ResNet-8."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from typing import Literal, cast
 

@@ -1,7 +1,5 @@
 """Small image and text encoders that need no download, with a first token that represents the whole image or text."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Base classes of the classifiers: features with named stages, and a linear head."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

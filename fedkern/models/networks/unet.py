@@ -1,7 +1,5 @@
 """U-Net (Ronneberger et al., 2015, arXiv 1505.04597) with batch norm, for the classes of pixels."""
 
-from __future__ import annotations
-
 import math
 
 import torch

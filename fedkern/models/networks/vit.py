@@ -1,7 +1,5 @@
 """A small vision transformer (Dosovitskiy et al., arXiv 2010.11929)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

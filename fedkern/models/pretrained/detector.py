@@ -1,7 +1,5 @@
 """Grounding DINO through transformers: boxes of named objects (FedGID's decoupler)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

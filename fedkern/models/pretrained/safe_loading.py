@@ -1,7 +1,5 @@
 """Safe loading of pre-trained networks through transformers, with checks of folders and loaded weights."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib

@@ -1,7 +1,5 @@
 """User-defined files of weights, read without running code and loaded into networks."""
 
-from __future__ import annotations
-
 from collections.abc import Container, Mapping
 from pathlib import Path
 

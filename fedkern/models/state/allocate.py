@@ -1,7 +1,5 @@
 """Memory for networks made on the meta device."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 

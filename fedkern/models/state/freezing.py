@@ -1,7 +1,5 @@
 """Frozen and personal parts of a network: parameters and buffers that no message holds, or that stay at a client."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """Teachers by name: parsing ``teacher=...`` and making the teachers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """Frozen teachers: any network or callable that gives logits."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Logits of several frozen teachers at once, with gradients for the images."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any

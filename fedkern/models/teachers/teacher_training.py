@@ -1,7 +1,5 @@
 """Training of teachers on public images before a run, and on a client's own images (linear probe, fine-tuning)."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import math

@@ -4,8 +4,6 @@ A cut counts only if the network and its pieces give the same logits on random i
 Parameters are moved a little first: a classifier or a residual block that starts at zero would hide missing pieces.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Python attributes and hooks of user-defined networks, passed from client to client within a process."""
 
-from __future__ import annotations
-
 import functools
 import io
 import pickle

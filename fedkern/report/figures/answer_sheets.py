@@ -3,8 +3,6 @@
 Each takes the run, its data, its network and the code that may be imported.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping
 
 import numpy as np

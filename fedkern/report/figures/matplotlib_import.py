@@ -1,7 +1,5 @@
 """Faster import of matplotlib at the end of a command."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Sheets of small pictures in rows and columns, and pictures of a method's artifacts."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Runs in a notebook: a display with a table of the rounds, results as HTML, and pictures below a cell."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace

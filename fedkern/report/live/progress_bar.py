@@ -1,7 +1,5 @@
 """Progress of a run: a live display on a terminal and in a notebook, otherwise plain lines."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections import Counter

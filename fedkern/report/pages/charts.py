@@ -1,7 +1,5 @@
 """Charts of a report: curves, bars and dots as SVG, each with a text and a table of the same figures."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import TypeGuard

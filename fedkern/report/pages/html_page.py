@@ -4,8 +4,6 @@ The file holds its charts as SVG, its pictures as data URIs, and one style sheet
 nothing else, so that the file loads nothing and runs no code from a name or a caption.
 """
 
-from __future__ import annotations
-
 import base64
 import sys
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The report of a run folder as a page."""
 
-from __future__ import annotations
-
 import shlex
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
