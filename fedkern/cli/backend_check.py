@@ -1,7 +1,5 @@
 """Early check of the variables that choose kernels."""
 
-from __future__ import annotations
-
 from fedkern.errors import UserError
 
 

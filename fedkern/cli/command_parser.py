@@ -5,8 +5,6 @@ exit code, and optionally ``check_request(request, parser)``, which checks the v
 request.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Sequence
 from types import ModuleType

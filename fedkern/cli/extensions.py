@@ -1,7 +1,5 @@
 """Plugins on the command line, loaded before the other words are read, which may name registered things."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Helpers of commands on a finished run: its folder, network and code, and the output of results."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ The file is JSON: the flags and the help of all commands and methods, after a di
 Plugins and other user-defined code may add to them, so that a command with such code does without the file.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

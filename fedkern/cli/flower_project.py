@@ -1,7 +1,5 @@
 """``--flower DIR``: writes a Flower project of a run instead of playing the run."""
 
-from __future__ import annotations
-
 from fedkern.cli.request import Given, Request, read_given
 from fedkern.flower.runs.project import Project
 from fedkern.flower.runs.run_settings import check_own_data, check_portable

@@ -1,7 +1,5 @@
 """The front page of ``--help``, made without torch: the commands, and the methods with a line on each."""
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Parser of a command or a run, which keeps the words of the command line as they are and needs no torch."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Commands on the ranks of torchrun: ``torchrun ... -m fedkern.run METHOD ...``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

@@ -62,8 +62,8 @@ class ClientPrivacy:
             for number, entry in enumerate(plan):
                 requests.update(participation.clients(entry, number))
                 self._most[number + 1] = max(requests.values())
-        self.allowed = self._allowed(len(plan))
-        self.planned = self.epsilon(self.allowed) if self.level.noise else math.inf
+        self.allowed_rounds = self._count_allowed(len(plan))
+        self.planned = self.epsilon(self.allowed_rounds) if self.level.noise else math.inf
 
     def keep(self, secret: str) -> None:
         """Seed the noise, and a draw of clients that epsilon counts, from a secret."""
@@ -79,18 +79,18 @@ class ClientPrivacy:
             return self.level.epsilon(rounds, drawn=config.sampled_clients, of=config.trained_clients)
         return self.level.epsilon(self._most[rounds])
 
-    def _allowed(self, rounds: int) -> int:
+    def _count_allowed(self, rounds: int) -> int:
         """Return how many of the planned rounds stay within ``--max-epsilon``."""
-        most = self._config.max_epsilon
-        if most is None:
+        limit = self._config.max_epsilon
+        if limit is None:
             return rounds
-        allowed = bisect_right(range(1, rounds + 1), most, key=self.epsilon)
-        if not allowed:
+        count = bisect_right(range(1, rounds + 1), limit, key=self.epsilon)
+        if not count:
             raise UserError(
-                f"--max-epsilon {most:g} is less than the epsilon of the first round, {self.epsilon(1):.3g}: take more "
+                f"--max-epsilon {limit:g} is less than the epsilon of the first round, {self.epsilon(1):.3g}: take more "
                 "--dp-noise, or a larger --max-epsilon."
             )
-        return allowed
+        return count
 
     def guarantee(self) -> ClientGuarantee | None:
         if not self.level.noise:
@@ -105,7 +105,7 @@ class ClientPrivacy:
             {"networks": "the networks of all rounds and all that is computed from them"},
             conditions=tuple(conditions),
             planned=self.planned,
-            rounds=self.allowed,
+            rounds=self.allowed_rounds,
         )
         guarantee = base if self._config.records == "private" else base.with_records()
         assert isinstance(guarantee, ClientGuarantee)

@@ -64,11 +64,11 @@ class MLflow(Tracker):
         self._sets, self._is_open = run.test_sets, True
 
     def _log(self, figures: Mapping[str, float], number: int) -> None:
-        entities, now = self._mlflow.entities, int(1000 * time.time())
-        metrics = [entities.Metric(_metric_name(tag), value, now, number) for tag, value in figures.items()]
+        entities, timestamp = self._mlflow.entities, int(1000 * time.time())
+        metrics = [entities.Metric(_metric_name(tag), value, timestamp, number) for tag, value in figures.items()]
         self._client.log_batch(self._id, metrics=metrics, tags=[entities.RunTag(LOGGED, str(number))])
 
-    def _parameters(self, settings: Mapping[str, Any]) -> list[Any]:
+    def _parameters(self, settings: Mapping[str, object]) -> list[object]:
         flat: dict[str, object] = {}
         for name, value in settings.items():
             flat |= {f"{name}.{key}": text for key, text in value.items()} if isinstance(value, dict) else {name: value}

@@ -32,7 +32,7 @@ class Tracker(Listener):
     def state(self) -> dict[str, Any]:
         return {} if self._id is None else {"place": self._place, "id": self._id}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, object]) -> None:
         if state.get("place") == self._place:
             self._id = str(state["id"])
 

@@ -208,8 +208,8 @@ def test_an_adaptive_norm_follows_the_quantile(make_data, make_config, tmp_path,
 
 def test_no_round_exceeds_the_largest_epsilon(make_data, make_config, tmp_path):
     level = ClientLevel(0.5, 2.0, 1e-5)
-    most = (level.epsilon(2) + level.epsilon(3)) / 2
-    config = make_config("fedavg", rounds=5, max_epsilon=most, **NOISED)
+    limit = (level.epsilon(2) + level.epsilon(3)) / 2
+    config = make_config("fedavg", rounds=5, max_epsilon=limit, **NOISED)
     heard = Hearing()
     summary = run(config, out=tmp_path / "run", data=make_data(), listener=heard)
     assert summary["stopped"]["by"] == "max-epsilon"

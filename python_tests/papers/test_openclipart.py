@@ -88,7 +88,7 @@ def test_windows_of_persons(registries: None, tmp_path: Path) -> None:
     assert data.client_sizes == (14, 14)
     assert [len(test) for test in data.client_tests] == [6, 6]
     np.save(file, np.array({"X": os.getcwd}, dtype=object))
-    with pytest.raises(UserError, match="posix.getcwd is no part of an array"):
+    with pytest.raises(UserError, match=r"posix\.getcwd is no part of an array"):
         load(name, root=file)
 
 

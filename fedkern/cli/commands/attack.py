@@ -1,7 +1,5 @@
 """``attack DIR``: the membership attack on a finished run's network."""
 
-from __future__ import annotations
-
 from fedkern.cli.finished_runs import add_network, run_folder, trusted_code
 from fedkern.cli.parser import Parser, add_arguments
 from fedkern.cli.request import Request

@@ -1,7 +1,5 @@
 """``doctor``: the state of the installation and the backends of this machine."""
 
-from __future__ import annotations
-
 from fedkern.cli.parser import Parser, add_arguments
 from fedkern.cli.request import Request
 from fedkern.process.standard_streams import print_result

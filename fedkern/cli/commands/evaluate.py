@@ -1,7 +1,5 @@
 """``evaluate DIR``: a finished run's figures, also on other data, or those of a task on an image-text run."""
 
-from __future__ import annotations
-
 from inspect import signature
 from pathlib import Path
 from typing import Any

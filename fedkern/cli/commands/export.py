@@ -1,7 +1,5 @@
 """``export DIR``: a finished run's network as a file for other programs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

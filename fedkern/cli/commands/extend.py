@@ -1,7 +1,5 @@
 """``extend DIR --rounds R``: more rounds for a run."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from fedkern.cli.commands import run

@@ -4,8 +4,6 @@ In flwr 1.41 and 1.42 ``flwr run`` returns 0 for a run that fails, does not stop
 simulation to whatever answers at a fixed port, else to a SuperLink that outlives the command.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

@@ -1,7 +1,5 @@
 """``import FILE.csv``: somebody's results, as recorded runs that `compare` reads beside others."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``list``: methods, data sets, models, encoders, partitioners, aggregators and metrics."""
 
-from __future__ import annotations
-
 from fedkern.cli.front_page import PROGRAM
 from fedkern.cli.parser import Parser, add_arguments
 from fedkern.cli.request import Request

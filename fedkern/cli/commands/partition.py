@@ -1,7 +1,5 @@
 """``partition [flags]``: the table and picture of a partition, without a run."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

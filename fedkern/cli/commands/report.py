@@ -1,7 +1,5 @@
 """``report DIR...``: one HTML file for a run or a comparison."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from fedkern.cli.finished_runs import add_network

@@ -86,7 +86,7 @@ class MaxEpsilon(RunPart):
     def before_round(self, record: Record) -> Stop | None:
         private, done = self._run.private, self._run.progress.done
         assert private is not None
-        if done < private.allowed:
+        if done < private.allowed_rounds:
             return None
         reason = f"epsilon is {private.epsilon(done):.3g}, and of one more round {private.epsilon(done + 1):.3g}"
         return Stop("max-epsilon", f"{reason} (--max-epsilon {self._run.config.max_epsilon:g})")

@@ -1,7 +1,5 @@
 """aggregate: shared checks of vectors, weights and outputs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import overload

@@ -1,7 +1,5 @@
 """aggregate: distances between flat model vectors, Krum and the geometric median."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 Operators built from others (krum, geometric_median, clip_by_norm) are written once, on these methods.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any

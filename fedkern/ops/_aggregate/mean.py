@@ -1,7 +1,5 @@
 """aggregate: weighted means of flat model vectors."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

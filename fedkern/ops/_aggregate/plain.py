@@ -1,7 +1,5 @@
 """aggregate: the kernels' interface, in plain PyTorch on any device."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

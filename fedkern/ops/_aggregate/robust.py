@@ -1,7 +1,5 @@
 """aggregate: coordinate-wise robust means of flat model vectors, clipping to a norm, and Gaussian noise."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """aggregate: plain PyTorch references of the robust means, the distances and the server optimisers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

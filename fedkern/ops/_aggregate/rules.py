@@ -1,7 +1,5 @@
 """aggregate: rules and hyperparameters of the server optimisers, and the arguments of a step."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from torch import Tensor

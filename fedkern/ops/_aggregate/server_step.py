@@ -1,7 +1,5 @@
 """aggregate: one step of a server optimiser, with norms and cosines of the clients' deltas."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple

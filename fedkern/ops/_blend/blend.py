@@ -1,7 +1,5 @@
 """blend: each sample's feature map mixed with another sample's background, also as operators of ``torch.library``."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """boxes: images with the pixels inside a detector's boxes erased (the background remains), or with only these kept."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence

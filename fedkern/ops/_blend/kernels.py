@@ -1,7 +1,5 @@
 """blend and boxes: the launchers of both compiled cores, and helpers that Triton's blend shares."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from types import ModuleType

@@ -1,7 +1,5 @@
 """blend: plain PyTorch references of the operator, its gradients and its second derivatives."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

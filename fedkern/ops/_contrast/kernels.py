@@ -4,8 +4,6 @@ torch multiplies, by the faster of oneDNN and MKL, and csrc/cpu/contrast.cpp com
 products. They use ``mm(out=...)`` or oneDNN's operator: autocast would round the result of a plain ``mm``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple

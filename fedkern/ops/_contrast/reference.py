@@ -1,7 +1,5 @@
 """Reference of contrastive in plain PyTorch: specification, test oracle and fallback."""
 
-from __future__ import annotations
-
 import contextlib
 from typing import NamedTuple
 

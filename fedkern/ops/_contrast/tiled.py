@@ -3,8 +3,6 @@
 Nothing here reads a tensor's value, because that would synchronise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 

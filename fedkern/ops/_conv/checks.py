@@ -1,7 +1,5 @@
 """Argument checks of conv_norm and conv_pool, and the choice of their kernel."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """conv_norm and conv_pool: the launchers of the CPU core."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple

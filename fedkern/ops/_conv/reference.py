@@ -1,7 +1,5 @@
 """References of conv_norm and conv_pool in plain PyTorch: specification, test oracle and fallback."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

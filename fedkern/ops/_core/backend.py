@@ -8,8 +8,6 @@ usable, else Triton.
 ``TRITON_INTERPRET=1``, set before the first call of Triton, lets a forced "triton" compute on CPU tensors.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

@@ -1,7 +1,5 @@
 """Checks of numbers and tensors given to operators. Every error message names the argument."""
 
-from __future__ import annotations
-
 import math
 from numbers import Integral, Real
 from typing import Any

@@ -3,8 +3,6 @@
 All visible GPUs have to qualify: a check of the tensor's own GPU would be needed in every call.
 """
 
-from __future__ import annotations
-
 from types import ModuleType
 
 import torch

@@ -1,7 +1,5 @@
 """Base of the launchers, which call ``fedkern._cpu`` and ``fedkern._cuda`` with the same arguments."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import ModuleType
 

@@ -1,7 +1,5 @@
 """Strides of maps, by which torch chooses the kernels of its layers and reads gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

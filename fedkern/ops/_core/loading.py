@@ -1,7 +1,5 @@
 """Import of the compiled CPU and CUDA cores, and of the Triton kernels."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib

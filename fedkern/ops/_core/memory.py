@@ -1,7 +1,5 @@
 """Memory for large results of the CPU kernels, and small tensors of numbers created on a device."""
 
-from __future__ import annotations
-
 import errno
 import functools
 import mmap

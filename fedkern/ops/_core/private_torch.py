@@ -3,8 +3,6 @@
 Names that would give wrong numbers or memory if torch changed them are tried at their first use.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import operator

@@ -3,8 +3,6 @@
 The tracer sees the allocation of a kernel's result, but not the kernel that fills it.
 """
 
-from __future__ import annotations
-
 from typing import Any, NoReturn
 
 REFUSAL = (

@@ -1,7 +1,5 @@
 """Checks of the distill family's arguments."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

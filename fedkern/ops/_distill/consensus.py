@@ -1,7 +1,5 @@
 """js_div, consensus: how far K distributions agree."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """ensemble_kl: a student against K teachers."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """References of ensemble_kl, js_div and consensus in plain PyTorch: specification, test oracle and fallback."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """entropy: Shannon entropy of the softmax of logits."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ The forward pass of a ``fused`` kernel also computes the gradients for a grad_ou
 Otherwise, and with reduction "none", whose grad_output is rarely 1, the backward pass computes them.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The distill family's calls, and the launcher of the compiled cores."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from types import ModuleType

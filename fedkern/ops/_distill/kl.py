@@ -1,7 +1,5 @@
 """kl_div, dual_kl: Kullback-Leibler divergence between the softmaxes of one or two students and a teacher."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

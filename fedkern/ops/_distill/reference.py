@@ -1,7 +1,5 @@
 """References of the distill operators in plain PyTorch: specification, test oracle and fallback."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Rows of logits: their shapes and the reductions of their losses."""
 
-from __future__ import annotations
-
 import math
 
 import torch

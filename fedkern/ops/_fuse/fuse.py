@@ -1,7 +1,5 @@
 """fuse: the feature maps of several clients' blocks concatenated or averaged in one pass, also in ``torch.library``."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """FusedBlocks: M clients' blocks of equal structure as one module."""
 
-from __future__ import annotations
-
 import copy
 import operator
 from collections import OrderedDict

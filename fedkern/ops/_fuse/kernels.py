@@ -1,7 +1,5 @@
 """fuse: the launcher that calls either compiled core."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from types import ModuleType

@@ -1,7 +1,5 @@
 """fuse: feature maps in memory."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """fuse: plain PyTorch references of the operators and their gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

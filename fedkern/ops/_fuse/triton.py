@@ -4,8 +4,6 @@ A dense map is ``outer`` runs of ``channels * step`` elements: samples with ``st
 contiguous, pixels with ``step`` 1 if channels-last.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

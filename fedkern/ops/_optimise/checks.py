@@ -1,7 +1,5 @@
 """optimise: the checks of vectors, settings and memory."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

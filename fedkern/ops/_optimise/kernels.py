@@ -1,7 +1,5 @@
 """optimise: the call that a backend's kernel receives, and the launcher of the compiled cores."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple

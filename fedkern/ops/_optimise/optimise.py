@@ -1,7 +1,5 @@
 """optimise: one step of an optimiser on flat vectors, in one pass over parameters, gradients and state."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple

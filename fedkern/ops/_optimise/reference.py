@@ -1,7 +1,5 @@
 """optimise: reference of a step in plain PyTorch, on any device."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

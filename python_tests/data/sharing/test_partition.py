@@ -170,8 +170,8 @@ def domain_counts(spec: str, clients: int) -> np.ndarray:
 
 def test_domains_are_apart_mixed_or_in_between() -> None:
     # Domain 7 is twice as large as domain 2: of seven clients it has four.
-    apart = [[150, 0, 0]] * 2 + [[0, 100, 0]] + [[0, 0, 150]] * 4
-    np.testing.assert_array_equal(domain_counts("domain:0", 7), apart)
+    separate = [[150, 0, 0]] * 2 + [[0, 100, 0]] + [[0, 0, 150]] * 4
+    np.testing.assert_array_equal(domain_counts("domain:0", 7), separate)
     np.testing.assert_array_equal(domain_counts("domain:1", 5), [[60, 20, 120]] * 5)
     np.testing.assert_array_equal(domain_counts("domain:0.5", 2), [[75, 25, 450], [225, 75, 150]])  # 5 and 2 together
 

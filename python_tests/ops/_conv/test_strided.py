@@ -40,13 +40,13 @@ def test_values_and_gradients(name: str, shape: tuple[int, ...], monkeypatch: py
     with using(name):
         y = strided_conv(x, weight, shape[1])
         gradients = torch.autograd.grad(y, (x, weight), grad, retain_graph=True)
-        alone = [torch.autograd.grad(y, leaf, grad, retain_graph=True)[0] for leaf in (x, weight)]
+        single_gradients = [torch.autograd.grad(y, leaf, grad, retain_graph=True)[0] for leaf in (x, weight)]
         planar = strided_conv(x.detach().contiguous(), weight.detach(), shape[1])
         torch.set_num_threads(3)
         threaded = torch.autograd.grad(strided_conv(x, weight, shape[1]), (x, weight), grad)
     assert y.is_contiguous(memory_format=LAST)
     assert torch.equal(y, planar)
-    for given, again, single, right in zip(gradients, threaded, alone, expected_gradients, strict=True):
+    for given, again, single, right in zip(gradients, threaded, single_gradients, expected_gradients, strict=True):
         assert torch.equal(given, again)
         assert torch.equal(given, single)
         torch.testing.assert_close(given.double(), right, rtol=1e-5, atol=1e-6 * float(right.detach().abs().max()))

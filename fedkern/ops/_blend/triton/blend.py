@@ -4,8 +4,6 @@ Computed in fp32 and rounded once. Sums over samples are taken in fp64, sorted b
 same bits every time.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ With ``TRITON_INTERPRET=1`` at the first import, Triton runs kernels in Python o
 times slower.
 """
 
-from __future__ import annotations
-
 import triton
 
 # Triton reads this setting when a kernel is decorated, which is when the files of this package are imported.

@@ -1,7 +1,5 @@
 """Host helpers of the Triton kernels: launches on the right device, tile sizes, arguments that Triton cannot take."""
 
-from __future__ import annotations
-
 import functools
 import struct
 from collections.abc import Iterable

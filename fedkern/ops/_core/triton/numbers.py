@@ -3,8 +3,6 @@
 Several tensors are one parameter: a pointer to the first, and every tensor's distance from it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import torch

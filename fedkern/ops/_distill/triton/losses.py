@@ -1,7 +1,5 @@
 """kl_div, dual_kl and entropy in Triton: the kernels, launched by distill.py."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

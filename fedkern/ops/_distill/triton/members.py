@@ -1,7 +1,5 @@
 """js_div, consensus and ensemble_kl's mean of divergences in Triton: each teacher against one row, summed up."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

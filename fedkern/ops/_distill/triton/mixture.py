@@ -4,8 +4,6 @@ A program takes some rows of all K teachers, walks through the classes in tiles,
 time.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

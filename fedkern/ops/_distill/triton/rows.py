@@ -4,8 +4,6 @@ A *row* is one sample at one position, its classes ``class_stride`` elements fro
 ``inner`` rows: batches times positions, or 1 times all rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
