@@ -273,32 +273,3 @@ def test_processors_of_the_same_slug_keep_a_file_each(tmp_path: Path) -> None:
     clocked = {**INTEL, "cpu": "Intel(R) Xeon(R) CPU @ 2.20GHz"}
     names = [write_results([ROW], machine, tmp_path)[0].name for machine in (INTEL, clocked, INTEL, clocked)]
     assert names == ["toy-intel-xeon.json", "toy-intel-xeon-2.json"] * 2
-
-
-def test_recording_a_few_tests_adds_to_the_file(tmp_path: Path) -> None:
-    gone = replace(ROW, case="gone", test="bench_toy.py::test_gone")
-    foreign = replace(ROW, case="foreign", test="bench_else.py::test_foreign")
-    write_results([ROW, OTHER, gone, foreign], AMD, tmp_path)
-    renamed = replace(ROW, case="[64, 20]", speedup={"eager": 5.0})
-    (path,) = write_results([renamed], AMD, tmp_path, collected=[ROW.test, OTHER.test])
-    (recorded,) = read_results(tmp_path)["toy"]
-    assert [row.case for row in recorded.rows] == ["large", "foreign", "[64, 20]"]
-    assert recorded.rows[2] == renamed
-    (path,) = write_results([replace(ROW, device="cuda")], {**AMD, "gpu": "NVIDIA H200"}, tmp_path)
-    assert path.name == "toy-cuda-nvidia-h200.json"
-    assert [recorded.name for recorded in read_results(tmp_path)["toy"]] == ["toy-amd-epyc", "toy-cuda-nvidia-h200"]
-
-
-def test_the_page_shows_machine_after_machine(tmp_path: Path) -> None:
-    row = replace(ROW, backend="reference")
-    write_results([row], AMD, tmp_path)
-    write_results([replace(row, speedup={"eager": 1.2})], INTEL, tmp_path)
-    command = ["--results", str(tmp_path)]
-    assert report.main([*command, "--check"]) == 1
-    assert report.main(command) == 0
-    assert report.main([*command, "--check"]) == 0
-    amd, intel = (tmp_path / "README.md").read_text().split("\n## ")[1:]
-    assert amd.startswith("toy on AMD EPYC\n\nAMD EPYC, 2 cores")
-    assert "| small | 1 thread | 100 µs | 2.00× |" in amd
-    assert intel.startswith("toy on Intel(R) Xeon(R) Processor\n")
-    assert "| small | 1 thread | 100 µs | 1.20× |" in intel

@@ -185,32 +185,6 @@ def test_pytest_finds_what_a_line_names(name, monkeypatch) -> None:
     assert count == 3 if name == "compile" else count >= len(fifteen.CHANGED)
 
 
-def test_bounds_are_what_must_be_moved(small) -> None:
-    made = {name: make for name, _, make in kernels.cases(torch.float32, odd=False)}
-    assert made["geometric_median"]()[1] == (2 * kernels.CLIENTS + 1) * 12 * 4
-    assert made["consensus"]()[1] == 4 * 4 * 8 * 4
-    images, boxes = 2 * 4 * 24 * 24, 2 * 4 * 16 * 16
-    assert made["keep_boxes"]()[1] == (images + boxes) * 4
-    assert made["erase_boxes"]()[1] == (2 * images - boxes) * 4
-
-
-def test_what_binds_a_kernel_stands_for_its_share() -> None:
-    measured = {"size": "large", "backend": "cuda", "share": 0.5, "seconds": 1e-6}
-    rows = [
-        {"operator": name, "dtype": dtype, "odd": odd, **measured}
-        for name in ("clip_and_noise", "accumulator exact", "weighted_mean stack", "weighted_mean")
-        for dtype in ("fp32", "bf16")
-        for odd in (False, True)
-    ]
-    assert gpu_figures.kernel_table(rows).split("\n")[2:] == [
-        "| `clip_and_noise` | 1 µs | bound by its generator |  |  |  | – |",
-        "| `accumulator exact` | 1 µs | bound by its digits |  |  |  | – |",
-        "| `weighted_mean stack` | 1 µs | 50 % | 50 % | 50 % | 4-byte loads | – |",
-        "| `weighted_mean` | 1 µs | 50 % | 50 % | 50 % | 50 % | – |",
-    ]
-    assert {*gpu_figures.BOUND, *gpu_figures.ROWS} <= {name for name, *_ in kernels.cases(torch.float32, odd=False)}
-
-
 @pytest.mark.parametrize("name", [name for name in LINES if name.startswith("run ")])
 def test_runs_are_runs(name, monkeypatch) -> None:
     part, *words = words_of(name)

@@ -92,20 +92,6 @@ def test_traced_runs_are_runs(stage, monkeypatch):
     assert effective_config(request).device == "cuda"
 
 
-@pytest.mark.parametrize("method", stages.PUBLISHED)
-def test_published_settings_are_settings(method):
-    words = [method, *stages.PUBLISHED[method][0].split(), "--data-root", "DIR"]
-    assert effective_config(parse_run(words)).method == method
-
-
-def test_no_gpu_is_one_sentence(capsys):
-    with pytest.raises(SystemExit) as ended:
-        command.main(["--out", "nowhere"])
-    assert ended.value.code == 2
-    assert "there is no NVIDIA GPU here" in capsys.readouterr().err
-    assert not Path("nowhere").exists()
-
-
 def test_stages_are_chosen_by_name_and_packed(tmp_path, monkeypatch, capsys):
     asked = [python("test one", "print('fine')"), python("test two", ""), python("doctor", "raise SystemExit(1)")]
     monkeypatch.setattr(command, "gpu", lambda: GPU)
@@ -126,9 +112,6 @@ def test_stages_are_chosen_by_name_and_packed(tmp_path, monkeypatch, capsys):
 
 
 # -- gpu repeats -------------------------------------------------------------------------------------------------------
-
-
-LITTLE = {"data": "digits", "train_samples": 60, "width": 2, "rounds": 2, "local_steps": 1, "clients": 2}
 
 
 def run_folder(path: Path, weight: float = 0.0, rounds: int = 2, **changes) -> Path:
@@ -170,24 +153,11 @@ def test_what_differs_is_named(changed, told, tmp_path):
     assert repeats.differences(original, second) == told
 
 
-def test_a_nan_is_the_same_bits(tmp_path):
-    nan = float("nan")
-    assert repeats.differences(run_folder(tmp_path / "first", nan), run_folder(tmp_path / "second", nan)) == []
-
-
 def test_a_difference_is_one_sentence_and_exit_code_1(monkeypatch, capsys):
     monkeypatch.setattr(repeats, "play", lambda case, device, folder: run_folder(folder, float(folder.name == "first")))
     assert repeats.main(["fedgid", "--device", "cpu"]) == 1
     said = capsys.readouterr().out
     assert said == "fedgid: two runs on cpu with one seed differ: 1 of the model's 2 tensors, b first\n"
-
-
-def test_repeats_without_a_gpu_are_one_sentence(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as ended:
-        repeats.main(["fedavg"])
-    assert ended.value.code == 2
-    assert "--device cuda: torch sees no CUDA device; give --device cpu" in capsys.readouterr().err
 
 
 def test_every_method_and_network_has_a_stage():
@@ -198,19 +168,6 @@ def test_every_method_and_network_has_a_stage():
     assert names.index(wanted[-1]) < names.index("published fusefl")
     for stage in stages.repeats():
         assert stage.command[-3:] == (stage.name.split()[1], "--device", "cuda")
-
-
-@pytest.mark.parametrize("settings", [LITTLE, {**LITTLE, "lr": -1.0}], ids=["alike", "failed"])
-def test_two_runs(settings, monkeypatch, capsys):
-    monkeypatch.setattr(bench_methods, "CASES", (bench_methods.Case("fedavg", "default", settings),))
-    code = repeats.main(["fedavg", "--device", "cpu"])
-    said = capsys.readouterr().out
-    if "lr" in settings:
-        assert code == 1
-        assert "failed with exit code 2" in said
-    else:
-        assert code == 0
-        assert said == "fedavg: two runs on cpu with one seed have the same model and metrics\n"
 
 
 # -- gpu trace ---------------------------------------------------------------------------------------------------------

@@ -14,8 +14,7 @@ import torch
 from benchmarks import bench_methods, processes
 from benchmarks.bench_methods import CASES, Case, Row
 from benchmarks.gpu_use import Use
-from benchmarks.plain import common, feddra, fedgid, fediod, fedlpfm, fedprox, fusefl
-from benchmarks.plain.fedavg import main as plain_main
+from benchmarks.plain import common, feddra, fedgid, fediod, fedlpfm, fedprox
 from fedkern import models
 from fedkern.cli import flags, request
 from fedkern.data import load
@@ -29,7 +28,6 @@ from fedkern.settings.config import RunConfig
 from fedkern.tasks import RETRIEVAL
 
 PHASE = Phase(0, "train", "update")
-CPU = torch.device("cpu")
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
@@ -168,20 +166,6 @@ def test_a_run_of_whole_batches_ends_where_fedkern_ends(method, settings, option
     assert theirs[-1]["accuracy"] == pytest.approx(ours[-1]["accuracy"], abs=0.01)
 
 
-def test_fusefl_pools_statistics_exactly():
-    torch.manual_seed(0)
-    features, labels = torch.randn(40, 3).double(), torch.arange(40) % 2
-    stub = SimpleNamespace(features=lambda rows: rows)
-    parts = [common.Images(features[rows], labels[rows]) for rows in (slice(0, 7), slice(7, 40))]
-    for c, (count, mean, covariance) in enumerate(
-        fusefl.pool([fusefl.class_statistics(stub, part, 2, CPU) for part in parts])
-    ):
-        own = features[labels == c]
-        assert count == len(own)
-        torch.testing.assert_close(mean, own.mean(0))
-        torch.testing.assert_close(covariance, own.T.cov())
-
-
 def test_the_data_are_those_of_fedkern():
     args = common.arguments("").parse_args(["--data", "digits", "--train-samples", "100", "--partition", "iid"])
     found, source = common.load_data(args), load("digits", clients=5, partition="iid", train_samples=100)
@@ -189,16 +173,6 @@ def test_the_data_are_those_of_fedkern():
     assert [torch.equal(a.columns[0], b.labels) for a, b in zip(found.clients, source.clients, strict=True)] == [
         True
     ] * 5
-
-
-def test_augmented_images_keep_their_shape_and_move():
-    torch.manual_seed(0)
-    images = torch.randn(4, 3, 8, 8)
-    data = common.Images(images, torch.arange(4), augment="crop-flip")
-    assert all(data[i][0].shape == (3, 8, 8) for i in range(4))
-    assert any(not torch.equal(data[0][0], images[0]) for _ in range(5))
-    with pytest.raises(ValueError, match="augment"):
-        common.Images(images, augment="nico")
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------
@@ -214,12 +188,6 @@ def test_every_case_is_a_command_of_all_variants(case, tmp_path):
     module = importlib.import_module(f"benchmarks.plain.{case.method}")
     args = common.arguments("", **module.FLAGS).parse_args(plain)
     assert (args.lr, args.seed, args.batch_size) == (effective.lr, 1, effective.batch_size)
-
-
-def test_every_method_has_both_settings():
-    assert sorted(case.name for case in CASES) == sorted(
-        f"{method} {setting}" for method in bench_methods.METHODS for setting in ("default", "large")
-    )
 
 
 @pytest.mark.parametrize(
@@ -259,13 +227,6 @@ def test_the_cost_of_a_command_has_its_children(tmp_path):
     assert cost.processes == 3
 
 
-def test_a_command_that_fails_says_its_last_line(tmp_path):
-    with pytest.raises(processes.Failed, match=r"exit code 2: no such thing"):
-        processes.run(
-            [sys.executable, "-c", "import sys; print('no such thing', file=sys.stderr); sys.exit(2)"], {}, tmp_path
-        )
-
-
 # -- rows, pages -------------------------------------------------------------------------------------------------------
 
 
@@ -282,14 +243,6 @@ def row(method="fedavg", setting="default", **seconds):
 def test_a_speed_up_is_the_median_of_the_ratios_of_one_seed():
     assert row(plain=[10.0, 20.0, 30.0], fedkern=[5.0, 5.0, 30.0]).speedup("plain") == 2.0
     assert row(fedkern=[1.0]).speedup("plain") is None
-
-
-@pytest.mark.parametrize(("shift", "is_apart"), [(0.0, False), (0.15, False), (0.3, True)])
-def test_figures_beyond_the_spread_of_the_seeds_are_seen(shift, is_apart):
-    case = row(plain=[1.0] * 3, fedkern=[1.0] * 3)
-    case.figure["plain"] = [value + shift for value in case.figure["fedkern"]]
-    assert case.apart("plain") is is_apart
-    assert ("**" in bench_methods._figure_table([case])[-1]) is is_apart
 
 
 def test_a_run_with_other_settings_before_counts_in_no_mean():
@@ -349,16 +302,6 @@ def test_on_a_gpu_all_variants_are_sent_there_and_it_is_watched(tmp_path, monkey
     assert "| fedavg | 40, 7 | 40, 7 | 40, 7 |" in page
     assert "Promised" not in page
     assert bench_methods.read(path, machine) == [found]
-
-
-@pytest.mark.parametrize("command", [bench_methods.main, plain_main])
-def test_a_gpu_that_is_not_here_is_one_sentence(command, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["fedavg", "--device", "cuda"])
-    with pytest.raises(SystemExit) as ended:
-        command(*([["--device", "cuda"]] if command is bench_methods.main else []))
-    assert ended.value.code == 2
-    assert "torch sees no GPU here" in capsys.readouterr().err
 
 
 def test_variants_run_in_turn_with_the_seeds_of_the_repeats(tmp_path, monkeypatch):

@@ -252,11 +252,6 @@ def test_no_bound_is_above_its_claim_and_every_defect_is_caught():
             assert (row["half"]["lower"] < row["half"]["claimed"]) == shards
 
 
-def test_the_figure_is_drawn(tmp_path):
-    privacy_audit.draw(ROWS, tmp_path / "audit.png")
-    assert (tmp_path / "audit.png").read_bytes()[:4] == b"\x89PNG"
-
-
 # -- fusefl figure -----------------------------------------------------------------------------------------------------
 
 

@@ -265,10 +265,6 @@ def test_seeds_that_one_of_both_lacks_do_not_count():
     assert contest(sample(0.5, 0.75, 0.9), sample(0.25, 0.5)).ends() == (25, 25, 25)
 
 
-def test_losses_have_two_digits():
-    assert contest(sample(-3.5, -3.5, scale=1), sample(-3.25, -3.25, scale=1)).cells()[3] == "−0.25 [−0.25, −0.25]"
-
-
 def test_what_is_not_played_is_left_out(monkeypatch):
     assert contest(sample(0.5), None).commits == []
     monkeypatch.setattr(method_gains, "read_sample", lambda paper, cell: None)

@@ -1,8 +1,8 @@
-"""Tests of runs logged to MLflow: a stand-in with the documented calls of its client, and MLflow in a folder."""
+"""Tests of runs logged to MLflow: a mock of its client, and MLflow itself."""
 
 import re
 import sys
-import types
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -14,95 +14,54 @@ from fedkern.listeners.events import scalars
 from python_tests.listeners.tracked import WORDS, cut, resume
 
 
-def _entity(*values):
-    return values
-
-
-class StandIn(types.ModuleType):
-    """Stand-in for mlflow, and for its client, whose store is ``runs``."""
-
-    MlflowException = RuntimeError
-
-    def __init__(self):
-        super().__init__("mlflow")
-        self.runs, self.problem = [], None
-        self.entities = types.SimpleNamespace(Metric=_entity, RunTag=_entity, Param=_entity)
-
-    def MlflowClient(self):  # noqa: N802  # mlflow's name
-        return self
-
-    def get_experiment_by_name(self, name):
-        if self.problem is not None:
-            raise RuntimeError(self.problem)
-
-    def create_experiment(self, name):
-        return name
-
-    def create_run(self, experiment, run_name):
-        number = str(len(self.runs))
-        data = types.SimpleNamespace(tags={}, params={}, rows={})
-        self.runs.append(
-            types.SimpleNamespace(
-                info=types.SimpleNamespace(run_id=number), data=data, name=(experiment, run_name), status=["RUNNING"]
-            )
-        )
-        return self.runs[-1]
-
-    def get_run(self, number):
-        return self.runs[int(number)]
-
-    def update_run(self, number, status):
-        self.get_run(number).status.append(status)
-
-    set_terminated = update_run
-
-    def log_batch(self, number, metrics=(), params=(), tags=()):
-        data = self.get_run(number).data
-        data.params.update(params)
-        data.tags.update(tags)
-        for name, value, _, step in metrics:
-            assert (name, step) not in data.rows  # no figure is logged twice
-            data.rows[name, step] = value
-
-
 @pytest.fixture
-def mlflow(monkeypatch):
-    module = StandIn()
+def client(monkeypatch):
+    """Return the client of a mock of mlflow, whose ``rows`` are the logged figures by tag and step."""
+    module, client = MagicMock(MlflowException=RuntimeError), MagicMock(rows={})
+    module.MlflowClient.return_value = client
+    module.entities.Metric = module.entities.RunTag = module.entities.Param = lambda *values: values
+    client.get_experiment_by_name.return_value = None
+    client.create_run.return_value.info.run_id = "17"
+
+    def log(number, metrics=(), params=(), tags=()):
+        assert number == "17"
+        assert not client.rows.keys() & {(name, step) for name, _, _, step in metrics}  # nothing is logged twice
+        client.rows |= {(name, step): value for name, value, _, step in metrics} | dict(params)
+        client.get_run.return_value.data.tags = dict(tags)
+
+    client.log_batch = log
     monkeypatch.setitem(sys.modules, "mlflow", module)
-    return module
+    return client
 
 
-def test_a_resumed_run_continues_the_curve(mlflow, tmp_path, monkeypatch):
+def test_a_resumed_run_continues_the_curve(client, tmp_path, monkeypatch):
     out = tmp_path / "run"
     cut(monkeypatch, 3, *WORDS, "--out", str(out), "--mlflow", "demo")
-    assert {step for _, step in mlflow.runs[0].data.rows} == {1, 2, 3}
+    client.set_terminated.assert_called_once_with("17", "FAILED")
     resume(out, "--mlflow", "demo")
-    (curve,) = mlflow.runs
-    assert (curve.name, curve.status) == (("demo", "run"), ["RUNNING", "FAILED", "RUNNING", "FINISHED"])
+    client.create_run.assert_called_once_with(client.create_experiment("demo"), run_name="run")
+    client.update_run.assert_called_once_with("17", status="RUNNING")
+    client.set_terminated.assert_called_with("17", "FINISHED")
     records = read_metrics(out)
-    for record in (records[1], records[3]):
-        for tag, value in scalars(record).items():
-            assert curve.data.rows[tag, record["round"]] == value
-    assert curve.data.rows["final/accuracy", 4] == records[-1]["accuracy"]
-    assert curve.data.params["clients"] == "2"
-    assert "mlflow" not in (out / "config.toml").read_text()
+    for record in (records[1], records[3]):  # round 3 was run twice
+        assert all(client.rows[tag, record["round"]] == value for tag, value in scalars(record).items())
+    assert client.rows["final/accuracy", 4] == records[-1]["accuracy"]
+    assert client.rows["clients"] == "2"
     resume(out, "--mlflow", "demo")  # finished: nothing is logged again
-    assert len(mlflow.runs) == 1
+    client.create_run.assert_called_once()
 
 
-def test_another_experiment_has_a_run_of_its_own(mlflow, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    cut(monkeypatch, 3, *WORDS, "--out", str(out), "--mlflow", "demo")
-    resume(out, "--mlflow", "other")
-    assert [curve.name for curve in mlflow.runs] == [("demo", "run"), ("other", "run")]
-    assert {step for _, step in mlflow.runs[1].data.rows} == {3, 4}
+def test_another_experiment_has_a_run_of_its_own(client, tmp_path, monkeypatch):
+    cut(monkeypatch, 3, *WORDS, "--out", str(tmp_path / "run"), "--mlflow", "demo")
+    client.rows.clear()
+    resume(tmp_path / "run", "--mlflow", "other")
+    assert [call.args for call in client.create_experiment.call_args_list] == [("demo",), ("other",)]
 
 
-def test_mistakes_are_reported_and_leave_nothing(mlflow, tmp_path, monkeypatch):
-    mlflow.problem = "Experiment 'p' is deleted."
-    message = "MLflow cannot open the experiment p (Experiment 'p' is deleted): put that right, name another experiment"
+def test_mistakes_are_reported_and_leave_nothing(client, tmp_path, monkeypatch):
+    client.create_experiment.side_effect = RuntimeError("'p' is deleted.")
     words = [*WORDS, "--out", str(tmp_path / "run"), "--mlflow", "p"]
-    with pytest.raises(UserError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape("the experiment p ('p' is deleted): put that right, name another")):
         play_request(parse_words(words))
     with pytest.raises(UserError, match="--mlflow is given without a value"):
         parse_words([*WORDS, "--mlflow", ""])

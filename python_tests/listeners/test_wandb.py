@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-import types
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -15,39 +15,20 @@ from fedkern.listeners.events import scalars
 from python_tests.listeners.tracked import WORDS, cut, resume
 
 
-class StandIn(types.ModuleType):
-    """Stand-in for wandb: ``init``, ``Error``, and runs with ``log``, ``summary`` and ``finish``."""
-
-    class Error(Exception):
-        pass
-
-    def __init__(self):
-        super().__init__("wandb")
-        self.runs, self.problem = [], None
-
-    def init(self, **given):
-        if self.problem is not None:
-            raise self.Error(self.problem)
-        self.runs.append(_Run(given))
-        return self.runs[-1]
-
-
-class _Run:
-    def __init__(self, given):
-        self.given, self.rows, self.summary, self.code = given, [], {}, None
-
-    def log(self, row, step):
-        self.rows.append((step, dict(row)))
-
-    def finish(self, exit_code):
-        self.code = exit_code
-
-
 @pytest.fixture
 def wandb(monkeypatch):
-    made = StandIn()
-    monkeypatch.setitem(sys.modules, "wandb", made)
-    return made
+    """Return a mock of wandb, whose ``runs`` have what was given, logged and finished."""
+    module = MagicMock(runs=[], Error=RuntimeError)
+
+    def init(**settings):
+        rows: list = []
+        curve = MagicMock(given=settings, rows=rows, summary={}, log=lambda row, step: rows.append((step, dict(row))))
+        module.runs.append(curve)
+        return curve
+
+    module.init.side_effect = init
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
 
 
 def test_a_resumed_run_goes_on_with_the_same_curve(wandb, tmp_path, monkeypatch):
@@ -62,7 +43,8 @@ def test_a_resumed_run_goes_on_with_the_same_curve(wandb, tmp_path, monkeypatch)
         assert curve.given["config"]["clients"] == 2
         assert curve.given["settings"] == {"console": "off", "silent": True}
     assert [[step for step, _ in curve.rows] for curve in wandb.runs] == [[1, 2, 3], [4]]  # round 3 not twice
-    assert (begun.code, second.code) == (1, 0)
+    begun.finish.assert_called_once_with(exit_code=1)
+    second.finish.assert_called_once_with(exit_code=0)
     records = read_metrics(out)
     assert dict(begun.rows)[2] == scalars(records[1])
     assert second.summary["final/accuracy"] == records[-1]["accuracy"]
@@ -92,7 +74,7 @@ def test_private_records_tell_it_what_they_tell_anybody(wandb, tmp_path):
 
 
 def test_mistakes_are_said_and_leave_nothing(wandb, tmp_path, monkeypatch):
-    wandb.problem = "No API key configured. Use `wandb login` to log in."
+    wandb.init.side_effect = RuntimeError("No API key configured. Use `wandb login` to log in.")
     said = "wandb cannot open the project p (No API key configured. Use `wandb login` to log in): put that right, set"
     with pytest.raises(UserError, match=re.escape(said)):
         play_request(parse_words([*WORDS, "--out", str(tmp_path / "run"), "--wandb", "p"]))

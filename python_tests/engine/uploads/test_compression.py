@@ -13,31 +13,17 @@ from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.engine.uploads.compression import CHUNK, Compression, Int8, TopK
 from fedkern.engine.uploads.encoders import STATES, Departure
-from fedkern.engine.uploads.filters import Arrival, ExchangeRequest
+from fedkern.engine.uploads.filters import Arrival
 from fedkern.errors import UserError
 from fedkern.listeners import Listener
 from fedkern.methods import METHODS, FedAvg
-from fedkern.methods.base import Phase, Round
+from fedkern.methods.base import Round
 from fedkern.methods.uploads import why_refused
+from python_tests.engine.uploads.test_filters import request
 from python_tests.interrupted import KillAt, kill_often, outcome, without
 
 HOW = ("topk:share=0.05", "int8")
 AVERAGING = [name for name, kind in sorted(METHODS.items()) if kind(kind.Options()).averages]
-
-
-class Hooks:
-    """An exchange in which every client returns its message."""
-
-    own = True
-
-    def declare_upload(self, phase, client, message):
-        return message
-
-
-def request(sent, entry=None):
-    return ExchangeRequest(
-        Phase(3, "train", "update"), entry or Round("train"), 3, len(sent), tuple(sent), Hooks(), sent
-    )
 
 
 def draw_half(size):
@@ -136,7 +122,7 @@ def test_draws_are_those_of_the_round_and_the_client():
     start, end = torch.randn(2, 500)
 
     def send(seed=3, client=0, **phase):
-        exchange = request({k: {"parameters": start} for k in (0, 1)})
+        exchange = request(sent={k: {"parameters": start} for k in (0, 1)})
         encoder = Compression("int8", seed).encoders(replace(exchange, phase=replace(exchange.phase, **phase)))[client]
         return encoder.encode(Departure(client, {}, {"parameters": end}))[0]["parameters"]["levels"]
 
@@ -168,7 +154,7 @@ def test_other_uploads_have_no_encoder(declared):
 
 
 def test_clients_that_work_together_are_refused():
-    exchange = request({0: {"parameters": torch.zeros(3)}}, Round("train", cohort=True))
+    exchange = request(Round("train", cohort=True), {0: {"parameters": torch.zeros(3)}})
     with pytest.raises(UserError, match=r'int8 is for clients that work on their own, .* "train" work together'):
         Compression("int8", 0).encoders(exchange)
 

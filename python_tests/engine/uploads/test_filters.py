@@ -41,11 +41,10 @@ class Hooks:
         return message
 
 
-def request(entry=None, clients=(0, 1), sent=None):
-    sent = {k: {"parameters": START} for k in clients} if sent is None else sent
-    return ExchangeRequest(
-        Phase(3, "train", "update"), entry or Round("train"), 3, len(clients), tuple(clients), Hooks(), sent
-    )
+def request(entry=None, sent=None):
+    sent = {k: {"parameters": START} for k in (0, 1)} if sent is None else sent
+    phase = Phase(3, "train", "update")
+    return ExchangeRequest(phase, entry or Round("train"), 3, len(sent), tuple(sent), Hooks(), sent)
 
 
 def arrive(upload, **given):
