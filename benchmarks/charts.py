@@ -21,9 +21,9 @@ svg { background: #ffffff; color: #1a1d21; --line: #d5dae0; --soft: #555d66; --b
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
 svg text { fill: currentColor; }
 </style>"""
-NAMES = {"fedgid": "FedGID", "fusefl": "FuseFL", "fediod": "FedIOD", "feddra": "FedDRA", "fedavg": "FedAvg",
-         "fedprox": "FedProx", "scaffold": "SCAFFOLD"}  # fmt: skip
-"""Runs of the speed chart.  Fed-LPFM's runs end at accuracies that differ by more than their scatter."""
+NAMES = {"fedgid": "FedGID", "fusefl": "FuseFL", "fedlpfm": "Fed-LPFM", "fediod": "FedIOD", "feddra": "FedDRA",
+         "fedavg": "FedAvg", "fedprox": "FedProx", "scaffold": "SCAFFOLD"}  # fmt: skip
+"""Runs of the speed chart."""
 FRAMEWORKS = ("Flower", "BlazeFL", "pfl", "FedLab", "fluke", "lean loop")
 
 

@@ -436,7 +436,6 @@ def make_run_row(row: bench_methods.Row) -> dict[str, str]:
         "of the default": describe_length(row),
         "plain PyTorch": seconds(median(row.seconds[plain])),
         "fedkern": seconds(median(row.seconds[ours])),
-        "fedkern with bf16": seconds(median(row.seconds["bf16"]) if "bf16" in row.seconds else None),
         TIMES: times(row.speedup(plain)),
         f"{TIMES}, processor seconds": times(row.speedup(plain, of="cpu_seconds")),
         f"{TIMES}, one core": times(row.speedup(one_core[plain], one_core[ours])),
@@ -649,7 +648,7 @@ def find_accuracy(runs: Mapping[str, Mapping[str, Any]], sent: float) -> str:
 
 
 def _reproducing() -> Page:
-    tables = {"FedAvg rounds to an accuracy on MNIST": "mcmahan2017", "NIID-Bench on FCUBE": "fcube"}
+    tables = {"FedAvg rounds to an accuracy on MNIST": "mcmahan2017", "accuracies on FCUBE": "fcube"}
     sections = {name: partial(verdicts, study) for name, study in tables.items()}
     return Page("docs/reproducing.md", sections, "Tables run here")
 

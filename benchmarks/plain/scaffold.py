@@ -13,7 +13,7 @@ from benchmarks.plain import common
 from benchmarks.plain.fedavg import loss_of
 
 FLAGS: dict[str, Any] = {}
-ASSUMES = {"weighting": "samples", "control": "II", "server_lr": 1.0}
+ASSUMES = {"weighting": "samples", "control": "II"}
 
 
 def train_client(

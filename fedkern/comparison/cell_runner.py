@@ -1,7 +1,5 @@
 """Runs the cells of a comparison that are not finished, each into its own folder."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing

@@ -1,7 +1,5 @@
 """Verdicts on a cell of a published table: our figures over seeds beside the paper's value."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

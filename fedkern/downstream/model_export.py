@@ -1,7 +1,5 @@
 """The network of a finished run as a file for other programs."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import logging

@@ -1,7 +1,5 @@
 """The network of a finished run, applied to the user's images or samples of another kind."""
 
-from __future__ import annotations
-
 import csv
 import os
 import warnings

@@ -3,8 +3,6 @@
 The networks of a finished image-text run serve downstream tasks.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import deepcopy

@@ -5,8 +5,6 @@ Each returns rows of figures by test set, averaged over the run's networks.
 Features are frozen, with a linear classifier or a light decoder on them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace

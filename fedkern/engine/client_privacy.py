@@ -87,8 +87,8 @@ class ClientPrivacy:
         count = bisect_right(range(1, rounds + 1), limit, key=self.epsilon)
         if not count:
             raise UserError(
-                f"--max-epsilon {limit:g} is less than the epsilon of the first round, {self.epsilon(1):.3g}: take more "
-                "--dp-noise, or a larger --max-epsilon."
+                f"--max-epsilon {limit:g} is less than the epsilon of the first round, {self.epsilon(1):.3g}: take "
+                "more --dp-noise, or a larger --max-epsilon."
             )
         return count
 

@@ -13,6 +13,8 @@ from fedkern.process.extras import import_extra
 
 LOGGED = "fedkern.round"
 """Tag of MLflow's run that holds the last logged round."""
+REFUSED = re.compile(r"[^\w/.: -]")
+"""Characters that MLflow refuses in names."""
 LONGEST = 6000
 """MLflow's limit for the value of a parameter, in characters."""
 
@@ -65,21 +67,18 @@ class MLflow(Tracker):
 
     def _log(self, figures: Mapping[str, float], number: int) -> None:
         entities, timestamp = self._mlflow.entities, int(1000 * time.time())
-        metrics = [entities.Metric(_metric_name(tag), value, timestamp, number) for tag, value in figures.items()]
+        metrics = [entities.Metric(REFUSED.sub("_", tag), value, timestamp, number) for tag, value in figures.items()]
         self._client.log_batch(self._id, metrics=metrics, tags=[entities.RunTag(LOGGED, str(number))])
 
     def _parameters(self, settings: Mapping[str, object]) -> list[object]:
         flat: dict[str, object] = {}
         for name, value in settings.items():
             flat |= {f"{name}.{key}": text for key, text in value.items()} if isinstance(value, dict) else {name: value}
-        return [self._mlflow.entities.Param(_metric_name(name), str(value)[:LONGEST]) for name, value in flat.items()]
+        return [
+            self._mlflow.entities.Param(REFUSED.sub("_", name), str(value)[:LONGEST]) for name, value in flat.items()
+        ]
 
     def _finish(self, figures: Mapping[str, float] | None, number: int) -> None:
         if figures is not None:
             self._log(figures, number)
         self._client.set_terminated(self._id, "FAILED" if figures is None else "FINISHED")
-
-
-def _metric_name(tag: str) -> str:
-    """Replace the characters that MLflow refuses."""
-    return re.sub(r"[^\w/.: -]", "_", tag)

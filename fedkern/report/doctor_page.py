@@ -1,7 +1,5 @@
 """Command ``doctor``: versions, processor, GPU, and the operators' backends with reasons for unusable ones."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import os

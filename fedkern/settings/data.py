@@ -1,7 +1,5 @@
 """Settings of the data: data set, amount, and partition over clients."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field

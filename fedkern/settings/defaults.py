@@ -1,7 +1,5 @@
 """Default settings: common ones, those of a data set, of a method, and of a method on a data set."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

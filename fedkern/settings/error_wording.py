@@ -3,8 +3,6 @@
 The command line's ``--batch-size 8`` is ``batch_size=8`` in Python and ``batch-size=8`` in a run-config of Flower.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Settings of the run as a program: seed, device, threads, processes, checkpoints, pictures."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Self
 

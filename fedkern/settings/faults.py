@@ -1,7 +1,5 @@
 """Settings of faults: clients that fail, are slow or diverge, and uploads that are too large."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from fedkern.errors import UserError

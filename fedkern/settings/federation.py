@@ -1,7 +1,5 @@
 """Settings of the rounds: number, participants, aggregation, and end of the run."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

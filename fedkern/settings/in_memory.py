@@ -1,7 +1,5 @@
 """Settings without effect on data and networks that a Python program has in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

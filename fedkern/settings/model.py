@@ -1,7 +1,5 @@
 """Settings of the network: its kind, start, trained parts, running statistics and arithmetic."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Settings of privacy: of whole clients by noise on the server's mean, of samples, and of the records."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from fedkern.errors import UserError

@@ -1,7 +1,5 @@
 """Base of the sections of a run's settings, and fingerprints of the data, files and code that they name."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property

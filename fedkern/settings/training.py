@@ -1,7 +1,5 @@
 """Settings of the clients' local training."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from fedkern.errors import UserError

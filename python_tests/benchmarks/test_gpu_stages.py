@@ -202,19 +202,3 @@ def test_waits_and_idle_time_are_counted(tmp_path):
     }
     trace.draw(EVENTS, tmp_path / "trace.png", "made up")
     assert (tmp_path / "trace.png").stat().st_size > 5000
-
-
-def test_a_run_on_the_cpu_waits_for_no_gpu(tmp_path, capsys):
-    words = [
-        "fedavg", "--data", "digits", "--train-samples", "60", "--clients", "2", "--width", "2", "--rounds", "2",
-        "--local-steps", "1", "--grad-cam", "0", "--device", "cpu", "--workers", "1", "--quiet",
-    ]  # fmt: skip
-    for _ in range(2):  # a second time over what the first has left
-        assert trace.main([*words, "--out", str(tmp_path)]) == 0
-    assert "no GPU, 0 waits" in capsys.readouterr().out
-    found = json.loads((tmp_path / "trace.json").read_text())
-    assert found["waits"] == {}
-    assert found["busy"] is None
-    assert found["flags"] == words[1:]
-    assert (tmp_path / "trace.png").exists()
-    assert trace.main(["fedavg", "--data", "nothing", "--out", str(tmp_path)]) == 2

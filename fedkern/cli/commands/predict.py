@@ -1,7 +1,5 @@
 """``predict DIR IMAGE...``: classes or masks of the user's images, by a finished run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

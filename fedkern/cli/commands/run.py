@@ -1,7 +1,5 @@
 """A run: ``METHOD``, whose flags are in `fedkern.cli.flags`, and ``--resume DIR``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial

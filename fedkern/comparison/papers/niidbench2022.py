@@ -30,36 +30,30 @@ class CNN(nn.Sequential):
         )  # fmt: skip
 
 
-def mnist(root: str | Path | None, clients: int, partition: str, seed: int, *, quantity: float = 0.0) -> FederatedData:
+def mnist(root: str | Path | None, clients: int, partition: str, seed: int) -> FederatedData:
     """Load MNIST with all 60,000 training images at the clients, pixels in [0, 1], without validation set.
 
-    ``partition`` is ``classes:S`` for the released code's own split, or one of fedkern's, such as ``dirichlet:0.5``,
-    which balances as the released code and has at least 10 samples of every client.  With ``quantity`` above 0 clients
-    have samples of one distribution, whose number follows a Dirichlet distribution, and ``partition`` is ``iid``.
+    ``partition`` is ``classes:S`` for the released code's own split, or one of fedkern's, such as ``dirichlet:0.5``
+    and ``quantity:0.5``, which balance as the released code and have at least 10 samples of every client.
     """
-    return pixel_mnist(root, lambda labels: shares(labels, clients, partition, seed, quantity))
+    return pixel_mnist(root, lambda labels: shares(labels, clients, partition, seed))
 
 
-def shares(labels: Tensor, clients: int, partition: str, seed: int, quantity: float = 0.0) -> list[Tensor]:
+def shares(labels: Tensor, clients: int, partition: str, seed: int) -> list[Tensor]:
     """Return the rows of every client, int64.
 
     With ``classes:S`` client i holds digit i and S - 1 other random digits, and the holders of a digit share its images
     equally. Unlike in fedkern's own ``classes:S``, a digit may have many holders.
     """
     spec, rng, classes = splits.parse_partition(partition), stream(seed, "partition"), int(labels.max()) + 1
-    if quantity:
-        sizes = np.zeros(clients)
-        while sizes.min() < splits.DIRICHLET_MIN_SAMPLES:
-            sizes = rng.dirichlet(np.full(clients, quantity)) * len(labels)
-        return [*torch.from_numpy(rng.permutation(len(labels))).tensor_split(sizes.cumsum()[:-1].astype(int).tolist())]
     if spec.name != "classes":
         return [torch.from_numpy(rows) for rows in splits.partition(partition, labels.numpy(), clients, seed)]
     if clients < classes:
         raise UserError(
             f"the paper's {partition} needs a client for every digit, not {clients}: use --clients {classes}."
         )
-    others = spec.classes_per_client - 1
-    hands = [{own, *(own + 1 + rng.choice(classes - 1, others, replace=False)) % classes}
+    other_digits = spec.classes_per_client - 1
+    hands = [{own, *(own + 1 + rng.choice(classes - 1, other_digits, replace=False)) % classes}
              for own in np.arange(clients) % classes]  # fmt: skip
     parts: list[list[Tensor]] = [[] for _ in range(clients)]
     for digit in range(classes):

@@ -38,24 +38,19 @@ PARTITIONERS: dict[str, PartitionerInfo] = {
     "stratified": PartitionerInfo("stratified", "equal shares of every class", needs_classes=True),
     "dirichlet": PartitionerInfo(
         "dirichlet:ALPHA[:min=N][:plain]",
-        "label skew (class shares differ by client) by a Dirichlet(ALPHA) draw per class; small ALPHA, strong skew",
+        "label skew: class shares by a Dirichlet(ALPHA) draw per class; small ALPHA, strong skew",
         needs_classes=True,
     ),
-    "classes": PartitionerInfo(
-        "classes:S", "label skew (class shares differ by client): every client holds S classes only", needs_classes=True
-    ),
+    "classes": PartitionerInfo("classes:S", "label skew: every client holds S classes only", needs_classes=True),
     "quantity": PartitionerInfo(
-        "quantity:ALPHA[:min=N]",
-        "quantity skew (sizes differ by client) by one Dirichlet(ALPHA) draw; small ALPHA, strong skew",
+        "quantity:ALPHA[:min=N]", "quantity skew: sizes by one Dirichlet(ALPHA) draw; small ALPHA, strong skew"
     ),
     "attribute": PartitionerInfo(
-        "attribute",
-        "attribute skew (images differ by client): every client has its own contexts or background colours",
-        by_groups=True,
+        "attribute", "attribute skew: every client has its own contexts or background colours", by_groups=True
     ),
     "domain": PartitionerInfo(
         "domain:LAMBDA",
-        "domain skew: 0 gives every client one domain (a group that the data name), 1 the same mixture of all",
+        "domain skew: 0: one domain (a group that the data name) a client, 1: all mixed",
         by_groups=True,
     ),
 }

@@ -12,8 +12,6 @@ A SuperNode starts a process for every message, which hands the message on to `c
 torch stand where they are used.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

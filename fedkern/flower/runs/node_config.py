@@ -1,7 +1,5 @@
 """The entries of a node's ``--node-config`` that fedkern reads (see `fedkern.flower.runs.client_app`)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from fedkern.errors import UserError

@@ -5,8 +5,6 @@ tells every node where the round begins. A client whose node is not connected, o
 of the round. Everything from a node is checked, and malformed replies and undeclared uploads are refused.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import time

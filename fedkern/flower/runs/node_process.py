@@ -1,7 +1,5 @@
 """The clients of a process on a node, made at the first message of a run and kept for the next ones."""
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A Flower project for a fedkern run: pyproject.toml, README and the run's code, written without importing flwr."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import shutil

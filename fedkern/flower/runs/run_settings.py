@@ -9,8 +9,6 @@
 | `flower.deadline`, `flower.wait`, ... | entries of `FLOWER` |
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

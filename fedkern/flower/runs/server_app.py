@@ -4,8 +4,6 @@ Run folder, checkpoints and figures are the command line's. Like the command lin
 below it.
 """
 
-from __future__ import annotations
-
 from contextlib import suppress
 from functools import partial
 from pathlib import Path

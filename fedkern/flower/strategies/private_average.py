@@ -1,7 +1,5 @@
 """DPFedAvg: replies clipped and noise added on the server, with the epsilon of every round."""
 
-from __future__ import annotations
-
 import math
 import secrets
 from collections import Counter

@@ -1,7 +1,5 @@
 """Flower's robust strategies and the geometric median: rules that compare all replies of a round."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

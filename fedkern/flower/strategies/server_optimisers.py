@@ -1,7 +1,5 @@
 """Flower's strategies with an optimiser on the server: FedAvgM, FedAdam, FedYogi and FedAdagrad."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

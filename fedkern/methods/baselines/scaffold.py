@@ -33,11 +33,11 @@ class Scaffold(FedAvg):
         y_i <- y_i - eta (g_i(y_i) - c_i + c)
         c_i+ = gradient of the mean loss at x                 control=I, one more pass over the client's samples
         c_i+ = mean of the raw gradients g_i along the way    control=II
-        x   <- x + server_lr (mean_S y_i - x)
+        x   <- x + --server-lr (mean_S y_i - x)
         c   <- c + sum_{i in S} p_i (c_i+ - c_i)
 
     The mean over S is FedAvg's.  p_i is n_i / n over all N clients, or 1/N with ``weighting=uniform`` as in the paper.
-    So c is the sum of all p_i c_i in every round.  ``server_lr`` does not act on running statistics.
+    So c is the sum of all p_i c_i in every round.
 
     Differences from the paper:
 
@@ -65,7 +65,6 @@ class Scaffold(FedAvg):
             "II", "new control variate: gradient at the received model (I), or mean gradient along the way (II)",
             choices=("I", "II"),
         )  # fmt: skip
-        server_lr: float = option(1.0, "step size of the server", above=0)
 
     def check(self, client: Client) -> None:
         if self.options.control == "I" and "pairs" in client.task.offers:
@@ -122,10 +121,7 @@ class Scaffold(FedAvg):
             present += weight
             return upload
 
-        before = server.state["parameters"]
         # map keeps no upload while the next one arrives
         super().server_update(server, phase, map(add_control, uploads))
         if present:
             server.state["control"] = server.state["control"] + present * change.mean()
-            if self.options.server_lr != 1:
-                server.state["parameters"] = torch.lerp(before, server.state["parameters"], self.options.server_lr)

@@ -1,7 +1,5 @@
 """Curves over the communication rounds or the virtual clock, of a run or as means of a comparison's seeds."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -6,8 +6,6 @@ Colours are Okabe and Ito's, safe for colour-blind readers.
 A confusion picture has the predicted classes of the images of every true class, for every test set.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re

@@ -26,7 +26,7 @@ def test_the_networks_have_the_papers_number_of_parameters(kind, parameters):
         (shares, 100, "classes:2"),
         (niidbench2022.shares, 10, "dirichlet:0.5"),
         (niidbench2022.shares, 10, "classes:2"),
-        (lambda *given: niidbench2022.shares(*given, quantity=0.5), 10, "iid"),
+        (niidbench2022.shares, 10, "quantity:0.5"),
     ],
 )
 def test_every_image_is_at_one_client(split, clients, partition):

@@ -176,13 +176,6 @@ def test_domains_are_apart_mixed_or_in_between() -> None:
     np.testing.assert_array_equal(domain_counts("domain:0.5", 2), [[75, 25, 450], [225, 75, 150]])  # 5 and 2 together
 
 
-def test_domains_need_names() -> None:
-    with pytest.raises(
-        UserError, match=r'"domain:0.5" needs the domain of every sample: a column client, site folders'
-    ):
-        partition("domain:0.5", LABELS, 4, seed=0)
-
-
 def test_an_empty_client_is_an_error_that_names_it() -> None:
     groups = np.zeros(len(LABELS), dtype=np.int64)
     with pytest.raises(UserError, match="client 1 would have no training sample"):

@@ -331,18 +331,6 @@ def test_bytes_double_but_for_the_buffers_and_the_first_round_is_fedavg(make_dat
     assert same_network(tmp_path / "a", tmp_path / "b")
 
 
-def test_server_learning_rate_scales_the_step(make_data, make_config, tmp_path):
-    moved = {}
-    for rate in (1.0, 0.5):
-        config = make_config("scaffold", rounds=1, options={"server_lr": rate})
-        run(config, out=tmp_path / str(rate), data=make_data())
-        state = Checkpoints(tmp_path / str(rate))
-        state.open()
-        start = RunContext(config, make_data()).networks.initial()["parameters"]
-        moved[rate] = state.server_state()["parameters"] - start
-    torch.testing.assert_close(moved[0.5], 0.5 * moved[1.0], rtol=1e-4, atol=1e-7)
-
-
 # -- qffl --------------------------------------------------------------------------------------------------------------
 
 
