@@ -508,18 +508,22 @@ def speed_in_short() -> Lines:
     """Return the least and the most that default runs gain over plain PyTorch, as a sentence."""
     cases = load(RUNS, comparisons.RESULTS)["cases"]
     gains = [bench_methods.Row(**row).speedup(bench_methods.PLAIN) or 0 for row in cases if row["setting"] == "default"]
-    low, high = min(gains), max(gains)
-    return [f"On two CPU cores, fedkern's default runs are {low:.1f} to {high:.1f} times as fast as the same methods "
-            "in plain PyTorch. On one core they gain more."]  # fmt: skip
+    return [f"On two CPU cores, fedkern's default runs are {min(gains):.1f} to {max(gains):.1f} times as fast as the "
+            "same methods in plain PyTorch. On one core they gain more."]  # fmt: skip
 
 
 def networks_of_your_own() -> Lines:
     """Return how many times as fast as in PyTorch accelerated training steps of networks are, on one thread."""
     recorded = next(file for file in read_results(comparisons.RESULTS)["guest"] if file.name == GUESTS)
-    ways = {"as written": "eager", "in `channels_last`": "channels_last", "under `torch.compile`": "compile"}
-    rows = [[row.case.rpartition(", B=")[0], *(ratio(row, name) for name in ways.values())] for row in recorded.rows]
-    header = ["network, batches of 32", *(f"`accelerate`: times as fast as {text}" for text in ways)]
-    return [*caption(recorded.machine), *table(header, rows).split("\n")]
+    ways = {
+        "the network as written": "eager",
+        "in `channels_last`": "channels_last",
+        "under `torch.compile`": "compile",
+    }
+    cases = {row.case.rpartition(", B=")[0]: row for row in recorded.rows}  # the last row of a network is of 32
+    rows = [[name, *(ratio(row, way) for way in ways.values())] for name, row in cases.items()]
+    header = [f"`accelerate`: times as fast as {text}" for text in ways]
+    return [*caption(recorded.machine), *table(["network, batches of 32", *header], rows).split("\n")]
 
 
 def ten_thousand_clients() -> Lines:
@@ -668,12 +672,12 @@ def list_accelerated(machine: str) -> Lines:
     (recorded,) = (file for file in read_results(comparisons.RESULTS)["guest"] if file.name.endswith(machine))
     times = {row.case: row.speedup["eager"] for row in recorded.rows}
     rows = [[name, *(f"{times[f'{name}, B={batch}']:.1f}×" for batch in (8, 32))] for name in NETWORKS]
-    heads = [f"times as fast as PyTorch on one CPU core, batch {batch}" for batch in (8, 32)]
-    return [*caption(recorded.machine), *table(["network", *heads], rows).split("\n")]
+    header = ["times as fast as PyTorch on one CPU core", "batches of 8", "batches of 32"]
+    return [*caption(recorded.machine), *table(header, rows).split("\n")]
 
 
 def _readme() -> Page:
-    return Page("README.md", {"accelerate": partial(list_accelerated, MACHINE)}, part="The five methods")
+    return Page("README.md", {"accelerate": partial(list_accelerated, GUESTS)}, part="The five methods")
 
 
 def privacy_audit() -> Lines:
