@@ -515,11 +515,7 @@ def speed_in_short() -> Lines:
 def networks_of_your_own() -> Lines:
     """Return how many times as fast as in PyTorch accelerated training steps of networks are, on one thread."""
     recorded = next(file for file in read_results(comparisons.RESULTS)["guest"] if file.name == GUESTS)
-    ways = {
-        "the network as written": "eager",
-        "in `channels_last`": "channels_last",
-        "under `torch.compile`": "compile",
-    }
+    ways = {"eager PyTorch": "eager", "in `channels_last`": "channels_last", "under `torch.compile`": "compile"}
     cases = {row.case.rpartition(", B=")[0]: row for row in recorded.rows}  # the last row of a network is of 32
     rows = [[name, *(ratio(row, way) for way in ways.values())] for name, row in cases.items()]
     header = [f"`accelerate`: times as fast as {text}" for text in ways]

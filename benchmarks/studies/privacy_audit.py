@@ -38,7 +38,7 @@ from fedkern.engine.local.training import Schedule
 from fedkern.methods.base import Objective, Phase
 from fedkern.methods.fediod import private_messages
 from fedkern.methods.fediod.iod_options import IODOptions
-from fedkern.privacy import DPSGD, IMAGE, LEDGER
+from fedkern.privacy import DPSGD, IMAGE, LEDGER, dpsgd
 from fedkern.report.figures import plots
 from fedkern.streams import stream
 
@@ -199,7 +199,7 @@ def draws(change: Callable[..., dict[str, Any]]) -> Iterator[None]:
         change: from the settings of a draw to others: ``max_norm``, ``noise`` (the multiplier), ``seed`` and ``offset``
             of ``clip_and_noise``; DP-SGD's are the first two.
     """
-    right, steps = private_messages.clip_and_noise, private_training.private_steps
+    right, steps = private_messages.clip_and_noise, dpsgd.private_steps
 
     def clip_and_noise(vectors: Tensor, max_norm: float, noise: float, seed: int, offset: int = 0) -> Any:
         return right(vectors, **change(max_norm=max_norm, noise=noise, seed=seed, offset=offset))
@@ -209,7 +209,7 @@ def draws(change: Callable[..., dict[str, Any]]) -> Iterator[None]:
 
     with (
         mock.patch.object(private_messages, "clip_and_noise", clip_and_noise),
-        mock.patch.object(private_training, "private_steps", private_steps),
+        mock.patch.object(dpsgd, "private_steps", private_steps),
     ):
         yield
 

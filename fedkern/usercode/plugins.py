@@ -34,8 +34,8 @@ GROUP = "fedkern.plugins"
 """Group of the entry points that name plugins of installed packages."""
 
 COMMANDS = (
-    "attack", "compare", "doctor", "evaluate", "export", "extend", "flower", "help", "import", "list", "predict",
-    "report", "reproduce", "resume", "run",
+    "attack", "compare", "doctor", "evaluate", "export", "extend", "flower", "help", "import", "list", "partition",
+    "predict", "report", "reproduce", "resume", "run",
 )  # fmt: skip
 """Names that must not be registered, because the command line would read them as commands."""
 

@@ -31,7 +31,7 @@ def commands():
                 found.append((page, line.partition(" #")[0].strip()))
     for page in PAPERS:
         text = (ast.get_docstring(ast.parse(page.read_text())) or "").replace("\\\n", " ")
-        found += [(page, line) for line in re.findall(r"^ +python -m fedkern\.run (.*)$", text, re.MULTILINE)]
+        found += [(page, line) for line in re.findall(r"^ *python -m fedkern\.run (.*)$", text, re.MULTILINE)]
     return found
 
 
@@ -57,7 +57,7 @@ def test_a_command_of_a_page_is_taken(page, line, monkeypatch, tmp_path, registr
 
 def test_the_pages_have_commands():
     found = commands()
-    assert {page for page, _ in found} >= {*PAPERS}
+    assert {page for page, _ in found} >= {page for page in PAPERS if "benchmarks.studies.run" not in page.read_text()}
     assert len(found) > 40
     assert len({page for page, _ in found}) > 8
 

@@ -211,7 +211,7 @@ def test_tensorboard(name, tmp_path):
 def test_settings_survive_config_toml(name, kind, monkeypatch):
     """A file of UTF-8 has no surrogates, so settings have none from the beginning."""
     make = RunConfig.make("fedlpfm" if kind == "options" else "fedavg")
-    changed = {**getattr(make, kind), "teacher" if kind == "options" else "x": name}
+    changed = {**getattr(make, kind), "teacher" if kind == "options" else "x": f"logits:{name}"}
     if name == NAMES["surrogate"]:
         with pytest.raises(UserError, match=r'a\\xffb\\ud800" has bytes that are not UTF-8'):
             RunConfig.of({**make.to_dict(), kind: changed})
