@@ -146,7 +146,8 @@ class Metrics:
     """File metrics.jsonl, with one JSON object per round, evaluated or not, durable after :meth:`sync`."""
 
     def __init__(self, out: Path) -> None:
-        self.path = out / METRICS
+        # Absolute for a writer in the background: users' code may change the working folder meanwhile.
+        self.path = out.absolute() / METRICS
         self.size = 0
         self._sum = hashlib.sha256()
 
