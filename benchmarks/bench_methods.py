@@ -106,12 +106,12 @@ CASES = (
 
 PLAIN_SETTINGS = (
     "data", "data_root", "clients", "partition", "correlation", "train_samples", "public_samples", "augment", "model",
-    "width", "rounds", "local_epochs", "local_steps", "batch_size", "optimizer", "lr", "momentum", "weight_decay",
-    "eval_every", "device",
+    "width", "rounds", "local_epochs", "local_steps", "batch_size", "optimizer", "lr", "lr_end", "momentum",
+    "weight_decay", "eval_every", "device",
 )  # fmt: skip
 """Settings that the plain methods have flags for."""
 PLAIN_ASSUMES = {
-    "sample_fraction": 1.0, "lr_decay": 1.0, "lr_end": 1.0, "clip_norm": 0.0, "client_test": 0.0,
+    "sample_fraction": 1.0, "lr_decay": 1.0, "clip_norm": 0.0, "client_test": 0.0,
     "image_encoder": "conv", "text_encoder": "words", "max_update_norm": 0.0, "clip_update_norm": 0.0, "on_nan": "stop",
 }  # fmt: skip
 PLAIN_LACKS = ("lr_steps", "held_out_client", "freeze_bn_after", "teachers", "patient_images")

@@ -45,15 +45,11 @@ def arguments(description: str, **extra: Any) -> argparse.ArgumentParser:
     add("--local-steps", type=int, help="optimiser steps per round, instead of local epochs")
     add("--batch-size", type=int, default=32)
     add("--optimizer", choices=("sgd", "adamw"), default="sgd")
-    add("--lr", type=float, default=0.05)
-    add("--momentum", type=float, default=0.9)
-    add("--weight-decay", type=float, default=0.0)
-    add("--eval-every", type=int, default=1)
-    add("--seed", type=int, default=0)
     add("--threads", type=int, default=0, help="0: PyTorch's own choice")
     add("--device", type=device, default=torch.device("cpu"), help="cpu or cuda")
     add("--out", type=Path, help="JSON file for the figures of every round")
-    for name, default in extra.items():
+    usual = {"lr": 0.05, "lr_end": 1.0, "momentum": 0.9, "weight_decay": 0.0, "eval_every": 1, "seed": 0}
+    for name, default in {**usual, **extra}.items():
         add(f"--{name.replace('_', '-')}", type=type(default), default=default)
     return parser
 
@@ -201,6 +197,7 @@ def train(
     """Train a client's local epochs: ``loss_of(model, *batch)``, and ``after_backward`` between gradients and step."""
     model.train()
     step = optimizer(model.parameters(), args)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(step, args.local_epochs, eta_min=args.lr * args.lr_end)
     batches = loader(dataset, args.batch_size, args.device)
     for _ in range(args.local_epochs):
         for batch in on(batches, args.device):
@@ -210,6 +207,7 @@ def train(
             if after_backward is not None:
                 after_backward()
             step.step()
+        rate.step()
 
 
 def frozen(model: nn.Module) -> Any:

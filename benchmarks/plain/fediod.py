@@ -27,8 +27,9 @@ FLAGS: dict[str, Any] = {
 ASSUMES = {
     "mode": "generator", "models": "", "student_optimizer": "sgd", "class_weights": "counts", "disc_weight": False,
     "pixels": "float32", "shards": 1, "histogram_noise": 0.0, "teacher_dp": False,
+    "teacher_temperature": 1.0, "weight_floor": 0.0,
 }  # fmt: skip
-IGNORES = ("batched", "delta", "epsilon", "clip_d", "noise", "teacher_share")
+IGNORES = ("batched", "delta", "epsilon", "clip_d", "noise", "teacher_share", "fresh_statistics")
 NOISE, STUDENT_DECAY = 100, 3e-5
 BETAS = (0.5, 0.999)
 

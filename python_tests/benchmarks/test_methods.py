@@ -42,7 +42,7 @@ def batch(**drawn):
 
 
 def make_received(model):
-    return SimpleNamespace(model=model, phase=PHASE, round_cache={}, samples=6, epochs=1, message={})
+    return SimpleNamespace(model=model, phase=PHASE, round_cache={}, samples=6, epochs=1, message={}, extras={})
 
 
 def same_loss_and_gradients(theirs, ours, model):
