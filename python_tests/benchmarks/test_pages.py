@@ -111,7 +111,7 @@ def test_what_is_wrong_with_a_page(before, after, words, root):
 ])  # fmt: skip
 def test_tables_of_whole_runs_have_a_caption_and_short_cells(path, name):
     lines = BY_PATH[path].tables[name]()
-    assert re.fullmatch(r"(Intel Xeon|AMD EPYC), 2 cores, \d{4}-\d\d-\d\d at commit `[0-9a-f]{7,8}`\.", lines[0])
+    assert re.fullmatch(r"(Intel Xeon|AMD EPYC), 2 cores, \d{4}-\d\d-\d\d at commit `[0-9a-f]{7,12}`\.", lines[0])
     assert max(len(cell.split()) for line in lines if line.startswith("|") for cell in line.split("|")) <= 15
 
 
@@ -203,7 +203,7 @@ def test_a_row_tells_the_share_of_the_gap_that_it_closes(monkeypatch):
 # -- recorded ----------------------------------------------------------------------------------------------------------
 
 
-COMMIT = re.compile(rf"{recorded.UNRECORDED}|[0-9a-f]{{7,8}}(-dirty)?")
+COMMIT = re.compile(rf"{recorded.UNRECORDED}|[0-9a-f]{{7,12}}(-dirty)?")
 FILES = [path for folder in (comparisons.RESULTS, RESULTS) for path in sorted(folder.glob("*.json"))]
 
 
