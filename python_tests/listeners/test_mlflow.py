@@ -78,12 +78,11 @@ def test_mlflow_itself(tmp_path, monkeypatch):
     pytest.importorskip("mlflow", reason="mlflow is not installed (pip install '.[mlflow]')")
     from mlflow import MlflowClient
 
-    store = f"sqlite:///{tmp_path / 'store.db'}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'store.db'}")
     out = tmp_path / "run"
     cut(monkeypatch, 3, *WORDS, "--out", str(out), "--mlflow", "demo")
     resume(out, "--mlflow", "demo")
-    client = MlflowClient(store)
+    client = MlflowClient()
     (curve,) = client.search_runs([client.get_experiment_by_name("demo").experiment_id])
     assert curve.info.status == "FINISHED"
     history = client.get_metric_history(curve.info.run_id, "accuracy")

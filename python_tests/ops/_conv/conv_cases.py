@@ -24,6 +24,7 @@ LAST = torch.channels_last
 # At the portable ISA level there is no kernel.
 CONV = [name for name in KERNELS if name != "cpu-portable"]
 each_kernel = pytest.mark.parametrize("name", CONV)
+needs_portable = pytest.mark.skipif(not 0 < len(CONV) < len(KERNELS), reason="no core for several ISA levels")
 needs_core = pytest.mark.skipif(not CONV, reason="no compiled core for AVX2 or AVX-512")
 Given = dict[str, Any]
 LEAVES = ("x", "weight", "scale", "shift", "bias", "residual")

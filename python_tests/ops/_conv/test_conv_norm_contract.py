@@ -179,7 +179,7 @@ def test_fits_does_not_raise_for_a_wrong_setting(monkeypatch: pytest.MonkeyPatch
         backend._forget()
 
 
-@conv_cases.needs_core
+@conv_cases.needs_portable
 def test_the_portable_level_has_no_kernel(calls: conv_cases.Served) -> None:
     given = conv_cases.arguments()
     with ops.use_isa("portable"):

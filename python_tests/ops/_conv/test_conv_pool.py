@@ -261,7 +261,7 @@ def test_strides_are_torchs(channels: int, out: int, calls: conv_cases.Served) -
             assert got.stride() == ops.conv_pool(**given).stride(), (batch, last, weight_last)
 
 
-@conv_cases.needs_core
+@conv_cases.needs_portable
 def test_where_it_serves_and_that_asking_never_raises() -> None:
     given = conv_cases.pool_arguments()
     assert choose_pool_kernels(**given) is not None
@@ -314,7 +314,7 @@ def test_asking_under_compilers_and_transforms() -> None:
     conv_cases.check_never_served(choose_pool_kernels, conv_cases.pool_arguments())
 
 
-@conv_cases.needs_core
+@conv_cases.needs_portable
 def test_a_forced_kernel_that_does_not_fit_is_an_error() -> None:
     given, error = conv_cases.pool_arguments(), r"'cpu' was forced, but it has no kernel for conv_pool "
     with ops.use_backend("cpu"):
@@ -339,7 +339,7 @@ def test_a_forced_kernel_that_does_not_fit_is_an_error() -> None:
             ops.conv_pool(**given)
 
 
-@conv_cases.needs_core
+@conv_cases.needs_portable
 def test_the_portable_level_has_no_kernel(calls: conv_cases.Served) -> None:
     with ops.use_isa("portable"):
         ops.conv_pool(**conv_cases.pool_arguments()).sum().backward()
