@@ -98,7 +98,7 @@ class PartitionStatistics:
     def title(self) -> str:
         """The partition in words, such as ``label skew, Dirichlet(0.1)``."""
         name, *values = self.partition.strip().split(":")
-        number = float(values[0]) if values else 0.0
+        number = float(values[0]) if name in ("dirichlet", "classes", "quantity", "domain") else 0.0
         return {
             "iid": "equal random shares",
             "stratified": "equal shares of every class",

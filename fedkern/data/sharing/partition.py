@@ -221,13 +221,14 @@ def share_samples(
 
 
 def partition_like(
-    labels: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], rng: np.random.Generator
+    labels: npt.NDArray[np.int64], counts: npt.NDArray[np.int64 | np.float64], rng: np.random.Generator
 ) -> list[Rows]:
     """Split a test set among clients in proportion to their training data, class by class (FuseFL's test split).
 
     Args:
         labels: int64 ``[n]`` of the set to split.
-        counts: int64 ``[clients, classes]``, training samples; a class that no client holds is shared out equally.
+        counts: ``[clients, classes]``, int64 training samples, or float64 shares; a class that no client holds is
+            shared out equally.
         rng: shuffles inside every class.
 
     Returns:
@@ -362,15 +363,10 @@ def _by_domains(
             f'partition "{spec.text}" needs the domain of every sample: a column client, site folders, or groups= in '
             "Python"
         )
-    positions = np.unique(groups, return_inverse=True)[1]
-    parts: list[list[Rows]] = [[] for _ in range(clients)]
-    for domain, owners in enumerate(_domain_clients(np.bincount(positions), clients)):
-        rows = rng.permutation(np.flatnonzero(positions == domain))
-        share = (1 - spec.mixing) * owners / owners.sum() + spec.mixing / clients
-        cuts = np.rint(np.cumsum(share) * len(rows)).astype(np.int64)[:-1]
-        for part, piece in zip(parts, np.split(rows, cuts), strict=True):
-            part.append(piece)
-    return [np.concatenate(part) for part in parts]
+    positions = np.unique(groups, return_inverse=True)[1].astype(np.int64)
+    owners = _domain_clients(np.bincount(positions), clients)
+    shares = (1 - spec.mixing) * owners / owners.sum(1, keepdims=True) + spec.mixing / clients
+    return partition_like(positions, shares.T, rng)
 
 
 def _domain_clients(counts: npt.NDArray[np.int64], clients: int) -> npt.NDArray[np.int64]:
