@@ -10,19 +10,21 @@ trains in
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import ConcatDataset, Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, TensorDataset
+
+from fedkern import FederatedData
 
 ARRAYS = {
     "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype",
     "_codecs.encode",
 }  # fmt: skip
-Persons = dict[str, ConcatDataset[tuple[torch.Tensor, ...]]]
 
 
 class ArraysOnly(pickle.Unpickler):
@@ -34,10 +36,11 @@ class ArraysOnly(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def watch(root: str) -> tuple[Persons, Persons]:
+def watch(root: str) -> FederatedData:
     """Windows fp32 ``[6, 100]`` of two seconds with their exercise by person.
 
-    The last third of every recording is the person's test set.
+    The first half of every recording is for training, its last third is the person's test set, and the part between is
+    for validation.
 
     Args:
         root: the file or its folder.  The file holds a dict with ``X``, arrays ``[samples, 6]`` of 50 a second, ``y``
@@ -51,14 +54,17 @@ def watch(root: str) -> tuple[Persons, Persons]:
         np.lib.format.read_magic(file)
         np.lib.format.read_array_header_1_0(file)
         recordings = ArraysOnly(file, encoding="latin1").load().item()
-    train: dict[str, list[Dataset[tuple[torch.Tensor, ...]]]] = {}
-    test: dict[str, list[Dataset[tuple[torch.Tensor, ...]]]] = {}
+    parts: tuple[dict[str, list[TensorDataset]], ...] = ({}, {}, {})
     for person, exercise, recording in zip(*(recordings[name] for name in ("subject", "y", "X")), strict=True):
-        for part, kept in zip(np.split(recording, [len(recording) * 2 // 3]), (train, test), strict=True):
-            windows = torch.from_numpy(part).float().unfold(0, 100, 50)
-            kept.setdefault(str(person), []).append(TensorDataset(windows, torch.full((len(windows),), int(exercise))))
-    joined = [{person: ConcatDataset(parts) for person, parts in kept.items()} for kept in (train, test)]
-    return joined[0], joined[1]
+        for samples, part in zip(
+            np.split(recording, [len(recording) // 2, len(recording) * 2 // 3]), parts, strict=True
+        ):
+            windows = torch.from_numpy(samples).float().unfold(0, 100, 50)
+            part.setdefault(str(person), []).append(TensorDataset(windows, torch.full((len(windows),), int(exercise))))
+    train, validation, test = ({person: ConcatDataset(sets) for person, sets in part.items()} for part in parts)
+    data = FederatedData.from_datasets(train, test, validation=validation)
+    homes = torch.repeat_interleave(torch.tensor([len(windows) for windows in validation.values()]))
+    return replace(data, validation=replace(data.validation, homes=homes))  # a held-out person leaves it
 
 
 def network() -> nn.Module:

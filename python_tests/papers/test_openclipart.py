@@ -10,6 +10,7 @@ from PIL import Image
 
 from fedkern.data import FederatedData, load
 from fedkern.data.dataset_registry import open_code
+from fedkern.data.sharing.holdout import hold_out
 from fedkern.errors import UserError
 from python_tests.papers_data import FOLDER
 
@@ -85,8 +86,10 @@ def test_windows_of_persons(registries: None, tmp_path: Path) -> None:
     np.save(file, np.array(recordings, dtype=object))
     data = load(name, root=file)
     assert data.client_names == ("1", "2")
-    assert data.client_sizes == (14, 14)
+    assert data.client_sizes == (10, 10)
     assert [len(test) for test in data.client_tests] == [6, 6]
+    assert len(data.validation) == 4
+    assert len(hold_out(data, held_out="2", share=0, seed=0).validation) == 2
     np.save(file, np.array({"X": os.getcwd}, dtype=object))
     with pytest.raises(UserError, match=r"posix\.getcwd is no part of an array"):
         load(name, root=file)
