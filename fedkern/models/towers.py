@@ -6,7 +6,7 @@ Encoders are built in, or read from local folders of transformers.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from fedkern.models.networks.attention import TransformerLayer
 from fedkern.models.networks.small_encoders import LENGTH, WIDTH, ConvTokens, ImageEncoder, PatchTokens, TextTransformer
 from fedkern.models.precision import autocasts
 from fedkern.models.pretrained.preprocessing import Preprocessing
+from fedkern.models.pretrained.row_memory import RememberingEncoder
 from fedkern.models.pretrained.safe_loading import (
     check_complete,
     check_folder,
@@ -27,12 +28,13 @@ from fedkern.models.pretrained.safe_loading import (
     weight_args,
     without_code,
 )
-from fedkern.models.pretrained.vocabulary import Kind, Tokens, Vocabulary
+from fedkern.models.pretrained.vocabulary import Tokens, Vocabulary
 from fedkern.models.state.allocate import allocate
+from fedkern.models.teachers.efficientnet_lite import LITE_FILE, PIXELS, SIDE, LiteMaps
 from fedkern.streams import stream
 
 
-class PretrainedImage(ImageEncoder):
+class PretrainedImage(ImageEncoder, RememberingEncoder):
     """Image network of transformers (ViT, DeiT, DINOv2, CLIP's image side, Swin, ResNet ...) that gives tokens.
 
     The first token is the class token, or else the mean of the patch tokens.
@@ -72,11 +74,16 @@ class PretrainedImage(ImageEncoder):
             rows -= 1
         return (rows, count // rows), 0
 
+    def extra_repr(self) -> str:
+        return str(vars(self.preprocessing))
+
     def forward(self, images: Tensor) -> Tensor:
-        return self._run(images)[0]
+        if self.memory is None or images.device.type != "cpu":
+            return self._run(images)[0]
+        return torch.stack(self.memory.rows(images, lambda image: self._run(image)[0]))
 
 
-class PretrainedText(nn.Module):
+class PretrainedText(RememberingEncoder):
     """Text network of transformers (BERT and its kin, sentence embedders, CLIP's text side ...) that gives tokens.
 
     The first token represents the text: ``[CLS]``, or if ``pooled`` the mean of all tokens, which a sentence-embedding
@@ -100,7 +107,20 @@ class PretrainedText(nn.Module):
             mask = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
         return Tokens(ids, mask)
 
+    def extra_repr(self) -> str:
+        return f"pooled={self.pooled}"
+
     def forward(self, tokens: Tokens) -> Tensor:
+        if self.memory is None or tokens.device.type != "cpu":
+            return self._run(tokens)
+        ids, mask = tokens
+        texts = [words[present] for words, present in zip(ids, mask, strict=True)]
+        rows = self.memory.rows(texts, lambda words: self._run(Tokens(words, torch.ones_like(words, dtype=torch.bool))))
+        vectors = rows[0].new_zeros(*ids.shape, self.width)
+        vectors[mask] = torch.cat(rows)
+        return vectors
+
+    def _run(self, tokens: Tokens) -> Tensor:
         ids, mask = (tokens.ids[:, 1:], tokens.mask[:, 1:]) if self.pooled else tokens
         out: Tensor = self.network(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         if not self.pooled:
@@ -113,8 +133,10 @@ class PretrainedText(nn.Module):
 def read_image_encoder(
     folder: str | Path, *, channels: int, image_size: Sequence[int], mean: Sequence[float], std: Sequence[float]
 ) -> PretrainedImage:
-    """Read an image network from a local folder (config.json, weights, preprocessor_config.json)."""
+    """Read an image network from a local folder of transformers, or with EfficientNet-Lite0's weights."""
     path = _existing(folder, "image")
+    if (path / LITE_FILE).is_file():
+        return PretrainedImage(LiteMaps(path), Preprocessing(PIXELS, mean, std, SIDE), image_size, channels)
     network = _network(path, "image", "vision_model")
     side = getattr(network.config, "image_size", 224)
     preprocessing = Preprocessing.read(path, mean, std, side if isinstance(side, int) else int(side[0]))
@@ -226,10 +248,7 @@ def _unusable(path: Path, kind: str, error: Exception) -> UserError:
 TextEncoder = TextTransformer | PretrainedText
 EMBEDDING = 128
 IMAGE_ENCODERS = {"conv": "convolutions with group norm, 8x8 tokens", "vit": "vision transformer of four layers"}
-TEXT_ENCODERS = {
-    "words": "transformer of two layers over the words of the training texts",
-    "wordpieces": "the same over word pieces",
-}
+TEXT_ENCODERS = {"words": "transformer of two layers over the words of the training texts"}
 PARTS = ("image_encoder", "text_encoder", "image_align", "text_align", "image_head", "text_head")
 """The submodules of a :class:`PairNetwork`; the first two are frozen in FedDRA's first stage."""
 
@@ -355,7 +374,7 @@ def build_pair(
         channels: channels of the images.
         image_size: height and width of the images in pixels.
         mean, std: normalisation of the images, per channel.
-        vocabulary: tokens of the built-in text encoders, ``learn_vocabulary(texts, kind).tokens``.
+        vocabulary: tokens of the built-in text encoders, ``learn_vocabulary(texts).tokens``.
         width: channels of a token of the built-in encoders, a multiple of 4; default 96.
         longest: most tokens of a text; longer texts are cut.
         seed: the run's root seed; every part draws its weights from a stream of its own.
@@ -390,8 +409,7 @@ def build_pair(
         if builtin_names[0]:
             images = {"conv": ConvTokens, "vit": PatchTokens}[image_encoder](**picture, width=width)
         if builtin_names[1]:
-            tokens = Vocabulary(vocabulary or (), cast(Kind, text_encoder))
-            texts = TextTransformer(tokens, width=width, longest=longest)
+            texts = TextTransformer(Vocabulary(vocabulary or ()), width=width, longest=longest)
         network = PairNetwork(images, texts, about=about)
     for name, builtin in zip(PARTS, (*builtin_names, True, True, True, True), strict=True):
         if builtin:

@@ -84,7 +84,7 @@ class Retrieval(Task):
         mean, std = data.form.mean, data.form.std
         if config.image_encoder not in models.IMAGE_ENCODERS:  # such an encoder has its own scale of images
             mean, std = data.form.scale(f"The image encoder {config.image_encoder}")
-        words = models.learn_vocabulary(texts, kind).tokens if kind in models.TEXT_ENCODERS else None
+        words = models.learn_vocabulary(texts).tokens if kind in models.TEXT_ENCODERS else None
         return {
             "pair": {
                 "image_encoder": config.image_encoder,

