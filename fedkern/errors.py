@@ -39,7 +39,7 @@ SYNONYMS = {
 """Names of other programs or of the command line, and the names here that mean the same, some with a value."""
 
 _LOSS = "A loss of your own is given in Python, fedkern.simulate(METHOD, data=..., loss_fn=FUNCTION)."
-_ADAPTERS = "LoRA is a layer of your own network: --model FILE.py:NAME, or a module in Python (docs/models.md)."
+_ADAPTERS = "LoRA is the method fedlora, whose options are rank, alpha, scaling and layers (docs/models.md)."
 _VOLUMES = "Volumes are read by your own code: --data FILE.py:NAME, as examples/papers/brats.py:brats (docs/data.md)."
 _RULES = "FedAvgM, FedAdam, FedYogi and FedAdagrad are fedavg and --server-rule momentum, adam, yogi or adagrad."
 ADVICE = {

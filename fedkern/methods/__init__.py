@@ -13,6 +13,7 @@ from fedkern.methods.baselines.fedavg import FedAvg
 from fedkern.methods.baselines.fedcgs import FedCGS
 from fedkern.methods.baselines.feddf import FedDF
 from fedkern.methods.baselines.feddyn import FedDyn
+from fedkern.methods.baselines.fedlora import FedLoRA
 from fedkern.methods.baselines.fedntd import FedNTD
 from fedkern.methods.baselines.fedper import FedPer
 from fedkern.methods.baselines.fedproto import FedProto
@@ -58,6 +59,7 @@ __all__ = [
     "FedGID",
     "FedIOD",
     "FedLPFM",
+    "FedLoRA",
     "FedNTD",
     "FedPer",
     "FedProto",

@@ -5,6 +5,7 @@ A plain PyTorch reference specifies each.
 
 from fedkern.ops._aggregate.accumulator import Accumulator
 from fedkern.ops._aggregate.distances import geometric_median, krum, pairwise_distances
+from fedkern.ops._aggregate.lora import lora_merge
 from fedkern.ops._aggregate.mean import weighted_mean
 from fedkern.ops._aggregate.robust import clip_and_noise, clip_by_norm, median, trimmed_mean
 from fedkern.ops._aggregate.server_step import ServerStep, server_step
@@ -28,7 +29,7 @@ __all__ = [
     "Accumulator", "FlatParameters", "FusedBlocks", "ServerStep", "StepResult", "adamw_step", "blend", "clip_and_noise",
     "clip_by_norm", "consensus", "contrastive", "conv_norm", "conv_pool", "dual_kl", "empty_cache", "ensemble_kl",
     "entropy", "erase_boxes", "fuse_concat", "fuse_mean", "geometric_median", "js_div", "keep_boxes", "kl_div", "krum",
-    "median", "pairwise_distances", "server_step", "sgd_step", "trimmed_mean", "use_backend", "use_isa",
+    "lora_merge", "median", "pairwise_distances", "server_step", "sgd_step", "trimmed_mean", "use_backend", "use_isa",
     "weighted_mean",
 ]  # fmt: skip
 

@@ -173,7 +173,7 @@ def test_other_methods_learn_it_too(label_folder, result, tmp_path, method):
     ("words", "said"),
     [
         (["fedgid"], 'fedgid is for classification, but the data set "csv" is for multilabel: methods for that are '
-         "afl, centralised, ditto, fedavg, feddyn, fedper, fedprox, local, qffl, scaffold."),
+         "afl, centralised, ditto, fedavg, feddyn, fedlora, fedper, fedprox, local, qffl, scaffold."),
         (["fedavg", "--partition", "dirichlet:0.5"], "take iid or quantity:ALPHA, or attribute with a column client"),
         (["fedavg", "--partition", "stratified"], '"stratified" cannot share it out'),
         (["fedavg", "--data-option", "labels=lables"], 'names the column "lables"'),

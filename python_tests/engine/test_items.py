@@ -1078,8 +1078,8 @@ def test_other_machines_have_no_such_data(monkeypatch, tmp_path):
 
 
 SERVES = {
-    "afl", "ccvr", "centralised", "ditto", "ensemble", "fedavg", "fedcgs", "feddf", "feddyn", "fedntd", "fedper",
-    "fedproto", "fedprox", "fml", "local", "moon", "oneshot-fedavg", "qffl", "scaffold",
+    "afl", "ccvr", "centralised", "ditto", "ensemble", "fedavg", "fedcgs", "feddf", "feddyn", "fedlora", "fedntd",
+    "fedper", "fedproto", "fedprox", "fml", "local", "moon", "oneshot-fedavg", "qffl", "scaffold",
 }  # fmt: skip
 
 

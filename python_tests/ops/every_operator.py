@@ -14,7 +14,8 @@ from fedkern import ops
 
 # What ops exports beside operators: classes with tests of their own, and switches.
 NO_OPERATORS = {
-    "Accumulator", "FlatParameters", "FusedBlocks", "ServerStep", "StepResult", "empty_cache", "use_backend", "use_isa",
+    "Accumulator", "FlatParameters", "FusedBlocks", "ServerStep", "StepResult", "empty_cache", "lora_merge",
+    "use_backend", "use_isa",
 }  # fmt: skip
 
 

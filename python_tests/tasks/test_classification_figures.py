@@ -440,5 +440,6 @@ def test_who_refuses(refuses, tmp_path):
     with refuses(r"fedntd is for classification, but .* is for ordinal: methods for that are"):
         fedkern.simulate("fedntd", out=tmp_path / "run", rounds=1, data_options=options, **settings)
     assert sorted(name for name, kind in METHODS.items() if kind.serves(ORDINAL)) == [
-        "afl", "centralised", "ditto", "fedavg", "feddyn", "fedper", "fedprox", "local", "qffl", "scaffold",
+        "afl", "centralised", "ditto", "fedavg", "feddyn", "fedlora", "fedper", "fedprox", "local", "qffl",
+        "scaffold",
     ]  # fmt: skip

@@ -113,8 +113,8 @@ def test_other_losses_and_probabilities_are_pytorchs(fake_gpu):
 SERVED = {
     "afl": "cmsr", "ccvr": "c", "centralised": "cmsr", "dense": "c", "ditto": "cmsr", "ensemble": "cs",
     "fedavg": "cmsr", "fedcgs": "c", "feddf": "cs", "feddra": "r", "feddyn": "cmsr", "fedgid": "c", "fediod": "cs",
-    "fedlpfm": "c", "fedntd": "c", "fedper": "cm", "fedprox": "cmsr", "fedproto": "c", "fml": "c", "fusefl": "c",
-    "local": "cmsr", "moon": "c", "oneshot-fedavg": "cs", "qffl": "cmsr", "scaffold": "cmsr",
+    "fedlora": "cmsr", "fedlpfm": "c", "fedntd": "c", "fedper": "cm", "fedprox": "cmsr", "fedproto": "c", "fml": "c",
+    "fusefl": "c", "local": "cmsr", "moon": "c", "oneshot-fedavg": "cs", "qffl": "cmsr", "scaffold": "cmsr",
 }  # fmt: skip
 LETTERS = {"c": CLASSIFICATION, "m": MULTILABEL, "s": SEGMENTATION, "r": RETRIEVAL}
 

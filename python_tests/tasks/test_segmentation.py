@@ -24,7 +24,8 @@ from fedkern.settings.config import RunConfig
 from fedkern.tasks import SEGMENTATION
 from fedkern.tasks.segmentation import constant_dice, dice, hausdorff95, overlaps, pixelwise_loss, segmentation
 
-METHODS_HERE = sorted(name for name, kind in METHODS.items() if kind.serves(SEGMENTATION))
+METHODS_HERE = sorted({name for name, kind in METHODS.items() if kind.serves(SEGMENTATION)} - {"fedlora"})
+"""All but the one that needs linear layers, of which a U-Net has none."""
 
 
 class Told:
