@@ -19,7 +19,6 @@ from fedkern.methods import FedDRA, Federation
 from fedkern.methods.common.pooling import EXCHANGES, Pooling
 from fedkern.methods.feddra import ALIGNMENT, head_inputs, splice_ends
 from fedkern.models.towers import PARTS
-from fedkern.settings.config import RunConfig
 from python_tests.methods.feddra_parts import ALIGN, JOINT, LOSSES, SETTINGS
 
 # Stages.
@@ -111,25 +110,6 @@ def test_loss_at_a_random_start_and_of_identical_pairs(parts):
     assert ops.contrastive(x, y).item() < 2 * math.log(16) + 3
     pairs = torch.eye(16)
     assert ops.contrastive(pairs, pairs).item() < 1e-3
-
-
-def test_the_local_objective(parts):
-    p = parts(mu=3.0, lambda1=2.0)
-    batch = dataclasses.replace(p.clients[0].batch(np.arange(8)), phase=JOINT)
-    model, glob = p.context.networks.build().train(), p.context.networks.build().eval()
-    for parameter in glob.parameters():
-        parameter.data.mul_(1.1)
-    received = types.SimpleNamespace(model=glob, round_cache={}, epochs=1, samples=20, message={}, extras={})
-    loss, seen = p.method.loss(model, batch, received)
-    with torch.no_grad():
-        (x, y), (zx, zy) = (
-            p.context.networks.build().train()(batch.inputs, batch.targets),
-            glob(batch.inputs, batch.targets),
-        )
-    anchor = ((x - zx).square() + (y - zy).square()).mean()
-    expected = 2 * ops.contrastive(x, y, 0.07) + 3 * anchor
-    assert torch.allclose(loss, expected, rtol=1e-4)
-    assert torch.allclose(seen["anchor"], anchor, rtol=1e-4)
 
 
 def test_no_gradient_reaches_the_anchors_or_frozen_encoders(parts):
@@ -281,9 +261,3 @@ def test_variants_run(options, make_pairs, make_config, tmp_path):
     )
     metrics = run(config, out=tmp_path, data=make_pairs())["metrics"]
     assert 0 <= metrics["i2t_r1"] <= 1
-
-
-def test_options_are_checked():
-    with pytest.raises(UserError, match="rho"):
-        RunConfig.make("feddra", options={"rho": -1})
-    assert RunConfig.make("feddra").data == "captions"

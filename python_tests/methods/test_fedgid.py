@@ -100,7 +100,7 @@ def gradient(model, loss):
 
 @pytest.mark.sampled(12)
 @pytest.mark.parametrize("model", ["cnn", "resnet8"])
-@pytest.mark.parametrize("stage", ["feature", "layer1", "layer2"])
+@pytest.mark.parametrize("stage", ["feature", "layer1", "layer2", "layer3"])
 @pytest.mark.parametrize("kl", ["local_global", "global_local"])
 @pytest.mark.parametrize("on", ["features", "logits"])
 @pytest.mark.parametrize("gi", [True, False])
@@ -115,7 +115,7 @@ def test_loss_and_gradient_are_the_papers_equations(model, stage, kl, on, gi, ma
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(gradient(scene.local, loss), gradient(scene.local, expected), rtol=1e-7, atol=1e-9)
     assert all(p.grad is None for p in scene.frozen.parameters())
-    assert ("loss_gi" in seen) == gi
+    assert ("loss_gi" in seen) == gi == ("bank" in scene.batch.drawn)
 
 
 def test_map_means_the_last_stage_but_one(make_data, make_config):
@@ -124,16 +124,11 @@ def test_map_means_the_last_stage_but_one(make_data, make_config):
     assert models.resolve_stage(network(0), "map") == "layer2"
 
 
-def test_intervention_alone_and_distillation_alone(make_data, make_config):
+def test_intervention_alone(make_data, make_config):
     gi = Scene(make_data, make_config, distillation=False)
     total, seen = gi.loss()
     assert "loss_gd" not in seen
     torch.testing.assert_close(total, gi.oracle(lam=0.0), rtol=1e-9, atol=1e-9)
-    gd = Scene(make_data, make_config, intervention=False, **{"lambda": 2.0})
-    assert gd.batch.drawn == {}
-    total, seen = gd.loss()
-    assert "loss_gi" not in seen
-    torch.testing.assert_close(total, gd.oracle(lam=2.0, gi=False), rtol=1e-9, atol=1e-9)
 
 
 def test_alpha_one_mixes_nothing(make_data, make_config):
@@ -146,14 +141,6 @@ def test_alpha_one_mixes_nothing(make_data, make_config):
     mixing = Scene(make_data, make_config, alpha=0.5, **{"lambda": 0.0})
     mixing.method = FedGID(FedGID.Options.parse({"alpha": 1.0, "lambda": 0.0}))
     torch.testing.assert_close(mixing.loss()[0], total, rtol=1e-9, atol=1e-9)
-
-
-def test_mixing_the_last_map_equals_mixing_features(make_data, make_config):
-    last, feature = (Scene(make_data, make_config, mix_stage=s) for s in ("layer3", "feature"))
-    assert np.array_equal(last.batch.drawn["index"], feature.batch.drawn["index"])
-    torch.testing.assert_close(last.loss()[0], feature.loss()[0], rtol=1e-9, atol=1e-9)
-    earlier = Scene(make_data, make_config, mix_stage="layer2")
-    assert abs((earlier.loss()[0] - feature.loss()[0]).item()) > 1e-4
 
 
 def test_no_gradient_reaches_the_global_encoder_or_the_backgrounds(make_data, make_config):
@@ -296,9 +283,3 @@ def test_unknown_stage_ends_the_run_before_it_starts(make_data, make_config, tmp
     with pytest.raises(UserError, match="layer4"):
         run(make_config("fedgid", options={"mix_stage": "layer4"}), out=tmp_path, data=make_data())
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("bad", ["alpha=1.2", "alpha=-0.1", "lambda=-1", "temperature=0", "mix_stage=layer9"])
-def test_bad_values_are_refused(bad):
-    with pytest.raises(UserError):
-        FedGID.Options.parse([bad])

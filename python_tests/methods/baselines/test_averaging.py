@@ -15,7 +15,7 @@ from fedkern.engine.local.network import Network
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
-from fedkern.methods import FedAvg, FedDyn, Federation, FedProx, Phase, Scaffold, Upload
+from fedkern.methods import FedAvg, FedDyn, Federation, Phase, Scaffold, Upload
 from python_tests.saved_network import same_network
 
 PHASE = Phase(0, "train", "update")
@@ -86,16 +86,6 @@ def test_uploads_are_not_kept():
 
     FedAvg().server_update(Server(), PHASE, stream())
     assert len(alive) == 12
-
-
-def test_fedprox_adds_the_gradient_of_its_proximal_term():
-    theta = torch.randn(50, dtype=torch.float64, requires_grad=True)
-    anchor = torch.randn(50, dtype=torch.float64)
-    (0.5 * 0.3 * ((theta - anchor) ** 2).sum()).backward()
-    gradients = torch.zeros(50, dtype=torch.float64)
-    received = types.SimpleNamespace(parameters=anchor)
-    FedProx(FedProx.Options(mu=0.3)).adjust_gradient(theta.detach(), gradients, received)
-    torch.testing.assert_close(gradients, theta.grad)
 
 
 @pytest.mark.parametrize(("method", "without", "settings"), [
