@@ -84,7 +84,6 @@ def _run(operator: str, case: dict[str, Any], backend: str) -> str:
     if operator == "crash":  # for the test of this server
         ctypes.string_at(0)
     torch.manual_seed(0)
-    differential.SLACK = 4.0 if backend == "reference" else 1.0
     try:
         with use_backend("reference") if backend == "reference" else use_isa(backend) if backend else nullcontext():
             differential.check(operator, case)

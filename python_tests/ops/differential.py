@@ -8,6 +8,7 @@ Families' own tests compare the references with formulas.
 import copy
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,19 +16,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import given as drawn
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fedkern import ops
 from fedkern.ops._aggregate.plain import PLAIN
 from fedkern.ops._aggregate.robust_reference import krum_scores_reference
+from fedkern.ops._core.backend import forced_backend
 from fedkern.ops._distill.checks import spread_weights
 from fedkern.ops._distill.ensemble_reference import normalised_weights
-from python_tests.ops._conv.conv_cases import grad_of
-from python_tests.ops.operator_cases import assert_close
+from python_tests.ops._conv import conv_cases
+from python_tests.ops.operator_cases import assert_close, move_to
 from python_tests.ops.operator_runs import tensors_in
 
 Case = dict[str, Any]
+CPU = torch.device("cpu")
 
 # -- drawing -----------------------------------------------------------------------------------------------------------
 
@@ -36,7 +41,8 @@ LAYOUTS = ("contiguous", "permuted", "strided", "offset", "expanded", "channels_
 SIZES = st.sampled_from([1, 0, 1, 2, 3, 5, 7, 8, 16, 17, 33])
 FEW = st.sampled_from([1, 0, 2, 3, 4, 5])
 POOLS = st.sampled_from([1, 2])
-MANY = st.sampled_from([1, 0, 2, 3, 5, 8, 31, 64, 100, 257, 1000])
+MANY = st.sampled_from([1, 0, 2, 3, 5, 7, 8, 10, 31, 64, 100, 127, 129, 257, 1000])
+UPLOADS = st.sampled_from([1, 2, 3, 4, 5, 7, 10, 17, 33])
 SEEDS = st.integers(0, 2**31)
 dtypes = st.sampled_from(DTYPES)
 layouts = st.sampled_from(LAYOUTS)
@@ -129,8 +135,8 @@ def exact(value: Any) -> Any:
     return value.detach().double().clone().requires_grad_(value.requires_grad)
 
 
-SLACK = 1.0
-"""What absolute tolerances are multiplied by: 4 for the reference, which sums in torch's order and dtype."""
+DIVERGENCES = {"kl_div", "dual_kl", "ensemble_kl", "js_div", "entropy"}
+"""Operators whose results are never negative."""
 Arguments = dict[str, Any]
 Limits = dict[str, Any]
 
@@ -169,19 +175,55 @@ class Checked:
         return [*parts, *(given[name] for name in self.changed if given[name] is not None)]
 
 
-def check(operator: str, case: Case) -> None:
-    """Compare a case with the reference in float64."""
+def agree(operator: str, examples: int, device: torch.device = CPU) -> None:
+    """Check random cases on the backend in use, the same ones every time.
+
+    Cases that the backend has no kernel for are left out.
+    """
+
+    @settings(
+        max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @drawn(OPERATORS[operator].cases)
+    def agree_on(case: Case) -> None:
+        try:
+            check(operator, case, device)
+        except RuntimeError as error:
+            if not re.search("no kernel|cannot serve", str(error)):
+                raise
+
+    agree_on()
+
+
+def check(operator: str, case: Case, device: torch.device = CPU) -> None:
+    """Compare a case on ``device`` with the reference in float64."""
+    given = {name: make_value(value) for name, value in case.items() if not name.startswith("_")}
+    check_given(operator, case, OPERATORS[operator].prepare(case, given), device)
+
+
+def check_given(operator: str, case: Case, given: Arguments, device: torch.device = CPU) -> None:
+    """Compare a call with these arguments, which are on the CPU, with the reference in float64."""
     checked = OPERATORS[operator]
-    given = checked.prepare(case, {name: make_value(value) for name, value in case.items() if not name.startswith("_")})
     wide, tolerance = {name: checked.copy(value) for name, value in given.items()}, checked.tolerance(case, given)
     if tolerance is None:
         return
-    got = checked.results(operator, case, given)
+    given = {name: move_value(value, device) for name, value in given.items()}
+    got = [x.cpu() for x in checked.results(operator, case, given)]
     with ops.use_backend("reference"):
         expected = checked.results(operator, case, wide)
     assert not checked.dtype or got[0].dtype == promote(*(x for name in checked.dtype for x in tensors_in(given[name])))
+    assert operator not in DIVERGENCES or not (got[0] < 0).any()
     wide_leaves = dict(leaves(wide))
     compare(got, expected, {name: (leaf, wide_leaves[name]) for name, leaf in leaves(given)}, **tolerance)
+
+
+def move_value(value: Any, device: torch.device) -> Any:
+    """Return an argument whose tensors are leaves on ``device``, with their strides."""
+    if isinstance(value, list):
+        return [move_value(item, device) for item in value]
+    if not isinstance(value, Tensor) or device.type == "cpu":
+        return value
+    return move_to(value.detach(), device).requires_grad_(value.requires_grad)
 
 
 def make_value(value: Any) -> Any:
@@ -208,10 +250,12 @@ def compare(
     ``later``: the absolute tolerance of results after the first.  ``by_weights``: a factor on the tolerance of the
     gradient of weights (:func:`over_weights`).  ``coarse``: computed in fp32, whatever the dtype of a weight or a scale
     and so of its gradient.  ``unseen``: samples of weight 0 are not read, so that their weight gets no gradient.
-    ``along``: the gradient of the first result, in place of random numbers.
+    ``along``: the gradient of the first result, in place of random numbers.  Absolute tolerances are four times as
+    large for the reference, which sums in torch's order and dtype.
     """
-    gradient = SLACK * (absolute if gradient is None else gradient)
-    bounds = [SLACK * absolute, *[SLACK * (absolute if later is None else later)] * len(got)]
+    slack = 4.0 if forced_backend() == "reference" else 1.0
+    gradient = slack * (absolute if gradient is None else gradient)
+    bounds = [slack * absolute, *[slack * (absolute if later is None else later)] * len(got)]
     for number, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
         if not ours.is_floating_point():
             assert torch.equal(ours, theirs), f"result {number}"
@@ -244,8 +288,9 @@ def compare(
         size_ = float(their_grad.abs().nan_to_num(0, 0, 0).max()) if their_grad.numel() else 0.0
         bound = gradient * (by_weights if name == "weights" else 1.0) * max(1.0, size_)
         if name == "weights" and unseen:
-            their_grad = their_grad.masked_fill(leaf.detach() == 0, 0.0)
-        assert_close(f"gradient of {name}", coarsen(our_grad, coarse), their_grad, relative=relative, absolute=bound)
+            their_grad = their_grad.masked_fill(leaf.detach().cpu() == 0, 0.0)
+        our_grad = coarsen(our_grad.cpu(), coarse)
+        assert_close(f"gradient of {name}", our_grad, their_grad, relative=relative, absolute=bound)
 
 
 def coarsen(x: Tensor, coarse: bool) -> Tensor:
@@ -291,7 +336,8 @@ STACKS = ("teachers", "logits")
 
 @st.composite
 def rows(draw: st.DrawFn) -> list[int]:
-    return [draw(FEW), draw(MANY.filter(bool)), *draw(positions)]
+    inner = draw(positions)
+    return [draw(FEW if inner else SIZES), draw(MANY.filter(bool)), *inner]
 
 
 def turn_axis(case: Case, given: Arguments) -> Arguments:
@@ -332,7 +378,8 @@ def divergence_case(draw: st.DrawFn, dual: bool) -> Case:
         "temperature": draw(TEMPERATURES),
         "reduction": draw(REDUCTIONS),
         "dim": draw(DIMS),
-        "_mask": 0.0 if dual else draw(st.sampled_from([0.0, 0.3])),
+        "_mask": draw(st.sampled_from([0.0, 0.3])),
+        "_everywhere": dual or draw(st.booleans()),
         "_same": draw(st.booleans()),
         "_stacked": False,
         **options,
@@ -343,12 +390,18 @@ def prepare_divergence(case: Case, given: Arguments) -> Arguments:
     source, second = ("a", "b") if "b" in given else ("student", "teacher")
     if case["_same"]:
         given[second] = given[source].detach().clone().requires_grad_(given[second].requires_grad)
-    return {**given, "teacher": mask_classes(given["teacher"], case["_mask"], 1)} if case["_mask"] else given
+    masked = [*rows_of(given)] if case["_everywhere"] else ["teacher"]
+    return given | {name: mask_classes(given[name], case["_mask"], 1) for name in masked} if case["_mask"] else given
+
+
+def rows_of(given: Arguments) -> dict[str, Tensor]:
+    """Return the logits of a divergence by name."""
+    return {name: given[name] for name in ("student", "a", "b", "teacher") if name in given}
 
 
 def close_divergence(case: Case, given: Arguments) -> Limits:
     """Return tolerances that grow with the spread of the logits and with the number of divergences."""
-    logits = [given[name] for name in ("student", "a", "b", "teacher") if name in given]
+    logits = [*rows_of(given).values()]
     terms, T = len(logits) - 1, case["temperature"]
     size = terms * spread(*logits) * times(T)
     count = max(1, len(logits[0])) if case["reduction"] == "sum" else 1
@@ -359,7 +412,7 @@ def close_divergence(case: Case, given: Arguments) -> Limits:
 @st.composite
 def ensemble_case(draw: st.DrawFn) -> Case:
     B, C, *inner = draw(rows())
-    K = draw(FEW.filter(bool))
+    K = draw(FEW.filter(bool) if inner else UPLOADS)
     mode = draw(st.sampled_from(["kl_of_mean", "mean_of_kl"]))
     per_teacher = [[K], [K, B, 1], [K, 1, 1]] + ([[K, B]] if B != C else [])
     forms = [None, *per_teacher]
@@ -369,17 +422,19 @@ def ensemble_case(draw: st.DrawFn) -> Case:
     log_probs = draw(st.booleans())
     # Logarithms of probabilities that were rounded to 16 bits are those of no distribution.
     kinds = st.sampled_from(["float32", "float64"]) if log_probs else dtypes
+    mix = "probs" if mode == "mean_of_kl" else draw(st.sampled_from(["probs", "logits"]))
     return {
         "student": draw(tensor([B, C, *inner], values=LOGITS)),
         "teachers": draw(tensor([K, B, C, *inner], kinds, LOGITS)),
         "weights": weights and draw(tensor(weights, values="weights")),
         "temperature": draw(TEMPERATURES),
-        "mix": "probs" if mode == "mean_of_kl" else draw(st.sampled_from(["probs", "logits"])),
+        "mix": mix,
         "mode": mode,
         "class_mask": draw(st.booleans()) and mode == "kl_of_mean",
         "log_probs": log_probs,
         "reduction": draw(REDUCTIONS),
         "dim": draw(DIMS),
+        "_mask": draw(st.sampled_from([0.0, 0.3])) if mix == "probs" else 0.0,  # 0 times a mixed -inf is NaN
         "_stacked": True,
         "_by_class": weights is not None and len(weights) == 3 + len(inner),
     }
@@ -387,6 +442,10 @@ def ensemble_case(draw: st.DrawFn) -> Case:
 
 def prepare_ensemble(case: Case, given: Arguments) -> Arguments:
     teachers = given["teachers"]
+    if case["_mask"]:
+        given["student"] = mask_classes(given["student"], case["_mask"], 1)
+        teachers = teachers.detach().masked_fill(given["student"].isinf(), -math.inf)
+        given["teachers"] = teachers.requires_grad_(case["teachers"]["grad"])
     if case["log_probs"]:
         given["teachers"] = teachers.detach().log_softmax(2).requires_grad_(teachers.requires_grad)
     draw = torch.rand(len(teachers), teachers.shape[2], generator=torch.Generator().manual_seed(3)) < 0.7
@@ -430,7 +489,7 @@ def mixing_errors(given: Arguments) -> tuple[float, float]:
 @st.composite
 def stack_case(draw: st.DrawFn) -> Case:
     B, C, *inner = draw(rows())
-    K = draw(FEW.filter(bool))
+    K = draw(FEW.filter(bool) if inner else UPLOADS)
     weights = draw(st.sampled_from([None, [K], [K, B], [K, B, *inner]]))
     return {
         "logits": draw(tensor([K, B, C, *inner], values=LOGITS)),
@@ -561,13 +620,13 @@ def prepare_boxes(case: Case, given: Arguments) -> Arguments:
 
 # -- aggregate ---------------------------------------------------------------------------------------------------------
 
-WEIGHTS = st.sampled_from(["list", "tuple", "numpy", "float64", "float32", "int64", "tensor"])
+WEIGHTS = st.sampled_from(["list", "tuple", "numpy", "float64", "float32", "int64", "strided", "tensor"])
 
 
 @st.composite
 def vectors_case(draw: st.DrawFn, weighted: bool | None = False, grad: bool = False) -> Case:
     """Draw vectors, with their number as "_count", and weights: always, never, or (None) sometimes."""
-    M, P, dtype = draw(FEW.filter(bool)), draw(MANY), draw(dtypes)
+    M, P, dtype = draw(UPLOADS), draw(st.one_of(MANY, st.just(2051))), draw(dtypes)
     values = draw(st.sampled_from(["normal", "equal", "large"]))
     if draw(st.booleans()):
         given: Any = draw(tensor([M, P], dtype, values, grad))
@@ -591,6 +650,8 @@ def prepare_vectors(case: Case, given: Arguments) -> Arguments:
         return {**given, "weights": weights.requires_grad_(case["weights"]["grad"])}
     if form == "int64":
         return {**given, "weights": (weights * 3).ceil().long()}
+    if form == "strided":
+        return {**given, "weights": weights.repeat_interleave(3)[::3]}
     if form in ("float64", "float32"):
         return {**given, "weights": weights.to(getattr(torch, form))}
     values = weights.double().tolist()
@@ -633,7 +694,7 @@ def close_mean(case: Case, given: Arguments) -> Limits | None:
 
 def accumulate(vectors: Any, weights: Any) -> list[Tensor]:
     """Return the means of both accumulators, the exact one's in another order."""
-    totals = [ops.Accumulator(len(vectors[0]), exact=kept) for kept in (False, True)]
+    totals = [ops.Accumulator(len(vectors[0]), exact=kept, device=vectors[0].device) for kept in (False, True)]
     for total, order in zip(totals, (range(len(vectors)), reversed(range(len(vectors)))), strict=True):
         for m in order:
             total.add(vectors[m], float(weights[m]))
@@ -648,13 +709,17 @@ def server_case(draw: st.DrawFn) -> Case:
     state = {"dtype": draw(st.sampled_from(["float32", "float64"])), "grad": False, "seed": 2, "layout": "contiguous"}
     states = ("first", "second")[: {"mean": 0, "momentum": 1}.get(rule, 2)]
     kinds = {"first": "normal", "second": "positive"}
+    global_, out = draw(tensor([size], vectors["dtype"], grad=False)), draw(st.sampled_from([None, "global_", *DTYPES]))
+    if out == "global_" and global_["layout"] in ("expanded", "negated"):
+        global_["layout"] = "contiguous"
     return {
         **case,
-        "global_": draw(tensor([size], vectors["dtype"], grad=False)),
+        "global_": global_,
         "rule": rule,
         **{name: {**state, "shape": [size], "values": kinds[name]} if name in states else None for name in kinds},
         "learning_rate": draw(st.sampled_from([None, 0.5])),
-        "_out": draw(st.sampled_from([None, *DTYPES])),
+        "similarities": draw(st.booleans()),
+        "_out": out,
     }
 
 
@@ -665,9 +730,13 @@ def server_step(**given: Any) -> list[Tensor]:
 
 
 def prepare_server(case: Case, given: Arguments) -> Arguments:
-    if case["_out"] is not None:
+    if case["_out"] in DTYPES:
         given["out"] = torch.zeros(len(given["global_"]), dtype=getattr(torch, case["_out"]))
     return prepare_vectors(case, given)
+
+
+def view_server(case: Case, given: Arguments) -> Arguments:
+    return {**given, "out": given["global_"]} if case["_out"] == "global_" else given
 
 
 def close_server(case: Case, given: Arguments) -> Limits:
@@ -746,9 +815,11 @@ def close_clip(case: Case, given: Arguments) -> Limits:
 
 @st.composite
 def fuse_case(draw: st.DrawFn, mean: bool) -> Case:
-    B, dtype, inner = draw(FEW), draw(dtypes), draw(positions)
-    M, width = draw(FEW.filter(bool)), draw(FEW)
-    channels = [width if mean else draw(FEW) for _ in range(M)]
+    B, dtype = draw(FEW), draw(dtypes)
+    inner = draw(st.one_of(positions, st.sampled_from([[16, 17], [2, 3, 4], [1, 300]])))
+    M, widths = draw(st.sampled_from([1, 2, 3, 5, 50])), SIZES if len(inner) < 2 else FEW
+    width = draw(widths)
+    channels = [width if mean else draw(widths) for _ in range(M)]
     return {
         "features": [draw(tensor([B, c, *inner], dtype)) for c in channels],
         **{name: draw(tensor([sum(channels)])) if draw(st.booleans()) else None for name in ("scale", "shift")},
@@ -821,30 +892,34 @@ def close_step(case: Case, given: Arguments) -> Limits:
 
 # -- conv --------------------------------------------------------------------------------------------------------------
 
+MAPS = st.sampled_from([1, 0, 2, 3, 5, 33])
+OUT = st.sampled_from([8, 1, 5, 16, 24])
+ORDERS = st.sampled_from(["channels_last"] * 4 + ["contiguous"] * 2 + [*LAYOUTS])
+
 
 @st.composite
 def conv_case(draw: st.DrawFn) -> Case:
     dtype, training, pool = draw(st.sampled_from(["float32", "float32", "float64"])), draw(st.booleans()), draw(POOLS)
-    stride = draw(st.sampled_from([1, 1, 2]))
-    sides = st.integers(1 + (pool - 1) * stride, 9)
-    shape = [draw(FEW), draw(st.sampled_from([3, 1, 2, 8, 16])), draw(sides), draw(sides)]
-    rows = [-(-size // stride) for size in shape[2:]]
-    out = draw(st.sampled_from([8, 1, 5, 16, 24]))
+    stride, kernel, (channels, out, *sizes) = draw(st.sampled_from(conv_cases.SHAPES))
+    if draw(st.booleans()):
+        sides = st.integers(1 + (pool - 1) * stride, 9)
+        channels, out, sizes = draw(st.sampled_from([3, 1, 2, 8, 16])), draw(OUT), [draw(sides), draw(sides)]
+    shape, rows = [draw(MAPS), channels, *sizes], [-(-size // stride) for size in sizes]
     groups = draw(st.sampled_from([0, 0, *(n for n in (1, 2, 8, out) if out % n == 0)]))
     if (training or groups == out) and shape[0] * rows[0] * rows[1] == 1:
         shape[0] = 2
-    last = st.sampled_from(["channels_last", "channels_last", *LAYOUTS])
     statistics = not groups and (not training or draw(st.booleans()))
-    plain = {"shape": [out], "dtype": dtype, "grad": False, "layout": "contiguous", "seed": draw(SEEDS)}
+    layout = draw(st.sampled_from(["contiguous", "strided"]))
+    plain = {"shape": [out], "dtype": dtype, "grad": False, "layout": layout, "seed": draw(SEEDS)}
     return {
-        "x": {**draw(tensor(shape, dtype)), "layout": draw(last)},
-        "weight": draw(tensor([out, shape[1], 3, 3], dtype)),
+        "x": {**draw(tensor(shape, dtype)), "layout": draw(ORDERS)},
+        "weight": {**draw(tensor([out, channels, kernel, kernel], dtype)), "layout": draw(ORDERS)},
         **{name: draw(tensor([out], dtype)) for name in ("scale", "shift")},
         "bias": draw(tensor([out], dtype)) if groups > 0 and draw(st.booleans()) else None,
         "mean": {**plain, "values": "normal"} if statistics else None,
         "variance": {**plain, "values": "positive"} if statistics else None,
         "groups": groups,
-        "residual": {**draw(tensor([shape[0], out, *rows], dtype)), "layout": draw(last)}
+        "residual": {**draw(tensor([shape[0], out, *rows], dtype)), "layout": draw(ORDERS)}
         if draw(st.booleans())
         else None,
         "momentum": draw(st.sampled_from([0.1, 0, 1.0])),
@@ -859,15 +934,15 @@ def conv_case(draw: st.DrawFn) -> Case:
 
 @st.composite
 def pool_case(draw: st.DrawFn) -> Case:
-    dtype, side = draw(st.sampled_from(["float32", "float32", "float64"])), draw(st.sampled_from([3, 5]))
-    padding = draw(st.sampled_from([0, side // 2]))
-    smallest = side + 1 - 2 * padding
-    sides = st.integers(smallest, smallest + 7)
-    shape = [draw(FEW), draw(st.sampled_from([3, 1, 2, 8, 16])), draw(sides), draw(sides)]
-    out = draw(st.sampled_from([8, 1, 5, 16, 24]))
+    dtype = draw(st.sampled_from(["float32", "float32", "float64"]))
+    side, padding, channels, out, *sizes = draw(st.sampled_from(conv_cases.POOLED))
+    if draw(st.booleans()):
+        smallest = side + 1 - 2 * padding
+        sides = st.integers(smallest, smallest + 7)
+        channels, out, sizes = draw(st.sampled_from([3, 1, 2, 8, 16])), draw(OUT), [draw(sides), draw(sides)]
     return {
-        "x": draw(tensor(shape, dtype)),
-        "weight": draw(tensor([out, shape[1], side, side], dtype)),
+        "x": {**draw(tensor([draw(MAPS), channels, *sizes], dtype)), "layout": draw(ORDERS)},
+        "weight": {**draw(tensor([out, channels, side, side], dtype)), "layout": draw(ORDERS)},
         "bias": draw(tensor([out], dtype)) if draw(st.booleans()) else None,
         "padding": padding,
         "relu": draw(st.booleans()),
@@ -881,7 +956,7 @@ def close_conv(case: Case, given: Arguments) -> Limits:
     """
     wide = {name: exact(x.detach()) if isinstance(x, Tensor) else x for name, x in given.items()}
     x, weight, bias, normed = wide["x"], wide["weight"], wide["bias"], "scale" in given
-    z = torch.nn.functional.conv2d(x, weight, bias, case.get("stride", 1), 1 if normed else case["padding"])
+    z = torch.nn.functional.conv2d(x, weight, bias, case.get("stride", 1), case.get("padding", weight.shape[-1] // 2))
     size, power = largest(z), 1
     if normed:
         parts = z.unflatten(1, (case["groups"] or z.shape[1], -1))
@@ -893,7 +968,7 @@ def close_conv(case: Case, given: Arguments) -> Limits:
         power = 2
         with ops.use_backend("reference"):
             z = ops.conv_norm(**{**wide, "relu": False, "pool": 1, "update": False})
-    along = grad_of(z, case["relu"], case.get("pool", 2), 0, near=4e-5 * size)
+    along = conv_cases.grad_of(z, case["relu"], case.get("pool", 2), 0, near=4e-5 * size)
     return {"absolute": 2e-5 * size, "later": 2e-5 * size**power, "gradient": 2e-5 * size**power, "along": along}
 
 
@@ -921,7 +996,7 @@ OPERATORS = {
         vectors_case(weighted=True), close_robust, prepare_vectors, dtype=("vectors",), call=accumulate
     ),
     "server_step": Checked(
-        server_case(), close_server, prepare_server, changed=("first", "second"), call=server_step
+        server_case(), close_server, prepare_server, view_server, changed=("first", "second"), call=server_step
     ),
     "trimmed_mean": Checked(trimmed_case(), close_robust, prepare_vectors, dtype=("vectors",)),
     "median": Checked(vectors_case(weighted=None), close_robust, prepare_vectors, dtype=("vectors",)),

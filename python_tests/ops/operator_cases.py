@@ -14,8 +14,6 @@ from torch import Tensor
 from fedkern.ops._core import backend, loading
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-CLASSES = (1, 2, 3, 7, 8, 10, 100, 101, 127, 128, 129, 200, 1000, 1271, 3200)
-ROWS = (0, 1, 2, 3, 31, 32, 33, 199, 401)
 OFFSETS = range(41)
 
 
@@ -64,12 +62,6 @@ def thin_out(cases: Sequence[Any]) -> list[Any]:
     if not THIN:
         return list(cases)
     return few(cases, lambda case: case if isinstance(case, dict) else {"": case}, 2 * FEW)
-
-
-def backends(number: int, elements: int) -> list[str]:
-    """Return the backends for a case of this number and size: Triton's interpreter takes a few cases."""
-    few_ = number % 10 == 0 and elements <= LARGEST
-    return [name for name in BACKENDS if name != "triton" or few_]
 
 
 @contextlib.contextmanager
@@ -129,11 +121,6 @@ def pairwise(axes: dict[str, Sequence[Any]], seed: int = 0) -> list[dict[str, An
         open_pairs -= {(a, best[a], b, best[b]) for a, b in itertools.combinations(range(len(names)), 2)}
         cases.append({name: axes[name][index] for name, index in zip(names, best, strict=True)})
     return thin_out(cases)
-
-
-def describe(case: dict[str, Any]) -> str:
-    """Return a case as a test id."""
-    return "-".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in case.items())
 
 
 def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:

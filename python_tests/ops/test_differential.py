@@ -19,7 +19,7 @@ from python_tests.ops.every_operator import NO_OPERATORS
 from python_tests.ops.operator_cases import KERNELS
 
 SEED = int(os.environ["FEDKERN_SEED"])  # python_tests/conftest.py sets it to the day's
-SECONDS = 3 / len(differential.OPERATORS)
+SECONDS = 12 / len(differential.OPERATORS)
 MORE = 100 / len(differential.OPERATORS)
 HOUR = 3600 / len(differential.OPERATORS)
 LEAST = 20

@@ -1,4 +1,4 @@
-"""Tests of blend: every available backend and ISA level against the float64 reference."""
+"""Tests of blend where random calls (test_differential.py) do not look closely enough."""
 
 import itertools
 
@@ -9,38 +9,12 @@ from torch import Tensor
 from fedkern.ops import blend
 from fedkern.ops._blend.blend import blend_reference
 from fedkern.ops._core import backend
-from python_tests.ops.operator_cases import BACKENDS, DTYPES, KERNELS, needs_core, pairwise, using
+from python_tests.ops.operator_cases import BACKENDS, DTYPES, KERNELS, needs_core, using
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-SIZES = [1, 2, 3, 7, 8, 10, 100, 101, 127, 128, 129, 200, 1000, 1271, 3200]
-BATCHES = [0, 1, 2, 3, 31, 32, 33, 199, 401]
-INDICES = ["identity", "permutation", "repeated", "one", "many"]  # how samples pick their background
-ALPHAS = ["number", "zero", "one", "tensor", "scalar", "double"]
-
-
-def make_index(kind: str, rows: int, generator: torch.Generator) -> tuple[Tensor | None, int]:
-    if kind == "identity" or not rows:
-        return None, rows
-    if kind == "permutation":
-        return torch.randperm(rows, generator=generator), rows
-    if kind == "repeated":
-        return torch.randint(0, rows, (rows,), generator=generator), rows
-    if kind == "one":
-        return torch.zeros(rows, dtype=torch.int64), 1
-    return torch.randint(0, 2 * rows + 3, (rows,), generator=generator), 2 * rows + 3
-
-
-def make_alpha(kind: str, rows: int, dtype: torch.dtype, generator: torch.Generator) -> float | Tensor:
-    if kind in ("number", "zero", "one"):
-        return {"number": 0.3, "zero": 0.0, "one": 1.0}[kind]
-    if kind == "scalar":
-        return torch.rand((), generator=generator).to(dtype)
-    return torch.rand(rows, generator=generator).to(torch.float64 if kind == "double" else dtype)
-
-
-def close(given: Tensor, exact: Tensor, dtype: torch.dtype, slack: float = 1.0) -> None:
+def close(given: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
     """Compare at the project's tolerances: fp32 1e-5 relative + 1e-6 absolute.
 
     16 bits: the rounded result plus one ulp.
@@ -50,58 +24,12 @@ def close(given: Tensor, exact: Tensor, dtype: torch.dtype, slack: float = 1.0) 
     error = (given.detach().double() - exact).abs()
     if dtype in (torch.float32, torch.float64):
         small = 1e-5 if dtype == torch.float32 else 1e-12
-        bound = slack * (small * exact.abs() + small / 10)
+        bound = small * exact.abs() + small / 10
     else:
         info = torch.finfo(dtype)
         ulp = 2.0 ** exact.abs().clamp_min(info.tiny).log2().floor() * info.eps
-        bound = slack * (1.5 * ulp + 1e-6)  # where terms cancel, fp32 arithmetic cannot resolve an ulp
+        bound = 1.5 * ulp + 1e-6  # where terms cancel, fp32 arithmetic cannot resolve an ulp
     assert bool((error <= bound).all()), f"error {error.max():.3g} over bound by {(error - bound).max():.3g}"
-
-
-def check(served_by, shape, dtype, index_kind, alpha_kind, seed=0, place=Tensor.clone):
-    """Compare result and gradients with float64.
-
-    ``place`` gives maps other strides or another device.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    rows = shape[0]
-    index, background_rows = make_index(index_kind, rows, generator)
-    foreground = torch.randn(shape, generator=generator).to(dtype)
-    background = torch.randn((background_rows, *shape[1:]), generator=generator).to(dtype)
-    alpha = make_alpha(alpha_kind, rows, dtype, generator)
-    grad = place(torch.randn(shape, generator=generator).to(dtype))
-    leaves = [place(t).requires_grad_() for t in (foreground, background)]
-    exact = [t.detach().cpu().double().requires_grad_() for t in leaves]
-    if isinstance(alpha, Tensor):
-        leaves.append(alpha.to(grad.device, copy=True).requires_grad_())
-        exact.append(leaves[-1].detach().cpu().double().requires_grad_())
-    with using(served_by):
-        index_there = None if index is None else index.to(grad.device)
-        out = blend(*leaves[:2], leaves[2] if len(leaves) > 2 else alpha, index=index_there)
-        out.backward(grad * 2)  # not 1, so that a dropped grad_output shows
-    wanted = blend_reference(*exact[:2], exact[2] if len(exact) > 2 else alpha, index)
-    wanted.backward(grad.cpu().double() * 2)
-    # Eager sums thousands of terms in the dtype itself; the compiled backends may not.
-    slack = 1.0
-    if served_by == "reference":
-        slack = 1e5 if dtype in (torch.bfloat16, torch.float16) else 1000.0
-    assert out.dtype == dtype
-    close(out.cpu(), wanted, dtype, slack)
-    for leaf, reference in zip(leaves, exact, strict=True):
-        assert leaf.grad.dtype == leaf.dtype
-        scale = 1.0
-        if leaf.dim() < 2 and leaf.dtype == torch.float32:  # a sum of many products: relative to their size
-            scale = 1 + grad.abs().double().sum().item() / 10
-        precision = leaf.dtype if served_by != "reference" else dtype  # eager computes in the maps' dtype
-        close(leaf.grad.cpu(), reference.grad, precision, slack * scale)
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_pairs(name: str) -> None:
-    axes = {"rows": BATCHES, "size": SIZES, "dtype": DTYPES, "index_kind": INDICES, "alpha_kind": ALPHAS}
-    for seed, case in enumerate(pairwise(axes, seed=7)):
-        shape = (case.pop("rows"), case.pop("size"))
-        check(name, shape, **case, seed=seed)
 
 
 def test_alpha_of_0_and_1_gives_the_maps_themselves(backend: str) -> None:
@@ -138,11 +66,17 @@ def test_one_sample_against_many_backgrounds(name: str, layout: str, sums: bool)
 
 @needs_core
 @pytest.mark.parametrize("isa", [name for name in KERNELS if name.startswith("cpu")])
-@pytest.mark.parametrize(("dtype", "index_kind"), [(torch.float32, "repeated"), (torch.bfloat16, "many")])
-def test_results_past_the_cache(isa, dtype, index_kind, cache_bytes):
-    cache_bytes(-1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_past_the_cache_are_the_same(isa, dtype, cache_bytes):
+    index = torch.tensor([4, 0, 4, 2, 1])
     for size in (12_001, 4_096, 37):
-        check(isa, (5, size), dtype, index_kind, "number")
+        maps, results = [torch.randn(5, size).to(dtype).requires_grad_() for _ in range(2)], []
+        for limit in (1 << 40, -1):
+            cache_bytes(limit)
+            with using(isa):
+                out = blend(*maps, 0.3, index=index)
+                results.append([out, *torch.autograd.grad(out, maps, torch.ones_like(out).cumsum(1))])
+        assert all(map(torch.equal, *results))
 
 
 @needs_core

@@ -1,4 +1,4 @@
-"""Tests of contrastive on every backend against the float64 reference, and of guarantees for its callers."""
+"""Tests of contrastive: its ways for large calls beside the float64 reference, and guarantees for its callers."""
 
 import math
 from typing import Any
@@ -11,8 +11,9 @@ from torch.nn.functional import cross_entropy
 from fedkern import ops
 from fedkern.ops._contrast.reference import contrastive_reference
 from fedkern.ops._core import backend as backends
-from python_tests.ops._contrast.contrast_cases import AXES, check, choose, embeddings
-from python_tests.ops.operator_cases import KERNELS, describe, pairwise, using
+from python_tests.ops import differential
+from python_tests.ops._contrast.contrast_cases import choose, embeddings
+from python_tests.ops.operator_cases import KERNELS, using
 from python_tests.ops.operator_runs import Calls
 
 
@@ -28,20 +29,23 @@ def test_the_reference_is_cross_entropy_both_ways() -> None:
     torch.testing.assert_close(contrastive_reference(x, y, 0.3), expected)
 
 
-@pytest.mark.sampled(24)
-@pytest.mark.parametrize("case", pairwise(AXES), ids=describe)
-def test_loss_and_gradients(backend: str, case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    check(case, torch.device("cpu"), monkeypatch)
-
-
-@pytest.mark.parametrize(("way", "temperature"), [("held", 0.07), ("tiles", 0.07), ("held", 0.004)])
+@pytest.mark.parametrize("way", ["tiles", "onednn"])
 @pytest.mark.parametrize("name", KERNELS)
-def test_more_than_a_chunk(name: str, way: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The case has several chunks of rows and strips of columns, and softmaxes of one exponential and of two."""
-    case = {"pairs": 1061, "size": 9, "dtype": torch.float32, "temperature": temperature, "length": 1.0}
-    settings = {"learnt": True, "layout": "contiguous", "needs": "both", "way": way, "grad": 1.0}
+def test_ways_of_large_calls_agree_with_the_reference(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(way, monkeypatch)
     with using(name):
-        check(case | settings, torch.device("cpu"), monkeypatch)
+        differential.agree("contrastive", 60)
+
+
+@pytest.mark.parametrize(("way", "temperature"), [("held", 1.0), ("tiles", "tensor"), ("held", 0.01)])
+@pytest.mark.parametrize("name", KERNELS)
+def test_more_than_a_chunk(name: str, way: str, temperature: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The case has several chunks of rows and strips of columns, and softmaxes of one exponential and of two."""
+    choose(way, monkeypatch)
+    numbers = {"shape": [1061, 9], "dtype": "float32", "values": "normal", "layout": "contiguous", "grad": True}
+    case = {**{axis: {**numbers, "seed": seed} for seed, axis in enumerate("xy")}, "temperature": temperature}
+    with using(name):
+        differential.check("contrastive", {**case, "_learnt": True})
 
 
 def test_no_worse_than_eager() -> None:

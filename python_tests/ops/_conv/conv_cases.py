@@ -236,14 +236,17 @@ def check_chosen_gradients(calls, name, given, grad, limit, **settings):
 
 
 def check_threads(name: str, counts: Sequence[int], given: Given, grad: Tensor, **settings: Any) -> None:
-    """Check that the bits are the same on any number of threads."""
+    """Check that the bits are the same on any number of threads, and without gradients."""
     found = []
     for threads in counts:
         torch.set_num_threads(threads)
-        with using(name):
-            found.append(results(given, grad, **settings))
-    for got in found[1:]:
+        with using(name), torch.no_grad():
+            evaluated = results(given, **settings)
+            with torch.enable_grad():
+                found.append(results(given, grad, **settings))
+    for got in found:
         assert_same(got, found[0])
+        assert_same(got, evaluated, list(evaluated))
 
 
 def check_second_derivatives(given: Given, grad: Tensor, call: Callable[..., Tensor], **settings: Any) -> None:

@@ -2,100 +2,20 @@
 
 import itertools
 import math
-from typing import Any
 
 import pytest
 import torch
 
 from fedkern import ops
+from python_tests.ops import differential
 from python_tests.ops._conv import conv_cases
-from python_tests.ops.operator_cases import describe, pairwise, using
-
-CASES = [
-    case
-    for layer in sorted({shape[:2] for shape in conv_cases.SHAPES})
-    for case in pairwise(
-        {
-            "shape": [shape for shape in conv_cases.SHAPES if shape[:2] == layer],
-            "batch": (1, 2, 5, 33),
-            "relu": (True, False),
-            "pool": (1, 2),
-            "residual": (False, True),
-            "training": (True, False),
-            "update": (True, False),
-            "statistics": (True, False),
-            "weight_last": (True, False),
-        }
-    )
-    if (case["statistics"] or case["training"]) and not (case["residual"] and case["pool"] == 2)
-]
-
-# Of a group norm, groups "all": one for each channel.
-GROUP_NORMS = [
-    case
-    for layer in sorted({shape[:2] for shape in conv_cases.GROUPED})
-    for case in pairwise(
-        {
-            "shape": [shape for shape in conv_cases.GROUPED if shape[:2] == layer],
-            "batch": (1, 2, 5, 33),
-            "relu": (True, False),
-            "end": ({}, {"pool": 2}, {"residual": True}),
-            "groups": (1, 2, 8, "all"),
-            "bias": (True, False),
-            "weight_last": (True, False),
-        }
-    )
-]
+from python_tests.ops.operator_cases import using
 
 
-@pytest.mark.sampled(26)
 @conv_cases.each_kernel
-@pytest.mark.parametrize("case", CASES, ids=describe)
-def test_values_and_gradients(name: str, case: dict[str, Any]) -> None:
-    stride, side, (channels, out, height, width) = case["shape"]
-    given = conv_cases.arguments(
-        case["batch"], channels, out, height, width, residual=case["residual"], stride=stride, side=side,
-        weight_last=case["weight_last"],
-    )  # fmt: skip
-    if not case["statistics"]:
-        given |= {"mean": None, "variance": None}
-    settings = {name: case[name] for name in ("relu", "pool", "training", "update")} | {
-        "stride": stride,
-        "momentum": 0.3,
-        "eps": 1e-3,
-    }
-    grad = conv_cases.grad_for(given, **settings)
-    got, expected = conv_cases.serve_both(name, given, conv_cases.exact(given), grad, **settings)
-    assert got["out"].is_contiguous(memory_format=conv_cases.LAST)
-    assert got["gradient of weight"].stride() == given["weight"].stride()
-    conv_cases.assert_near(got, expected)
-    with torch.no_grad(), using(name):
-        evaluated = conv_cases.results(given, **settings)
-    conv_cases.assert_same(got, evaluated, list(evaluated))
-
-
-@pytest.mark.sampled(37)
-@conv_cases.each_kernel
-@pytest.mark.parametrize("case", GROUP_NORMS, ids=describe)
-def test_group_norms(name: str, case: dict[str, Any]) -> None:
-    stride, side, shape = case["shape"]
-    given = conv_cases.arguments(
-        case["batch"], *shape, residual="residual" in case["end"], grouped=True, stride=stride, side=side,
-        weight_last=case["weight_last"],
-    )  # fmt: skip
-    groups = shape[1] if case["groups"] == "all" else case["groups"]
-    if not case["bias"]:
-        given["bias"] = None
-    settings = {"groups": groups, "stride": stride, "relu": case["relu"], "pool": case["end"].get("pool", 1)}
-    grad = conv_cases.grad_for(given, **settings)
-    got, expected = conv_cases.serve_both(name, given, conv_cases.exact(given), grad, **settings)
-    with using(name), torch.no_grad():
-        evaluated = conv_cases.results(given, **settings)
-    conv_cases.assert_same(got, evaluated, list(evaluated))
-    if case["bias"] and groups == shape[1]:  # the norm takes it out, and its gradient is nothing but rounding
-        largest = float(expected["gradient of shift"].abs().max())
-        assert max(float(x.pop("gradient of bias").abs().max()) for x in (got, expected)) <= 2e-5 * largest
-    conv_cases.assert_near(got, expected)
+def test_random_calls_agree_with_the_reference(name: str) -> None:
+    with using(name):
+        differential.agree("conv_norm", 200)
 
 
 @pytest.mark.sampled(11)

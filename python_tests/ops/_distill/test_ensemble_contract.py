@@ -11,8 +11,8 @@ from fedkern import ops
 from fedkern.ops._core.backend import select
 from fedkern.ops._distill.ensemble_reference import js_reference
 from fedkern.ops._distill.kernels import CONSENSUS
-from python_tests.ops._distill.ensemble_cases import AGREEMENTS, MIXES, logits, run_agreement
-from python_tests.ops.operator_cases import BACKENDS, KERNELS, backends, describe, using
+from python_tests.ops._distill.ensemble_cases import MIXES, logits
+from python_tests.ops.operator_cases import KERNELS, using
 
 HOWS = [how for how, _ in MIXES.values()]
 
@@ -229,23 +229,6 @@ def test_autocast_gives_losses_of_16_bits_in_float32(backend: str, dtype: torch.
             assert (ours is None) == (theirs is None), number
             if ours is not None and theirs is not None:
                 torch.testing.assert_close(ours, theirs.to(dtype))
-
-
-# -- consensus ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.sampled(37)
-@pytest.mark.parametrize("number", range(len(AGREEMENTS)), ids=lambda n: f"{n}-{describe(AGREEMENTS[n])}")
-def test_against_float64(number: int) -> None:
-    case = AGREEMENTS[number]
-    run_agreement(number, backends(number, case["teachers"] * case["rows"] * case["classes"]))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
-@pytest.mark.parametrize("number", range(len(AGREEMENTS)), ids=lambda n: f"{n}-{describe(AGREEMENTS[n])}")
-def test_every_case_in_tritons_interpreter(number: int) -> None:
-    run_agreement(number, ["triton"])
 
 
 # --- what the divergence is

@@ -7,44 +7,11 @@ import torch
 from torch import Tensor
 
 from fedkern import ops
-from fedkern.ops import blend, erase_boxes, keep_boxes
-from fedkern.ops._blend.boxes import fill_boxes_reference
+from fedkern.ops import blend, erase_boxes
 from fedkern.ops._core import backend
-from fedkern.ops._fuse.reference import fuse_concat_reference, fuse_mean_reference
-from python_tests.ops._blend.test_blend import check
-from python_tests.ops._contrast.contrast_cases import AXES as CONTRAST_AXES
-from python_tests.ops._contrast.contrast_cases import check as check_contrast
-from python_tests.ops._contrast.contrast_cases import embeddings
-from python_tests.ops.operator_cases import DTYPES, assert_close, describe, lay_out_map, move_to, pairwise
-
-AXES: dict[str, Any] = {
-    "rows": (0, 1, 5, 33),
-    "size": (1, 7, 8, 129, 3202, 17000),
-    "dtype": DTYPES,
-    "index": ("identity", "permutation", "repeated", "one", "many"),
-    "alpha": ("number", "zero", "one", "tensor", "double"),
-    "layout": ("rows", "gaps", "offset", "channels_last"),
-}
-CASES = pairwise(AXES, seed=3)
-
-
-def lay_out(x: Tensor, layout: str) -> Tensor:
-    """Return the same samples with other strides or at an odd address."""
-    rows, size = x.shape
-    if layout == "gaps":
-        return x.new_zeros(rows, 2 * size + 3)[:, :size].copy_(x)
-    if layout == "offset":
-        return x.new_zeros(rows * size + 1)[1:].view(rows, size).copy_(x)
-    if layout == "channels_last" and size % 8 == 0:
-        return x.view(rows, 2, size // 8, 4).contiguous(memory_format=torch.channels_last)
-    return x
-
-
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: describe(CASES[n]))
-def test_blend(device: torch.device, number: int) -> None:
-    case = CASES[number]
-    shape, kinds = (case["rows"], case["size"]), (case["index"], case["alpha"])
-    check("cuda", shape, case["dtype"], *kinds, number, lambda x: lay_out(x.to(device), case["layout"]))
+from python_tests.ops import differential
+from python_tests.ops._contrast.contrast_cases import choose, embeddings
+from python_tests.ops.operator_cases import DTYPES, lay_out_map
 
 
 def test_index_out_of_range_stops_the_kernel(device: torch.device) -> None:
@@ -54,36 +21,6 @@ def test_index_out_of_range_stops_the_kernel(device: torch.device) -> None:
     for wrong in (3, -1):
         with pytest.raises(RuntimeError, match="blend: index out of range"):
             blend(x, x, 0.5, index=torch.tensor([0, wrong, 1]))
-
-
-BOX_AXES: dict[str, Any] = {
-    "dtype": (torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.int64, torch.bool),
-    "shape": ((2, 3, 5, 7), (1, 1, 1, 9), (3, 4, 16, 16), (2, 3, 17, 1), (0, 3, 4, 4), (2, 3, 32, 48), (1, 2, 0, 4)),
-    "layout": ("contiguous", "channels_last", "crop", "transposed", "offset"),
-    "boxes": (0, 1, 3, 70),
-    "keep": (False, True),
-    "fill": ("number", "channels"),
-}
-BOX_CASES = pairwise(BOX_AXES, seed=5)
-
-
-@pytest.mark.parametrize("number", range(len(BOX_CASES)), ids=lambda n: describe(BOX_CASES[n]))
-def test_boxes(device: torch.device, number: int) -> None:
-    case = BOX_CASES[number]
-    generator = torch.Generator().manual_seed(number)
-    shape, dtype = case["shape"], case["dtype"]
-    images = lay_out_map((torch.randn(shape, generator=generator) * 50).to(dtype), case["layout"])
-    corners = torch.rand(shape[0], case["boxes"], 4, generator=generator, dtype=torch.float64) * 1.4 - 0.2
-    corners = corners * torch.tensor([shape[3], shape[2], shape[3], shape[2]])
-    if case["boxes"]:
-        corners[:, :, 2:] = corners[:, :, :2] + corners[:, :, 2:] / case["boxes"]
-        corners[:, 0] = corners[:, 0].round() + 0.5  # edges on pixels' centres
-    fill: Any = 1 if case["fill"] == "number" else [int(c % 2) for c in range(shape[1])]
-    out = (keep_boxes if case["keep"] else erase_boxes)(move_to(images, device), corners.to(device), fill)
-    values = torch.tensor([fill] if isinstance(fill, int) else fill).expand(shape[1])[None].to(dtype)
-    assert torch.equal(out.cpu(), fill_boxes_reference(images, corners, values, case["keep"]))
-    if case["layout"] == "channels_last" and images.numel():
-        assert out.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.gpu
@@ -98,12 +35,9 @@ def test_box_with_nan_is_empty(gpu: torch.device) -> None:
 # -- cuda contrast -----------------------------------------------------------------------------------------------------
 
 
-CONTRAST_CASES = [case for case in pairwise(CONTRAST_AXES) if case["way"] != "onednn"]
-
-
-@pytest.mark.parametrize("case", CONTRAST_CASES, ids=describe)
-def test_loss_and_gradients(device: torch.device, case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    check_contrast(case, device, monkeypatch)
+def test_contrastive_in_tiles(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose("tiles", monkeypatch)
+    differential.agree("contrastive", 60, device)
 
 
 def test_empty_and_single_batches(device: torch.device) -> None:
@@ -140,71 +74,9 @@ def test_a_temperature_that_is_not_above_zero_is_not_looked_at(device: torch.dev
 # -- cuda fuse ---------------------------------------------------------------------------------------------------------
 
 
-FUSE_AXES: dict[str, Any] = {
-    "operator": ("concat", "mean"),
-    "count": (1, 2, 5, 50),
-    "channels": (1, 3, 8, 16),
-    "uneven": (False, True),
-    "batch": (0, 1, 3),
-    "positions": ((), (1, 1), (5, 7), (4, 8), (12,), (2, 0)),
-    "dtype": DTYPES,
-    "layout": ("contiguous", "channels_last", "crop", "offset", "transposed"),
-    "vectors": ("both", "scale", "shift", "none", "double", "like"),
-    "relu": (False, True),
-    "needs": ("all", "maps", "vectors"),
-    "grad": ("like", "expanded", "other"),
-}
-FUSE_CASES = pairwise(FUSE_AXES, seed=8)
-
-
-@pytest.mark.parametrize("number", range(len(FUSE_CASES)), ids=lambda n: f"{n}-{describe(FUSE_CASES[n])}")
-def test_fuse_against_float64(device: torch.device, number: int) -> None:
-    case = FUSE_CASES[number]
-    generator = torch.Generator().manual_seed(number)
-    dtype, count, mean = case["dtype"], case["count"], case["operator"] == "mean"
-    uneven = case["uneven"] and not mean
-    channels = [case["channels"] * (1 + m % 2 if uneven else 1) for m in range(count)]
-    maps = [torch.randn(case["batch"], c, *case["positions"], generator=generator).to(dtype) for c in channels]
-    leaves = [lay_out_map(x.to(device), case["layout"]).requires_grad_(case["needs"] != "vectors") for x in maps]
-    vectors: list[Tensor | None] = [None, None]
-    for i, kinds in enumerate((("both", "scale", "double", "like"), ("both", "shift", "double", "like"))):
-        if case["vectors"] in kinds:
-            values = torch.randn(sum(channels), generator=generator)
-            values = values.to({"double": torch.float64, "like": dtype}.get(case["vectors"], torch.float32)).to(device)
-            vectors[i] = values.requires_grad_(case["needs"] != "maps")
-    inputs = [*leaves, *vectors]
-    exact = [None if x is None else x.detach().cpu().double().requires_grad_(x.requires_grad) for x in inputs]
-    activation = "relu" if case["relu"] else None
-    if mean and count > 48:
-        with pytest.raises(RuntimeError, match="no kernel for fuse_mean of 50 maps"):
-            ops.fuse_mean(leaves, *vectors, activation)
-        return
-    out = (ops.fuse_mean if mean else ops.fuse_concat)(leaves, *vectors, activation)
-    reference = fuse_mean_reference if mean else fuse_concat_reference
-    expected = reference(exact[:count], *exact[count:], case["relu"])
-    # What rounds to another side of ReLU's corner has another gradient; nothing is that close to it here.
-    assert out.dtype == dtype
-    assert_close("result", out.cpu(), expected, absolute=1e-6 * 4)
-    if not expected.requires_grad:
-        return
-    grad = torch.randn(expected.shape, generator=generator).to(dtype)
-    if case["grad"] == "expanded":
-        grad = torch.full((), 3.0).to(dtype).expand(expected.shape)
-    given = grad.to(device)
-    if case["grad"] == "other" and grad.dim() > 2:
-        given = lay_out_map(given, "contiguous" if case["layout"] == "channels_last" else "channels_last")
-    out.backward(given)
-    expected.backward(grad.double())
-    terms = max(1, expected.numel() // max(1, expected.shape[1]))
-    for i, (ours, theirs) in enumerate(zip(inputs, exact, strict=True)):
-        if ours is None or theirs is None or not ours.requires_grad:
-            continue
-        assert theirs.grad is not None
-        # Terms are computed in fp32 whatever the vectors' dtype.
-        found = ours.grad.cpu()
-        if i >= count and ours.dtype is torch.float64 and dtype is not torch.float64:
-            found = found.float()
-        assert_close(f"gradient {i}", found, theirs.grad, absolute=4e-6 * (terms if i >= count else 1))
+def test_too_many_maps(device: torch.device) -> None:
+    with pytest.raises(RuntimeError, match="no kernel for fuse_mean of 50 maps"):
+        ops.fuse_mean([torch.ones(1, 2, device=device)] * 50)
 
 
 def test_channels_last_stays(device: torch.device) -> None:

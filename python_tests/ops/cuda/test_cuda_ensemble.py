@@ -1,4 +1,4 @@
-"""Tests of ensemble_kl, js_div and consensus on CUDA against the float64 reference."""
+"""Tests of ensemble_kl, js_div and consensus on CUDA: sizes where other kernels take over, and what is kept."""
 
 import math
 from typing import Any
@@ -12,28 +12,14 @@ from fedkern.ops._distill.ensemble_reference import ensemble_reference, js_refer
 from fedkern.ops._distill.rows import PROBS
 from python_tests.ops._distill import ensemble_cases
 from python_tests.ops._distill.ensemble_cases import MIXES
-from python_tests.ops.operator_cases import assert_close, describe, move_to
+from python_tests.ops.operator_cases import assert_close
 
 OPERATORS = ("probs", "logits", "mean", "js_div", "consensus")
 
 
-@pytest.mark.parametrize(
-    "number", range(len(ensemble_cases.ENSEMBLES)), ids=lambda n: f"{n}-{describe(ensemble_cases.ENSEMBLES[n])}"
-)
-def test_ensemble_kl(device: torch.device, number: int) -> None:
-    ensemble_cases.run_ensemble(number, ["cuda"], device)
-
-
-@pytest.mark.parametrize(
-    "number", range(len(ensemble_cases.AGREEMENTS)), ids=lambda n: f"{n}-{describe(ensemble_cases.AGREEMENTS[n])}"
-)
-def test_js_div_and_consensus(device: torch.device, number: int) -> None:
-    ensemble_cases.run_agreement(number, ["cuda"], device)
-
-
 # Rows that a thread or a block holds, and those that are one number too long for it.
-@pytest.mark.parametrize("layout", ["stacked", "positions"])
-@pytest.mark.parametrize("near", [None, 1e-2, 0.0])
+@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize("values", ["normal", "equal"])
 @pytest.mark.parametrize(
     ("count", "classes"),
     [
@@ -42,20 +28,11 @@ def test_js_div_and_consensus(device: torch.device, number: int) -> None:
     ],
 )
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_rows_held_by_a_thread_or_a_block(device, operator, count, classes, near, layout):
-    agreeing = operator in ("js_div", "consensus")
-    for rows, everything in ((3, True), (40 if count * classes < 600 else 1, False)):
-        case = {
-            **({"operator": operator} if agreeing else {"mix": operator}),
-            **{"teachers": count, "classes": classes, "rows": rows},
-            **{"dtype": torch.float32, "layout": layout, "weights": "KB", "zeros": everything, "near": near},
-            **{"special": "masked", "reduction": "batchmean", "temperature": 1.0 if everything else 2.0},
-            "log_probs": False,
-        }
-        student, teachers, weights = ensemble_cases.make_inputs(case, seed=count)
-        functions = ensemble_cases.agreement(case) if agreeing else ensemble_cases.ensemble(case, None)
-        tensors = [x if x is None else move_to(x, device) for x in (None if agreeing else student, teachers, weights)]
-        ensemble_cases.compare(case, ["cuda"], *functions, tensors, (not agreeing, everything or agreeing, everything))
+def test_rows_held_by_a_thread_or_a_block(device, operator, count, classes, values, positions):
+    for rows in (3, 40 if count * classes < 600 else 1):
+        shape = (1, classes, rows) if positions else (rows, classes)
+        weights = {"weights": (shape[0], 1, 1)[: len(shape)]} if operator in MIXES else {}
+        ensemble_cases.check_rows(operator, count, shape, device, values=values, **weights)
 
 
 @pytest.mark.parametrize(("count", "classes"), [(5, 4), (20, 10), (20, 100)])
@@ -219,18 +196,23 @@ def test_a_loss_scale_lifts_gradients_of_16_bits(device: torch.device, mix: str)
 
 # By a thread each, by warps, by blocks for long rows.
 @pytest.mark.parametrize(
-    ("count", "classes", "rows", "layout"), [(70, 40, 9, "positions"), (6, 500, 9, "stacked"), (3, 1030, 6, "stacked")]
+    ("count", "classes", "rows", "positions"), [(70, 40, 9, True), (6, 500, 9, False), (3, 1030, 6, False)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("operator", ["js_div", "consensus"])
-def test_rows_keep_what_their_gradients_have_in_common(device, operator, dtype, count, classes, rows, layout):
+def test_rows_keep_what_their_gradients_have_in_common(device, operator, dtype, count, classes, rows, positions):
     generator = torch.Generator().manual_seed(rows)
     values = torch.randn(count, rows, classes, generator=generator)
     values[:, ::3] = values[:1, ::3] + 1e-2 * values[:, ::3]  # js_div of these is found in fp64
-    logits = ensemble_cases.lay_out(values.to(dtype), layout, rows).to(device)
+    stacked = values.to(dtype).to(device)
+    logits = stacked.unflatten(1, (-1, 3)).mT.contiguous() if positions else stacked
     weights = torch.rand(count, generator=generator)
     weights[1] = 0
-    call, reference = ensemble_cases.agreement({"operator": operator, "reduction": "none"})
+
+    def call(stack: Tensor, weights: Tensor) -> Tensor:
+        results = getattr(ops, operator)(stack, weights, reduction="none")
+        return results if isinstance(results, Tensor) else torch.stack(results)
+
     kept: list[Tensor] = []
 
     def pack(x: Tensor) -> Tensor:
@@ -240,11 +222,12 @@ def test_rows_keep_what_their_gradients_have_in_common(device, operator, dtype, 
 
     leaf = logits.detach().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        results = call(None, leaf, weights.to(device))
+        results = call(leaf, weights.to(device))
     factors = torch.rand(results.shape, generator=generator).to(device, dtype)
     (got,) = torch.autograd.grad(results, leaf, factors, retain_graph=True)
     exact = logits.detach().double().cpu().requires_grad_()
-    (expected,) = torch.autograd.grad(reference(None, exact, weights.double()), exact, factors.double().cpu())
+    with ops.use_backend("reference"):
+        (expected,) = torch.autograd.grad(call(exact, weights.double()), exact, factors.double().cpu())
     assert_close("gradient", got.cpu(), expected, absolute=2e-6)
     (numbers,) = kept
     numbers.fill_(math.nan)

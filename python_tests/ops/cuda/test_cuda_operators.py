@@ -9,13 +9,19 @@ import pytest
 import torch
 
 from fedkern import ops
-from python_tests.ops import operator_runs
+from python_tests.ops import differential, operator_runs
 from python_tests.ops.every_operator import Operator, each_gpu_operator
 
 
 @each_gpu_operator
 def test_each_operator_gives_the_reference_result(device: torch.device, operator: Operator) -> None:
     operator_runs.compare(operator, device)
+
+
+# Of clipping, the emulated core's caller sees a CPU's tensors, and looks at them.
+@pytest.mark.parametrize("operator", [name for name in differential.OPERATORS if name[:4] not in ("conv", "clip")])
+def test_random_calls_agree_with_the_reference(device: torch.device, operator: str) -> None:
+    differential.agree(operator, 100, device)
 
 
 @each_gpu_operator

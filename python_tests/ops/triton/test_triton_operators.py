@@ -18,7 +18,7 @@ from fedkern.ops._core import backend, loading
 from fedkern.ops._distill.ensemble_reference import ensemble_reference
 from fedkern.ops._distill.reference import kl_div_reference
 from fedkern.ops._distill.rows import BATCHMEAN, PROBS
-from python_tests.ops import operator_runs
+from python_tests.ops import differential, operator_runs
 from python_tests.ops.every_operator import Operator, each_gpu_operator
 from python_tests.ops.operator_cases import BACKENDS, using
 
@@ -81,6 +81,12 @@ def test_places_keep_all_bits(number: int) -> None:
 def test_each_operator_gives_the_reference_result_on_a_gpu(gpu: torch.device, operator: Operator) -> None:
     operator_runs.compare(operator, gpu)
     operator_runs.check_same_bits(operator, gpu, large=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operator", [name for name in differential.OPERATORS if not name.startswith("conv")])
+def test_random_calls_agree_with_the_reference(gpu: torch.device, operator: str) -> None:
+    differential.agree(operator, 100, gpu)
 
 
 def _skip_waiting(operator: Operator) -> None:
