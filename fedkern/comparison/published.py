@@ -54,8 +54,8 @@ Keys of a cell:
   target, and otherwise the run's main figure, which has to be a share if a value is published.
 - ``target``: ``FIGURE=VALUE``, only for ``rounds``.
 - ``tolerance``: the largest half width of an interval that is narrow enough for "reproduced", written like
-  ``published``, so that it is in points where that is a percentage. By default two points of a share, and 5 % of
-  another published value.
+  ``published``, so that it is in points where that is a percentage (below 0.1 only with its sign). By default two
+  points of a share, and 5 % of another published value.
 - ``smaller``: what is smaller than in the paper. The verdict is then whether cell and baseline are ordered as in the
   paper.
 - ``baseline``: name of the cell to compare with, paired by seed.
@@ -338,6 +338,12 @@ def _read_cell(table: Mapping[str, object], keys: Sequence[str]) -> tuple[Publis
         cell = dataclasses.replace(cell, published=published, tolerance=tolerance)
         if cell.is_share and not 0 <= published <= 1:
             errors["published"] = "published must be a fraction from 0 to 1, or a percentage up to 100."
+        plain = values.get("tolerance", tolerance)
+        if "tolerance" not in percentages and tolerance < min(plain, 0.001):  # divided, and probably a fraction
+            errors["tolerance"] = (
+                f'tolerance = {plain:g} counts in points beside a percentage: write "{100 * plain:g} %" or '
+                f'"{plain:g} %", as meant.'
+            )
     if "name" not in table:
         errors["name"] = "name is missing."
     if not table.keys() & {"command", "runs"}:

@@ -104,6 +104,8 @@ def test_all_mistakes_are_told_at_once(write):
         command = "fedavg"
         lr = 0.1
         select = "best"
+        published = "41.5 %"
+        tolerance = 0.005
         baseline = "a"
         [[cells]]
         runs = "mine*"
@@ -120,6 +122,7 @@ def test_all_mistakes_are_told_at_once(write):
         'cell "a": there is no cell "c" for its baseline',
         'cell "b": select must be figure or validation, not "best"',
         'cell "b": there is no key "lr"',
+        'cell "b": tolerance = 0',
         "cell 3: name is missing",
         "cell 3: published must be a fraction from 0 to 1, or a percentage up to 100",
         "cell 3: recorded runs have no sweep: leave it out",
