@@ -339,12 +339,14 @@ class MemberNetworks(OwnNetworks, OneShot):
             return super().client_update(client, phase, message)
         architecture = self.architecture(client.id)
         module = client.network(**architecture)
-        if architecture:
+        is_loaded = client.load_pretrained(module)
+        if architecture and not is_loaded:
             client.fit(self, phase, module)
+        if architecture or is_loaded:
             answer = copy_vectors(flatten(module))
         else:
             answer = super().client_update(client, phase, message)
-        if self.options.fresh_statistics and not client.load_pretrained(module):
+        if self.options.fresh_statistics and not is_loaded:
             refresh_statistics(client, load(flatten(module), answer))
             answer = {**copy_vectors(flatten(module)), "parameters": answer["parameters"]}
         return {**answer, "classes": class_counts(client)} if self.by_class else answer

@@ -13,6 +13,7 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine import clients
 from fedkern.engine.client import Client
 from fedkern.engine.context import RunContext
+from fedkern.engine.local.networks import ClientTeachers
 from fedkern.engine.run import run
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.errors import UserError
@@ -214,6 +215,14 @@ def test_networks_of_a_run_are_as_good_as_those_trained_in_it(method, attempt, t
     assert summaries[0]["metrics"] == summaries[1]["metrics"]
     fresh = network().state_dict()
     assert method == "ensemble" or not all(torch.equal(value, states[0][name]) for name, value in fresh.items())
+
+
+@pytest.mark.usefixtures("teacher_files")
+def test_a_network_is_loaded_for_the_check_and_for_its_use(attempt, monkeypatch):
+    real, loaded = ClientTeachers.load, []
+    monkeypatch.setattr(ClientTeachers, "load", lambda self, k, module: loaded.append(k) or real(self, k, module))
+    attempt(workers="1")
+    assert sorted(loaded) == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.sampled(1)
