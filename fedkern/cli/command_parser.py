@@ -16,7 +16,7 @@ from fedkern.cli.request import Request
 from fedkern.errors import UserError
 from fedkern.process.standard_streams import print_result
 
-SETTINGS = ("rounds", "data_root", "cache", "workers", "model")
+SETTINGS = ("rounds", "data_root", "cache", "workers", "model", "choose")
 """Flags that are settings of a run, as is ``data`` unless it names other data than the run's."""
 _FILES = {"resume": "run", "import": "import_csv"}
 """Files of commands whose names are other ones."""

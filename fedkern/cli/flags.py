@@ -25,7 +25,7 @@ METAVARS = {
     "data_root": "DIR", "cache": "DIR", "partition": "SPEC", "clients": "N", "rounds": "R", "local_epochs": "E",
     "local_steps": "S", "held_out_client": "NAME|K", "seed": "S", "lr_steps": "E,...", "aggregator": "RULE",
     "server_rule": "RULE", "init": "FILE|DIR", "stop_at": "FIGURE>=V", "boxes": "FILE", "detector": "PATH_OR_NAME",
-    "detector_cache": "DIR", "compress": "HOW", "asynchronous": "POLICY",
+    "detector_cache": "DIR", "compress": "HOW", "choose": "HOW", "asynchronous": "POLICY",
 }  # fmt: skip
 
 # Options of the data sets that have a flag of their own; all others are given by --data-option.

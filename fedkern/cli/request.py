@@ -125,14 +125,13 @@ def read_given(request: Request) -> Given:
 
 
 def find_trusted_code(folder: Path, options: Sequence[str], settings: Mapping[str, object]) -> tuple[str, ...]:
-    """Return the code that a stored run may import: of options and --model that the command line repeats."""
-    model = settings.get("model")
-    if not options and model is None:
+    """Return the code that a stored run may import: of options, --model and --choose that the command line repeats."""
+    repeated = {name: str(settings[name]) for name in ("model", "choose") if name in settings}
+    if not options and not repeated:
         return ()
     stored = load_settings(folder, device="cpu")
     values = given_options(stored.method, options)
-    named = stored.replace(options={**stored.options, **values}, model=stored.model if model is None else model)
+    named = stored.replace(options={**stored.options, **values}, **repeated)
     if changed := named.differences(stored):
         raise UserError(f"The run in {folder} has other settings ({'; '.join(changed)}): leave these flags out.")
-    model_code = () if model is None else (named.model,)
-    return (*model_code, *(part for _, part in METHODS[stored.method].Options.of(values).code()))
+    return (*repeated.values(), *(part for _, part in METHODS[stored.method].Options.of(values).code()))

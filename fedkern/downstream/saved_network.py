@@ -194,8 +194,8 @@ def _rebuilt(out: Path, about: Description, trusted: Collection[str]) -> nn.Modu
 def _context(out: Path, about: Description, trusted: Collection[str], sizes: Sequence[int]) -> RunContext:
     """Return the context of a finished run, without data, whose clients have ``sizes`` samples."""
     config = load_unedited(out, trusted=trusted, device="cpu")
+    config = config.replace(init=None, choose="uniform")  # files that only the rounds needed, and that may be gone
     config.refuse_untrusted_code(out, trusted)
-    config = config.replace(init=None)  # the weights are the run's, and that file may be gone
     outline = Outline(tuple(about["classes"]), form_of(about), tuple(sizes), task_named(about["task"]))
     return RunContext(config, outline, described={name: about[name] for name in ("pair",) if name in about})
 

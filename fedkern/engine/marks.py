@@ -33,7 +33,9 @@ _STEP = "whose clients take no such step of the run's optimiser", "train with cl
 _BATCHES = "take them from client.batches()"
 _RATES = ("lr", "lr_decay", "lr_end", "lr_steps", "lr_step_factor")
 PLACES = {
-    "drawn": Place(("sample_fraction",), "in whose rounds all clients take part", "plan rounds of sampled clients"),
+    "drawn": Place(
+        ("sample_fraction", "choose"), "in whose rounds all clients take part", "plan rounds of sampled clients"
+    ),
     "average": Place(("aggregator",), *_AVERAGE),
     "server_step": Place(("server_rule", "server_lr"), *_AVERAGE),
     "step": Place(("optimizer", "optimizer_state", "momentum", "weight_decay"), *_STEP),

@@ -8,9 +8,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from fedkern.engine.client_choice import ClientChoice
 from fedkern.errors import UserError
 from fedkern.messages.states import State
 from fedkern.methods.protocol import ClientId, Federation, Message, Round, batch_slices
+from fedkern.methods.uploads import is_alike
 from fedkern.privacy.dpsgd import stream_name
 from fedkern.settings.config import RunConfig
 from fedkern.streams import stream
@@ -106,13 +110,14 @@ class Participation:
     def __init__(self, config: RunConfig, federation: Federation) -> None:
         self._config, self._federation = config, federation
         self.secret, self.clock = "", 0.0
+        self._choice = None if config.choose == "uniform" else ClientChoice(config, federation.samples)
 
     def clients(self, entry: Round, round: int) -> Sequence[ClientId]:
         if isinstance(entry.participants, tuple):
             return entry.participants
         if entry.participants == "all":
             return range(self._federation.clients)
-        return sample_clients(self._config, round, self.secret)
+        return sample_clients(self._config, round, self.secret) if self._choice is None else self._choice.draw(round)
 
     def assign(self, entry: Round, round: int) -> Assignment:
         """Assign clients to the round that begins now, once a round and in order.
@@ -142,6 +147,8 @@ class Participation:
         rounds = enumerate(entry for entry in plan if not entry.one_off)
         if not config.dropout_rate and (config.stragglers != "drop" or not config.straggler_rate):
             return min((self._size(entry) for _, entry in rounds), default=config.sampled_clients)
+        if self._choice is not None:
+            return 1  # losses of rounds to come decide
         draws = ((number, self.clients(entry, number)) for number, entry in rounds)
         counts = (len(clients) - len(absent_clients(config, number, clients)) for number, clients in draws)
         return min(counts, default=config.sampled_clients)
@@ -154,9 +161,14 @@ class Participation:
     def figures(self) -> dict[str, float]:
         return {"clock": self.clock} if self._config.straggler_rate else {}
 
+    def note_reports(self, reports: Mapping[str, State]) -> None:
+        """Note what the clients of a communication round reported, by their ids as texts."""
+        if self._choice is not None:
+            self._choice.note_losses(reports)
+
     def state(self) -> State:
         """Return the state for a checkpoint, in tensors, numbers, texts and dicts."""
-        return self.figures()
+        return {**self.figures(), **({} if self._choice is None else {"losses": self._choice.losses.clone()})}
 
     def in_flight(self) -> InFlight:
         """Return the messages in flight, which never change."""
@@ -166,9 +178,14 @@ class Participation:
         if not self._can_restore(state, messages, rounds):
             raise UserError(DAMAGED)
         self.clock = state.get("clock", 0.0)
+        if self._choice is not None:
+            self._choice.losses = state["losses"]
 
     def _can_restore(self, state: State, messages: InFlight, rounds: int) -> bool:
-        return state.keys() == self.state().keys() and is_time(state.get("clock", 0.0))
+        if state.keys() != self.state().keys() or not is_time(state.get("clock", 0.0)):
+            return False
+        losses = state.get("losses")
+        return self._choice is None or (isinstance(losses, Tensor) and is_alike(losses, self._choice.losses))
 
 
 def is_time(value: object) -> bool:

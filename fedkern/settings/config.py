@@ -247,8 +247,9 @@ class RunConfig(Fingerprints, ExecutionSettings, TrainingSettings, PrivacySettin
         """Return the code that the settings name, as pairs of flag and code."""
         options = [(shlex.quote(f"{name}={self.options[name]}"), part) for name, part in self.method_options.code()]
         pairs = [(f"--method-option {text}", part) for text, part in options]
-        is_code = named_code.parse(self.model) is not None
-        return [*pairs, *([(f"--model {shlex.quote(self.model)}", self.model)] if is_code else [])]
+        texts = {"model": self.model, "choose": self.choose}
+        named = {name: text for name, text in texts.items() if named_code.parse(text) is not None}
+        return [*pairs, *((f"--{name} {shlex.quote(text)}", text) for name, text in named.items())]
 
     def differences(self, stored: RunConfig) -> list[str]:
         """Return the differences from a stored run, as ``name: stored -> now``.

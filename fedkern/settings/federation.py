@@ -13,6 +13,8 @@ from fedkern.settings.data import DataSettings
 from fedkern.settings.defaults import COMMON
 from fedkern.settings.section import Values
 from fedkern.typed_option import Option, flag, named_options, option, spell_options, with_options
+from fedkern.usercode import named_code
+from fedkern.usercode.named_code import FORMS
 
 AVERAGING = "that average the clients' parameters"
 COMPRESSORS = {
@@ -35,6 +37,9 @@ POLICIES = {
 _TARGET = re.compile(r"\s*([A-Za-z]\w*)\s*(>=|<=)\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)\s*")
 
 
+_CHOICES = re.compile("uniform|size|loss|power-of-choice:[0-9]{1,9}")
+
+
 def stop_target(text: str) -> tuple[str, str, float]:
     if (match := _TARGET.fullmatch(text)) is None:
         raise UserError(f'--stop-at must be FIGURE>=VALUE or FIGURE<=VALUE, such as accuracy>=0.9, not "{text}".')
@@ -46,6 +51,13 @@ class FederationSettings(DataSettings):
     """Settings of the rounds and the server."""
 
     sample_fraction: float = option(1.0, "fraction of the clients that train in each round", above=0, high=1)
+    choose: str = option(
+        "uniform",
+        "how the clients of a round are drawn: uniform; size (by samples, for --method-option weighting=uniform); loss "
+        "(the highest last training losses, clients that have not trained first) or power-of-choice:D (of D drawn by "
+        f"size those with the highest losses), whose mean favours clients with high losses; {FORMS}",
+        path=named_code.absolute,
+    )
     rounds: int = option(COMMON["rounds"], "communication rounds", low=1, high=100_000)
     compress: str | None = option(
         None, "averaging methods: compress the clients' updates, with error feedback: topk:share=S or int8"
@@ -100,10 +112,14 @@ class FederationSettings(DataSettings):
 
     def check(self) -> None:
         super().check()
-        if self.kind.one_shot and self.sample_fraction != 1:
+        if not _CHOICES.fullmatch(self.choose) and named_code.parse(self.choose) is None:
             raise UserError(
-                f"--sample-fraction is not for {self.method}, a one-shot method, in which every client trains once."
+                f"--choose must be uniform, size, loss, power-of-choice:D with a number D, or {FORMS}, not "
+                f'"{self.choose}".'
             )
+        for name in self.given_flags("sample_fraction", "choose") if self.kind.one_shot else ():
+            raise UserError(f"{name} is not for {self.method}, a one-shot method, in which every client trains once.")
+        self.check_whole_rounds("--choose", self.choose != "uniform")
         for name in ("stop_at", "patience", "max_seconds", "max_bytes"):
             if self.kind.one_shot and getattr(self, name) is not None:
                 raise UserError(
@@ -118,6 +134,10 @@ class FederationSettings(DataSettings):
             stop_target(self.stop_at)
         if self.asynchronous is not None:
             self._check_asynchronous()
+
+    def find_unused(self) -> dict[str, str]:
+        way = "where all clients take part in every round: lower --sample-fraction, or leave it out"
+        return {**super().find_unused(), **({"choose": way} if self.sample_fraction == 1 else {})}
 
     def _check_asynchronous(self) -> None:
         if not (self.kind.asynchronous and self.method_instance.averages):

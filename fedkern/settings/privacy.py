@@ -75,6 +75,11 @@ class PrivacySettings(FaultSettings, ModelSettings):
         self.check_able(self.method_instance.averages is not False, AVERAGING, "dp_clip", "dp_noise")
         self._check_client_level()
         self.check_whole_rounds("--dp-clip", self.dp_clip is not None)
+        if self.choose != "uniform" and (self.dp_clip is not None or self.kind.is_private(self.method_options)):
+            raise UserError(
+                f"--choose {self.choose} lets the clients' data decide who takes part, and epsilon counts on clients "
+                "that are drawn uniformly and in secret: leave it out of runs with differential privacy."
+            )
         self.check_whole_rounds("--buffers pool", self.buffers == "pool")
         if self.patient_images is not None and self.privacy_unit != "patient":
             raise UserError("--patient-images is for --privacy-unit patient: give that too, or leave it out.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,10 +41,16 @@ def files_identity(config: RunConfig) -> dict[str, str]:
                 with report_unreadable(path), open_regular(path) as file:
                     digest.update(hashlib.file_digest(cast(Any, file), "sha256").digest())
                 identity[name] = digest.hexdigest()
-    for name, text in {"data": config.data, **dict(config.method_options.code())}.items():
-        if (location := named_code.parse(text)) is not None and location.file:
-            identity[name] = named_code.read_code(Path(os.path.realpath(location.file)), str(location)).identity
-    return identity
+    return identity | hash_code({"data": config.data, "choose": config.choose, **dict(config.method_options.code())})
+
+
+def hash_code(texts: Mapping[str, str]) -> dict[str, str]:
+    """Return the identities of those texts that name code in a file."""
+    named = {name: location for name, text in texts.items() if (location := named_code.parse(text)) is not None}
+    return {
+        name: named_code.read_code(Path(os.path.realpath(location.file)), str(location)).identity
+        for name, location in named.items() if location.file
+    }  # fmt: skip
 
 
 def _files(path: Path) -> list[Path]:

@@ -10,7 +10,9 @@ from fedkern.methods.base import Method
 from fedkern.methods.options import Options
 from fedkern.typed_option import OptionTable, flag, option
 
-_NEUTRAL = {"sample_fraction": 1, "lr_decay": 1, "lr_end": 1, "optimizer_state": "new", "augment": "none"}
+_NEUTRAL = {
+    "sample_fraction": 1, "choose": "uniform", "lr_decay": 1, "lr_end": 1, "optimizer_state": "new", "augment": "none",
+}  # fmt: skip
 """Neutral values of settings, beside 0, None and the mean."""
 Values = dict[str, Any]
 """Settings by name: numbers, words, None, and tables of them."""

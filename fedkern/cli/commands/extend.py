@@ -15,6 +15,7 @@ def add_flags(parser: Parser) -> None:
         "rounds": ("R", "communication rounds in total, including those done"),
         "data_root": ("DIR", "folder of the data files, if they have moved"),
         "data": ("FILE.py:NAME", "the run's data again, if they are code"),
+        "choose": ("FILE.py:NAME", "the run's choice of clients again, if it is code"),
         "cache": ("DIR", "folder that keeps decoded images"),
         "workers": ("N", "processes that train clients in parallel"),
         **{name: RUN_FLAGS[name] for name in (*TRACKERS, "quiet")},

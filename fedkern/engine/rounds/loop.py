@@ -88,6 +88,8 @@ class Loop:
         progress.done += not entry.one_off
         record.clients, record.reports = log.clients, log.reports
         record.put(run.participation.figures(), About.CLIENTS)
+        if not entry.one_off:
+            run.participation.note_reports(log.clients)
 
     def _at_work(self, record: Record) -> Executor:
         executor = self._run.executor

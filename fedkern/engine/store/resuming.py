@@ -22,6 +22,7 @@ from fedkern.ops._core.loading import Unavailable
 from fedkern.process import versions
 from fedkern.settings.config import NAME as SETTINGS
 from fedkern.settings.config import RunConfig, load_settings, make_portable, read_code
+from fedkern.settings.provenance import hash_code
 from fedkern.usercode import named_code, plugins
 from fedkern.usercode.code_identity import digest, find_changes, fold_table, is_unchanged
 
@@ -183,6 +184,10 @@ def check_user_code(
     if named_code.parse(config.model) is not None and stored.model_sha256 not in (None, config.model_sha256):
         files = (named_code.parse_identity(str(sha256)) for sha256 in (stored.model_sha256, config.model_sha256))
         changed.append((f"the network {config.model}", config.model, find_changes(*files)))
+    current_choice = hash_code({"choose": config.choose}).get("choose", "")
+    if (before := identity.get("choose", current_choice)) != current_choice:
+        words = find_changes(named_code.parse_identity(before), named_code.parse_identity(current_choice))
+        changed.append((f"the choice of clients {config.choose}", config.choose, words))
     warnings = []
     for subject, name, words in changed:
         if not named_code.trusts(trusted, name):

@@ -50,7 +50,7 @@ FLOWER = {
 JUDGING = {"test_share": 0.5, "validation_share": 0.9}
 """Default shares of the server's images if nodes have their own data: the server's images only judge."""
 LOCAL_ONLY = ("workers",)
-CODE = ("model", "data")
+CODE = ("model", "data", "choose")
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,11 @@ def check_portable(config: RunConfig) -> None:
         raise UserError(
             f"{'--personal' if config.personal is not None else config.method} is not for Flower: a run is judged by "
             "the networks that its clients keep to themselves, and the server of a Flower run does not have these."
+        )
+    if config.records == "private" and config.choose not in ("uniform", "size"):
+        raise UserError(
+            f"--choose {config.choose} needs the losses that clients report, and with private records nodes of Flower "
+            "send none: take --choose size, or --records all."
         )
     if config.compress is not None:
         raise UserError(

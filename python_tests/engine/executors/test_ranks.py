@@ -137,7 +137,7 @@ def alone(words, out):
 
 @pytest.mark.usefixtures("undrawn")
 def test_two_ranks(tmp_path):
-    small = ("--rounds", "2", "--clients", "3", "--grad-cam", "0")
+    small = ("--rounds", "3", "--clients", "3", "--sample-fraction", "0.7", "--choose", "loss", "--grad-cam", "0")
     words = ("fedavg", "--data", "digits", *SMALL, *small)
     ranks = compare_ranks(words, tmp_path)
     assert [out for _, out, _ in ranks] == [f"{tmp_path / 'ranks'}\n", ""]

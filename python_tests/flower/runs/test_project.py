@@ -125,11 +125,13 @@ def test_code_comes_along(tmp_path, capsys, registries):
     (tmp_path / "halved.py").write_text(PLUGIN)
     (tmp_path / "net.py").write_text(MODEL)
     (tmp_path / "ours.py").write_text(DATA)
+    (tmp_path / "chosen.py").write_text("")
     folder = tmp_path / "project"
     code = ("--plugin", str(tmp_path / "halved.py"), "--model", f"{tmp_path / 'net.py'}:Net",
-            "--data", f"{tmp_path / 'ours.py'}:ours")  # fmt: skip
+            "--data", f"{tmp_path / 'ours.py'}:ours", "--sample-fraction", "0.7",
+            "--choose", f"{tmp_path / 'chosen.py'}:chosen")  # fmt: skip
     assert main(["halved", "--clients", "3", *code, "--flower", str(folder)]) == 0
-    assert "README.md, halved.py, net.py, ours.py, pyproject.toml" in capsys.readouterr().out
+    assert "README.md, chosen.py, halved.py, net.py, ours.py, pyproject.toml" in capsys.readouterr().out
     found = run_config(folder)
     assert (found["plugins"], found["model"], found["data"]) == ("halved.py", "net.py:Net", "ours.py:ours")
     assert str(tmp_path) not in (folder / "pyproject.toml").read_text()
@@ -138,6 +140,7 @@ def test_code_comes_along(tmp_path, capsys, registries):
     config = run_settings.read_run_config(found).config
     assert config.model == f"{folder / 'net.py'}:Net"
     assert config.data == f"{folder / 'ours.py'}:ours"
+    assert config.choose == f"{folder / 'chosen.py'}:chosen"
     assert load(config.data).client_sizes == (6, 6, 6)
     assert [*config.plugins] == [str(folder / "halved.py")]
 
@@ -146,7 +149,8 @@ def test_code_comes_along(tmp_path, capsys, registries):
     ("words", "why"),
     [(("--resume", "runs/x"), "writes a project and runs nothing"), (("--tensorboard",), "writes a project and runs"),
      (("--json",), "writes a project and runs nothing"),
-     (("--compress", "int8"), "--compress int8 is not for runs over Flower, whose nodes send uploads whole")],
+     (("--compress", "int8"), "--compress int8 is not for runs over Flower, whose nodes send uploads whole"),
+     (("--choose", "loss", "--sample-fraction", "0.5", "--records", "private"), "--choose loss needs the losses that")],
 )  # fmt: skip
 def test_flags_that_do_not_fit(words, why, tmp_path, capsys):
     assert main(["fedavg", *words, "--flower", str(tmp_path / "project")]) == 2

@@ -132,7 +132,8 @@ def test_images_of_a_data_set_of_ones_own(method, tmp_path):
 def test_rows_of_a_data_set_of_ones_own(name, tmp_path):
     (tmp_path / "own.py").write_text(OF_ROWS)
     code = {"data": f"{tmp_path / 'own.py'}:{name}", "model": f"{tmp_path / 'own.py'}:Linear"}
-    run_config = {**TINY, "method": "scaffold", **code, "train-samples": "", "width": ""}
+    chosen = {"sample-fraction": 0.7, "choose": "loss"}
+    run_config = {**TINY, "method": "scaffold", **code, **chosen, "train-samples": "", "width": ""}
     expected = in_one_process(run_config, tmp_path / "here")
     over_flower(run_config, tmp_path / "flower")
     same(outcome(tmp_path / "flower"), expected, "scaffold")
