@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +44,7 @@ class FedLoRA(FedAvg):
     What the papers leave open:
 
     - A begins with uniform numbers of +-1 / sqrt(in), as in `peft`, and B with 0.
-    - The rows of a merged A are orthogonal, with the norm that rows of A begin with.  B has the singular values.  A row
-      without a singular value is the one before.
+    - A row of A whose singular value is 0 stays as it was.  A row of 0 would never train.
     - Layers that are frozen already get no adapter.  ``layers`` names others.
 
     ``--buffers local`` and ``drop``, ``--personal``, ``--compress``, ``--aggregator``, ``--server-rule``, ``--dp-clip``
@@ -73,56 +71,42 @@ class FedLoRA(FedAvg):
         return False  # a frozen network keeps its statistics
 
     def start(self, server: Server) -> None:
-        module = user_module(server.build())
-        if adapter := next((name for name, _ in module.named_parameters() if "lora_" in name), None):
+        network = server.build()
+        if adapter := next((name for name, _ in user_module(network).named_parameters() if "lora_" in name), None):
             raise UserError(
                 f"fedlora makes the adapters, and the network has some already ({adapter}): give it without them, or "
                 "train them with fedavg."
             )
-        linear = {
-            name: layer
-            for name, layer in module.named_modules()
-            if type(layer) is nn.Linear and layer.weight.requires_grad
-        }
-        patterns = [pattern.strip() for pattern in self.options.layers.split(",")]
-        chosen = match_names(module, patterns, [*linear], 'Method option "layers":', "trained linear layer")
-        rng, rank = server.rng("adapters", BEFORE), self.options.rank
-        server.state["adapters"] = {
-            name: {
-                "A": torch.from_numpy(rng.uniform(-1, 1, (rank, layer.in_features)) / layer.in_features**0.5).float(),
-                "B": torch.zeros(layer.out_features, rank),
-            }
-            for name, layer in linear.items()
-            if name in chosen
-        }
+        adapters = self._add_adapters(network)
+        rng = server.rng("adapters", BEFORE)
+        for name, side in adapters.items():
+            bound = side.shape[1] ** -0.5 if "lora_A" in name else 0
+            adapters[name] = torch.from_numpy(rng.uniform(-bound, bound, side.shape)).float()
+        server.state["adapters"] = adapters
 
     def send(self, server: Server, phase: Phase) -> Message:
         return {"adapters": server.state["adapters"]}
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         network = client.network()
-        layers = self._add_adapters(network, message["adapters"])
+        adapters = self._add_adapters(network, message["adapters"])
         client.fit(self, phase, network)
-        copies = {name: [side.detach().cpu().clone() for side in layer.adapter] for name, layer in layers.items()}
-        return {"adapters": {name: {"A": a, "B": b} for name, (a, b) in copies.items()}}
+        return {"adapters": {name: side.detach().cpu().clone() for name, side in adapters.items()}}
 
     def expects(self, server: Server, phase: Phase, client: ClientId, message: Message) -> Declaration:
-        return {
-            "adapters": {
-                name: {side: Values(tuple(x.shape), low=-LARGEST, high=LARGEST) for side, x in pair.items()}
-                for name, pair in server.state["adapters"].items()
-            }
-        }
+        sides = message["adapters"].items()
+        return {"adapters": {name: Values(tuple(side.shape), low=-LARGEST, high=LARGEST) for name, side in sides}}
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         answers = [(upload.message["adapters"], self.weight(server, upload)) for upload in uploads]
         if not answers:
             return
-        weights, errors, merged = [weight for _, weight in answers], [], {}
-        for name, before in server.state["adapters"].items():
-            pairs = [(adapters[name]["A"], adapters[name]["B"]) for adapters, _ in answers]
-            a, b, error = ops.lora_merge(pairs, weights, [1.0] * len(pairs), self.options.rank)
-            merged[name] = _rescale(a, b, before["A"])
+        weights, merged, errors = [weight for _, weight in answers], dict(server.state["adapters"]), []
+        for name in [name for name in merged if "lora_A" in name]:
+            opposite = name.replace("lora_A", "lora_B")
+            pairs = [(adapters[name], adapters[opposite]) for adapters, _ in answers]
+            a, merged[opposite], error = ops.lora_merge(pairs, weights, [1.0] * len(pairs), self.options.rank)
+            merged[name] = torch.where(a.any(1, keepdim=True), a, merged[name])
             errors.append(error)
         server.state["adapters"], server.report["merge_error"] = merged, max(errors)
 
@@ -131,31 +115,41 @@ class FedLoRA(FedAvg):
         self._add_adapters(network, server.state["adapters"])
         return network.requires_grad_(False).eval()
 
-    def _add_adapters(self, network: nn.Module, adapters: Mapping[str, Mapping[str, Tensor]]) -> dict[str, "Adapted"]:
-        """Freeze a network, replace its linear layers in place, and return the new layers by name."""
-        o = self.options
+    def _add_adapters(self, network: nn.Module, adapters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Freeze a network, adapt its linear layers, and return their adapters by name, without values if not given."""
+        o, module = self.options, user_module(network)
+        linear = {
+            name: layer
+            for name, layer in module.named_modules()
+            if type(layer) is nn.Linear and layer.weight.requires_grad
+        }
+        patterns = [pattern.strip() for pattern in o.layers.split(",")]
+        names = match_names(module, patterns, [*linear], 'Method option "layers":', "trained linear layer")
+        network.requires_grad_(False)
         scale = o.alpha / (o.rank if o.scaling == "rank" else math.sqrt(o.rank))
-        linear: Any = dict(user_module(network.requires_grad_(False)).named_modules())
-        layers = {name: Adapted(linear[name], pair, scale) for name, pair in adapters.items()}
-        replacements = {linear[name]: layer for name, layer in layers.items()}
+        adapted = {linear[name]: Adapted(linear[name], o.rank, scale) for name in names}
         for parent in [*network.modules()]:
             for key, child in parent._modules.items():
-                if child in replacements:
-                    setattr(parent, key, replacements[child])
-        return layers
+                if child in adapted:
+                    setattr(parent, key, adapted[child])
+        module = user_module(network)  # another one if the network is a linear layer
+        module.load_state_dict(adapters or {}, strict=False)
+        return {name: side for name, side in module.named_parameters() if "lora_" in name}
 
 
 class Adapted(nn.Module):
-    """Frozen linear layer with a low-rank adapter, whose tensors have the names of `peft`."""
+    """Frozen linear layer with a low-rank adapter, whose tensors have the names of `peft`.
 
-    def __init__(self, linear: nn.Linear, pair: Mapping[str, Tensor], scale: float) -> None:
+    ``weight`` is the merged one, for code that reads the weight instead of calling the layer.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, scale: float) -> None:
         super().__init__()
-        self.base_layer, self.scale = linear, scale
+        self.base_layer, self.scale, device = linear, scale, linear.weight.device
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        for side in "AB":
-            adapter = make_empty(nn.Linear, *pair[side].shape[::-1], False, device=linear.weight.device)
-            adapter.load_state_dict({"weight": pair[side]})
-            self.add_module(f"lora_{side}", nn.ModuleDict({"default": adapter}))
+        a = make_empty(nn.Linear, linear.in_features, rank, False, device=device)
+        b = make_empty(nn.Linear, rank, linear.out_features, False, device=device)
+        self.lora_A, self.lora_B = nn.ModuleDict({"default": a}), nn.ModuleDict({"default": b})
 
     @property
     def adapter(self) -> tuple[Tensor, Tensor]:
@@ -164,7 +158,6 @@ class Adapted(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The merged weight, for code that reads the weight instead of calling the layer."""
         a, b = self.adapter
         return self.base_layer.weight + self.scale * (b @ a)
 
@@ -176,10 +169,3 @@ class Adapted(nn.Module):
         a, b = self.adapter
         y: Tensor = self.base_layer(x) + self.scale * functional.linear(functional.linear(x, a), b)
         return y
-
-
-def _rescale(a: Tensor, b: Tensor, before: Tensor) -> dict[str, Tensor]:
-    """Give the rows of a merged A the norm of the start, 1 / sqrt(3), without a change of B A."""
-    norms = a.norm(dim=1)
-    sizes = torch.where(norms > 0, norms * math.sqrt(3), 1)
-    return {"A": torch.where(norms[:, None] > 0, a / sizes[:, None], before), "B": b * sizes}

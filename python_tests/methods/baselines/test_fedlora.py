@@ -72,29 +72,23 @@ def test_adapters_alone_travel_and_change(tmp_path):
 
 
 def test_the_server_merges_products():
-    method = FedLoRA(rank=2)
-    draw = torch.Generator().manual_seed(0)
+    method, draw = FedLoRA(rank=2), torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(2, 5, generator=draw), torch.randn(7, 2, generator=draw)) for _ in range(3)]
+    start = (torch.ones(2, 5), torch.zeros(7, 2))
 
-    def make_upload(client):
-        pair = {"A": torch.randn(2, 5, generator=draw), "B": torch.randn(7, 2, generator=draw)}
-        return Upload(client, 10 * (client + 1), {"adapters": {"layer": pair}})
+    def merge(*uploads):
+        named = [dict(zip(("x.lora_A", "x.lora_B"), pair, strict=True)) for pair in (start, *uploads)]
+        server = SimpleNamespace(state={"adapters": named[0]}, report={})
+        method.server_update(server, None, [Upload(k, 1 + k, {"adapters": x}) for k, x in enumerate(named[1:])])
+        return *server.state["adapters"].values(), server.report.get("merge_error")
 
-    uploads = [make_upload(client) for client in range(3)]
-    before = {"A": torch.ones(2, 5), "B": torch.zeros(7, 2)}
-    server = SimpleNamespace(state={"adapters": {"layer": before}}, report={})
-    method.server_update(server, None, uploads)
-    pairs = [upload.message["adapters"]["layer"] for upload in uploads]
-    mean = sum(share * pair["B"] @ pair["A"] for share, pair in zip((1 / 6, 1 / 3, 1 / 2), pairs, strict=True))
+    mean = sum(share * b @ a for share, (a, b) in zip((1 / 6, 1 / 3, 1 / 2), pairs, strict=True))
     u, values, v = torch.linalg.svd(mean)
-    merged = server.state["adapters"]["layer"]
-    torch.testing.assert_close(merged["B"] @ merged["A"], u[:, :2] * values[:2] @ v[:2])
-    torch.testing.assert_close(merged["A"] @ merged["A"].T, torch.eye(2) / 3)
-    assert server.report["merge_error"] == pytest.approx(float(values[2:].norm() / values.norm()), rel=1e-4)
-
-    server.state["adapters"]["layer"] = before
-    method.server_update(server, None, [])
-    method.server_update(server, None, [Upload(0, 1, {"adapters": {"layer": before}})])
-    assert all(torch.equal(server.state["adapters"]["layer"][side], value) for side, value in before.items())
+    a, b, error = merge(*pairs)
+    torch.testing.assert_close(b @ a, u[:, :2] * values[:2] @ v[:2])
+    torch.testing.assert_close(a @ a.T, values[:2].diag())
+    assert error == pytest.approx(float(values[2:].norm() / values.norm()), rel=1e-4)
+    assert all(torch.equal(x, y) for found in (merge(), merge(start)) for x, y in zip(found[:2], start, strict=True))
 
 
 class Adapters(nn.Sequential):
@@ -108,8 +102,6 @@ class Adapters(nn.Sequential):
     [
         ({"model": Adapters()}, r"fedlora makes the adapters, and the network has some already \(lora_A.weight\)"),
         ({"layers": "tail.*"}, r'option "layers": tail\.\* matches no trained linear layer: its parts are'),
-        ({"rank": 0}, "rank"),
-        ({"scaling": "alpha"}, "scaling"),
         ({"compress": "int8"}, "compress is for methods that average the clients' parameters, which fedlora"),
         ({"aggregator": "median"}, "aggregator is for methods that average"),
         ({"server_rule": "adam"}, "server_rule is for methods whose server averages"),

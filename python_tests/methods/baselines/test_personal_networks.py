@@ -1,7 +1,6 @@
 """Personal networks: FedPer's heads, Ditto and FML against their equations, and every client alone."""
 
 import copy
-import math
 from typing import ClassVar
 
 import pytest
@@ -21,7 +20,7 @@ from fedkern.engine.server import Server
 from fedkern.engine.store.checkpoints import Checkpoints
 from fedkern.engine.store.record_files import read_metrics
 from fedkern.errors import UserError
-from fedkern.methods import FML, METHODS, Ditto, FedLPFM, Phase
+from fedkern.methods import FML, Ditto, Phase
 from fedkern.methods.baselines.fml import Pair
 from fedkern.settings.config import RunConfig
 from fedkern.tasks import CLASSIFICATION
@@ -232,13 +231,6 @@ def test_fml_private_models_of_another_kind(make_data, make_config, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_the_parsed_names_are_the_published_ones():
-    options = {option.name for option in FedLPFM.Options.list_options()}
-    assert {"teacher", "lambda", "temperature", "prompts"} <= options
-    assert math.isclose(FedLPFM.Options().lam, 0.5)
-    assert models.MODELS["mobilenetv2"].width == 32
-
-
 # -- alone -------------------------------------------------------------------------------------------------------------
 
 
@@ -291,8 +283,3 @@ def test_centralised_trains_on_everything_and_books_the_raw_data_once(make_data,
     assert [summary["bytes"]["clients"][str(k)]["one_off_up"] for k in range(3)] == sizes
     assert summary["bytes"]["total"] == summary["bytes"]["one_off_up"] == sum(sizes)
     assert summary["clients"] == 3
-
-
-def test_both_say_that_they_are_not_federated():
-    for method in ("local", "centralised"):
-        assert METHODS[method].description.startswith("Not federated")
