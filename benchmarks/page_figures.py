@@ -225,10 +225,16 @@ def mean_and_gap(row: Mapping[str, Any]) -> str:
     """Return a cell's mean in per cent and its difference to the baseline with its interval, in points."""
     if row["ours"] is None:
         return "not played"
-    text = percent(row["ours"])
-    if row["gap"] is None:
-        return text
-    return f"{text}; {points(row['gap'])} [{points(row['gap_low'])}, {points(row['gap_high'])}]"
+    return "; ".join(filter(None, (percent(row["ours"]), interval(row, "gap", points))))
+
+
+def interval(row: Mapping[str, Any], key: str, form: Callable[[float], str]) -> str:
+    """Return a value of a row with its interval, or nothing where the value is missing."""
+    if row[key] is None:
+        return ""
+    low, high = row[f"{key}_low"], row[f"{key}_high"]
+    text = form(row[key]) + ("" if low is None else f" [{form(low)}, {form(high)}]")
+    return text.replace("-", "−")
 
 
 def lpfm_inference() -> Lines:
@@ -236,9 +242,8 @@ def lpfm_inference() -> Lines:
         [name, f"{cost['side']}", f"{cost['parameters']:,}", f"{cost['flops'] / 1e6:,.1f}"]
         for name, cost in load("inference_cost")["networks"].items()
     ]
-    return table(["network at inference", "pixels a side", "parameters", "million operations an image"], rows).split(
-        "\n"
-    )
+    header = ["network at inference", "pixels a side", "parameters", "million operations an image"]
+    return table(header, rows).split("\n")
 
 
 def _fedlpfm() -> Page:
@@ -316,18 +321,11 @@ def _fediod() -> Page:
 def dra_noisy(*tables: str) -> Lines:
     """Return losses on captions with a noisy minority: means with intervals, and differences to the first row."""
 
-    def interval(row: Mapping[str, Any], key: str) -> str:
-        if row[key] is None:
-            return ""
-        low, high = row[f"{key}_low"], row[f"{key}_high"]
-        text = nats(row[key]) + ("" if low is None else f" [{nats(low)}, {nats(high)}]")
-        return text.replace("-", "−")
-
     rows_by_name: dict[str, list[str]] = {}
     shown = [row for row in read_rows("feddra").values() if row["table"] in tables]
     for row in shown:
         cells = rows_by_name.setdefault(row["name"].removeprefix(f"{row['table']}: "), [])
-        cells += [interval(row, "ours") or "not played", interval(row, "gap")]
+        cells += [interval(row, "ours", nats) or "not played", interval(row, "gap", nats)]
     heads = [head for name in tables for head in (name, "difference, paired by seed")]
     text = table(["minority, figure", *heads], [[name, *cells] for name, cells in rows_by_name.items()])
     return [*text.split("\n"), *commits_of("feddra", shown)]
@@ -698,6 +696,8 @@ def options_of(method: str) -> Lines:
     return table(["option", "default", "values", "meaning"], rows).split("\n")
 
 
+WATCH = ("own persons", "worst person", "held-out person")
+
 PAGES: tuple[Page, ...] = (
     *(
         Page(f"docs/methods/{name}.md", {"options": partial(options_of, name)}, part)
@@ -714,6 +714,8 @@ PAGES: tuple[Page, ...] = (
     _flower(),
     _uploads(),
     Page("docs/privacy.md", {"privacy audit": privacy_audit}, part="Audit"),
+    Page("docs/methods/baselines.md", {
+        f"watch {name}".replace("-", " "): partial(list_cells, "watch", name, rates=True) for name in WATCH}),
     Page("docs/methods/README.md", {"which method when": method_gains.in_use}),
     Page("docs/results.md", {"paired differences": method_gains.differences}),
     Page("docs/artefact.md", {"tables and charts": lambda: artefact.list_artefacts(
