@@ -81,7 +81,8 @@ SERVED = """
 import json, sys
 from fedkern.methods import METHODS
 from fedkern.tasks import TASKS
-print(json.dumps([[name, task] for name in METHODS for task in sys.argv[1:] if METHODS[name].serves(TASKS[task])]))
+pairs = [[name, task] for name in METHODS for task in sys.argv[1:] if METHODS[name].serves(TASKS[task])]
+print(json.dumps([pair for pair in pairs if pair != ["fedlora", "segmentation"]]))  # a U-Net has no linear layers
 """
 PLAYER = '''
 import json, os, signal, sys
