@@ -42,7 +42,8 @@ class RowMemory:
             return [self._row(x, compute) for x in inputs]
 
     def _row(self, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        key = blake2b(x.contiguous().numpy().tobytes() + str(reduced_dtype()).encode()).digest()
+        mode = f"{reduced_dtype()} {torch.get_num_threads()}"  # bits depend on both
+        key = blake2b(x.contiguous().numpy().tobytes() + mode.encode()).digest()
         row = self._rows.get(key)
         if row is None:
             row = compute(x[None].clone())[0]
