@@ -175,8 +175,10 @@ class Checked:
         return [*parts, *(given[name] for name in self.changed if given[name] is not None)]
 
 
-def agree(operator: str, examples: int, device: torch.device = CPU) -> None:
-    """Check random cases on the backend in use, the same ones every time.
+def agree(
+    operator: str, examples: int, device: torch.device = CPU, cases: st.SearchStrategy[Case] | None = None
+) -> None:
+    """Check random cases, of ``cases`` or of any, on the backend in use, the same ones every time.
 
     Cases that the backend has no kernel for are left out.
     """
@@ -184,7 +186,7 @@ def agree(operator: str, examples: int, device: torch.device = CPU) -> None:
     @settings(
         max_examples=examples, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
-    @drawn(OPERATORS[operator].cases)
+    @drawn(OPERATORS[operator].cases if cases is None else cases)
     def agree_on(case: Case) -> None:
         try:
             check(operator, case, device)
@@ -894,14 +896,20 @@ def close_step(case: Case, given: Arguments) -> Limits:
 
 MAPS = st.sampled_from([1, 0, 2, 3, 5, 33])
 OUT = st.sampled_from([8, 1, 5, 16, 24])
-ORDERS = st.sampled_from(["channels_last"] * 4 + ["contiguous"] * 2 + [*LAYOUTS])
+
+
+def draw_layouts(draw: st.DrawFn, served: bool) -> tuple[bool, st.SearchStrategy[str], st.SearchStrategy[str], str]:
+    """Return whether a convolution's kernel shall serve, layouts of maps and of vectors, and the dtype."""
+    if served or draw(st.booleans()):
+        return True, st.sampled_from(["channels_last", "channels_last", "contiguous"]), st.just("contiguous"), "float32"
+    return False, st.sampled_from(["channels_last", *LAYOUTS]), layouts, draw(st.sampled_from(["float32", "float64"]))
 
 
 @st.composite
-def conv_case(draw: st.DrawFn) -> Case:
-    dtype, training, pool = draw(st.sampled_from(["float32", "float32", "float64"])), draw(st.booleans()), draw(POOLS)
-    stride, kernel, (channels, out, *sizes) = draw(st.sampled_from(conv_cases.SHAPES))
-    if draw(st.booleans()):
+def conv_case(draw: st.DrawFn, layer: Any = None) -> Case:
+    training, pool, (served, maps, vectors, dtype) = draw(st.booleans()), draw(POOLS), draw_layouts(draw, bool(layer))
+    stride, kernel, (channels, out, *sizes) = layer or draw(st.sampled_from(conv_cases.SHAPES))
+    if not served:
         sides = st.integers(1 + (pool - 1) * stride, 9)
         channels, out, sizes = draw(st.sampled_from([3, 1, 2, 8, 16])), draw(OUT), [draw(sides), draw(sides)]
     shape, rows = [draw(MAPS), channels, *sizes], [-(-size // stride) for size in sizes]
@@ -909,19 +917,21 @@ def conv_case(draw: st.DrawFn) -> Case:
     if (training or groups == out) and shape[0] * rows[0] * rows[1] == 1:
         shape[0] = 2
     statistics = not groups and (not training or draw(st.booleans()))
-    layout = draw(st.sampled_from(["contiguous", "strided"]))
-    plain = {"shape": [out], "dtype": dtype, "grad": False, "layout": layout, "seed": draw(SEEDS)}
+    residual = draw(st.booleans()) and not (served and pool == 2)
+
+    def described(shape: list[int], layouts: st.SearchStrategy[str], **settings: Any) -> Case:
+        return {**draw(tensor(shape, dtype, **settings)), "layout": draw(layouts)}
+
+    running = st.sampled_from(["contiguous", "contiguous", "strided"])
     return {
-        "x": {**draw(tensor(shape, dtype)), "layout": draw(ORDERS)},
-        "weight": {**draw(tensor([out, channels, kernel, kernel], dtype)), "layout": draw(ORDERS)},
-        **{name: draw(tensor([out], dtype)) for name in ("scale", "shift")},
-        "bias": draw(tensor([out], dtype)) if groups > 0 and draw(st.booleans()) else None,
-        "mean": {**plain, "values": "normal"} if statistics else None,
-        "variance": {**plain, "values": "positive"} if statistics else None,
+        "x": described(shape, maps),
+        "weight": described([out, channels, kernel, kernel], maps),
+        **{name: described([out], vectors) for name in ("scale", "shift")},
+        "bias": described([out], vectors) if groups > 0 and draw(st.booleans()) else None,
+        "mean": described([out], running, grad=False) if statistics else None,
+        "variance": described([out], running, values="positive", grad=False) if statistics else None,
         "groups": groups,
-        "residual": {**draw(tensor([shape[0], out, *rows], dtype)), "layout": draw(ORDERS)}
-        if draw(st.booleans())
-        else None,
+        "residual": described([shape[0], out, *rows], maps) if residual else None,
         "momentum": draw(st.sampled_from([0.1, 0, 1.0])),
         "eps": draw(st.sampled_from([1e-5, 0.1])),
         "stride": stride,
@@ -933,17 +943,17 @@ def conv_case(draw: st.DrawFn) -> Case:
 
 
 @st.composite
-def pool_case(draw: st.DrawFn) -> Case:
-    dtype = draw(st.sampled_from(["float32", "float32", "float64"]))
-    side, padding, channels, out, *sizes = draw(st.sampled_from(conv_cases.POOLED))
-    if draw(st.booleans()):
+def pool_case(draw: st.DrawFn, layer: Any = None) -> Case:
+    served, maps, vectors, dtype = draw_layouts(draw, bool(layer))
+    side, padding, channels, out, *sizes = layer or draw(st.sampled_from(conv_cases.POOLED))
+    if not served:
         smallest = side + 1 - 2 * padding
         sides = st.integers(smallest, smallest + 7)
         channels, out, sizes = draw(st.sampled_from([3, 1, 2, 8, 16])), draw(OUT), [draw(sides), draw(sides)]
     return {
-        "x": {**draw(tensor([draw(MAPS), channels, *sizes], dtype)), "layout": draw(ORDERS)},
-        "weight": {**draw(tensor([out, channels, side, side], dtype)), "layout": draw(ORDERS)},
-        "bias": draw(tensor([out], dtype)) if draw(st.booleans()) else None,
+        "x": {**draw(tensor([draw(MAPS), channels, *sizes], dtype)), "layout": draw(maps)},
+        "weight": {**draw(tensor([out, channels, side, side], dtype)), "layout": draw(maps)},
+        "bias": {**draw(tensor([out], dtype)), "layout": draw(vectors)} if draw(st.booleans()) else None,
         "padding": padding,
         "relu": draw(st.booleans()),
     }
@@ -962,8 +972,8 @@ def close_conv(case: Case, given: Arguments) -> Limits:
         parts = z.unflatten(1, (case["groups"] or z.shape[1], -1))
         batch = (2, 3, 4) if case["groups"] else (0, 2, 3, 4)
         given_variance = case["mean"] is not None and not case["training"]
-        variances = wide["variance"] if given_variance else parts.var(batch, correction=0)
-        variance = float(variances.min()) if z.numel() else 1.0
+        variances = wide["variance"] if given_variance or not z.numel() else parts.var(batch, correction=0)
+        variance = 1.0 if variances is None else float(variances.min())
         size = max(1.0, size / (variance + case["eps"]) ** 0.5) * (1 + largest(wide["scale"]))
         power = 2
         with ops.use_backend("reference"):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,12 @@ from python_tests.ops._conv import conv_cases
 from python_tests.ops.operator_cases import using
 
 
+@pytest.mark.sampled(12)
 @conv_cases.each_kernel
-def test_random_calls_agree_with_the_reference(name: str) -> None:
+@pytest.mark.parametrize("layer", conv_cases.SHAPES, ids=str)
+def test_random_calls_agree_with_the_reference(name: str, layer: tuple[Any, ...]) -> None:
     with using(name):
-        differential.agree("conv_norm", 200)
+        differential.agree("conv_norm", 20, cases=differential.conv_case(layer))
 
 
 @pytest.mark.sampled(11)

@@ -32,10 +32,12 @@ def pool(given: dict[str, Any], grad: Tensor | None = None, **settings: Any) -> 
 # --- values and gradients
 
 
+@pytest.mark.sampled(8)
 @conv_cases.each_kernel
-def test_random_calls_agree_with_the_reference(name: str) -> None:
+@pytest.mark.parametrize("layer", conv_cases.POOLED, ids=str)
+def test_random_calls_agree_with_the_reference(name: str, layer: tuple[Any, ...]) -> None:
     with using(name):
-        differential.agree("conv_pool", 200)
+        differential.agree("conv_pool", 20, cases=differential.pool_case(layer))
 
 
 @pytest.mark.sampled(8)
