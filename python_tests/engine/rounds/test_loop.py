@@ -99,7 +99,7 @@ class Given(Participation):
     """A policy with given assignments by round, in which client 2 answers the message before."""
 
     def __init__(self, given):
-        self._given, self._before, self.asked = given, {}, []
+        self._given, self._before, self.asked, self._choice = given, {}, [], None
 
     def assign(self, entry, round):
         self.asked.append((entry.name, round))
