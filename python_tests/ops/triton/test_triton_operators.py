@@ -22,6 +22,8 @@ from python_tests.ops import differential, operator_runs
 from python_tests.ops.every_operator import Operator, each_gpu_operator
 from python_tests.ops.operator_cases import BACKENDS, using
 
+SERVED = ("kl_div", "dual_kl", "ensemble_kl", "js_div", "consensus", "entropy", "blend", "fuse_concat", "fuse_mean")
+
 
 @pytest.fixture
 def gpu() -> Iterator[torch.device]:
@@ -38,6 +40,14 @@ def gpu() -> Iterator[torch.device]:
 def test_each_operator_gives_the_reference_result(operator: Operator) -> None:
     with using("triton"):
         operator_runs.compare(operator, torch.device("cpu"))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
+@pytest.mark.parametrize("operator", SERVED)
+def test_some_random_calls_agree_with_the_reference(operator: str) -> None:
+    with using("triton"):
+        differential.agree(operator, 4)
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton's interpreter is not there")
