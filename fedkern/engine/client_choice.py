@@ -56,11 +56,9 @@ class ClientChoice:
         self.losses = torch.full((len(self._sizes),), math.nan, dtype=torch.float64)
         name, _, candidates = config.choose.partition(":")
         self._own = named_code.parse(config.choose)
-        self._needs_losses, self._choose = self._own is None and name != "size", by_loss
+        self._choose: Choice = by_size if name == "size" else by_loss
         if self._own is not None:
             self._function: Any = named_code.load(self._own, "the choice of clients")[0]
-        elif name == "size":
-            self._choose = by_size
         elif candidates:
             if not self._count <= int(candidates) <= len(self._sizes):
                 raise UserError(
@@ -70,9 +68,7 @@ class ClientChoice:
             self._choose = partial(power_of_choice, int(candidates))
 
     def draw(self, round: int) -> list[int]:
-        """Return the clients of a round in ascending order."""
-        if self._count >= len(self._sizes):
-            return list(range(len(self._sizes)))
+        """Return the clients of a round, of which there are more, in ascending order."""
         rng, losses = stream(self._config.seed, "choice", round=round), self.losses.numpy()
         if self._own is None:
             return sorted(self._choose(self._sizes, losses, self._count, rng).tolist())
@@ -90,12 +86,11 @@ class ClientChoice:
 
     def note_losses(self, reports: Mapping[str, State]) -> None:
         """Note the losses among the reports of a round's clients, by their ids as texts."""
-        losses = {int(k): report["loss"] for k, report in reports.items() if "loss" in report}
-        if reports and not losses and self._needs_losses:
+        for k, report in reports.items():
+            if math.isfinite(loss := report.get("loss", math.nan)):
+                self.losses[int(k)] = loss
+        if self.losses.isnan().all() and self._own is None and self._choose is not by_size:
             raise UserError(
                 f"--choose {self._config.choose} needs training losses, and {self._config.method}'s clients report "
                 'none: have client.report["loss"] hold one, or take --choose size.'
             )
-        for k, loss in losses.items():
-            if math.isfinite(loss):
-                self.losses[k] = loss

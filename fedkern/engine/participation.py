@@ -117,7 +117,9 @@ class Participation:
             return entry.participants
         if entry.participants == "all":
             return range(self._federation.clients)
-        return sample_clients(self._config, round, self.secret) if self._choice is None else self._choice.draw(round)
+        if self._choice is None or self._config.sampled_clients == self._config.trained_clients:
+            return sample_clients(self._config, round, self.secret)
+        return self._choice.draw(round)
 
     def assign(self, entry: Round, round: int) -> Assignment:
         """Assign clients to the round that begins now, once a round and in order.

@@ -53,9 +53,10 @@ class FederationSettings(DataSettings):
     sample_fraction: float = option(1.0, "fraction of the clients that train in each round", above=0, high=1)
     choose: str = option(
         "uniform",
-        "how the clients of a round are drawn: uniform; size (by samples, for --method-option weighting=uniform); loss "
-        "(the highest last training losses, clients that have not trained first) or power-of-choice:D (of D drawn by "
-        f"size those with the highest losses), whose mean favours clients with high losses; {FORMS}",
+        "how the clients of a round are drawn: uniform; size (by samples, which count twice without --method-option "
+        "weighting=uniform); loss (the highest last training losses, clients that have not trained first) or "
+        "power-of-choice:D (of D drawn by size those with the highest losses), whose means are biased towards clients "
+        f"with high losses; or a function, {FORMS}",
         path=named_code.absolute,
     )
     rounds: int = option(COMMON["rounds"], "communication rounds", low=1, high=100_000)

@@ -75,8 +75,8 @@ def test_losses_are_those_reported_last():
     assert choice.draw(0) == [0, 2]
     choice.note_losses({"0": {"loss": 2.5}, "2": {"loss": 0.1}})
     assert choice.draw(0) == [0, 3]
-    everyone = ClientChoice(RunConfig.make("fedavg", choose="size", clients=4, sample_fraction=0.9), SIZES)
-    assert everyone.draw(0) == [0, 1, 2, 3]
+    everyone = RunConfig.make("fedavg", choose="size", clients=4, sample_fraction=0.9)
+    assert Participation(everyone, Federation(5, SIZES, 3)).clients(Round(), 0) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("choose", ["size", "loss", "power-of-choice:3", "own"])
