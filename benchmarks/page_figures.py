@@ -75,9 +75,7 @@ def list_cells(paper: str, *tables: str, goal: str = "", rates: bool = False) ->
     for row in shown:
         seeds = [*by_seed(row).values()]
         name, baseline = (row[key].removeprefix(f"{row['table']}: ") for key in ("name", "baseline"))
-        gap = "" if row["gap"] is None else f"{points(row['gap'])} to {baseline}"
-        if row["gap_low"] is not None:
-            gap += f" [{points(row['gap_low'])}, {points(row['gap_high'])}]"
+        gap = "" if row["gap"] is None else f"{interval(row, 'gap', points)} to {baseline}"
         share = [gap_share(row, by_name[row["baseline"]], by_name[goal]) if row["baseline"] else ""] if goal else []
         cells_of_row = [percent(mean(seeds)) if seeds else "not played", ", ".join(map(percent, seeds)), gap, *share]
         rows.append([name, *cells_of_row, *([rate(row)] if rates else [])])
@@ -104,12 +102,9 @@ def verdicts(paper: str) -> Lines:
     rows = []
     for row in read_rows(paper).values():
         as_text = "{:,.0f}".format if row["figure"] == "rounds" else partial(human_metric, row["figure"])
-        ours = "" if row["ours"] is None else as_text(row["ours"])
-        if row["ours_low"] is not None:
-            ours += f" [{as_text(row['ours_low'])}, {as_text(row['ours_high'])}]"
         verdict = ": ".join(filter(None, (row["verdict"], row["detail"])))
         published = "" if row["published"] is None else as_text(row["published"])
-        rows.append([row["name"], published, ours, row.get("swept") or "", verdict])
+        rows.append([row["name"], published, interval(row, "ours", as_text), row.get("swept") or "", verdict])
     return table(["cell", "published", "ours", "swept, first seed", "verdict"], rows).split("\n")
 
 
@@ -215,17 +210,15 @@ def lpfm_table() -> Lines:
 def lpfm_foundation() -> Lines:
     results = read_rows("fedlpfm")
     splits = dict.fromkeys(row["table"] for row in results.values())
-    rows = []
-    for method in dict.fromkeys(name.partition(": ")[2] for name in results):
-        rows.append([method, *(mean_and_gap(results[f"{split}: {method}"]) for split in splits)])
+    methods = dict.fromkeys(name.partition(": ")[2] for name in results)
+    rows = [[method, *(mean_and_gap(results[f"{split}: {method}"]) for split in splits)] for method in methods]
     return [*table(["method", *splits], rows).split("\n"), *commits_of("fedlpfm", [*results.values()])]
 
 
 def mean_and_gap(row: Mapping[str, Any]) -> str:
     """Return a cell's mean in per cent and its difference to the baseline with its interval, in points."""
-    if row["ours"] is None:
-        return "not played"
-    return "; ".join(filter(None, (percent(row["ours"]), interval(row, "gap", points))))
+    mean_text = "not played" if row["ours"] is None else percent(row["ours"])
+    return "; ".join(filter(None, (mean_text, interval(row, "gap", points))))
 
 
 def interval(row: Mapping[str, Any], key: str, form: Callable[[float], str]) -> str:
@@ -298,10 +291,8 @@ IOD_CHANGES = {
 
 
 def iod_options() -> Lines:
-    rows = []
-    for text, name in IOD_CHANGES.items():
-        found = load("fediod_mnist_terms")[name]
-        rows.append([text, percent(found["accuracy"]), percent(found["ensemble_weighted"])])
+    terms = ((text, load("fediod_mnist_terms")[name]) for text, name in IOD_CHANGES.items())
+    rows = [[text, percent(term["accuracy"]), percent(term["ensemble_weighted"])] for text, term in terms]
     return table(["changed", "student", "its ensemble"], rows).split("\n")
 
 
@@ -626,10 +617,21 @@ def compressed_uploads() -> Lines:
                 "" if label in fewer else percent([run["late"] for run in runs.values()]),
                 find_accuracy(plain_runs, traffic["up"]) if label in COMPRESSIONS else "",
             ])  # fmt: skip
-    header = ["uploads", "`--buffers`", "lr", "MB up", "MB down", "accuracy", "minus none", "last rounds",
-              "none, as many bytes"]  # fmt: skip
-    commits = dict.fromkeys(row["fedkern"].partition(" ")[2] for row in read_rows("compress").values())
-    return [f"At commit `{', '.join(commits)}`.", "", *table(header, lines).split("\n")]
+    header = ["uploads", "buffers", "lr", "MB up", "MB down", "accuracy", "minus none", "last rounds", "as many bytes"]
+    return [*table(header, lines).split("\n"), *commits_of("compress", [*read_rows("compress").values()])]
+
+
+def client_choices() -> Lines:
+    """Return rounds to an accuracy of 80 %, and the accuracy of the worst tenth of clients, by choice of clients."""
+    lines = []
+    for name, row in read_rows("choose").items():
+        curves = [run["curve"] for run in row["runs"].values()]
+        pairs = (zip(curve["round"], curve["accuracy"], strict=True) for curve in curves)
+        reached = [next((f"{number}" for number, value in pair if value >= 0.8), "never") for pair in pairs]
+        best = percent([max(curve["accuracy"]) for curve in curves])
+        lines.append([f"`{name}`", ", ".join(reached), best, percent([*by_seed(row).values()])])
+    header = ["`--choose`", "rounds to 80 %, by seed", "best accuracy", "worst tenth of clients"]
+    return [*table(header, lines).split("\n"), *commits_of("choose", [*read_rows("choose").values()])]
 
 
 def chosen_rate(row: Mapping[str, Any]) -> str:
@@ -652,7 +654,8 @@ def _reproducing() -> Page:
 
 
 def _uploads() -> Page:
-    return Page("docs/uploads.md", {"accuracy against uploaded bytes": compressed_uploads}, part="Compression")
+    tables = {"accuracy against uploaded bytes": compressed_uploads, "choices of clients": client_choices}
+    return Page("docs/uploads.md", tables, part="Compression")
 
 
 # -- README ------------------------------------------------------------------------------------------------------------
