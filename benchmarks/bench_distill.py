@@ -1,4 +1,6 @@
-"""Benchmark of kl_div, dual_kl and entropy against eager torch and torch.compile: forward and backward on leaf inputs.
+"""Benchmark of kl_div (all logits, or stored teachers), dual_kl and entropy against eager torch and torch.compile.
+
+Forward and backward on leaf inputs.
 
 Eager is the form people write, ``F.kl_div(log_softmax(s / T), softmax(t / T), "batchmean") * T²``; log_target=True is
 not faster.
@@ -14,12 +16,18 @@ from benchmarks.baselines import liger_kl
 from benchmarks.harness import compare, contest
 from fedkern import ops
 
-SHAPES = [(64, 10), (4096, 100), (4096, 1000), (256, 32000)]
+STORED = {(64, 10): 4, (4096, 100): 8, (4096, 1000): 16, (256, 32000): 64}  # classes that a stored teacher has
+SHAPES = list(STORED)
 
 
 def eager_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     p = softmax(teacher / temperature, 1)
     return kl_div(log_softmax(student / temperature, 1), p, reduction="batchmean") * temperature**2
+
+
+def eager_stored(student: Tensor, values: Tensor, indices: Tensor, temperature: float) -> Tensor:
+    log_q = log_softmax(student / temperature, 1).gather(1, indices)
+    return kl_div(log_q, softmax(values / temperature, 1), reduction="batchmean") * temperature**2
 
 
 def eager_dual(a: Tensor, b: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -46,6 +54,24 @@ def test_kl_div(node: str, shape: tuple[int, int], threads: int) -> None:
         f"{shape} T=2",
         {**contest(ops.kl_div, eager_kl, student, teacher, 2.0), "Liger-Kernel": liger_kl(student[0], teacher, 2.0)},
         model_bytes=3 * 4 * teacher.numel(),
+        copy=True,
+        threads=threads,
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sparse_kl(node: str, shape: tuple[int, int], threads: int) -> None:
+    student, teacher = leaves(1, shape), torch.randn(shape).topk(STORED[shape])
+
+    def ours(logits: Tensor, values: Tensor, indices: Tensor, temperature: float) -> Tensor:
+        return ops.kl_div(logits, (values, indices), temperature)
+
+    compare(
+        node,
+        "sparse_kl",
+        f"{shape} k={STORED[shape]} T=2",
+        contest(ours, eager_stored, student, *teacher, 2.0),
+        model_bytes=2 * 4 * student[0].numel() + 12 * teacher.values.numel(),
         copy=True,
         threads=threads,
     )

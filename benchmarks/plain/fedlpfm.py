@@ -21,6 +21,7 @@ FLAGS: dict[str, Any] = {"lambda": 0.5, "temperature": 1.0, "pretrain_epochs": 2
 ASSUMES = {
     "weighting": "samples", "teacher": "pretrained", "mixing": "convex", "teachers": 1, "prior": "none",
     "mapping": "auto", "backbone": "consistent", "teacher_view": "cached", "teacher_tuning": "zero-shot",
+    "teacher_top_k": 0,
 }  # fmt: skip
 IGNORES = ("prompts", "tuning_epochs", "tuning_lr", "teacher_cache")
 """Method options that say nothing where the others are as :data:`ASSUMES` has them."""

@@ -48,7 +48,7 @@ from fedkern.models.teachers import clip as templates
 from fedkern.models.teachers import named_teachers
 from fedkern.models.teachers.clip import DEFAULT
 from fedkern.models.teachers.teacher import Teacher, trained_teacher
-from fedkern.models.teachers.teacher_cache import LogitsCache
+from fedkern.models.teachers.teacher_cache import CLASSES, LogitsCache, pack_top, unpack_top
 from fedkern.models.teachers.teacher_training import FINETUNE_LR, PROBE_LR, Recipe, load_or_pretrain, tune_copy
 from fedkern.process.device_copies import send
 from fedkern.typed_option import option
@@ -120,6 +120,9 @@ class FedLPFM(LocalTraining):
         tuning_lr: float = option(
             0.0, "learning rate of teacher_tuning (AdamW); 0: 1e-3 for probe, 1e-5 for finetune", low=0
         )
+        teacher_top_k: int = option(
+            0, "most likely classes that are stored of a teacher's answer, in bfloat16; 0: all logits, in fp32", low=0
+        )
         pretrain_epochs: int = option(20, "epochs of the embedded teacher on the public images", low=1)
         teacher_cache: str = option(
             "", "folder for teachers' weights and logits; empty: the user's cache folder", path=filesystem.absolute
@@ -136,6 +139,12 @@ class FedLPFM(LocalTraining):
             raise UserError("A fine-tuned teacher is kept as its logits alone: take teacher_view=cached.")
         if o.prior == "counts" and o.teacher_tuning != "zero-shot":
             raise UserError("A tuned teacher has its client's class shares: take prior=none.")
+        for name, value in (("teachers", 1), ("prior", "none"), ("teacher_view", "cached")):
+            if o.teacher_top_k and getattr(o, name) != value:
+                raise UserError(
+                    f"teacher_top_k stores the answers of one teacher, as they are: take {name}={value}, or "
+                    "teacher_top_k=0."
+                )
         specs = named_teachers.parse_teachers(o.teacher)
         for name, unset, kinds in (("prompts", DEFAULT, ("clip",)), ("mapping", "auto", ("clip", named_teachers.LITE))):
             if getattr(o, name) != unset and all(spec.kind not in kinds for spec in specs):
@@ -156,8 +165,11 @@ class FedLPFM(LocalTraining):
         em = batch.task.criterion(logits, batch)
         if not o.lam:
             return em
-        teacher, t = batch.drawn["teacher"], float(o.temperature)  # [K, B, C]
-        kd = ops.kl_div(logits, teacher[0], t) if len(teacher) == 1 else ops.ensemble_kl(logits, teacher, None, t)
+        teacher, t = batch.drawn["teacher"], float(o.temperature)  # [K, B, C], or [1, B, 2 teacher_top_k]
+        if o.teacher_top_k:
+            kd = ops.kl_div(logits, unpack_top(teacher[0]), t, rest="spread")
+        else:
+            kd = ops.kl_div(logits, teacher[0], t) if len(teacher) == 1 else ops.ensemble_kl(logits, teacher, None, t)
         share = 1 - o.lam if o.mixing == "convex" else 1.0
         total = share * em + o.lam * kd if share else o.lam * kd
         return total, {"loss_em": em.detach(), "loss_kd": kd.detach()}
@@ -243,14 +255,18 @@ class FedLPFM(LocalTraining):
             shift = message.get("shift", torch.zeros(len(self._used()), 1)).cpu()[chosen, None]
             client.round_cache.update(chosen=chosen, shift=shift)
             if self.options.teacher_view == "cached":
-                stacked = torch.stack([self._own_logits(client, index) for index in chosen]) + shift
+                stacked = torch.stack([self._own_logits(client, index) for index in chosen])
+                if self.options.teacher_top_k:
+                    guesses = unpack_top(stacked[0])[1][:, 0]
+                else:
+                    stacked = stacked + shift
+                    guesses = stacked.softmax(2).mean(0).argmax(1)
                 client.round_cache["teacher"] = stacked.to(client.device)
-                guesses = stacked.softmax(2).mean(0).argmax(1)
                 client.report["teacher_right"] = float((guesses == client.labels).float().mean())
         return super().client_update(client, phase, message)
 
     def draw(self, client: Client, batch: Batch, rng: np.random.Generator) -> Drawn:
-        """Return the logits [K, B, C] of the batch's samples by the client's K teachers."""
+        """Return the logits of the batch's samples by the client's K teachers, as :meth:`_own_logits` has them."""
         if not self.options.lam:
             return {}
         if self.options.teacher_view == "same":
@@ -269,7 +285,7 @@ class FedLPFM(LocalTraining):
         return sorted(int(index) for index in drawn)
 
     def _own_logits(self, client: Client, index: int) -> Tensor:
-        """Return a teacher's logits [n, C] of the client's samples, computed once in a run."""
+        """Return a teacher's logits [n, C] of the client's samples, or packed ones, computed once in a run."""
         answers: dict[int, Tensor] = client.state.setdefault("teacher_logits", {})
         if index not in answers:
             answers[index] = self._compute(client, index)
@@ -279,7 +295,7 @@ class FedLPFM(LocalTraining):
         o, teacher = self.options, self._teachers[index]
         images = (batch.inputs for batch in client.in_order())
         if o.teacher_tuning == "zero-shot":
-            return self._teachers.cache.logits(teacher, images, client.samples)
+            return self._teachers.cache.logits(teacher, images, client.samples, o.teacher_top_k)
         rng = client.rng(f"teacher-{o.teacher_tuning}/{index}", BEFORE)
         probes = o.teacher_tuning == "probe"
         lr = o.tuning_lr or (PROBE_LR if probes else FINETUNE_LR)
@@ -296,7 +312,7 @@ class FedLPFM(LocalTraining):
         right = client.validate(answer)
         if right is not None:
             client.state.setdefault("tuned_right", {})[index] = right
-        return logits
+        return pack_top(logits, o.teacher_top_k) if o.teacher_top_k else logits
 
     def _live(self, client: Client, index: int, batch: Batch) -> Tensor:
         teacher = self._teachers[index]
@@ -320,6 +336,11 @@ class FedLPFM(LocalTraining):
             raise UserError(
                 f"{o.teachers} teachers per client need as many backbones, but teacher={o.teacher} names "
                 f"{len(specs)}: name them all, separated by commas."
+            )
+        if o.teacher_top_k and not o.teacher_top_k <= len(place.classes) <= CLASSES:
+            raise UserError(
+                f"teacher_top_k={o.teacher_top_k} is for {o.teacher_top_k} to {CLASSES} classes, and the data have "
+                f"{len(place.classes)}: take fewer, or 0."
             )
         self._teachers = named_teachers.Teachers(
             specs, LogitsCache(o.teacher_cache or None, place.mean, place.std, place.notice), classes=place.classes,
@@ -383,7 +404,12 @@ class FedLPFM(LocalTraining):
         labels = torch.cat([batch.targets.cpu() for batch in data.batches()])
 
         def answers(teacher: Teacher) -> Tensor:
-            return self._teachers.cache.logits(teacher, (batch.inputs for batch in data.batches()), len(labels))
+            top = self.options.teacher_top_k
+            found = self._teachers.cache.logits(teacher, (batch.inputs for batch in data.batches()), len(labels), top)
+            if not top:
+                return found
+            values, classes = unpack_top(found)
+            return torch.full((len(found), teacher.classes), -torch.inf).scatter(1, classes.long(), values.float())
 
         def accuracy(probabilities: Tensor) -> float:
             return float((probabilities.argmax(1) == labels).double().mean())

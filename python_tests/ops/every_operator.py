@@ -114,6 +114,12 @@ def _index(x: Tensor) -> Tensor:
     return _index_on(x.shape[0], x.device)
 
 
+def _store_two(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a teacher that is stored at two classes."""
+    values = torch.full((x.shape[0], 2), -1.5, dtype=x.dtype, device=x.device)
+    return values, torch.arange(2, device=x.device).expand(x.shape[0], 2)
+
+
 def _sgd_step(p: Tensor, g: Tensor, v: Tensor, a: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, ...]:
     step = ops.sgd_step(
         p, g, v, lr=0.1, momentum=0.9, weight_decay=0.01, anchor=a, proximal=0.3, correction=c, gradient_sum=s,
@@ -158,6 +164,7 @@ OPERATORS = [
         positive=(2,),
     ),
     Operator("kl_div dim", lambda s, t: ops.kl_div(s, t, 2.0, dim=-1), ((4, 3, 7),) * 2, ((64, 400, 21),) * 2),
+    Operator("kl_div stored", lambda s: ops.kl_div(s, _store_two(s), 2.0, rest="spread"), (_LOGITS,), (_MANY,)),
     Operator("dual_kl", lambda a, b, t: ops.dual_kl(a, b, t, 2.0), (_LOGITS,) * 3, (_MANY,) * 3),
     Operator(
         "dual_kl limit",

@@ -214,7 +214,7 @@ PUBLIC = {
     "keep_boxes": _BOXES,
     "kl_div": Public(
         student=(logits(4, 7), "tensor"), teacher=(-logits(4, 7), "tensor"), temperature=(2.0, "number"),
-        weight=(torch.ones(4), "optional tensor"), reduction=_SUM, dim=_DIM,
+        weight=(torch.ones(4), "optional tensor"), reduction=_SUM, dim=_DIM, rest=("renormalise", "choice"),
     ),
     "dual_kl": Public(
         a=(logits(4, 7), "tensor"), b=(logits(4, 7) * 2, "tensor"), teacher=(-logits(4, 7), "tensor"),

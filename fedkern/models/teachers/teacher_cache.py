@@ -26,6 +26,7 @@ from fedkern.models.teachers.teacher import Identity, Teacher, wrong_classes
 
 FORMAT = 1
 KEY = 16  # bytes of an image's key
+CLASSES = 2**15  # most that pack_top can number
 SAVE_EVERY = 4096  # images between two writes
 TELL_EVERY = 5.0  # seconds between two notices
 
@@ -61,16 +62,22 @@ class LogitsCache:
         return self.folder / f"{kind}-{model[:60]}-{code}.safetensors"
 
     @compute_in("fp32")  # runs of either precision read the cached logits
-    def logits(self, teacher: Teacher, batches: Iterable[Tensor], total: int | None = None) -> Tensor:
+    def logits(self, teacher: Teacher, batches: Iterable[Tensor], total: int | None = None, top: int = 0) -> Tensor:
         """Return the teacher's logits fp32 ``[n, classes]`` (CPU), and compute those not yet in the file.
 
-        Without an identity, nothing is cached.  ``total`` is the number of images, for notices.
+        Without an identity, nothing is cached.  ``total`` is the number of images, for notices.  ``top``: only the most
+        likely classes, ``[n, 2 top]`` as :func:`pack_top` stores them, in a file of their own.
         """
-        identity = teacher.identity
-        if identity is None:
-            answers = [teacher.logits(part).cpu() for images in batches for part in images.split(teacher.batch)]
-            return torch.cat(answers) if answers else torch.empty(0, teacher.classes)
-        rows = self.read_logits(identity, teacher.classes)
+
+        def answer(images: Tensor) -> Tensor:
+            logits = teacher.logits(images).cpu()
+            return pack_top(logits, top) if top else logits
+
+        nothing = torch.empty(0, 2 * top or teacher.classes, dtype=torch.int16 if top else torch.float32)
+        if teacher.identity is None:
+            return torch.cat([nothing, *(answer(part) for images in batches for part in images.split(teacher.batch))])
+        identity = {**teacher.identity, "top": top} if top else teacher.identity
+        rows = self.read_logits(identity, nothing.shape[1])
         keys: list[bytes] = []
         written, notify = len(rows), limit_notices(self.notice, time.monotonic())
         try:
@@ -80,7 +87,7 @@ class LogitsCache:
                 missing = [row for row, key in enumerate(batch) if key not in rows]
                 for start in range(0, len(missing), teacher.batch):
                     part = missing[start : start + teacher.batch]
-                    logits = teacher.logits(images[torch.tensor(part, device=images.device)]).cpu()
+                    logits = answer(images[torch.tensor(part, device=images.device)])
                     rows.update(zip((batch[row] for row in part), logits, strict=True))
                     if len(rows) - written >= SAVE_EVERY:
                         self.write_logits(identity, rows)
@@ -91,7 +98,7 @@ class LogitsCache:
         finally:  # an interrupted computation keeps its logits so far
             if len(rows) > written:
                 self.write_logits(identity, rows)
-        return torch.stack([rows[key] for key in keys]) if keys else torch.empty(0, teacher.classes)
+        return torch.stack([rows[key] for key in keys]) if keys else nothing
 
     def read_logits(self, identity: Identity, classes: int) -> dict[bytes, Tensor]:
         """Return the logits by image key, or {} without an intact file of these classes."""
@@ -157,7 +164,7 @@ def stored_logits(file: str | Path, classes: int, mean: Sequence[float], std: Se
         raise UserError(f"the file of teacher logits {path} is damaged: {error}.") from None
     if stored["logits"].shape[1] != classes:
         raise wrong_classes(f"logits:{path}", stored["logits"].shape[1], classes)
-    rows = by_key(stored)
+    rows = by_key({**stored, "logits": stored["logits"].float()})
 
     def look_up(images: Tensor) -> Tensor:
         keys = image_keys(images, mean, std)
@@ -193,7 +200,22 @@ def image_keys(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> l
 
 
 def by_key(tensors: Mapping[str, Tensor]) -> dict[bytes, Tensor]:
-    return dict(zip((row.tobytes() for row in tensors["keys"].numpy()), tensors["logits"].float(), strict=True))
+    return dict(zip((row.tobytes() for row in tensors["keys"].numpy()), tensors["logits"], strict=True))
+
+
+def pack_top(logits: Tensor, count: int) -> Tensor:
+    """Return the log-probabilities of the ``count`` most likely classes, and the classes, int16 ``[n, 2 count]``.
+
+    The first half are the bits of bfloat16 numbers, largest first.  Of equal classes the first ones are kept.
+    """
+    values, indices = logits.log_softmax(1).sort(dim=1, descending=True, stable=True)
+    return torch.cat([values[:, :count].bfloat16().view(torch.int16), indices[:, :count].to(torch.int16)], 1)
+
+
+def unpack_top(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities bfloat16 ``[n, count]`` and the classes int16 that :func:`pack_top` stored."""
+    values, indices = packed.chunk(2, 1)
+    return values.contiguous().view(torch.bfloat16), indices
 
 
 def check_logits(tensors: Mapping[str, Tensor]) -> None:

@@ -79,7 +79,7 @@ class AggregateKernels(PlainAggregate, Launcher):
         return target
 
     def server_step(self, call: ServerCall) -> tuple[Tensor, Tensor, Tensor]:
-        global_, vectors, weights, rule, first, second, out, similarities = call
+        global_, vectors, weights, rule, *moments, out, similarities = call
         count = count_of(vectors)
         if self.gpu and count > self.core.aggregate_table:
             backend.not_forced("server_step", "cuda", f"of {count} vectors")
@@ -90,7 +90,7 @@ class AggregateKernels(PlainAggregate, Launcher):
         taken = similarities or self.host  # by the CPU's kernel in any case, from what is in its caches
         norms, cosines = (self._per_vector(count if taken else 0, old) for _ in range(2))
         self._call(
-            self.core.server_step, vectors, self._weights(weights), old, *rule, first, second, target,
+            self.core.server_step, vectors, self._weights(weights), old, *rule, *moments, target,
             *((norms, cosines, self._workspace(old)) if taken else (None, None, None)), self.at(old),
         )  # fmt: skip
         return (target, norms, cosines) if similarities else (target, norms[:0], cosines[:0])

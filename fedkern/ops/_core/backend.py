@@ -171,7 +171,7 @@ def active_isa() -> str:
 
 
 # A function of each core that earlier builds do not have.
-_NEWEST = {"_cpu": "strided_fits", "_cuda": "take_tensors"}
+_NEWEST = {"_cpu": "sparse_kl", "_cuda": "take_tensors"}
 
 
 def _show_tensors(core: ModuleType, name: str) -> None:

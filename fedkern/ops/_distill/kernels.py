@@ -127,7 +127,7 @@ class DistillKernels(Launcher):
 
     def __init__(self, core: ModuleType) -> None:
         super().__init__(core)
-        self.fused = not self.gpu
+        self.fused = self.sparse = not self.gpu
         self.keeps = self.gpu
         self._distill = core.distill
         self._distill_ensemble = core.distill_ensemble

@@ -6,22 +6,31 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core.backend import eager, select_ordinary
-from fedkern.ops._core.checks import autocast
-from fedkern.ops._distill.checks import check_logits, check_reduction, check_temperature, check_weight, move_classes
+from fedkern.ops._core.checks import autocast, check_count, check_floating
+from fedkern.ops._distill.checks import (
+    LOGITS,
+    check_logits,
+    check_reduction,
+    check_temperature,
+    check_weight,
+    move_classes,
+)
 from fedkern.ops._distill.entries import DIVERGENCE, select_at
 from fedkern.ops._distill.gradients import DivergenceFunction
 from fedkern.ops._distill.kernels import DistillKernels, Divergence, new_call
-from fedkern.ops._distill.reference import FLAT, divergence_reference
+from fedkern.ops._distill.reference import FLAT, divergence_reference, result_dtype
+from fedkern.ops._distill.sparse import check_teacher, fill_classes, serve_sparse
 
 
 def kl_div(
     student: Tensor,
-    teacher: Tensor,
+    teacher: Tensor | tuple[Tensor, Tensor],
     temperature: float = 1.0,
     *,
     weight: Tensor | None = None,
     reduction: str = "batchmean",
     dim: int = 1,
+    rest: str = "renormalise",
 ) -> Tensor:
     """Return ``T² · KL(softmax(teacher / T) ‖ softmax(student / T))`` over the classes, which lie on axis ``dim``.
 
@@ -30,7 +39,9 @@ def kl_div(
 
     Args:
         student: logits ``[B, C]`` or ``[B, C, *positions]``; float32, float64, bfloat16 or float16, any strides.
-        teacher: logits of the same shape; its dtype may differ.
+        teacher: logits of the same shape; its dtype may differ. Or ``(values, indices)``, as ``topk`` returns them, for
+            a teacher that is stored at k of C classes: floating values ``[B, k, *positions]`` and the classes that they
+            belong to, whole numbers of the same shape, different in every row.
         temperature: T > 0, in the units of the logits. ``math.inf`` is the exact limit: half the variance over classes
             of ``teacher - student``. Above 64 every backend takes the reference, in float64, which keeps all digits.
         weight: ``[B]`` or ``[B, *positions]``, floating or bool; multiplies each row's loss. A row of weight 0
@@ -39,6 +50,9 @@ def kl_div(
             B × positions; 0 for an empty batch).
         dim: axis of the classes, which may be negative. The other axes are B and the positions, in their order. No
             copy is made.
+        rest: the C - k other classes of a stored teacher. ``"renormalise"``: values are logits, and the others have
+            probability 0. ``"spread"``: values are log-probabilities at T = 1, and the others share what is left to 1
+            equally (nothing where rounded values leave nothing), computed in float64.
 
     Returns:
         ``[B, *positions]`` for ``"none"``, else a scalar, in the promoted dtype of student and teacher. Everything is
@@ -49,12 +63,17 @@ def kl_div(
     probability is 0 (a logit of ``-inf``, or so low that the exponential underflows, as that of a class masked with a
     large finite number) contributes nothing to the teacher's side and gets no gradient there. A class that is ``-inf``
     in the student and has a teacher probability makes the loss ``+inf``. With ``temperature=math.inf`` classes
-    that are ``-inf`` in either are left out.
+    that are ``-inf`` in either are left out. Values of a stored teacher get no gradient.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, a device, the temperature or the reduction is wrong.
+        ValueError: a shape, a device, the temperature, the reduction or rest is wrong, values require a gradient, or
+            (looked for on the CPU alone) indices are no different classes of a row.
     """
+    if isinstance(teacher, tuple):
+        return _compare_stored(student, teacher, weight, temperature, reduction, dim, rest)
+    if rest != "renormalise":
+        raise ValueError(f"rest is for a teacher (values, indices), and this one has all its logits; it is {rest!r}")
     return _dispatch(student, None, teacher, weight, temperature, False, reduction, dim, ("student", "teacher"))
 
 
@@ -88,6 +107,37 @@ def dual_kl(
         raise ValueError(f'direction must be "teacher" or "student", but is {direction!r}')
     reverse = direction == "student"
     return _dispatch(a, b, teacher, weight, temperature, reverse, reduction, dim, ("a", "b", "teacher"))
+
+
+def _compare_stored(
+    student: Tensor,
+    teacher: tuple[Tensor, ...],
+    weight: Tensor | None,
+    temperature: float,
+    reduction: str,
+    dim: int,
+    remainder: str,
+) -> Tensor:
+    student, *stored = autocast(student, *teacher)
+    if type(dim) is not int or dim != 1:
+        check_floating(student, "student", LOGITS)
+        axis = check_count(dim, "dim", -student.dim(), student.dim() - 1)
+        student, *stored = (
+            x.movedim(axis, 1) if isinstance(x, Tensor) and x.dim() == student.dim() > 1 else x
+            for x in (student, *stored)
+        )
+    check_logits(("student",), (student,))
+    values, indices = check_teacher(student, tuple(stored), remainder)
+    temperature, code = check_temperature(temperature), check_reduction(reduction)
+    if weight is not None:
+        weight = check_weight(weight, student, torch.float32)
+    loss = serve_sparse(student, values, indices, weight, temperature, code, remainder)
+    if loss is None:
+        full = fill_classes(values, indices, student.shape[1], remainder)
+        names = ("student", "teacher")
+        loss = _dispatch(student, None, full, weight, temperature, False, reduction, 1, names)
+        loss = loss.to(result_dtype(student, None, values))
+    return loss
 
 
 def _dispatch(

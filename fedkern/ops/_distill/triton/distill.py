@@ -40,7 +40,7 @@ class TritonDistill(DistillKernels):
     short_weights = limits = False
 
     def __init__(self) -> None:
-        self.gpu, self.fused, self.keeps = True, False, False  # also interpreted on CPU tensors
+        self.gpu, self.fused, self.keeps, self.sparse = True, False, False, False  # also interpreted on CPU tensors
 
     def _divergence(
         self,
