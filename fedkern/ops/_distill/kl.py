@@ -6,15 +6,8 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core.backend import eager, select_ordinary
-from fedkern.ops._core.checks import autocast, check_count, check_floating
-from fedkern.ops._distill.checks import (
-    LOGITS,
-    check_logits,
-    check_reduction,
-    check_temperature,
-    check_weight,
-    move_classes,
-)
+from fedkern.ops._core.checks import autocast
+from fedkern.ops._distill.checks import check_logits, check_reduction, check_temperature, check_weight, move_classes
 from fedkern.ops._distill.entries import DIVERGENCE, select_at
 from fedkern.ops._distill.gradients import DivergenceFunction
 from fedkern.ops._distill.kernels import DistillKernels, Divergence, new_call
@@ -120,24 +113,19 @@ def _compare_stored(
 ) -> Tensor:
     student, *stored = autocast(student, *teacher)
     if type(dim) is not int or dim != 1:
-        check_floating(student, "student", LOGITS)
-        axis = check_count(dim, "dim", -student.dim(), student.dim() - 1)
-        student, *stored = (
-            x.movedim(axis, 1) if isinstance(x, Tensor) and x.dim() == student.dim() > 1 else x
-            for x in (student, *stored)
-        )
+        (student,) = move_classes(("student",), (student,), dim, (0,))
+        stored = [x.movedim(dim, 1) if isinstance(x, Tensor) and 1 < x.dim() == student.dim() else x for x in stored]
     check_logits(("student",), (student,))
-    values, indices = check_teacher(student, tuple(stored), remainder)
+    values, indices = check_teacher(student, stored, remainder)
     temperature, code = check_temperature(temperature), check_reduction(reduction)
     if weight is not None:
         weight = check_weight(weight, student, torch.float32)
-    loss = serve_sparse(student, values, indices, weight, temperature, code, remainder)
-    if loss is None:
-        full = fill_classes(values, indices, student.shape[1], remainder)
-        names = ("student", "teacher")
-        loss = _dispatch(student, None, full, weight, temperature, False, reduction, 1, names)
-        loss = loss.to(result_dtype(student, None, values))
-    return loss
+    loss = serve_sparse((student, values, indices, weight), temperature, code, remainder)
+    if loss is not None:
+        return loss
+    full, names = fill_classes(values, indices, student.shape[1], remainder), ("student", "teacher")
+    loss = _dispatch(student, None, full, weight, temperature, False, reduction, 1, names)
+    return loss.to(result_dtype(student, None, values))
 
 
 def _dispatch(

@@ -1,5 +1,8 @@
 """kl_div against a teacher that is stored at k of C classes: ``(values, indices)``."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,14 +16,16 @@ from fedkern.ops._distill.rows import NONE, mean_scale, row_shape
 
 RESTS = ("renormalise", "spread")
 _INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+Settings = tuple[DistillKernels, float, int, str]  # with the temperature, the reduction and the rest
+Tensors = Sequence[Any]  # student, values, indices, and weight or None
 _MOST = 0.01  # largest log-probability, rounded (csrc/include/fedkern/sparse.h)
 
 
-def check_teacher(student: Tensor, teacher: object, remainder: str) -> tuple[Tensor, Tensor]:
+def check_teacher(student: Tensor, teacher: Sequence[Tensor], remainder: str) -> tuple[Tensor, Tensor]:
     """Return ``values`` and ``indices`` (int64) of a stored teacher, after all checks that need no values."""
     if remainder not in RESTS:
         raise ValueError(f'rest must be "renormalise" or "spread", but is {remainder!r}')
-    if not isinstance(teacher, tuple) or len(teacher) != 2:
+    if len(teacher) != 2:
         raise TypeError("teacher must be a tensor of logits, or a tuple (values, indices)")
     values, indices = teacher
     check_floating(values, "values", LOGITS)
@@ -36,8 +41,8 @@ def check_teacher(student: Tensor, teacher: object, remainder: str) -> tuple[Ten
         )
     if indices.shape != values.shape:
         raise ValueError(f"indices must have the shape {list(values.shape)} of values, but has {list(indices.shape)}")
-    check_device(values, "values", student, "student")
-    check_device(indices, "indices", student, "student")
+    for name, x in (("values", values), ("indices", indices)):
+        check_device(x, name, student, "student")
     if values.requires_grad and torch.is_grad_enabled():
         raise ValueError("a teacher (values, indices) gets no gradient: detach its values, or give all its logits")
     return values, indices.long()
@@ -58,81 +63,62 @@ def check_classes(values: Tensor, indices: Tensor, classes: int, remainder: str)
         raise ValueError(f'values must be log-probabilities with rest="spread", so at most 0, but reach {highest:g}')
 
 
-def spread_rest(values: Tensor, classes: int) -> Tensor:
-    """Return the logarithm of what probabilities exp(values) leave to each other class, float64 ``[B, 1, *positions]``.
-
-    -inf if they leave nothing, which rounded ones may miss.
-    """
-    left = (1 - values.double().exp().sum(1, keepdim=True)).clamp_min(0)
-    return (left / (classes - values.shape[1])).log()
-
-
 def fill_classes(values: Tensor, indices: Tensor, classes: int, remainder: str) -> Tensor:
-    """Return the teacher's logits at all classes, ``[B, C, *positions]`` in float32, or float64 for float64 values."""
+    """Return the teacher's logits at all classes, ``[B, C, *positions]`` in float32, or float64 for float64 values.
+
+    What rounded log-probabilities leave may be nothing, and then is -inf.
+    """
     values = values.to(compute_dtype(values.dtype))
-    shape = (values.shape[0], classes, *values.shape[2:])
+    floor = values.new_full((), -torch.inf)
     if remainder == "spread" and values.shape[1] < classes:
-        full = spread_rest(values, classes).to(values.dtype).expand(shape)
-    else:
-        full = values.new_full((), -torch.inf).expand(shape)
-    return full.scatter(1, indices, values)
+        left = (1 - values.double().exp().sum(1, keepdim=True)).clamp_min(0)
+        floor = (left / (classes - values.shape[1])).log().to(values.dtype)
+    return floor.expand(values.shape[0], classes, *values.shape[2:]).scatter(1, indices, values)
 
 
-def serve_sparse(
-    student: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    weight: Tensor | None,
-    temperature: float,
-    reduction: int,
-    remainder: str,
-) -> Tensor | None:
+def serve_sparse(tensors: Tensors, temperature: float, reduction: int, remainder: str) -> Tensor | None:
     """Return the loss from the CPU kernel, or None where all logits must serve: in unusual calls, and on GPUs.
 
-    ``values``, ``indices`` and ``weight`` are checked, but for the values in them.
+    ``tensors`` are checked, but for the values in them.
     """
-    tensors = (student, values) if weight is None else (student, values, weight)
-    if not eager(*tensors, indices):
+    student, values, indices, weight = tensors
+    floating = (student, values) if weight is None else (student, values, weight)
+    if not eager(*floating, indices):
         return None
     kernel: DistillKernels | None = None
-    if temperature <= FLAT and not (weight is not None and weight.requires_grad):
-        kernel = select("kl_div", *tensors)
-    double = result_dtype(student, None, values) is torch.float64
-    if kernel is None or not kernel.sparse or double != (student.dtype is torch.float64) or class_rows(student) is None:
+    # Computed in the student's type, which values in float64 are not.
+    fits = class_rows(student) is not None and (student.dtype is torch.float64 or values.dtype is not torch.float64)
+    if temperature <= FLAT and fits and not (weight is not None and weight.requires_grad):
+        kernel = select("kl_div", *floating)
+    if kernel is None or not kernel.sparse:
         if indices.is_cpu:
             check_classes(values, indices, student.shape[1], remainder)
         return None
     settings = (kernel, temperature, reduction, remainder)
     if student.requires_grad and torch.is_grad_enabled():
-        return SparseFunction.call(settings, student, values, indices, weight)
-    return _launch(settings, student, values, indices, weight)
+        return SparseFunction.call(settings, *tensors)
+    return _launch(settings, tensors)
 
 
 class SparseFunction(EagerFunction):
     """Autograd function of the student alone, as :class:`fedkern.ops._distill.gradients.DivergenceFunction`."""
 
     @staticmethod
-    def forward(
-        ctx: Context,
-        settings: tuple[DistillKernels, float, int, str],
-        student: Tensor,
-        values: Tensor,
-        indices: Tensor,
-        weight: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Context, settings: Settings, *tensors: Tensor) -> Tensor:
         ctx.settings = settings
-        gradient = None if settings[2] == NONE else settings[0].empty_gradient(student)
-        ctx.save_for_backward(student, values, indices, weight, gradient)
-        return _launch(settings, student, values, indices, weight, None, gradient)
+        gradient = None if settings[2] == NONE else settings[0].empty_gradient(tensors[0])
+        ctx.save_for_backward(*tensors, gradient)
+        return _launch(settings, tensors, None, gradient)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
-        student, values, indices, weight, ready = saved_tensors(ctx)
+        *tensors, ready = saved_tensors(ctx)
+        student, values, indices, weight = tensors
         kernel, temperature, reduction, remainder = ctx.settings
         gradient: Tensor | None
         if not is_readable(grad):
-            teacher = fill_classes(values, indices, student.shape[1], remainder)
-            constants = (None, teacher, weight, temperature, False, reduction)
+            full = fill_classes(values, indices, student.shape[1], remainder)
+            constants = (None, full, weight, temperature, False, reduction)
             (gradient,) = differentiate_reference(
                 lambda logits: divergence_reference(logits, *constants), (student,), (True,), grad
             )
@@ -140,45 +126,30 @@ class SparseFunction(EagerFunction):
             (gradient,) = handed_out(scaled, (ready,))
         else:
             gradient = kernel.empty_gradient(student)
-            _launch(ctx.settings, student, values, indices, weight, grad.resolve_neg(), gradient)
+            _launch(ctx.settings, tensors, grad.resolve_neg(), gradient)
         return None, gradient, None, None, None
 
 
-def _launch(
-    settings: tuple[DistillKernels, float, int, str],
-    student: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    weight: Tensor | None,
-    grad: Tensor | None = None,
-    gradient: Tensor | None = None,
-) -> Tensor:
+def _launch(settings: Settings, tensors: Tensors, grad: Tensor | None = None, gradient: Tensor | None = None) -> Tensor:
     """Return the loss, and write the student's ``gradient`` for ``grad`` (default: 1)."""
     kernel, temperature, reduction, remainder = settings
+    student, values, indices, weight = tensors
     dtype = result_dtype(student, None, values)
     result = torch.empty(row_shape(student) if reduction == NONE else (), dtype=dtype, device=student.device)
-    kept = values.shape[1]
+    stored = [values, indices] if values.dim() == 2 else [x.movedim(1, -1).flatten(0, -2) for x in (values, indices)]
+    numbers = [x if x is None or not x.dim() else x.flatten().contiguous() for x in (weight, grad, result)]
     fits = kernel.core.sparse_kl(
-        class_rows(student), _flat_rows(values, kept), _flat_rows(indices, kept), remainder == "spread",
-        _row_numbers(weight), _row_numbers(grad), None if gradient is None else class_rows(gradient),
-        _row_numbers(result), temperature, mean_scale(student, reduction), kernel.at(student),
+        class_rows(student), *[x.contiguous() for x in stored], remainder == "spread", *numbers[:2],
+        class_rows(gradient), numbers[2], temperature, mean_scale(student, reduction), kernel.at(student),
     )  # fmt: skip
     if not fits:
         check_classes(values, indices, student.shape[1], remainder)
     return result
 
 
-def class_rows(x: Tensor) -> Tensor | None:
+def class_rows(x: Tensor | None) -> Tensor | None:
     """Return a view ``[rows, C]`` whose rows have no gaps, or None."""
-    if x.dim() == 2:
-        return x if x.stride(1) == 1 or x.shape[1] == 1 else None
+    if x is None or x.dim() == 2:
+        return x if x is None or x.stride(1) == 1 or x.shape[1] == 1 else None
     moved = x.movedim(1, -1)
     return moved.view(-1, x.shape[1]) if moved.is_contiguous() else None
-
-
-def _flat_rows(x: Tensor, kept: int) -> Tensor:
-    return x.contiguous() if x.dim() == 2 else x.movedim(1, -1).reshape(-1, kept)
-
-
-def _row_numbers(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.dim() == 0 else x.flatten().contiguous()

@@ -1,7 +1,6 @@
 """Tests of kl_div against stored teachers (values, indices): kernels, gradients, ties, edges and refusals."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,59 +11,58 @@ from torch.nn.functional import kl_div, log_softmax
 from fedkern import ops
 from fedkern.ops._distill.reference import kl_div_reference
 from fedkern.ops._distill.sparse import fill_classes
-from python_tests.ops import operator_cases
-from python_tests.ops._distill import test_kl
-from python_tests.ops._distill.ensemble_cases import compare as compare_operator
+from python_tests.ops import differential, operator_cases
 from python_tests.ops._distill.ensemble_cases import logits
 
 Case = dict[str, Any]
 AXES: Case = {
-    "classes": operator_cases.CLASSES, "kept": (1, 2, 7, 8, 64, math.inf), "rows": (0, 1, 3, 33, 401),
-    "dtype": operator_cases.DTYPES, "temperature": (0.5, 1.0, 4.0, 100.0, math.inf),
-    "rest": ("renormalise", "spread"), "reduction": ("none", "sum", "batchmean"), "layout": test_kl.LAYOUTS,
-    "near": (None, 1e-3), "weight": (None, "rows", "zeros"), "special": (None, "extreme", "masked"),
+    "shape": ([401, 3], [33, 10], [7, 129], [65, 100], [1, 3200], [3, 40, 5], [2, 101, 4, 3], [0, 7]),
+    "kept": (1, 2, 7, 8, 64, math.inf), "dtype": operator_cases.DTYPES, "rest": ("renormalise", "spread"),
+    "temperature": (0.5, 1.0, 4.0, 100.0, math.inf), "reduction": ("none", "sum", "batchmean"),
+    "layout": ("contiguous", "permuted", "strided", "offset", "channels_last"), "near": (False, True),
+    "weight": (None, "rows", "zeros"), "special": (None, "extreme", "masked"),
 }  # fmt: skip
 CASES = operator_cases.pairwise(AXES, seed=3)
 
 
 def make_inputs(case: Case, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return student, values, indices and weight of a case."""
-    pair, weight = test_kl.make_inputs({**case, "operator": "kl_div", "layout": "rows", "dtype": torch.float64}, seed)
-    teacher, student = pair
+    generator = torch.Generator().manual_seed(seed)
+    (student, noise), classes = torch.randn(2, *case["shape"], generator=generator), case["shape"][1]
+    teacher = student + 1e-3 * noise if case["near"] else 2 * noise
+    if case["special"] == "extreme":
+        teacher[:, 0], teacher[:, -1], student[:, classes // 2] = 1e4, -1e4, 1e4
+    if case["special"] == "masked":
+        teacher, student = (differential.mask_classes(x, 0.3, 1) for x in (teacher, student))
     if case["rest"] == "spread":
         teacher = teacher.log_softmax(1)
-    values, indices = teacher.topk(int(min(case["kept"], case["classes"])), 1)
-    mixed = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(seed))
-    laid = [test_kl.lay_out(x[:, mixed], case["layout"]) for x in (values.to(case["dtype"]), indices)]
-    student = test_kl.lay_out(student.to(case["dtype"]), case["layout"])
-    if weight is not None:
-        weight = weight[: student.shape[0]]
-    return student, *laid, weight  # type: ignore[return-value]
-
-
-def stored_loss(indices: Tensor, case: Case) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """Return the operator of a case and its specification, as functions of student, values and weight."""
-    settings: dict[str, Any] = {"reduction": case["reduction"]}
-
-    def compute(student: Tensor, values: Tensor, weight: Tensor | None) -> Tensor:
-        stored = values.detach(), indices
-        return ops.kl_div(student, stored, case["temperature"], weight=weight, rest=case["rest"], **settings)
-
-    def reference(student: Tensor, values: Tensor, weight: Tensor | None) -> Tensor:
-        full = fill_classes(values, indices, student.shape[1], case["rest"])
-        return kl_div_reference(student, full, case["temperature"], weight=weight, **settings)
-
-    return compute, reference
+    values, indices = teacher.topk(int(min(case["kept"], classes)), 1)
+    mixed = torch.randperm(values.shape[1], generator=generator)
+    weight = None
+    if case["weight"]:
+        weight = torch.rand(case["shape"][:1], generator=generator) + 0.5
+        weight = weight.masked_fill(weight < 1, 0) if case["weight"] == "zeros" else weight
+    laid = (differential._laid_out(x, case["layout"], generator) for x in (student, values[:, mixed]))
+    student, values = (x.to(case["dtype"]) for x in laid)
+    return student, values, indices[:, mixed], weight
 
 
 @pytest.mark.sampled(48)
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: f"{n}-{operator_cases.describe(CASES[n])}")
-def test_against_float64(number: int) -> None:
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_against_float64(backend: str, number: int) -> None:
     case = CASES[number]
     student, values, indices, weight = make_inputs(case, seed=number)
-    backends = operator_cases.backends(number, case["rows"] * case["classes"])
-    needs = (True, False, number % 5 == 0 and weight is not None)
-    compare_operator(case, backends, *stored_loss(indices, case), (student, values, weight), needs, stacked=False)
+    leaf, exact = student.requires_grad_(), student.detach().double().requires_grad_()
+    temperature, settings = case["temperature"], {"weight": weight, "reduction": case["reduction"]}
+    loss = ops.kl_div(leaf, (values, indices), temperature, rest=case["rest"], **settings)
+    full = fill_classes(values.double(), indices, student.shape[1], case["rest"])
+    expected = kl_div_reference(exact, full, temperature, **settings)
+    assert loss.dtype == student.dtype
+    assert not (loss < 0).any()
+    size = differential.spread(student, values) * differential.times(temperature)
+    count = max(1, len(student)) if case["reduction"] == "sum" else 1
+    limits = {"absolute": 1e-6 * size * count * (size if temperature == math.inf else 1), "gradient": 2e-6 * size}
+    differential.compare([loss], [expected], {"student": (leaf, exact)}, coarse=leaf.dtype != torch.float64, **limits)
 
 
 def test_every_class_of_a_teacher_is_filled_by_its_rule() -> None:
