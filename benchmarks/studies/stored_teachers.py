@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 import fedkern
@@ -29,7 +28,7 @@ SEEDS = (0, 1)
 TEMPERATURES = (1.0, 4.0)
 RUNS: dict[str, Any] = {"FedAvg": {"lambda": 0.0}, "0": {}, "8": {"teacher_top_k": 8}, "1": {"teacher_top_k": 1}}
 SETTINGS = {
-    "clients": 5, "partition": "classes:20", "train_samples": 3000, "public_samples": 3000, "test_samples": 2000,
+    "clients": 5, "partition": "classes:20", "train_samples": 3000, "public_samples": 3000,
     "model": "cnn", "width": 16, "rounds": 10, "local_epochs": 1, "batch_size": 32, "lr": 0.05, "momentum": 0.9,
     "eval_every": 10, "grad_cam": 0, "teacher": "pretrained:cnn/32", "lambda": 0.9, "temperature": 4.0,
 }  # fmt: skip

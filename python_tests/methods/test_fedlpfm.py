@@ -23,11 +23,12 @@ from fedkern.methods.fedlpfm import teacher_mflops
 from fedkern.methods.protocol import BEFORE
 from fedkern.models.precision import compute_in
 from fedkern.models.teachers.teacher import teacher_of
+from fedkern.models.teachers.teacher_cache import unpack_top
 from fedkern.models.teachers.teacher_training import tune_copy
 from fedkern.settings.config import load_settings
 from python_tests.hearing import Hearing
 from python_tests.interrupted import KillAt, outcome, play_killed
-from python_tests.methods.proxies import PHASE, scene
+from python_tests.methods.proxies import PHASE, Fixed, scene
 from python_tests.saved_network import same_network
 
 EQUAL = {"lr": 0.05, "momentum": 0.9}  # the methods' own defaults differ
@@ -174,6 +175,25 @@ def start(data, config):
     return method, context, server
 
 
+def test_stored_classes_teach_as_far_as_they_are_stored(data, make_config):
+    """With all classes stored, only rounding to bfloat16 is lost."""
+    rows, losses, states = np.array([5, 0, 12, 7]), {}, {}
+    for kept in (0, 3, 1):
+        method, context, server = start(data, small(make_config, options={"teacher_top_k": kept, "temperature": 2.0}))
+        client, batch = Client(context, 1, {}), batch_of(context, 1, rows)
+        method.client_update(client, PHASE, method.send(server, PHASE))
+        batch.drawn = method.draw(client, batch, np.random.default_rng(0))
+        proxy = Fixed(torch.linspace(-1, 1, 12).view(4, 3))
+        losses[kept] = float(method.loss(proxy, batch, None)[1]["loss_kd"])
+        states[kept] = client.state["teacher_logits"][0]
+    assert losses[3] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != pytest.approx(losses[0], rel=0.02)
+    assert (states[3].dtype, states[3].shape[1], states[1].shape[1]) == (torch.int16, 6, 2)
+    values, classes = unpack_top(states[1])
+    torch.testing.assert_close(values, states[0].log_softmax(1).amax(1, keepdim=True).bfloat16(), rtol=0, atol=0)
+    assert torch.equal(classes[:, 0].long(), states[0].argmax(1))
+
+
 def batch_of(context, client, rows):
     data = context.samples.of_client(client)
     return Batch(data.pixels.take(rows), data.labels[rows], rows, PHASE)
@@ -232,7 +252,15 @@ def test_backbones(data, make_config):
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize("how", [{"prior": "counts"}, {"teacher_tuning": "probe"}, {"teacher_tuning": "finetune"}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"prior": "counts"},
+        {"teacher_tuning": "probe"},
+        {"teacher_tuning": "finetune"},
+        {"backbone": "consistent", "teacher_top_k": 2},
+    ],
+)
 def test_resumed_it_ends_alike_even_when_the_cache_is_gone(how, data, make_config, tmp_path):
     options = {
         "teacher": "pretrained:cnn/3,pretrained:cnn/2", "backbone": "random-each-round", "tuning_epochs": 2, **how,
@@ -267,6 +295,10 @@ def test_what_the_teacher_knows_reaches_classes_that_a_client_lacks(make_data, m
 @pytest.mark.parametrize(("options", "sentence"), [
     ({"lambda": 1.5}, r'"lambda" must be at most 1 with mixing=convex, not 1\.5'),
     ({"teacher_view": "same", "teacher_tuning": "finetune"}, "kept as its logits alone: take teacher_view=cached"),
+    ({"teacher_top_k": 4}, "teacher_top_k=4 is for 4 to 32768 classes, and the data have 3: take fewer, or 0"),
+    ({"teacher_top_k": 2, "teachers": 2}, "of one teacher, as they are: take teachers=1, or teacher_top_k=0"),
+    ({"teacher_top_k": 2, "prior": "counts"}, "of one teacher, as they are: take prior=none, or teacher_top_k=0"),
+    ({"teacher_top_k": 2, "teacher_view": "same"}, "as they are: take teacher_view=cached, or teacher_top_k=0"),
     ({"prior": "counts", "teacher_tuning": "probe"}, "A tuned teacher has its client's class shares: take prior=none"),
     ({"mapping": "mean"}, '"mapping" is for clip and efficientnet-lite0, and the teacher is pretrained:cnn/3: leave '),
     ({"teachers": 2}, "2 teachers per client need as many backbones, but teacher=pretrained:cnn/3 names 1"),
