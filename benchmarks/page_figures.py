@@ -239,10 +239,22 @@ def lpfm_inference() -> Lines:
     return table(header, rows).split("\n")
 
 
+def lpfm_stored() -> Lines:
+    """Return disk and error by the number of stored classes."""
+    content = load("stored_teachers")
+    rows = [
+        ["all, in fp32" if kept == "0" else kept, f"{row['bytes']:.0f}", *(f"{x:.4f}" for x in row["apart"])]
+        for kept, row in content["rows"].items()
+    ]
+    header = ["stored classes", "bytes an image on disk", *(f"error at T={t:g}" for t in content["temperatures"])]
+    return table(header, rows).split("\n")
+
+
 def _fedlpfm() -> Page:
     return Page(
         "docs/fedlpfm.md",
         {"fedlpfm teacher from elsewhere": lpfm_foundation, "fedlpfm cost at inference": lpfm_inference,
+         "fedlpfm stored teachers": lpfm_stored,
          "fedlpfm teacher of public images": partial(mark_undated, lpfm_table),
          "fedlpfm command": partial(command, "fedlpfm")},
     )  # fmt: skip
