@@ -244,7 +244,7 @@ def lpfm_stored() -> Lines:
     content = load("stored_teachers")
     rows = [
         ["all, in fp32" if kept == "0" else kept, f"{row['bytes']:.0f}", *(f"{x:.4f}" for x in row["apart"])]
-        for kept, row in content["rows"].items()
+        for kept, row in content["kept"].items()
     ]
     header = ["stored classes", "bytes an image on disk", *(f"error at T={t:g}" for t in content["temperatures"])]
     return table(header, rows).split("\n")

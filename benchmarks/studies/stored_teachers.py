@@ -76,7 +76,7 @@ def main() -> None:
         cache = Path(folder) / "teachers"
         run = fedkern.simulate("fedlpfm", **given, teacher_cache=cache, out=Path(folder) / "run", pictures=False)
         rows, accuracy = measure_stored(cache), run.metrics["teacher_accuracy"]
-    content = {"settings": SETTINGS, "teacher_accuracy": accuracy, "temperatures": TEMPERATURES, "rows": rows}
+    content = {"settings": SETTINGS, "teacher_accuracy": accuracy, "temperatures": TEMPERATURES, "kept": rows}
     text = json.dumps({**content, "versions": recorded_versions()}, indent=1)
     (RESULTS / "stored_teachers.json").write_text(text + "\n")
 
