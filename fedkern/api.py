@@ -345,9 +345,8 @@ class Run:
             UserError: the run has no checkpoint, or already has as many rounds. Or its method plans its own rounds,
                 depends on their number, or promises differential privacy for them.
         """
-        moved = {"workers": workers, "cache": cache, "rounds": rounds}
         try:
-            return self._go_on(moved, progress, listener, pictures)
+            return self._go_on({"workers": workers, "cache": cache, "rounds": rounds}, progress, listener, pictures)
         finally:
             self.config = load_settings(self.out, trusted=self._trusted, given=self._kind, device="cpu")
 
@@ -395,9 +394,8 @@ class Run:
         from fedkern.report.pages.run_page import write_report
 
         self._give_method()
-        data = self._kept_data()
         network = None if read_summary(self.out) is None else self._network_for_pictures()
-        return write_report(self.out, data=data, model=network, trusted=self._trusted)
+        return write_report(self.out, data=self._kept_data(), model=network, trusted=self._trusted)
 
 
 @python_words()
@@ -511,8 +509,7 @@ def federate(data: Any, about: Mapping[str, object], settings: Mapping[str, obje
     if unknown := [name for name in arguments if name not in ABOUT]:
         raise UserError(f'There is no argument "{unknown[0]}".{suggest_name(unknown[0], ABOUT)}')
     if data is None or isinstance(data, (str, FederatedData)):
-        if arguments:
-            name = next(iter(arguments))
+        for name in arguments:
             way = f" {ADVICE[name]}" if name == "task" else ""
             raise UserError(f"{name} is for data sets of PyTorch, data=[...] or a dict: leave it out.{way}")
         return data
@@ -576,8 +573,7 @@ def read_request(
             "two out."
         )
     given_options |= method_registry.given_options(name, made_with)
-    config = RunConfig.make(name, options=given_options, **cast(Any, settings))
-    return config, memory
+    return RunConfig.make(name, options=given_options, **cast(Any, settings)), memory
 
 
 def plugins_of(value: object) -> list[str]:
@@ -697,9 +693,8 @@ def _play(
     from fedkern.report.figures.pictures import find_pictures, finished_pictures
     from fedkern.report.live.notebook import choose_display
 
-    listeners = _listeners(listener)
     view = choose_display(quiet=not progress, json=False)
-    heard = Listeners(*listeners, view)
+    heard = Listeners(*_listeners(listener), view)
     try:
         run(config, out=out, resume=resume, listener=heard, data=data, script=script, trusted=trusted, rounds=rounds)
     except KeyboardInterrupt as interrupt:

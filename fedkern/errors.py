@@ -193,8 +193,7 @@ def locate_errors(where: str, code: object) -> Iterator[None]:
     except MemoryError:
         raise
     except RAISED as error:
-        sentence = user_message(error)
-        if sentence is not None:
+        if (sentence := user_message(error)) is not None:
             error.args = (f"{where}: {sentence.rstrip('.')}{error_origin(error, code)}.",)
             raise
         if isinstance(error, UserError | OSError) or not isinstance(error, Exception) or not has_short_text(error):

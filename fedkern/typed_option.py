@@ -170,11 +170,9 @@ class Option:
         """Return a hint for several values in place of one: words with commas between them, or a list."""
         words = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else ()
         listed = ",".join(map(str, words)) if self.field else ""
-        return (
-            f" For several values: compare METHOD --sweep {self.name}={listed}."
-            if listed and 1 < len(words) <= 20
-            else ""
-        )
+        if not listed or not 1 < len(words) <= 20:
+            return ""
+        return f" For several values: compare METHOD --sweep {self.name}={listed}."
 
     def _most(self, value: int | float) -> int | float | None:
         """Return the upper bound of a number whose option declares none, None if unbounded."""

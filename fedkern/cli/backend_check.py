@@ -1,5 +1,7 @@
 """Early check of the variables that choose kernels."""
 
+from contextlib import suppress
+
 from fedkern.errors import UserError
 
 
@@ -8,12 +10,8 @@ def check_backend() -> None:
     from fedkern.ops._core import backend, loading
 
     try:
-        backend.cpu_core()
-    except loading.Unavailable:
-        pass  # PyTorch's reference is used, and doctor says why
-    except ValueError as error:
-        raise UserError(f"{error}.") from None
-    try:
+        with suppress(loading.Unavailable):  # PyTorch's reference is used, and doctor says why
+            backend.cpu_core()
         forced = backend.forced_backend()
     except ValueError as error:
         raise UserError(f"{error}.") from None

@@ -40,18 +40,16 @@ def command_line(method: str, config: RunConfig) -> str:
     words = [PROGRAM, method]
     # Clients with --teachers do not train.
     idle = {name for mark in TRAINED for name in PLACES[mark].settings} if config.teachers else set()
+    skipped = {"method", "options", "data_options", "plugins", *FINGERPRINTS, *idle}
+    # Values that follow from the method's options, and from the threads and the clients.
+    derived = {
+        "records": config.replace(records=None).resolve()["records"],
+        "client_threads": config.replace(client_threads=0).with_client_threads().client_threads,
+    }
     for f in sorted(dataclasses.fields(RunConfig), key=_section):
         value = getattr(config, f.name)
-        skipped = {"method", "options", "data_options", "plugins", *FINGERPRINTS, *idle}
-        if f.name not in config.names() - skipped or value is None:
+        if f.name not in config.names() - skipped or value in (None, derived.get(f.name)):
             continue
-        if f.name == "records" and value == config.replace(records=None).resolve()["records"]:
-            continue  # follows from the method's options
-        if (
-            f.name == "client_threads"
-            and value == config.replace(client_threads=0).with_client_threads().client_threads
-        ):
-            continue  # follows from the threads and the clients
         if f.name == "rounds" and (one_shot(method) or one_shot(config.method)):
             continue  # a one-shot method plans its own rounds
         if value != (width if f.name == "width" else getattr(target, f.name)):

@@ -35,7 +35,7 @@ from fedkern.files.filesystem import absolute
 from fedkern.methods.base import Method
 from fedkern.methods.common.personal import ClientsNetworks
 from fedkern.methods.protocol import batch_slices
-from fedkern.models import PairNetwork, Tokens
+from fedkern.models import PairNetwork
 from fedkern.models.precision import compute_in
 from fedkern.process.torch_modes import cpu_threads, reproducible
 from fedkern.settings.config import RunConfig
@@ -354,13 +354,9 @@ class Finished:
 
     @torch.no_grad()
     def text_embeddings(self, network: PairNetwork, texts: tuple[str, ...] | list[str]) -> Tensor:
-        tokens = network.tokenize(texts)
-        parts = []
-        all_rows = torch.arange(len(texts))
-        for rows in (all_rows[cut] for cut in batch_slices(len(texts), BATCH)):
-            part: Tokens = tokens.take(rows).to(self.device)
-            parts.append(network.text_embedding(part))
-        return torch.cat(parts)
+        tokens, rows = network.tokenize(texts), torch.arange(len(texts))
+        slices = batch_slices(len(texts), BATCH)
+        return torch.cat([network.text_embedding(tokens.take(rows[cut]).to(self.device)) for cut in slices])
 
     @torch.no_grad()
     def features(self, network: PairNetwork, split: Split, kind: str) -> Tensor:

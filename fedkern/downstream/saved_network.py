@@ -121,13 +121,20 @@ def read_model(
             f"The clients of {out} keep {first_of(about['personal'], 3)} to themselves, which {path.name} has as it "
             f"began: name a client, fedkern.load({str(out)!r}).model(client=0)."
         )
+    # Code that only the file names, and modules of scripts, which the caller gives again.
+    name = about["model"]
+    if named_code.parse(name) is not None and not named_code.trusts(trusted, name):
+        raise named_code.refuse_untrusted(path, name, "it again", f"--model {shlex.quote(name)}")
+    if model is None and name.startswith(named_code.INSTANCE):
+        raise UserError(
+            f"{path} holds a module that a script made ({name.removeprefix(named_code.INSTANCE)}): give such a module "
+            "to fedkern.load(DIR, model=MODULE)."
+        )
     # The module, from the network's name or by the method.
-    _check_code(path, about["model"], trusted, model)
-    module = model if about["model"].startswith(named_code.INSTANCE) else None
+    module = model if name.startswith(named_code.INSTANCE) else None
     try:
-        with models.available(about["model"], module):
-            fresh = "samples" in about
-            network = _rebuilt(Path(out), about, trusted) if fresh else _plain(about, Path(out), trusted)
+        with models.available(name, module):
+            network = _rebuilt(Path(out), about, trusted) if "samples" in about else _plain(about, Path(out), trusted)
     except UserError:
         raise
     except Exception as error:  # what describes no network may fail anywhere
@@ -143,23 +150,12 @@ def read_model(
     try:
         network.load_state_dict(tensors)
     except RuntimeError:
-        kind = f"module of {about['method']}" if "samples" in about else about["model"]
+        kind = f"module of {about['method']}" if "samples" in about else name
         raise UserError(f"{path} does not hold the parameters of a {kind}: {mend}.") from None
     if client is not None:
-        with models.available(about["model"], module):
+        with models.available(name, module):
             network = _of_client(network, about, Path(out), trusted, client)
     return plain(network).eval(), about
-
-
-def _check_code(path: Path, name: str, trusted: Collection[str], model: nn.Module | None) -> None:
-    """Raise UserError if only the file names the network's code, or the network was a script's module."""
-    if named_code.parse(name) is not None and not named_code.trusts(trusted, name):
-        raise named_code.refuse_untrusted(path, name, "it again", f"--model {shlex.quote(name)}")
-    if model is None and name.startswith(named_code.INSTANCE):
-        raise UserError(
-            f"{path} holds a module that a script made ({name.removeprefix(named_code.INSTANCE)}): give such a module "
-            "to fedkern.load(DIR, model=MODULE)."
-        )
 
 
 def _forget_statistics(module: nn.Module, state: Collection[str]) -> None:

@@ -280,11 +280,10 @@ def _classes(run: Finished) -> tuple[str, ...]:
 
 def _judge_classifiers(run: Finished, classifiers: Sequence[Callable[[Split], Tensor]]) -> list[Row]:
     """Average the figures of classifiers (functions from a split to logits) on every test set."""
-    rows = []
-    for name, split in run.sets.items():
-        results = [figures(logits(split).cpu(), split.labels) for logits in classifiers]
-        rows.append({"set": name, **average_figures(results)})
-    return rows
+    return [
+        {"set": name, **average_figures([figures(logits(split).cpu(), split.labels) for logits in classifiers])}
+        for name, split in run.sets.items()
+    ]
 
 
 def _apply_probe(run: Finished, network: PairNetwork, fitted: LinearProbe, features: str) -> Callable[[Split], Tensor]:

@@ -22,6 +22,7 @@ from fedkern.report.tables import human_bytes
 from fedkern.text_table import Table
 
 CPUINFO = Path("/proc/cpuinfo")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 PACKAGES = (
     "fedkern", "torch", "triton", "numpy", "nvidia-ml-py", "safetensors", "transformers", "flwr", "opacus",
     "dp-accounting", "nibabel", "tensorboard", "wandb", "mlflow",
@@ -61,8 +62,7 @@ def processor() -> dict[str, object]:
 
     name = cpuinfo(CPUINFO).get("model name") or platform.processor() or platform.machine()
     entries: dict[str, object] = {"name": name, "cores": os.cpu_count()}
-    forced = os.environ.get("FEDKERN_CPU_ISA")
-    entries["forced"] = forced or None
+    entries["forced"] = os.environ.get("FEDKERN_CPU_ISA") or None
     try:
         core = backend.cpu_core()
         entries["available"] = list(core.available_isas())
@@ -90,13 +90,8 @@ def cuda_core() -> str:
 def threads() -> dict[str, object]:
     import torch
 
-    return {
-        "torch": torch.get_num_threads(),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
-        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT"),
-        "usable cores": machine.usable_cores(),
-    }
+    variables = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    return {"torch": torch.get_num_threads(), **variables, "usable cores": machine.usable_cores()}
 
 
 def gpus() -> tuple[list[dict[str, object]], str]:
@@ -182,7 +177,7 @@ def print_report(console: Console, report: dict[str, Any] | None = None) -> None
         add("outdated", f"{names}: not built from the csrc/ beside the package; {loading.REBUILD}")
     # What limits speed: threads, GPUs, and the CUDA or ROCm that torch was built for.
     thread = report["threads"]
-    limits = [f"{name}={thread[name] or 'unset'}" for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")]
+    limits = [f"{name}={thread[name] or 'unset'}" for name in THREAD_VARIABLES]
     add("threads", f"{thread['torch']} ({', '.join(limits)}, {thread['usable cores']} cores usable)")
     cuda = report["cuda"]
     for gpu in cuda["gpus"]:

@@ -262,12 +262,9 @@ class RunConfig(Fingerprints, ExecutionSettings, TrainingSettings, PrivacySettin
         * settings that change no bit, and fingerprints.
         """
         mine, theirs = (flatten_table({**config.to_dict(), "plugins": {}, "identity": {}}) for config in (self, stored))
-        if self.method != stored.method:
-            mine, theirs = (
-                {name: value for name, value in table.items() if not name.startswith("options.")}
-                for table in (mine, theirs)
-            )
         names = [name for name in dict.fromkeys([*theirs, *mine]) if name not in (*RESUMABLE, *FINGERPRINTS)]
+        if self.method != stored.method:
+            names = [name for name in names if not name.startswith("options.")]
         return [
             f"{name}: {theirs.get(name, 'unset')} -> {mine.get(name, 'unset')}"
             for name in names

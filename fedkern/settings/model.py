@@ -27,11 +27,8 @@ class ModelSettings(Section):
 
     model: str = option(COMMON["model"], lambda: f"network: {', '.join(MODELS)}, {FORMS}", path=named_code.absolute)
     width: int | None = option(
-        None,
-        "channels of the network's first stage, or size of a token of the built-in encoders",
-        low=1,
-        high=65536,
-    )  # fmt: skip
+        None, "channels of the network's first stage, or size of a token of the built-in encoders", low=1, high=65536
+    )
     init: str | None = option(
         None,
         "initial weights of the network: the folder of a finished run, or a state dict with the network's names and "

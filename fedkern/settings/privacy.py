@@ -90,15 +90,10 @@ class PrivacySettings(FaultSettings, ModelSettings):
             name, needed = ("--dp-clip", "--dp-noise") if self.dp_noise is None else ("--dp-noise", "--dp-clip")
             raise UserError(f"{name} needs {needed}: give both, or leave both out.")
         if self.dp_clip is None:
-            for flag, is_given in (
-                ("--dp-delta", self.dp_delta is not None),
-                ("--dp-draws", self.dp_draws != "secret"),
-                ("--max-epsilon", self.max_epsilon is not None),
-            ):
-                if is_given:
-                    raise UserError(
-                        f"{flag} is about the noise of --dp-noise: give --dp-clip and --dp-noise too, or leave it out."
-                    )
+            for name in self.given_flags("dp_delta", "dp_draws", "max_epsilon"):
+                raise UserError(
+                    f"{name} is about the noise of --dp-noise: give --dp-clip and --dp-noise too, or leave it out."
+                )
             return
         assert self.dp_noise is not None
         ClientLevel.parse(self.dp_clip, self.dp_noise, self.delta)

@@ -92,8 +92,7 @@ def with_images(config: RunConfig, data: FederatedData) -> FederatedData:
     entry = MODELS.get(config.model)
     is_own = entry is None or isinstance(entry.make, Own)
     needs_images = config.kind.serves(data.task) and not config.kind.serves(data)
-    needs_pairs = "pairs" in data.task.offers
-    reasons = ["the pair of encoders" * needs_pairs, config.method * needs_images]
+    reasons = ["the pair of encoders" * ("pairs" in data.task.offers), config.method * needs_images]
     reasons += [f"the network {config.model}" * (not is_own)]
     reasons += [f"--augment {config.augment}"] if config.augment not in (None, "none") else []
     reason = next(filter(None, reasons), "")

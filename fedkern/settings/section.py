@@ -12,6 +12,7 @@ from fedkern.typed_option import OptionTable, flag, option
 
 _NEUTRAL = {
     "sample_fraction": 1, "choose": "uniform", "lr_decay": 1, "lr_end": 1, "optimizer_state": "new", "augment": "none",
+    "dp_draws": "secret",
 }  # fmt: skip
 """Neutral values of settings, beside 0, None and the mean."""
 Values = dict[str, Any]

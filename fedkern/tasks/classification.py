@@ -153,8 +153,7 @@ class Classification(Task):
             total += labels.numel()
         if total == 0:
             raise ValueError("data: expected at least one sample, given none")
-        record = getattr(data, "record", None)
-        if record is not None:
+        if record := getattr(data, "record", None):
             record(torch.cat(predictions))
         if keep is not None:
             keep(torch.cat(all_outputs), **({} if client is None else {"client": client}))
@@ -206,11 +205,10 @@ class Classification(Task):
             for figure in tables[0]
             if all(figure in table for table in tables)
         }
-        matrix = None
-        if len(names) <= MATRIX:
-            matrices = [confusion(labels, logits.double().argmax(1), len(names)) for logits in outputs]
-            matrix = torch.stack(matrices).sum(0)
-        return Figures(metrics, per_class, matrix)
+        if len(names) > MATRIX:
+            return Figures(metrics, per_class)
+        matrices = [confusion(labels, logits.double().argmax(1), len(names)) for logits in outputs]
+        return Figures(metrics, per_class, torch.stack(matrices).sum(0))
 
     def parts(self, output: Tensor, labels: Tensor, cases: Tensor | None) -> Tensor:
         right = (output.double().argmax(1) == labels).double()

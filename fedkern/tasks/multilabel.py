@@ -39,8 +39,7 @@ class Multilabel(Task):
         if not pairs:
             raise ValueError("data: expected at least one sample, given none")
         logits, labels = (torch.cat(parts).cpu() for parts in zip(*pairs, strict=True))
-        keep = getattr(data, "keep", None)
-        if keep is not None:
+        if keep := getattr(data, "keep", None):
             keep(logits)
         loss = float(binary_cross_entropy_with_logits(logits.double(), labels.double()))
         return {**label_figures(logits, labels), "loss": loss}

@@ -211,8 +211,7 @@ def recalls(
 def _recalls(queries: Tensor, gallery: Tensor, ks: Sequence[int], pairs: Tensor) -> list[float]:
     hits = torch.zeros(len(ks), dtype=torch.float64)
     counted = 0
-    order = torch.argsort(pairs[:, 0], stable=True)
-    pairs = pairs[order]
+    pairs = pairs[torch.argsort(pairs[:, 0], stable=True)]
     for start in range(0, len(queries), CHUNK):
         scores = queries[start : start + CHUNK] @ gallery.T
         # Equal texts should tie for a query, but a matrix product may round their columns differently.

@@ -173,14 +173,12 @@ def segmentation(model: nn.Module, data: JudgedSet) -> dict[str, float]:
         predictions.append(predicted.to(torch.uint8 if logits.shape[1] <= 256 else torch.int64))
     if pixels == 0:
         raise ValueError("data: expected at least one labelled pixel, given none")
-    record = getattr(data, "record", None)
-    if record is not None:
+    if record := getattr(data, "record", None):
         record(torch.cat(predictions))
     cases = getattr(data, "cases", None)
     per_image = torch.cat(counts)
     case_scores = case_dice(per_image if cases is None else _together(per_image, cases))
-    keep = getattr(data, "keep", None)
-    if keep is not None:
+    if keep := getattr(data, "keep", None):
         keep(case_scores)
     by_class = case_scores.nanmean(0)[1:]
     common, guesses, true = per_image.sum(0).double().unbind(0)
@@ -273,12 +271,11 @@ def hausdorff95(predicted: Mask, truth: Mask) -> float:
 
 def _distances(predicted: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]) -> list[float]:
     """Return the distances of every image and every foreground class in its truth."""
-    distances = []
-    for guess, label in zip(predicted, truth, strict=True):
-        valid = label >= 0
-        for c in np.unique(label[label > 0]):
-            distances.append(hausdorff95((guess == c) & valid, label == c))
-    return distances
+    return [
+        hausdorff95((guess == c) & (label >= 0), label == c)
+        for guess, label in zip(predicted, truth, strict=True)
+        for c in np.unique(label[label > 0])
+    ]
 
 
 def _case_rows(images: int, cases: Tensor | None) -> npt.NDArray[np.int64]:

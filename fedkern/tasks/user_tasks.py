@@ -38,8 +38,7 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 def cross_entropy(outputs: object, targets: Tensor) -> Tensor:
     """Return the default loss of whole-number targets."""
-    classes = targets.long() if targets.dtype in INTEGERS else targets
-    return mean_cross_entropy(find_logits(outputs), classes)
+    return mean_cross_entropy(find_logits(outputs), targets.long() if targets.dtype in INTEGERS else targets)
 
 
 class OwnTask(Task):

@@ -240,11 +240,9 @@ class _Walk:
         elif inspect.isroutine(value) and hasattr(value, "__qualname__"):  # a function of C, no descriptor of a user
             module = getattr(value, "__module__", None) or ""
             self.write(path, f"function {'' if _package(module) is None else f'{module}.'}{value.__qualname__}")
-            parts = {name: getattr(value, name, None) for name in ("__self__", "__wrapped__")}  # a method, lru_cache
-            parts = {
-                name: part for name, part in parts.items() if not isinstance(part, (types.ModuleType, type, type(None)))
-            }
-            self._rows(parts.items(), path, deep)
+            parts = [(name, getattr(value, name, None)) for name in ("__self__", "__wrapped__")]  # a method, lru_cache
+            left_out = types.ModuleType, type, type(None)
+            self._rows([pair for pair in parts if not isinstance(pair[1], left_out)], path, deep)
         else:
             self._object(value, path, deep)
 

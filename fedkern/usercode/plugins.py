@@ -180,7 +180,15 @@ def _tables() -> Mapping[str, Registry[Any]]:
 def _execute(plugin: Plugin) -> Plugin:
     """Run a plugin's code, and return the plugin with its entries, of which an exception leaves none."""
     tables, module = _tables(), _module_name(plugin)
-    _check_apart(plugin)
+    # A plugin of another folder may have loaded an imported module's name.
+    for loaded in _LOADED.values():
+        folder = Path(loaded.name).parent
+        shared = named_code.loaded_modules(folder, {*loaded.modules} & {*plugin.modules})
+        if shared and folder != Path(plugin.name).parent:
+            raise UserError(
+                f"The plugin {plugin.name} imports {shared[0]}, and another {shared[0]} is loaded already, of the "
+                f"plugin {loaded.name}: rename one of the two."
+            )
     before = {kind: dict(table) for kind, table in tables.items()}
     modules = set(sys.modules)
     try:
@@ -198,18 +206,6 @@ def _execute(plugin: Plugin) -> Plugin:
             table.update(before[kind])
         _forget(plugin, modules)
         raise
-
-
-def _check_apart(plugin: Plugin) -> None:
-    """Raise UserError if a plugin of another folder has loaded an imported module's name."""
-    for loaded in _LOADED.values():
-        folder = Path(loaded.name).parent
-        shared = named_code.loaded_modules(folder, {*loaded.modules} & {*plugin.modules})
-        if shared and folder != Path(plugin.name).parent:
-            raise UserError(
-                f"The plugin {plugin.name} imports {shared[0]}, and another {shared[0]} is loaded already, of the "
-                f"plugin {loaded.name}: rename one of the two."
-            )
 
 
 def _run(plugin: Plugin, name: str) -> None:

@@ -116,11 +116,8 @@ def check_hooks(kind: type, protocol: type = object) -> None:
     members = [(name, value, _names_in(value)) for part in classes for name, value in vars(part).items()]
     words = {"begin"}.union(*(hook.split("_")[1:] for hook in hooks if hook.startswith("on_")))
     for name, value, _ in members:
-        if (
-            name.startswith("_")
-            or name in foreign
-            or any(name in names for owner, _, names in members if owner != name)
-        ):
+        is_used = any(name in names for owner, _, names in members if owner != name)
+        if name.startswith("_") or name in foreign or is_used:
             continue
         is_event = name.startswith("on_") and not words.isdisjoint(name.split("_"))
         similar = [hook for hook in hooks if callable(value) == callable(getattr(base, hook))]

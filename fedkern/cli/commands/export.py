@@ -27,10 +27,8 @@ def check_request(request: Request, parser: Parser) -> Request:
 
 
 def play(request: Request) -> int:
-    kind, best = (
-        model_export.find_format(request.arguments["format"], request.out),
-        request.arguments["network"] == "best",
-    )
+    kind = model_export.find_format(request.arguments["format"], request.out)
+    best = request.arguments["network"] == "best"
     bundle = model_export.exportable(run_folder(request), trusted_code(request), best=best)
     out = request.out or run_folder(request) / f"{'best' if best else 'model'}{model_export.FORMATS[kind]}"
     check_new(out, "export")

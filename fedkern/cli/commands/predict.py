@@ -55,6 +55,5 @@ def play(request: Request) -> int:
         print(f"{path}  {predictor.task.answer_text(probabilities, predictor.classes)}")
     if len(paths) > limit > 0:
         print("...")
-    count = f"{len(paths)} image{'s' if len(paths) > 1 else ''}"
-    print(f"{count}: {out}")
+    print(f"{len(paths)} image{'s' if len(paths) > 1 else ''}: {out}")
     return 0

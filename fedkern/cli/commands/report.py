@@ -37,8 +37,7 @@ def play(request: Request) -> int:
     for folder in folders.values():
         if comparison_page.holds_runs(folder):
             result = comparison_page.read_comparison(folder)
-            commands = first_commands(result)
-            written.append(comparison_page.write_report(folder, result, commands=commands))
+            written.append(comparison_page.write_report(folder, result, commands=first_commands(result)))
         else:
             code = find_trusted_code(folder, request.options, request.settings)
             written.append(run_page.write_report(folder, command=repeat_command(folder), trusted=code))

@@ -138,8 +138,7 @@ def _illustrate(
         from fedkern.report.pages.run_page import write_report
 
         try:
-            command = repeat_command(out)
-            report = write_report(out, command=command, trusted=code)
+            report = write_report(out, command=repeat_command(out), trusted=code)
             tell(f"report:     {report}")
         except UserError as error:
             missing.append(f"report ({str(error).rstrip('.')}): write it with {PROGRAM} report {as_word(out)}")

@@ -107,8 +107,7 @@ def finished_pictures(
     Returns:
         The pictures, and why they cannot be drawn or written, without a full stop, or None.
     """
-    drawn_before = find_pictures(run_dir) if data is None else []
-    if drawn_before:
+    if data is None and (drawn_before := find_pictures(run_dir)):
         return drawn_before, None
     try:
         return write_pictures(run_dir, data=data, model=model, data_root=data_root, trusted=trusted, warn=warn), None
@@ -140,8 +139,7 @@ def _draw(
         return plots.partition_picture(statistics, title=parts)
 
     def weights() -> Figure | None:
-        by_samples = config.options.get("weighting") == "samples"
-        panels = curves.weight_panels(records, by_samples=by_samples)
+        panels = curves.weight_panels(records, by_samples=config.options.get("weighting") == "samples")
         return of_panels(panels, f"Clients of {title}", stacked=True)
 
     def answer(name: str) -> Figure | None:

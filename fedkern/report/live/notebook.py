@@ -23,8 +23,7 @@ PAUSE = 0.2
 
 def run_table(summary: Summary, out: Path, main: str) -> str:
     warnings = [f"warning ({name}): {text}" for name, text in (summary.get("diagnostics") or {}).items()]
-    worst = worst_client_line(summary)
-    notes = [*([worst] if worst else []), *warnings, f"run folder {out}"]
+    notes = [*filter(None, [worst_client_line(summary)]), *warnings, f"run folder {out}"]
     return replace(final_table(summary, main), notes=notes).html()
 
 
@@ -81,11 +80,8 @@ class Notebook(progress_bar.Lines):
         self._show(text)
 
     def on_start(self, run: RunInfo) -> None:
-        self.clock, self.tests, self.main = (
-            progress_bar.Clock(progress_bar.training_words(run)),
-            run.test_sets,
-            run.config.main,
-        )
+        self.clock = progress_bar.Clock(progress_bar.training_words(run))
+        self.tests, self.main = run.test_sets, run.config.main
         self.title = "\n".join(progress_bar.run_headline(run))
         self.notes += [progress_bar.UNSHOWN] if run.private else []
         self.done, self.moved = run.first_round, float(run.first_round)
@@ -157,12 +153,8 @@ def choose_display(*, quiet: bool, json: bool, console: Console | None = None) -
     Only warnings are shown if ``quiet``, and with ``json`` except on a terminal.
     """
     console = console or progress_bar.make_console(stderr=True)
-    if quiet:
+    if quiet or (json and not console.is_terminal):
         return progress_bar.Warnings(console)
     if console.is_terminal:
         return progress_bar.Live(console)
-    if json:
-        return progress_bar.Warnings(console)
-    if console.is_jupyter:
-        return Notebook(console)
-    return progress_bar.Lines(console)
+    return Notebook(console) if console.is_jupyter else progress_bar.Lines(console)

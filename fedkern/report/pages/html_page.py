@@ -127,7 +127,6 @@ def _text(value: object) -> object:
 
 def write_page(page: Page, folder: Path) -> Path:
     check_target(folder)
-    text = render(page)
     path = folder / REPORT
-    atomic.write_bytes(path, text.encode(errors="backslashreplace"))
+    atomic.write_bytes(path, render(page).encode(errors="backslashreplace"))
     return path

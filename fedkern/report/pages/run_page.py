@@ -18,37 +18,15 @@ from fedkern.errors import UserError, join_words, printable_name
 from fedkern.files.filesystem import open_regular
 from fedkern.listeners.events import Record
 from fedkern.methods import method_registry
-from fedkern.report.figures import pictures, plots
-from fedkern.report.figures.curves import (
-    SPREAD,
-    Curve,
-    Panel,
-    accuracy_panels,
-    by_name,
-    client_curves,
-    client_panels,
-    over_clock,
-    set_curves,
-    weight_panels,
-)
+from fedkern.report import tables
+from fedkern.report.figures import curves, pictures, plots
+from fedkern.report.figures.curves import Curve, Panel, by_name
 from fedkern.report.figures.plots import COLOURS, DRAWN, partition_picture
 from fedkern.report.names import CELL, capitalize
-from fedkern.report.pages import html_page
-from fedkern.report.pages.charts import bars, chart, counts_table, curves
+from fedkern.report.pages import charts, html_page
 from fedkern.report.pages.html_page import Block, Code, Page, Picture, make_section, versions_table
 from fedkern.report.run_contents import Contents, read_run_folder, sum_phases
-from fedkern.report.tables import (
-    class_figures,
-    class_title,
-    cost_rows,
-    describe_epsilon,
-    figures_table,
-    human_metric,
-    human_time,
-    in_unit,
-    interval_texts,
-    intervals_tables,
-)
+from fedkern.report.tables import human_metric
 from fedkern.settings.config import RunConfig, flatten_table, stored_settings
 from fedkern.tasks.figure_names import (
     OVER_CLIENTS,
@@ -162,7 +140,7 @@ def headline(run: Contents) -> Iterator[str]:
     if dropped := sum(bool(record.get("dropped")) for record in run.records):
         yield f"Clients were left out in {dropped} of {len(run.records)} rounds."
     if summary.get("privacy"):
-        yield f"{capitalize(describe_epsilon(summary['privacy']))}."
+        yield f"{capitalize(tables.describe_epsilon(summary['privacy']))}."
 
 
 def _values(run: Contents) -> list[str]:
@@ -212,10 +190,8 @@ def describe_baseline(run: Contents, *, judged: bool = True) -> Iterator[str]:
 def _worst(run: Contents) -> Iterator[str]:
     metrics = run.summary.get("client_metrics", {})
     if worst := run.summary.get("worst_client"):
-        name, value = (
-            printable_name(run.client(str(worst["client"])), 60),
-            human_metric(worst["metric"], worst["value"]),
-        )
+        name = printable_name(run.client(str(worst["client"])), 60)
+        value = human_metric(worst["metric"], worst["value"])
         yield f"The worst of {len(metrics)} clients is {name}, with {figure_title(worst['metric'])} {value}."
     elif run.private:
         yield _PRIVATE
@@ -230,7 +206,7 @@ def _certainty(run: Contents) -> Iterator[str]:
     for test_set, figure in map(run.split, run.main):
         row = rows.get((set_name(test_set), figure), {"low": None})
         if row["low"] is not None:
-            (ends, counts), unit = interval_texts(row), row["unit"]
+            (ends, counts), unit = tables.interval_texts(row), row["unit"]
             texts.append(f"{ends} {_on(test_set)} ({counts})")
     if texts:
         how = "take samples as independent" if unit == "samples" else f"draw {unit} anew, with all of their samples"
@@ -244,9 +220,9 @@ def _tiles(run: Contents) -> Iterator[tuple[str, str]]:
     if worst := run.summary.get("worst_client"):
         yield f"worst client, {figure_title(worst['metric'])}", human_metric(worst["metric"], worst["value"])
     if "total" in run.summary["bytes"]:
-        yield "sent, both directions", in_unit(run.summary["bytes"]["total"], "B")
+        yield "sent, both directions", tables.in_unit(run.summary["bytes"]["total"], "B")
     if "seconds" in run.summary:
-        yield "time", human_time(run.summary["seconds"])
+        yield "time", tables.human_time(run.summary["seconds"])
 
 
 # -- the sections ------------------------------------------------------------------------------------------------------
@@ -255,9 +231,9 @@ def _tiles(run: Contents) -> Iterator[tuple[str, str]]:
 def _figures(run: Contents) -> Iterator[Block]:
     if not run.finished:
         return
-    by_class = class_figures(run.summary)
+    by_class = tables.class_figures(run.summary)
     metrics = {name: value for name, value in run.metrics.items() if not name.startswith(OVER_CLIENTS)}
-    yield figures_table("", metrics, run.facts.tests, run.config.main, by_name=bool(by_class))
+    yield tables.figures_table("", metrics, run.facts.tests, run.config.main, by_name=bool(by_class))
     over_clients = dict.fromkeys(name.partition("_client_")[2] for name in run.metrics if name not in metrics)
     columns = [statistic for statistic in OVER_CLIENTS if any(name.startswith(statistic) for name in run.metrics)]
     rows = [[figure_title(name), *(human_metric(name, run.metrics[statistic + name]) for statistic in columns)]
@@ -265,28 +241,28 @@ def _figures(run: Contents) -> Iterator[Block]:
     if rows:
         titles = [statistic.removesuffix("_client_").replace("_", " ") for statistic in columns]
         yield Table(["over the clients' own test sets", *titles], rows)
-    yield from intervals_tables(run.summary.get("intervals", ()), LISTED)
-    for kind, tables in by_class.items():
-        classes = list(dict.fromkeys(class_name for table in tables.values() for class_name in table))
-        missing = sum(all(table.get(class_name) is None for table in tables.values()) for class_name in classes)
+    yield from tables.intervals_tables(run.summary.get("intervals", ()), LISTED)
+    for kind, by_set in by_class.items():
+        classes = list(dict.fromkeys(class_name for table in by_set.values() for class_name in table))
+        missing = sum(all(table.get(class_name) is None for table in by_set.values()) for class_name in classes)
         note = f"{missing} of {len(classes)} classes have no sample in any test set." if missing else ""
-        series = {set_title(name): _scale_values(map(table.get, classes), 100) for name, table in tables.items()}
-        title = class_title(kind)
-        yield bars(f"class-{kind}", title, classes, series, axis=short_title(kind), unit="%", note=note)
+        series = {set_title(name): _scale_values(map(table.get, classes), 100) for name, table in by_set.items()}
+        title = tables.class_title(kind)
+        yield charts.bars(f"class-{kind}", title, classes, series, axis=short_title(kind), unit="%", note=note)
 
 
 def _curves(run: Contents) -> Iterator[Block]:
     main = run.config.main
-    if panels := accuracy_panels(run.records, main, tests=run.facts.tests, chance=run.chance(run.records)):
-        yield curves("main", f"{figure_title(main)} on every test set", panels)
+    if panels := curves.accuracy_panels(run.records, main, tests=run.facts.tests, chance=run.chance(run.records)):
+        yield charts.curves("main", f"{figure_title(main)} on every test set", panels)
     # Beside a main figure of the same record the loss is that on the only test set.
     losses = by_name(
         (test_set, record["round"], value) for record in run.records for name, value in record.items()
         for test_set, figure in [run.split(name)] if figure == "loss" and (test_set or main in record)
     ) | by_name(("training", record["round"], _training_loss(record, main)) for record in run.records)  # fmt: skip
     if losses:
-        panels = [Panel("loss", [*set_curves(losses).values()], zero=False)]
-        yield curves("loss", "Loss", over_clock(run.records, panels))
+        panels = [Panel("loss", [*curves.set_curves(losses).values()], zero=False)]
+        yield charts.curves("loss", "Loss", curves.over_clock(run.records, panels))
 
 
 def _training_loss(record: Record, main: str) -> float | None:
@@ -306,23 +282,23 @@ def clients(run: Contents) -> Iterator[Block]:
     if name is not None and len(figures) > 1:
         where = "its own test set" if run.summary.get("client_test_set") == "own" else "its part of the test set"
         factor, unit = scale(name)
-        yield bars(
+        yield charts.bars(
             "client-final", f"Final {figure_title(name)} of every client on {where}", [*map(run.client, figures)],
             {name: _scale_values((table.get(name) for table in figures.values()), factor)}, axis=figure_title(name),
             unit=unit, falls=direction(name, {main: run.config.better}) == "min",
         )  # fmt: skip
-    if panels := client_panels(run.records, main):
+    if panels := curves.client_panels(run.records, main):
         title = f"{figure_title(main)}: every client, their mean and the worst on their own test sets"
-        yield curves("client-rounds", title, panels)
+        yield charts.curves("client-rounds", title, panels)
     for key, title, axis in (
         ("loss", "Training loss of the clients", "training loss"),
         ("drift", "Length of the clients' updates", "norm of the update"),
     ):
-        if drawn_curves := client_curves(run.records, key):
-            is_spread = {curve.name for curve in drawn_curves} == {*SPREAD}
+        if drawn_curves := curves.client_curves(run.records, key):
+            is_spread = {curve.name for curve in drawn_curves} == {*curves.SPREAD}
             note = "The highest, the middle and the lowest value of each round." if is_spread else ""
             panels = [Panel(axis, drawn_curves, zero=key != "loss")]
-            yield curves(f"client-{key}", title, over_clock(run.records, panels), note=note)
+            yield charts.curves(f"client-{key}", title, curves.over_clock(run.records, panels), note=note)
     yield from _client_table(run)
 
 
@@ -342,8 +318,9 @@ def _label_distribution(run: Contents, statistics: PartitionStatistics) -> Itera
     note = "" if len(rows) == count else "Clients evenly spaced by number of samples, the largest first."
     title = f"Label distribution of {clients_words} ({statistics.title})"
     names = [run.client(str(k)) for k in rows]
-    table = counts_table(statistics.counts[rows].tolist(), names, statistics.classes, row="client", column="class")
-    yield chart("labels", title, text, partition_picture(statistics), [table], note)
+    counts = statistics.counts[rows].tolist()
+    table = charts.counts_table(counts, names, statistics.classes, row="client", column="class")
+    yield charts.chart("labels", title, text, partition_picture(statistics), [table], note)
 
 
 def _client_table(run: Contents) -> Iterator[Block]:
@@ -359,7 +336,7 @@ def _client_table(run: Contents) -> Iterator[Block]:
         if len(statistics.classes) > 1:
             columns["skew"] = [f"{float(skew):.2f}" for skew in statistics.skew]
     elif any("samples" in info for info in latest.values()):
-        columns["training samples"] = [in_unit(latest.get(k, {}).get("samples"), "images") for k in keys]
+        columns["training samples"] = [tables.in_unit(latest.get(k, {}).get("samples"), "images") for k in keys]
     metrics = run.summary.get("client_metrics") or {}
     for name in (run.config.main, "loss"):
         if any(name in table for table in metrics.values()):
@@ -367,7 +344,7 @@ def _client_table(run: Contents) -> Iterator[Block]:
             columns[figure_title(name)] = ["" if value is None else human_metric(name, value) for value in values]
     sent = run.summary["bytes"].get("clients") or {}
     for way in ("up", "down") if sent else ():
-        columns[f"sent {way}"] = [in_unit(sent.get(k, {}).get(way), "B") for k in keys]
+        columns[f"sent {way}"] = [tables.in_unit(sent.get(k, {}).get(way), "B") for k in keys]
     if not columns or not keys:
         return
     rows = [[*row] for row in zip(map(run.client, keys[:LISTED]), *columns.values(), strict=False)]
@@ -379,27 +356,28 @@ def _client_table(run: Contents) -> Iterator[Block]:
 
 
 def _weights(run: Contents) -> Iterator[Block]:
-    if panels := weight_panels(run.records, by_samples=run.config.options.get("weighting") == "samples"):
+    if panels := curves.weight_panels(run.records, by_samples=run.config.options.get("weighting") == "samples"):
         title = f"{' and '.join(panel.axis for panel in panels)} of every client"
-        yield curves("weight", title, panels, note="Dotted lines are the weights at the beginning.")
+        yield charts.curves("weight", title, panels, note="Dotted lines are the weights at the beginning.")
 
 
 def _cost(run: Contents) -> Iterator[Block]:
     ways = {"bytes_up": "to the server (up)", "bytes_down": "to the clients (down)"}
     sent = by_name((name, r["round"], r.get(key)) for key, name in ways.items() for r in run.records)
     if sent:
-        yield curves("bytes", "Sent since the start", [Panel("sent", [Curve(k, *v) for k, v in sent.items()], "B")])
+        panel = Panel("sent", [Curve(k, *v) for k, v in sent.items()], "B")
+        yield charts.curves("bytes", "Sent since the start", [panel])
     if phases := sum_phases(run.summary.get("phases") or {}):
         names = sorted(phases, key=lambda name: -phases[name])
         note = "A name with a slash is a part of the phase before the slash." if any("/" in n for n in names) else ""
         seconds = {"time": [phases[name] for name in names]}
-        yield bars("phases", "Time by phase", names, seconds, axis="time", unit="s", note=note)
+        yield charts.bars("phases", "Time by phase", names, seconds, axis="time", unit="s", note=note)
         parts = [(int(record["round"]), sum_phases(record.get("phases", {}))) for record in run.records]
         by_round = by_name((name, at, part.get(name)) for name in names[: len(COLOURS)] for at, part in parts)
         if by_round and len(run.records) > 1:
             panel = Panel("time", [Curve(name, *points) for name, points in by_round.items()], "s")
-            yield curves("phase-rounds", "Time of every round by phase", [panel])
-    if rows := cost_rows(run.summary):
+            yield charts.curves("phase-rounds", "Time of every round by phase", [panel])
+    if rows := tables.cost_rows(run.summary):
         yield Table(["", "whole run"], [[*row] for row in rows.items()])
 
 
@@ -413,9 +391,9 @@ def _confusion(run: Contents) -> Iterator[Block]:
             text = f"{100 * int(np.trace(matrix)) / count:.1f} % of {count:,} samples are right."
             text += f" Most frequent mistakes: {'; '.join(wrong)}." if wrong else ""
             title = f"Which class was taken for which, {set_title(name)}"
-            table = counts_table(matrix.tolist(), classes, classes, row="true class", column="predicted class")
+            table = charts.counts_table(matrix.tolist(), classes, classes, row="true class", column="predicted class")
             figure = plots.draw_confusions(replace(run.confusion, matrices={name: matrix}))
-            yield chart(f"confusion-{number}", title, text, figure, [table], text)
+            yield charts.chart(f"confusion-{number}", title, text, figure, [table], text)
 
 
 def _pictures(run: Contents, undrawn: Sequence[str]) -> Iterator[Block]:
@@ -438,11 +416,8 @@ def _pictures(run: Contents, undrawn: Sequence[str]) -> Iterator[Block]:
     if run.finished:
         for name, (title, alt) in texts.items():
             yield from _picture(run.folder / name, title, alt)
-        if (
-            "retrieval" in run.facts.pictures
-            and not undrawn
-            and not (run.folder / pictures.PICTURES["retrieval"]).exists()
-        ):
+        is_missing = not (run.folder / pictures.PICTURES["retrieval"]).exists()
+        if "retrieval" in run.facts.pictures and not undrawn and is_missing:
             yield "There are no retrieval examples: they need a complete network with an image and a text encoder."
     elif run.artifacts:  # the folder has no pictures yet
         failed: dict[str, str] = {}

@@ -123,7 +123,7 @@ def test_charts_hold_the_figures_of_the_run(finished_run):
 
 def test_curves_of_an_asynchronous_run_are_over_the_clock(finished_run, monkeypatch):
     run, drawn = run_contents.read_run_folder(finished_run), []
-    monkeypatch.setattr(run_page, "curves", lambda _, __, panels, **___: drawn.extend(panels))
+    monkeypatch.setattr(run_page.charts, "curves", lambda _, __, panels, **___: drawn.extend(panels))
     records = [{**record, "clock": 7.5 * record["round"], "staleness": 0.5} for record in run.records]
     run = dataclasses.replace(run, records=records)
     for part in (run_page._curves, run_page.clients):
