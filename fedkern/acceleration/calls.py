@@ -32,7 +32,7 @@ from fedkern.ops._core.backend import is_intercepted
 from fedkern.ops._core.private_torch import WithoutTorchFunction, functorch_active, saved_hooks
 
 M = TypeVar("M", bound=nn.Module)
-_CONV_FORWARD: Any = nn.Conv2d._conv_forward
+_CONV_FORWARD: Callable[..., Tensor] = nn.Conv2d._conv_forward
 _CHANNELS_LAST = torch.channels_last
 _thread = threading.local()
 """``run``: the call of a network that this thread is in; the rest: options of :func:`override_calls`."""
@@ -307,8 +307,7 @@ class Convolution:
 
     def compute_as_written(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         layer = self._layer()
-        result: Tensor = _CONV_FORWARD(self._owner() if layer is None else layer, compute_pending(x), weight, bias)
-        return result
+        return _CONV_FORWARD(self._owner() if layer is None else layer, compute_pending(x), weight, bias)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         begun: Run | None = getattr(_thread, "run", None)

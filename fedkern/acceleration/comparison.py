@@ -1,7 +1,5 @@
 """Comparison of an accelerated network's results with those of the network as written."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -37,7 +35,6 @@ def find_far_result(results: Found, plain: Found) -> str:
         return name
     if missing := [name for name in gradients if results[name] is None]:
         return missing[0]
-    distances: Mapping[str, float]
     distances = {name: float((results[name] - grad).norm()) for name, grad in gradients.items()}  # type: ignore[operator]
     norm = sum(float(tensor.norm()) ** 2 for tensor in gradients.values()) ** 0.5
     if sum(distance**2 for distance in distances.values()) ** 0.5 > 5e-2 * norm:

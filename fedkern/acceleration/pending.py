@@ -449,10 +449,9 @@ def _max_pool(x: Tensor, *args: Any, **named: Any) -> Tensor | None:
     node = _waiting(x)
     if node is None or not is_half_pooling(x, *args, **named) or min(node.shape[2:]) < 2:
         return None
-    site, norm, residual, relu, pool = node.chain
-    if pool > 1 or residual is not None:
+    if node.chain.pool > 1 or node.chain.residual is not None:
         return None
-    return _extend_chain(x, node, lambda y: F.max_pool2d(y, 2), Chain(site, norm, None, relu, 2))
+    return _extend_chain(x, node, lambda y: F.max_pool2d(y, 2), node.chain._replace(pool=2))
 
 
 POOLS = (torch.max_pool2d, F.max_pool2d)

@@ -14,25 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fedkern.acceleration.calls import (
-    ACCELERATED,
-    AS_WRITTEN,
-    DRAW,
-    END,
-    LAST,
-    LEAST,
-    MODES,
-    Begin,
-    Convolution,
-    Mode,
-    Record,
-    begin_of,
-    convolutions,
-    is_last,
-    override_calls,
-    put_hooks,
-    worth,
-)
+from fedkern.acceleration import calls
+from fedkern.acceleration.calls import ACCELERATED, AS_WRITTEN, LAST, LEAST, MODES, Mode, Record
 from fedkern.acceleration.comparison import Found, find_far_result
 from fedkern.acceleration.layers import HOOKS
 from fedkern.acceleration.pending import ABOUT, ADDS, EXTENDING, POOLS, dense_strides, is_half_pooling
@@ -72,10 +55,10 @@ def accelerate(module: M, *, check: bool = True) -> M:
     Returns:
         The same module.
     """
-    return put_hooks(module, Rehearsal(check))
+    return calls.put_hooks(module, Rehearsal(check))
 
 
-class Rehearsal(Begin):
+class Rehearsal(calls.Begin):
     def __init__(self, check: bool) -> None:
         super().__init__({})
         self.check = check
@@ -96,7 +79,7 @@ class Rehearsal(Begin):
             del self.modes[mode]
             return None
         moved = [tensor for tensor, content in before if not torch.allclose(tensor, content, 0, 0, equal_nan=True)]
-        own = convolutions(module)
+        own = calls.convolutions(module)
         if moved or any(layer in own for layer, _ in recorder.chains):
             with torch.no_grad():
                 for tensor, content in before:
@@ -118,7 +101,7 @@ class Rehearsal(Begin):
                 found, share = _play_planned(call, LAST, twin[0])
                 if share >= LEAST and not find_far_result(found, expected) and _strides(found) == _strides(expected):
                     results, self.modes[mode], planned = found, LAST, twin[0]
-        for part, twin_part in zip(convolutions(module), convolutions(planned), strict=True):
+        for part, twin_part in zip(calls.convolutions(module), calls.convolutions(planned), strict=True):
             part.plan = twin_part.plan
         name = find_far_result(results, expected) if self.check else ""
         return self._leave(mode, f"{name} differs when operators compute it") if name else None
@@ -144,10 +127,10 @@ def _play_planned(call: _Call, way: str, planned: nn.Module) -> tuple[Found, flo
     """Play a copy by another copy's plan, and return the results and the share of the products that operators save."""
     record: Record = ([], [])
     twin = _copy_call(*call)
-    for part, twin_part in zip(convolutions(twin[0]), convolutions(planned), strict=True):
+    for part, twin_part in zip(calls.convolutions(twin[0]), calls.convolutions(planned), strict=True):
         part.plan = twin_part.plan
-    with override_calls(record=record):
-        return _play_call(*twin, way), worth(record)
+    with calls.override_calls(record=record):
+        return _play_call(*twin, way), calls.worth(record)
 
 
 def _strides(results: Found) -> list[object]:
@@ -160,16 +143,16 @@ def _play_call(
     """Return the outputs, gradients and buffers of a call of a copy, by name."""
     for layer in module.modules():
         for name in HOOKS if layer is not module else ():  # those of fedkern
-            for key in [key for key, hook in getattr(layer, name).items() if hook is not DRAW]:
+            for key in [key for key, hook in getattr(layer, name).items() if hook is not calls.DRAW]:
                 del getattr(layer, name)[key]
-    for key in [key for key, hook in module._forward_hooks.items() if hook is not END]:
+    for key in [key for key, hook in module._forward_hooks.items() if hook is not calls.END]:
         del module._forward_hooks[key]
     module.zero_grad()
-    begin = begin_of(module)
+    begin = calls.begin_of(module)
     assert begin is not None
     begin.modes = dict.fromkeys(MODES, way)
     with seeded_generators(0):
-        with recorder or nullcontext(), override_calls(recorder=recorder):
+        with recorder or nullcontext(), calls.override_calls(recorder=recorder):
             result = module(*args, **named)
         outputs = [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
         inputs = [leaf for leaf in leaves((args, named)) if isinstance(leaf, Tensor)]
@@ -230,9 +213,9 @@ class Recorder(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.convolution: tuple[Convolution, int] | None = None
+        self.convolution: tuple[calls.Convolution, int] | None = None
         self.states: dict[int, _State] = {}
-        self.chains: dict[tuple[Convolution, int], _Chain] = {}
+        self.chains: dict[tuple[calls.Convolution, int], _Chain] = {}
         self.keeps_layout = False
         self._extended: set[int] = set()
         self._latest: _State | None = None
@@ -275,7 +258,7 @@ class Recorder(TorchFunctionMode):
             elif (taken := self.states.get(id(tensor))) is not None:
                 opens = takes and id(tensor) not in self._extended and taken.is_as_made()
                 taken.chain.end(taken.steps, opens)
-        last = state.last if state is not None else any(map(is_last, tensors[:2]))
+        last = state.last if state is not None else any(map(calls.is_last, tensors[:2]))
         result = func(*args, **named)
         if func is F.conv2d and tensors[1].shape[1] < 16 and tensors[1][0, 0].numel() == 1:  # with few channels
             self.keeps_layout |= result.shape != (len(result), len(tensors[1]), *tensors[0].shape[2:])  # and a stride

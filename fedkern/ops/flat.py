@@ -165,8 +165,7 @@ class FlatParameters:
             entries = [entry for entry in floating if entry[3].dtype == dtype]
             # Ordinary tensors: autograd could not save those of inference mode.
             with torch.inference_mode(False):
-                group = _flatten_group(entries, self._mixed, self._personal)
-            self._groups[dtype], self._slots[dtype] = group
+                self._groups[dtype], self._slots[dtype] = _flatten_group(entries, self._mixed, self._personal)
         places = {id(slot.tensor): slot for slots in self._slots.values() for slot in slots}
         self._expect = [_expect(entry, places.get(id(entry[3]))) for entry in all_entries]
         for owner in self.module.modules():
@@ -455,8 +454,7 @@ class FlatParameters:
                 f"({', '.join(str(dtype) for dtype in self._groups)}); use groups[dtype]"
             )
         if not self._groups:
-            empty = torch.empty(0)
-            return FlatGroup(*[empty] * (1 + len(_KINDS)))
+            return FlatGroup(*[torch.empty(0)] * (1 + len(_KINDS)))
         return next(iter(self._groups.values()))
 
     def _load(self, vector: Tensor, target: Tensor, name: str) -> None:
@@ -599,8 +597,7 @@ def _tensors_of(module: nn.Module) -> Iterator[Entry]:
     owners = list(module.named_modules())
     for is_parameter in (True, False):
         for prefix, owner in owners:
-            members = owner._parameters if is_parameter else owner._buffers
-            for key, tensor in members.items():
+            for key, tensor in (owner._parameters if is_parameter else owner._buffers).items():
                 if tensor is None or id(tensor) in seen:
                     continue
                 seen.add(id(tensor))
@@ -691,8 +688,7 @@ def _shape_piece(piece: Tensor, slot: Slot) -> Tensor:
     """Return a piece in the slot's shape and strides, by differentiable views that vmap supports."""
     order = sorted(range(slot.tensor.dim()), key=lambda axis: (-slot.stride[axis], -slot.tensor.shape[axis]))
     in_memory = piece.view([slot.tensor.shape[axis] for axis in order])
-    back = sorted(range(len(order)), key=lambda position: order[position])
-    return in_memory.permute(back)
+    return in_memory.permute(sorted(range(len(order)), key=order.__getitem__))
 
 
 def _extent(tensor: Tensor) -> int:

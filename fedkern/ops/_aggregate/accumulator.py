@@ -113,8 +113,9 @@ class Accumulator:
                 raise ValueError("weight makes the sum of the weights overflow; scale the weights down")
             if self.exact and self._count == _MAX_EXACT:
                 raise OverflowError(f"an exact accumulator takes at most {_MAX_EXACT} vectors")
-            if self.exact and value > _LARGE_WEIGHT:
-                self._check_products(vector, value)
+            is_large = self.exact and value > _LARGE_WEIGHT and self.size > 0
+            if is_large and (largest := float(vector.detach().abs().max())) < math.inf <= largest * value:
+                raise ValueError(f"weight {value:g} makes products with the vector overflow; scale the weights down")
             if value:
                 self._add(vector.detach(), value)
             self._count += 1
@@ -123,11 +124,6 @@ class Accumulator:
                 numerator, denominator = value.as_integer_ratio()
                 self._units += numerator * (_UNIT // denominator)
             self._dtype = vector.dtype if self._dtype is None else torch.promote_types(self._dtype, vector.dtype)
-
-    def _check_products(self, vector: Tensor, weight: float) -> None:
-        largest = float(vector.detach().abs().max()) if self.size else 0.0
-        if largest < math.inf <= largest * weight:
-            raise ValueError(f"weight {weight:g} makes products with the vector overflow; scale the weights down")
 
     def _add(self, vector: Tensor, weight: float) -> None:
         kernel = select([vector])
@@ -173,8 +169,7 @@ class Accumulator:
             self._units += other._units
             self._weight = total
             if other._dtype is not None:
-                dtype = self._dtype
-                self._dtype = other._dtype if dtype is None else torch.promote_types(dtype, other._dtype)
+                self._dtype = other._dtype if self._dtype is None else torch.promote_types(self._dtype, other._dtype)
 
     def mean(self, out: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weighted mean so far, ``[P]``.
@@ -281,8 +276,13 @@ class Accumulator:
             }
         for name in sorted({*state} ^ {*numbers, *forms}, key=str):
             raise ValueError(f"the state must {'not ' if name in state else ''}have the entry {show_value(name)!r}")
-        for name, form in forms.items():
-            _check_entry(state[name], name, *form)
+        for entry, (form, shape) in forms.items():
+            name, value = f"the state's {entry}", state[entry]
+            check_tensor(value, name)
+            if value.dtype is not form:
+                raise TypeError(f"{name} must have dtype {form}, but has {value.dtype}")
+            if list(value.shape) != shape:
+                raise ValueError(f"{name} must have shape {shape}, but has {list(value.shape)}")
         # Numbers that no sum of vectors has would give wrong means.
         count, weight = _whole(state, "count"), check_weight(state["weight"], "the state's weight")
         if exact:
@@ -320,15 +320,6 @@ def _whole(state: Mapping[str, Any], name: str) -> int:
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point() and not value.is_complex():
         value = value.item()
     return int(value) if isinstance(value, bool) else check_count(value, f"the state's {name}", -1)
-
-
-def _check_entry(value: Tensor, name: str, dtype: torch.dtype, shape: list[int]) -> None:
-    name = f"the state's {name}"
-    check_tensor(value, name)
-    if value.dtype is not dtype:
-        raise TypeError(f"{name} must have dtype {dtype}, but has {value.dtype}")
-    if list(value.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, but has {list(value.shape)}")
 
 
 def _units(stored: Tensor) -> int:

@@ -8,20 +8,12 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._aggregate import checks
+from fedkern.ops._aggregate import robust_reference as robust
 from fedkern.ops._aggregate.checks import Vectors
 from fedkern.ops._aggregate.kernels import SHORT, AggregateKernels
 from fedkern.ops._aggregate.mean import fake_vector, select
 from fedkern.ops._aggregate.plain import PlainAggregate
-from fedkern.ops._aggregate.robust_reference import (
-    FAR,
-    FAR_BESIDE_SMOOTHING,
-    MAX_FROM_DISTANCES,
-    geometric_median_reference,
-    krum_scores_reference,
-    stack_piece,
-    start_shares,
-    subtract_vectors,
-)
+from fedkern.ops._aggregate.robust_reference import MAX_FROM_DISTANCES, stack_piece, start_shares, subtract_vectors
 from fedkern.ops._core import library
 from fedkern.ops._core.backend import select_ordinary
 from fedkern.ops._core.checks import check_count, check_number, show_value
@@ -202,7 +194,7 @@ def _shares(scores: Tensor, keep: int) -> Tensor:
 
 def _scores(squared: Tensor, byzantine: int) -> Tensor:
     """Compute Krum's scores, setting non-finite entries of ``squared`` to infinity."""
-    return krum_scores_reference(squared.nan_to_num_(nan=math.inf, posinf=math.inf), byzantine)
+    return robust.krum_scores_reference(squared.nan_to_num_(nan=math.inf, posinf=math.inf), byzantine)
 
 
 def _krum_weights(squared: Tensor, byzantine: int, keep: int) -> list[float]:
@@ -231,8 +223,7 @@ def _check_scores(scores: list[float], keep: int) -> None:
 
 def _mean(vectors: Vectors, shares: Tensor, out: Tensor | None = None) -> Tensor:
     """Return the weighted mean. NaN shares, which come from NaN in the vectors, give NaN."""
-    weights = shares.tolist() if shares.device.type == "cpu" else shares
-    return select(vectors).weighted_mean(vectors, weights, out)
+    return select(vectors).weighted_mean(vectors, shares.tolist() if shares.device.type == "cpu" else shares, out)
 
 
 def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolerance: float, smoothing: float) -> Tensor:
@@ -242,7 +233,7 @@ def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolera
     weight_tensor = checks.near_one(weights.to(device, torch.float64))
     kernel = select(vectors)
     if type(kernel) is PlainAggregate:
-        return geometric_median_reference(vectors, weight_tensor, iterations, tolerance, smoothing)
+        return robust.geometric_median_reference(vectors, weight_tensor, iterations, tolerance, smoothing)
     if kernel.host and count <= MAX_FROM_DISTANCES:
         return _median_from_distances(kernel, vectors, weight_tensor.tolist(), iterations, tolerance, smoothing)
     if not iterations:
@@ -274,8 +265,8 @@ def _geometric_median(vectors: Vectors, weights: Tensor, iterations: int, tolera
         settled = settled | (step <= tolerance * scale)
         if device.type == "cpu" and bool(settled):
             break
-    is_single = used.sum() == 1  # a vector with NaN is at no distance from itself
-    return _mean(vectors, torch.where(is_single, used.double(), current))
+    # A single vector with NaN is at no distance from itself.
+    return _mean(vectors, torch.where(used.sum() == 1, used.double(), current))
 
 
 def _median_from_distances(
@@ -305,7 +296,7 @@ def _median_from_distances(
             rows = [vectors[m] for m in used]
             parts = torch.from_numpy(radii), torch.tensor(scale, dtype=torch.float64)
             products = _products(kernel, rows, rows[middle], *parts).numpy()
-        far = largest > max(FAR * scale, FAR_BESIDE_SMOOTHING * smoothing)
+        far = largest > max(robust.FAR * scale, robust.FAR_BESIDE_SMOOTHING * smoothing)
         pulls = weight_array / np.maximum(radii, scale) if far else weight_array
         shares = _weiszfeld(products, weight_array, pulls / pulls.sum(), iterations, tolerance * scale, smoothing)
     all_shares = [0.0] * len(weights)

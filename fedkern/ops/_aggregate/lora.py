@@ -44,7 +44,7 @@ def lora_merge(
     Raises:
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
     """
-    dtype = _check_pairs(pairs)
+    _check_pairs(pairs)
     refuse_gradient("lora_merge", weights, *(side for pair in pairs for side in pair))
     shares, total = check_weights(weights, len(pairs))
     if not isinstance(scales, (list, tuple)) or len(scales) != len(pairs):
@@ -59,13 +59,13 @@ def lora_merge(
     rows = torch.cat([pairs[position][0].double() for position in clients])
     columns = torch.cat([factors[position] * pairs[position][1].double() for position in clients], 1)
     a, b = (rows, columns) if rank is None else _nearest(rows, columns, rank)
-    a, b = a.to(dtype), b.to(dtype)
+    a, b = a.to(pairs[0][0].dtype), b.to(pairs[0][0].dtype)
     size = _product_norm(rows, columns)
     return a, b, _product_norm(torch.cat([rows, a]), torch.cat([columns, -b], 1)) / size if size else 0.0
 
 
-def _check_pairs(pairs: Sequence[Pair]) -> torch.dtype:
-    """Return the dtype of all pairs."""
+def _check_pairs(pairs: Sequence[Pair]) -> None:
+    """Refuse pairs that are no matrices of one dtype and fitting shapes, or that hold NaN or infinite values."""
     if not isinstance(pairs, (list, tuple)) or not pairs:
         raise TypeError("pairs must be a list of at least one pair of tensors (A [r, in], B [out, r])")
     for position, pair in enumerate(pairs):
@@ -86,8 +86,6 @@ def _check_pairs(pairs: Sequence[Pair]) -> torch.dtype:
                 f"pairs[{position}] must have shapes [r, in] and [out, r], with the in and out of pairs[0], but has "
                 f"{list(a.shape)} and {list(b.shape)}"
             )
-    dtype: torch.dtype = pairs[0][0].dtype
-    return dtype
 
 
 def _nearest(rows: Tensor, columns: Tensor, rank: int) -> Pair:

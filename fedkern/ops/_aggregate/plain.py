@@ -6,15 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedkern.ops._aggregate import reference
 from fedkern.ops._aggregate import robust_reference as robust
 from fedkern.ops._aggregate.checks import Vectors, Weights, copy_result, rows_or_stack, size_of
-from fedkern.ops._aggregate.reference import (
-    add_reference,
-    exact_add_reference,
-    exact_mean_reference,
-    mean_in_pieces,
-    weighted_mean_reference,
-)
 from fedkern.ops._aggregate.rules import ServerCall
 
 # Sums of squares below this have lost digits to the end of fp64's range (csrc/bindings/cpu_aggregate_privacy.cpp).
@@ -41,14 +35,14 @@ class PlainAggregate:
         """
         dtype = None if out is None else out.dtype
         if isinstance(weights, Tensor):
-            result = weighted_mean_reference(vectors, weights, dtype)
+            result = reference.weighted_mean_reference(vectors, weights, dtype)
         else:
-            result = mean_in_pieces(vectors, weights, dtype)
+            result = reference.mean_in_pieces(vectors, weights, dtype)
         return result if out is None else copy_result(result, out)
 
     def accumulate(self, total: Tensor, vector: Tensor, weight: float) -> None:
         """Add ``weight * vector`` to ``total``, fp64 ``[P]``, rounding product and sum."""
-        add_reference(total, vector, weight)
+        reference.add_reference(total, vector, weight)
 
     def accumulated_mean(self, total: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
         target = _target(out, total)
@@ -58,11 +52,11 @@ class PlainAggregate:
 
     def exact_accumulate(self, digits: Tensor, top: Tensor, vector: Tensor, weight: float) -> None:
         """Add ``weight * vector`` to the digits ``int64 [3, P]`` and positions ``int8 [P]`` of aggregate.h."""
-        exact_add_reference(digits, top, vector, weight)
+        reference.exact_add_reference(digits, top, vector, weight)
 
     def exact_mean(self, digits: Tensor, top: Tensor, weight: float, out: Tensor | torch.dtype) -> Tensor:
         target = _target(out, top)
-        exact_mean_reference(digits, top, weight, target)
+        reference.exact_mean_reference(digits, top, weight, target)
         return target
 
     def server_step(self, call: ServerCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,8 +112,7 @@ class PlainAggregate:
         return self.squared_distances_to(vectors, None)
 
     def clip_and_noise(self, vectors: Vectors, max_norm: float, deviation: float, seed: int, offset: int) -> Tensor:
-        factors = self.clip_factors(vectors, max_norm, deviation)
-        return self.scale_and_noise(vectors, factors, deviation, seed, offset)
+        return self.scale_and_noise(vectors, self.clip_factors(vectors, max_norm, deviation), deviation, seed, offset)
 
     def clip_factors(self, vectors: Vectors, max_norm: float, deviation: float) -> Tensor:
         """Return ``min(1, max_norm / |x_m|)``, fp64 ``[M]``, without noise a little less for 16-bit vectors."""
@@ -140,10 +133,8 @@ class PlainAggregate:
         largest = torch.stack([vector.abs().max() for vector in vectors])
         usable = (largest > 0) & (largest < math.inf)
         scales = torch.where(usable, largest, 1.0)
-        pairs = zip(vectors, scales, strict=True)
-        beside = torch.stack([(vector / scale).square().sum() for vector, scale in pairs])
-        exact = (max_norm / scales / beside.sqrt()).clamp_max_(1.0)
-        return torch.where(outside & usable, exact, factors)
+        beside = torch.stack([(vector / scale).square().sum() for vector, scale in zip(vectors, scales, strict=True)])
+        return torch.where(outside & usable, (max_norm / scales / beside.sqrt()).clamp_max_(1.0), factors)
 
     def scale_and_noise(self, vectors: Vectors, factors: Tensor, deviation: float, seed: int, offset: int) -> Tensor:
         """Compute ``factors[m] * x_m + deviation * normal(seed, offset + m * P + j)``, ``[M, P]``.

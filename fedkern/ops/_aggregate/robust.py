@@ -130,10 +130,9 @@ def _rows(
     if size <= SHORT:
         return [row.clone() for row in kernel.clip_and_noise(vectors, max_norm, deviation, seed, offset).unbind(0)]
     # A vector may still be cached from its norm.
-    places = [(offset + m * size) % (1 << 64) for m in range(len(vectors))]
     return [
-        kernel.clip_and_noise([vector], max_norm, deviation, seed, place)[0]
-        for vector, place in zip(vectors, places, strict=True)
+        kernel.clip_and_noise([vector], max_norm, deviation, seed, (offset + m * size) % (1 << 64))[0]
+        for m, vector in enumerate(vectors)
     ]
 
 

@@ -103,8 +103,7 @@ def geometric_median_reference(
         scale, shares = start_shares(radii, weight_tensor, smoothing)
     point = (shares[:, None] * wide).sum(0)
     for _ in range(iterations):
-        distances = squared_distances_to_reference(wide, point).sqrt()
-        pulls = weight_tensor / distances.clamp_min(smoothing)
+        pulls = weight_tensor / squared_distances_to_reference(wide, point).sqrt().clamp_min(smoothing)
         before, point = point, (pulls[:, None] * wide).sum(0) / pulls.sum()
         if float(subtract_vectors(point, before).norm()) <= tolerance * float(scale):
             break
@@ -159,8 +158,7 @@ def server_step_reference(call: ServerCall, out: Tensor) -> tuple[Tensor, Tensor
         piece2 = None if moment2 is None else moment2[piece]
         out[piece] = old + _update(mean, rule, piece1, piece2)
     scale = (squares * square).sqrt()
-    cosines = torch.where(scale == 0, 0.0, products / scale)
-    return squares.sqrt(), cosines
+    return squares.sqrt(), torch.where(scale == 0, 0.0, products / scale)
 
 
 def _update(mean: Tensor, rule: ServerRule, moment1: Tensor | None, moment2: Tensor | None) -> Tensor:

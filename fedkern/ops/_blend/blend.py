@@ -32,8 +32,7 @@ def _implementation(foreground: Tensor, background: Tensor, *settings: Any) -> T
 
 
 def _fake(foreground: Tensor, *_: object) -> Tensor:
-    strides = output_strides(foreground.shape, foreground.stride())
-    return torch.empty_strided(foreground.shape, strides, dtype=foreground.dtype, device=foreground.device)
+    return foreground.new_empty_strided(foreground.shape, output_strides(foreground.shape, foreground.stride()))
 
 
 def _setup_context(ctx: Context, inputs: Inputs, output: Tensor) -> None:
@@ -56,8 +55,7 @@ def _backward_implementation(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...
     call = BlendCall(alpha, value, index, rows)
     check_memory(foreground, background, call)
     kernel = backend.select("blend", grad)
-    run = backward_reference if kernel is None else kernel.backward
-    result = run(grad, foreground, background, call, needs)
+    result = (backward_reference if kernel is None else kernel.backward)(grad, foreground, background, call, needs)
     return tuple(map(library.laid_out, result, _backward_fake(grad, *arguments)))
 
 

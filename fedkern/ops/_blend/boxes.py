@@ -165,8 +165,7 @@ def _fills(fill: float | Sequence[float] | Tensor, images: Tensor) -> Tensor:
 def _check_values(values: Sequence[float], dtype: torch.dtype) -> None:
     if dtype.is_floating_point:
         return
-    info = torch.iinfo(dtype) if dtype != torch.bool else None
-    low, high = (0, 1) if info is None else (info.min, info.max)
+    low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     for value in values:
         if not low <= value <= high or value != math.floor(value):
             raise ValueError(f"fill must be a value of the images' dtype {dtype}, not {show_value(value)}")
@@ -197,7 +196,9 @@ def _run(kernel: BoxesKernels | None, images: Tensor, boxes: Tensor, fill: Tenso
 def _implementation(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
     check_memory(images, "images")
     check_memory(boxes, "boxes")
-    _check_coordinates(boxes)
+    if boxes.is_cpu and boxes.is_floating_point():
+        for *_, image, box, _ in boxes.isnan().nonzero().tolist():
+            raise ValueError(f"boxes must not hold NaN; box {box} of image {image} does")
     out = _fake(images, boxes, fill, keep)
     kernel: BoxesKernels | None = select("boxes", images)
     if kernel is None:
@@ -206,15 +207,8 @@ def _implementation(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> 
     return out
 
 
-def _check_coordinates(boxes: Tensor) -> None:
-    if boxes.is_cpu and boxes.is_floating_point():
-        for *_, image, box, _ in boxes.isnan().nonzero().tolist():
-            raise ValueError(f"boxes must not hold NaN; box {box} of image {image} does")
-
-
 def _fake(images: Tensor, boxes: Tensor, fill: Tensor, keep: bool) -> Tensor:
-    strides = output_strides(images.shape, images.stride())
-    return torch.empty_strided(images.shape, strides, dtype=images.dtype, device=images.device)
+    return images.new_empty_strided(images.shape, output_strides(images.shape, images.stride()))
 
 
 def _setup_context(ctx: Context, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
@@ -241,8 +235,7 @@ def _vmap(
     elif len(fill) > 1:
         fill = library.fold_mapped(fill, None, count)
     folded, padded = (library.fold_mapped(x, d, count) for x, d in ((images, in_dims[0]), (boxes, in_dims[1])))
-    out = _fill_boxes(folded, padded, fill, keep)
-    return out.unflatten(0, (count, batch)), 0
+    return _fill_boxes(folded, padded, fill, keep).unflatten(0, (count, batch)), 0
 
 
 _fill_boxes = library.register(

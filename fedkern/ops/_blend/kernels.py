@@ -59,8 +59,7 @@ def in_layout(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     if tensor.dim() and tensor.shape[0] > 1 and not any(tensor.stride()):
         # One value for everything (the gradient of a sum): one sample is enough.
         return in_layout(tensor[:1], strides).expand(tensor.shape)
-    copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
-    return copy.copy_(tensor)
+    return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
 
 
 def check_memory(foreground: Tensor | None, background: Tensor | None, call: BlendCall) -> None:

@@ -89,7 +89,6 @@ def second_derivative(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]
             by_background = grad.new_zeros(background.shape).index_add(0, index, by_background)
         by_foreground, by_background = by_foreground.to(dtype), by_background.to(dtype)
     if alpha is not None and (to_own is not None or picked is not None):
-        part = (0 if to_own is None else to_own) - (0 if picked is None else picked)
-        product = grad * part
+        product = grad * ((0 if to_own is None else to_own) - (0 if picked is None else picked))
         by_alpha = (product.flatten(1).sum(1) if grad.dim() > 1 else product).to(alpha.dtype)
     return (total.to(dtype), by_foreground, by_background, by_alpha, None, None, None, None, None, None)

@@ -180,8 +180,7 @@ def contrastive(x: Tensor, y: Tensor, temperature: float | Tensor = 0.07) -> Ten
 def _call_operator(x: Tensor, y: Tensor, learnt: Tensor | None, temperature: float | Tensor) -> Tensor:
     if not isinstance(temperature, Tensor) and torch.compiler.is_compiling():
         learnt = library.number_tensor(temperature).to(x.device)
-    recorded = torch.is_grad_enabled()
-    needs = [recorded and tensor is not None and tensor.requires_grad for tensor in (x, y, learnt)]
+    needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (x, y, learnt)]
     return CONTRASTIVE(x, y, learnt, temperature if learnt is None else 0.0, *needs)[0]
 
 
@@ -194,8 +193,7 @@ class _Contrastive(EagerFunction):
 
     @staticmethod
     def forward(ctx: Context, kernel: CpuContrast | CudaContrast, call: ContrastCall, *tensors: Tensor) -> Tensor:
-        needs = ctx.needs_input_grad[2:]
-        loss, gradients = kernel.loss_and_gradients(call, (*needs, False)[:3])
+        loss, gradients = kernel.loss_and_gradients(call, (*ctx.needs_input_grad[2:], False)[:3])
         ctx.settings = kernel, None if len(tensors) > 2 else call.temperature
         ctx.save_for_backward(*tensors, *gradients)
         return loss
@@ -208,8 +206,7 @@ class _Contrastive(EagerFunction):
         if not is_readable(grad):
             reference, needs = reference_at(temperature), ctx.needs_input_grad[2:]
             return (None, None, *library.differentiate_reference(reference, tensors, needs, grad))
-        scaled = kernel.scale_gradients(gradients[: len(tensors)], grad, tensors)
-        return (None, None, *handed_out(scaled, gradients))
+        return None, None, *handed_out(kernel.scale_gradients(gradients[: len(tensors)], grad, tensors), gradients)
 
 
 add_kernels("contrastive", cpu=CpuContrast, cuda=CudaContrast, fits="tensors_fit")

@@ -57,8 +57,7 @@ class CudaContrast(Launcher):
         return pairs.x.new_empty(rows, count)
 
     def _tiles(self, pairs: Pairs, memory: Tensor) -> Iterator[tuple[int, Tensor]]:
-        rows = memory.shape[0]
-        for begin in range(0, pairs.size, max(rows, 1)):
+        for begin in range(0, pairs.size, max(memory.shape[0], 1)):
             yield begin, memory[: pairs.size - begin]
 
     def _sums(self, pairs: Pairs, memory: Tensor) -> tuple[Tensor, Tensor]:

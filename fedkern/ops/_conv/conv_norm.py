@@ -68,8 +68,7 @@ def choose_pool_kernels(x: Tensor, weight: Tensor, bias: Tensor | None, padding:
 def run_pooling(kernel: PoolKernels, x: Tensor, weight: Tensor, bias: Tensor | None, settings: Pooling) -> Tensor:
     try:
         if _grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-            result: Tensor = _ConvPool.call(kernel, settings, x, weight, bias)
-            return result
+            return _ConvPool.call(kernel, settings, x, weight, bias)
         return kernel.forward(x, weight, bias, settings)[0]
     except NotFinite:
         return conv_pool_reference(x, weight, bias, padding=settings.padding, relu=settings.relu)
@@ -210,8 +209,6 @@ def choose_norm_kernels(inputs: Inputs, settings: Settings) -> ConvKernels | Non
     mean, variance, _, _, stride, _, pool, _, _, groups = settings
     arguments = x, weight, scale, shift, mean, variance, residual, pool, stride, groups, bias
     kernel: ConvKernels | None = choose_kernels("conv_norm", *arguments)
-    if kernel is None:
-        return None
     if mean is not None and variance is not None and (mean.requires_grad or variance.requires_grad):
         return None
     return kernel

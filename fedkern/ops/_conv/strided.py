@@ -35,8 +35,7 @@ def strided_conv(x: Tensor, weight: Tensor, groups: int) -> Tensor:
         return strided_reference(x, weight, groups)
     x = x.contiguous(memory_format=_CHANNELS_LAST)
     try:
-        result: Tensor = _StridedConv.call(kernel, groups, x, weight)
-        return result
+        return _StridedConv.call(kernel, groups, x, weight)
     except NotFinite:
         return strided_reference(x, weight, groups)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from fedkern.ops._core import devices, private_torch
 from fedkern.ops._core.loading import REBUILD, Unavailable, Unsuited, is_interpreted, load_core, load_triton, warn_once
 from fedkern.ops._core.memory import cache
-from fedkern.ops._core.private_torch import outlived as outlived
+from fedkern.ops._core.private_torch import dispatch_modes, forward_ad, function_modes, functorch_active, outlived
 from fedkern.ops._core.torchscript import refuse
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -41,12 +41,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 # Looked up once: on small tensors the checks around a kernel take longer than the kernel.
 _is_compiling = torch.compiler.is_compiling
 _jit_traces = private_torch.is_tracing
-_functorch_active = private_torch.functorch_active
-_dispatch_modes = private_torch.dispatch_modes
-_function_modes = private_torch.function_modes
 _legacy_batched = private_torch.is_legacy_batched
 _grad_enabled = torch.is_grad_enabled
-_forward_ad = private_torch.forward_ad
 
 
 @dataclass(frozen=True)
@@ -283,15 +279,15 @@ def is_intercepted() -> bool:
         return True
     if _jit_traces():
         refuse()
-    return bool(_functorch_active() or _dispatch_modes() or _function_modes() or _forward_ad._current_level >= 0)
+    return bool(functorch_active() or dispatch_modes() or function_modes() or forward_ad._current_level >= 0)
 
 
 def needs_reference(operator: str, *, has_rules: bool = False) -> bool:
     """Return whether only the reference works: in forward-mode AD, or a transform of torch.func without rules."""
-    is_forward = _forward_ad._current_level >= 0
+    is_forward = forward_ad._current_level >= 0
     if _is_compiling():
         return bool(is_forward)
-    if not is_forward and (has_rules or not _functorch_active()):
+    if not is_forward and (has_rules or not functorch_active()):
         return False
     only_reference(operator, "forward-mode AD" if is_forward else "torch.func transforms")
     return True
@@ -323,13 +319,13 @@ def not_forced(operator: str, backend: str, case: str) -> None:
 
 
 def has_tangent(values: Iterable[object]) -> bool:
-    if _forward_ad._current_level < 0 or _is_compiling():
+    if forward_ad._current_level < 0 or _is_compiling():
         return False
     for value in values:
         if isinstance(value, Tensor):
             while private_torch.is_batched(value):  # vmap has no batching rule for unpack_dual
                 value = private_torch.unwrapped(value)
-            if _forward_ad.unpack_dual(value).tangent is not None:
+            if forward_ad.unpack_dual(value).tangent is not None:
                 return True
     return False
 
@@ -408,16 +404,9 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _load(operator: str, backend: str) -> object:
-    key = (operator, backend)
-    if key not in _loaded:
-        _loaded[key] = _kernels[operator][backend].load()
-    return _loaded[key]
-
-
-def _candidates(device: str) -> tuple[str, ...]:
-    if device == "cuda":
-        return ("cuda",) if is_interpreted() or devices.only_forced("triton") else ("cuda", "triton")
-    return ("cpu",) if device == "cpu" else ()
+    if (operator, backend) not in _loaded:
+        _loaded[operator, backend] = _kernels[operator][backend].load()
+    return _loaded[operator, backend]
 
 
 def _is_left_by_triton(operator: str) -> bool:
@@ -457,9 +446,11 @@ def _choose(operator: str, device: str) -> Choice:
 
 def _choose_unforced(operator: str, device: str) -> tuple[str | None, Choice]:
     """Return the first usable backend, its kernel and its dtypes, or None, None and no dtypes."""
-    for name in _candidates(device):
+    for name in ("cpu", "cuda", "triton"):
         kernel = _kernels.get(operator, {}).get(name)
         if kernel is None or device not in kernel.devices:
+            continue
+        if name == "triton" and (is_interpreted() or devices.only_forced(name)):
             continue
         try:
             return name, (_load(operator, name), kernel.dtypes)

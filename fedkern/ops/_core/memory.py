@@ -22,8 +22,6 @@ HUGE = 4 << 20
 # processor's cache. With other memory blend takes a fifth longer at 4 MB; at 16 MB it takes the same time.
 KEPT = 16 << 20
 
-# Default of FEDKERN_CACHE_MB: megabytes of freed memory that are kept, at most, for later results.
-CACHE_MB = 1024
 
 # Elements that the references take of long vectors at a time: temporaries of fp64 stay in a processor's cache.
 PIECE = 1 << 17
@@ -131,10 +129,10 @@ def _advise(memory: mmap.mmap, name: str) -> bool:
 
 @functools.cache
 def cache() -> Cache:
-    megabytes = os.environ.get("FEDKERN_CACHE_MB", "")
-    if megabytes and not megabytes.isdecimal():
+    megabytes = os.environ.get("FEDKERN_CACHE_MB") or "1024"
+    if not megabytes.isdecimal():
         raise ValueError(f"FEDKERN_CACHE_MB must be a whole number of megabytes, 0 or more, not {megabytes!r}")
-    return Cache((int(megabytes) if megabytes else CACHE_MB) << 20)
+    return Cache(int(megabytes) << 20)
 
 
 def empty_cache() -> None:

@@ -218,8 +218,7 @@ def exchange_table() -> object:
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
         raise Unsuited(f"torch {torch.__version__} shows no tensors to C extensions, as 2.11 and newer do")
-    problem = table_problem(capsule)
-    if problem:
+    if problem := table_problem(capsule):
         raise Unsuited(
             f"torch {torch.__version__} shows tensors to C extensions otherwise than fedkern reads them: {problem}"
         )

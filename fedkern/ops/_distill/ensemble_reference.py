@@ -6,16 +6,8 @@ import torch
 from torch import Tensor
 
 from fedkern.ops._core.backend import compute_dtype
-from fedkern.ops._distill.reference import (
-    divergence_terms,
-    flat_divergence,
-    flat_log_softmax,
-    half_variance,
-    is_flat,
-    reduce_rows,
-    result_dtype,
-    scaled_divergence,
-)
+from fedkern.ops._distill import reference
+from fedkern.ops._distill.reference import divergence_terms, half_variance, reduce_rows, scaled_divergence
 from fedkern.ops._distill.rows import LOGITS, MEAN, PROBS
 
 # Shapes below: teachers ``[K, B, C, *positions]``, weights ``[K, B, 1 or C, *positions]``, mask ``[K, C]``.
@@ -29,8 +21,7 @@ def normalised_weights(weights: Tensor | None, class_mask: Tensor | None, teache
     # A weight of 0 gets no gradient, since its teacher is ignored.
     weights = torch.where(weights == 0, 0, weights.to(compute))
     if class_mask is not None:
-        mask = class_mask.reshape(count, 1, -1, *[1] * (teachers.dim() - 3))
-        weights = torch.where(mask, weights, 0)
+        weights = torch.where(class_mask.reshape(count, 1, -1, *[1] * (teachers.dim() - 3)), weights, 0)
     total = weights.sum(0, keepdim=True)
     empty = total == 0
     return torch.where(empty, 1 / count, weights / torch.where(empty, 1, total))
@@ -76,8 +67,8 @@ def ensemble_reference(
     reduction: int,
 ) -> Tensor:
     """Specify :func:`fedkern.ops.ensemble_kl`."""
-    dtype = result_dtype(student, None, teachers)
-    compute = torch.float64 if is_flat(temperature) else compute_dtype(dtype)
+    dtype = reference.result_dtype(student, None, teachers)
+    compute = torch.float64 if reference.is_flat(temperature) else compute_dtype(dtype)
     student, teachers = student.to(compute), teachers.to(compute)
     share = normalised_weights(weights, class_mask, teachers)
     teachers = _skip_rows(teachers, share)
@@ -88,11 +79,11 @@ def ensemble_reference(
 def _finite(student: Tensor, teachers: Tensor, share: Tensor, temperature: float, mix: int, log_probs: bool) -> Tensor:
     if mix == LOGITS:
         return scaled_divergence(mixed_logits(teachers, share), student, temperature)
-    if is_flat(temperature):
+    if reference.is_flat(temperature):
         if mix == MEAN:
             return _weighted_sum(share, torch.stack([scaled_divergence(x, student, temperature) for x in teachers]))
         mixture = _flat_log_mixture(teachers, share, temperature)
-        return flat_divergence(*flat_log_softmax(mixture, temperature, 1), student, temperature)
+        return reference.flat_divergence(*reference.flat_log_softmax(mixture, temperature, 1), student, temperature)
     square = temperature**2
     log_q = (student / temperature).log_softmax(1)
     log_p = teachers if log_probs and temperature == 1 else (teachers / temperature).log_softmax(2)
@@ -103,7 +94,7 @@ def _finite(student: Tensor, teachers: Tensor, share: Tensor, temperature: float
 
 def _flat_log_mixture(teachers: Tensor, share: Tensor, temperature: float) -> Tensor:
     """Compute T log Σ share · p over the teachers, up to a constant of the row."""
-    over, count = flat_log_softmax(teachers, temperature, 2)
+    over, count = reference.flat_log_softmax(teachers, temperature, 2)
     over = over - temperature * (count / count.amax(0)).log()
     counts = (share > 0) & (over > -math.inf)
     peak = torch.where(counts, over, -math.inf).amax(0).detach()

@@ -25,10 +25,6 @@ def select_at(temperature: float, operator: str, *tensors: Tensor | None) -> Dis
     return None if kernel is not None and temperature == math.inf and not kernel.limits else kernel
 
 
-def _kernel_of_divergence(call: Divergence) -> DistillKernels | None:
-    return select_at(call.temperature, "kl_div" if call.peer is None else "dual_kl", *call[:4])
-
-
 DIVERGENCE: Callable[..., Tensor] = define_loss(
     Loss(
         name="divergence",
@@ -38,7 +34,7 @@ DIVERGENCE: Callable[..., Tensor] = define_loss(
         results=1,
         axes=(0, 0, 0, 0),
         call=Divergence,
-        kernel=_kernel_of_divergence,
+        kernel=lambda call: select_at(call.temperature, "kl_div" if call.peer is None else "dual_kl", *call[:4]),
         method="divergence",
         reference=divergence_reference,
         dtype=lambda tensors: result_dtype(*tensors[:3]),

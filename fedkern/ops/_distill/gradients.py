@@ -83,8 +83,7 @@ class EnsembleFunction(EagerFunction):
         ctx.set_materialize_grads(call.mix != CONSENSUS)
         need_student, need_teachers, need_weights = needs = ctx.needs_input_grad[1:4]
         if call.reduction == NONE or call.mix == CONSENSUS or not kernel.ensemble_fused(student, needs):
-            keeps = student is None and not need_weights
-            statistics = kernel.stack_statistics(teachers, call.mix) if keeps else None
+            statistics = kernel.stack_statistics(teachers, call.mix) if student is None and not need_weights else None
             ctx.save_for_backward(student, teachers, weights, class_mask, statistics)
             result: Tensor | tuple[Tensor, Tensor] = kernel.ensemble_forward(call, statistics=statistics)
             return result

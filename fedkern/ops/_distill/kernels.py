@@ -301,8 +301,7 @@ class DistillKernels(Launcher):
         if self.gpu:
             if not self.keeps or classes < _KEPT or logits.dtype is torch.float64:
                 return None
-            statistics = _empty((batch, *positions, 4 * count), dtype=torch.float32, device=logits.device)
-            return statistics.movedim(-1, 1)
+            return _empty((batch, *positions, 4 * count), dtype=torch.float32, device=logits.device).movedim(-1, 1)
         # Per row: four numbers for each of the K, then the log of the mixture. The last layout has rows side by side,
         # where the core takes them side by side.
         numbers, dtype = 4 * count + classes, compute_dtype(logits.dtype)

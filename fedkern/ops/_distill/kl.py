@@ -98,8 +98,7 @@ def dual_kl(
     """
     if direction not in ("teacher", "student"):
         raise ValueError(f'direction must be "teacher" or "student", but is {direction!r}')
-    reverse = direction == "student"
-    return _dispatch(a, b, teacher, weight, temperature, reverse, reduction, dim, ("a", "b", "teacher"))
+    return _dispatch(a, b, teacher, weight, temperature, direction == "student", reduction, dim, ("a", "b", "teacher"))
 
 
 def _compare_stored(

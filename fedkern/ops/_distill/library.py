@@ -211,12 +211,10 @@ def fold_tensors(
     tensors: Optionals, dims: Sequence[int | None], axes: Sequence[int | None], count: int
 ) -> list[Tensor | None]:
     """Merge the tensors of ``count`` mapped calls into those of one call."""
-    folded = []
-    for x, dim, axis in zip(tensors, dims, axes, strict=False):
-        if x is not None and axis is not None:
-            x = library.mapped_first(x, dim, count).movedim(0, axis).flatten(axis, axis + 1)
-        folded.append(x)
-    return folded
+    return [
+        x if x is None or axis is None else library.mapped_first(x, dim, count).movedim(0, axis).flatten(axis, axis + 1)
+        for x, dim, axis in zip(tensors, dims, axes, strict=False)
+    ]
 
 
 def unfold_batch(x: Tensor, axis: int, count: int) -> Tensor:

@@ -145,8 +145,7 @@ class FusedBlocks(nn.Module):
             if shapes != self._shapes:
                 odd = sorted(key for key in {**shapes, **self._shapes} if shapes.get(key) != self._shapes.get(key))
                 raise ValueError(f"states[{m}] must have the keys and shapes of a block's state dict; odd: {odd}")
-        joined = {key: _join([state[key] for state in states]) for key in self._shapes}
-        self.block.load_state_dict(joined)
+        self.block.load_state_dict({key: _join([state[key] for state in states]) for key in self._shapes})
 
     def extra_repr(self) -> str:
         return f"{self.count} blocks, shared={self.shared}"

@@ -176,8 +176,7 @@ def adamw_step(
     check_like(first, "first", parameters)
     check_like(second, "second", parameters)
     step = check_count(step, "step", 1, MAX_STEPS)
-    adamw = (check_betas(betas), step, check_number(eps, "eps"))
-    return _take("adamw_step", call, 0.0, {}, adamw)
+    return _take("adamw_step", call, 0.0, {}, (check_betas(betas), step, check_number(eps, "eps")))
 
 
 def _numbers(betas: Sequence[float], step: int, eps: float) -> AdamW | None:

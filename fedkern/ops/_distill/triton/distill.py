@@ -13,25 +13,10 @@ from fedkern.ops._core.triton.numbers import finish
 from fedkern.ops._distill.kernels import NO_GRADIENTS, DistillKernels, Divergence, Gradients
 from fedkern.ops._distill.reference import result_dtype
 from fedkern.ops._distill.rows import BATCHMEAN, NONE, row_count, row_shape
+from fedkern.ops._distill.triton import rows as layout
 from fedkern.ops._distill.triton.ensemble import ensemble
 from fedkern.ops._distill.triton.losses import divergence_kernel, entropy_kernel
-from fedkern.ops._distill.triton.rows import (
-    ALL_ROWS,
-    SERIES,
-    Rows,
-    Steps,
-    hand_over,
-    known_steps,
-    make_readable,
-    make_rows_readable,
-    make_writable,
-    meta_of,
-    plan_rows,
-    row_steps_of,
-    statistics_kernel,
-    totals_of,
-    zero_all,
-)
+from fedkern.ops._distill.triton.rows import Rows, Steps, make_readable, make_rows_readable, make_writable
 
 
 class TritonDistill(DistillKernels):
@@ -62,22 +47,21 @@ class TritonDistill(DistillKernels):
         gradients = (to_student, to_peer, to_teacher)
         rows = row_count(student)
         if not rows:
-            zero_all(result)
+            layout.zero_all(result)
             return
         student, teacher = make_readable(student, to_student), make_readable(teacher, to_teacher)
         peer = None if peer is None else make_readable(peer, to_peer)
         weight, grad = make_rows_readable(weight), make_rows_readable(grad)
-        second = teacher if peer is None else peer
-        logit_steps = [known_steps(x) for x in (teacher, student, second)]
-        by_row = [row_steps_of(weight), row_steps_of(grad) if reduction == NONE else ALL_ROWS]
+        logit_steps = [layout.known_steps(x) for x in (teacher, student, teacher if peer is None else peer)]
+        by_row = [layout.row_steps_of(weight), layout.row_steps_of(grad) if reduction == NONE else layout.ALL_ROWS]
         # Batches and positions become one axis if all tensors allow.
-        plan, steps = plan_rows(
+        plan, steps = layout.plan_rows(
             teacher, [*logit_steps, *(s for s in by_row if s is not None)], 2 if peer is None else 3, compute
         )
         count = max(rows, 1) if reduction == BATCHMEAN else 1
         t_steps, s_steps, o_steps, w_steps, g_steps = steps
         strides = (*t_steps, *s_steps, *o_steps, w_steps.outer, w_steps.row, g_steps.outer, g_steps.row)
-        meta = meta_of(plan, compute)
+        meta = layout.meta_of(plan, compute)
 
         def run(
             to: tuple[Tensor | None, ...],
@@ -93,17 +77,17 @@ class TritonDistill(DistillKernels):
             launch(
                 divergence_kernel, plan.groups * plan.splits, device, *tensors, *parts, values,
                 double_bits(temperature), count, plan.inner, plan.classes, plan.tiles, plan.splits, plan.span,
-                rows, *strides, TERMS=SERIES[compute], REVERSE=reverse, MEAN=mean, WHOLE=plan.whole,
+                rows, *strides, TERMS=layout.SERIES[compute], REVERSE=reverse, MEAN=mean, WHOLE=plan.whole,
                 SPLITS=power_of_two(plan.splits), **meta,
             )  # fmt: skip
 
         if plan.splits == 1:
             losses = result if reduction == NONE else None
-            total = totals_of(result, reduction, plan)
+            total = layout.totals_of(result, reduction, plan)
             run(gradients, losses, raw, total)
             if total is not None and result is not None and total is not result:
                 finish(total, result, count)
-            hand_over(gradients, targets)
+            layout.hand_over(gradients, targets)
             return
 
         # Rows split among programs: statistics first, then the rows' losses if wanted, or needed by a gradient.
@@ -128,7 +112,7 @@ class TritonDistill(DistillKernels):
                     finish(losses.to(torch.float64), result, count)
         if any(x is not None for x in gradients):
             run(gradients, None, None, None, parts, values)
-            hand_over(gradients, targets)
+            layout.hand_over(gradients, targets)
 
     def _row_values(self, call: Divergence) -> Tensor:
         """Compute KL of each row, without the factor T²."""
@@ -142,14 +126,14 @@ class TritonDistill(DistillKernels):
     ) -> None:
         rows, compute, device = row_count(logits), compute_dtype(logits.dtype), logits.device
         if not rows:
-            zero_all(result)
+            layout.zero_all(result)
             return
         target, gradient = gradient, make_writable(gradient)
         logits, grad = make_readable(logits, gradient), make_rows_readable(grad)
-        by_row = row_steps_of(grad) if reduction == NONE else ALL_ROWS
+        by_row = layout.row_steps_of(grad) if reduction == NONE else layout.ALL_ROWS
         assert by_row is not None
         # Batches and positions become one axis if both tensors allow.
-        plan, (steps, g_steps) = plan_rows(logits, [known_steps(logits), by_row], 1, compute)
+        plan, (steps, g_steps) = layout.plan_rows(logits, [layout.known_steps(logits), by_row], 1, compute)
         count = rows if reduction == BATCHMEAN else 1
 
         def run(
@@ -163,15 +147,15 @@ class TritonDistill(DistillKernels):
                 entropy_kernel, plan.groups * plan.splits, device, logits, grad, to, losses, total, *parts, values,
                 count, plan.inner, plan.classes, plan.tiles, plan.splits, plan.span, *steps,
                 g_steps.outer, g_steps.row, MEAN=total is not None and total.dim() == 0, WHOLE=plan.whole,
-                SPLITS=power_of_two(plan.splits), **meta_of(plan, compute),
+                SPLITS=power_of_two(plan.splits), **layout.meta_of(plan, compute),
             )  # fmt: skip
 
         if plan.splits == 1:
-            total = totals_of(result, reduction, plan)
+            total = layout.totals_of(result, reduction, plan)
             run(gradient, result if reduction == NONE else None, total)
             if total is not None and result is not None and total is not result:
                 finish(total, result, count)
-            hand_over((gradient,), (target,))
+            layout.hand_over((gradient,), (target,))
             return
         # Rows split among programs: statistics first, then the rows' entropies, which the gradient needs.
         parts = _statistics([logits], [steps], plan, 1.0, compute)
@@ -185,7 +169,7 @@ class TritonDistill(DistillKernels):
                 finish(losses.to(torch.float64), result, count)
         if gradient is not None:
             run(gradient, None, None, parts, values)
-            hand_over((gradient,), (target,))
+            layout.hand_over((gradient,), (target,))
 
     _ensemble = staticmethod(ensemble)
 
@@ -193,13 +177,12 @@ class TritonDistill(DistillKernels):
 def _statistics(
     tensors: Sequence[Tensor], steps: Sequence[Steps], plan: Rows, temperature: float, compute: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    rows = plan.outer * plan.inner
-    shape, device = (len(tensors), rows, plan.splits), tensors[0].device
+    shape, device = (len(tensors), plan.outer * plan.inner, plan.splits), tensors[0].device
     tops, totals = torch.empty(2, *shape, dtype=compute, device=device).unbind()
     for x, step, top, total in zip(tensors, steps, tops, totals, strict=False):
         launch(
-            statistics_kernel, plan.groups * plan.splits, device, x, top, total, double_bits(temperature),
+            layout.statistics_kernel, plan.groups * plan.splits, device, x, top, total, double_bits(temperature),
             plan.inner, plan.classes, plan.tiles, plan.splits, plan.span, *step,
-            **meta_of(plan, compute),
+            **layout.meta_of(plan, compute),
         )  # fmt: skip
     return tops, totals

@@ -14,25 +14,10 @@ from fedkern.ops._core.triton.numbers import finish
 from fedkern.ops._distill.kernels import CONSENSUS, JS, Ensemble, Gradients, Pair
 from fedkern.ops._distill.reference import result_dtype
 from fedkern.ops._distill.rows import BATCHMEAN, LOGITS, MEAN, NONE, row_count
+from fedkern.ops._distill.triton import rows as layout
 from fedkern.ops._distill.triton.members import stack_kernel
 from fedkern.ops._distill.triton.mixture import members_kernel, mixture_kernel
-from fedkern.ops._distill.triton.rows import (
-    ALL_ROWS,
-    SERIES,
-    Rows,
-    Steps,
-    hand_over,
-    known_steps,
-    make_readable,
-    make_rows_readable,
-    make_writable,
-    meta_of,
-    plan_rows,
-    row_steps_of,
-    steps_of,
-    totals_of,
-    zero_all,
-)
+from fedkern.ops._distill.triton.rows import Rows, Steps, make_readable, make_rows_readable, make_writable
 
 
 class Mixture(NamedTuple):
@@ -64,14 +49,14 @@ class Mixture(NamedTuple):
         to_student, to_teachers, to_weights = make_writable(gradients[0]), make_writable(gradients[1], 2), gradients[2]
         student, teachers = make_readable(student, to_student), make_readable(teachers, to_teachers, 2)
         weights, grad = None if weights is None else make_readable(weights, None, 2), make_rows_readable(grad)
-        plan, steps = plan_rows(
+        plan, steps = layout.plan_rows(
             student,
             [
-                known_steps(student, 1),
-                known_steps(teachers, 2),
-                known_steps(weights, 2),
-                row_steps_of(grad) or ALL_ROWS if by_row else ALL_ROWS,
-                known_steps(to_weights, 2),
+                layout.known_steps(student, 1),
+                layout.known_steps(teachers, 2),
+                layout.known_steps(weights, 2),
+                layout.row_steps_of(grad) or layout.ALL_ROWS if by_row else layout.ALL_ROWS,
+                layout.known_steps(to_weights, 2),
             ],
             4,
             compute,
@@ -79,7 +64,7 @@ class Mixture(NamedTuple):
         return cls(
             compute, plan, row_count(student) if reduction == BATCHMEAN else 1, student, teachers, weights,
             None if class_mask is None else class_mask.view(torch.uint8), grad, (to_student, to_teachers, to_weights),
-            gradients, result if by_row else None, totals_of(result, reduction, plan), result, steps,
+            gradients, result if by_row else None, layout.totals_of(result, reduction, plan), result, steps,
         )  # fmt: skip
 
     @property
@@ -108,7 +93,7 @@ class Mixture(NamedTuple):
     def close(self) -> None:
         if self.total is not None and self.result is not None and self.total is not self.result:
             finish(self.total, self.result, self.count_rows)
-        hand_over(self.gradients, self.targets)
+        layout.hand_over(self.gradients, self.targets)
 
 
 def ensemble(
@@ -131,7 +116,7 @@ def ensemble(
         stack(grads, call, log_probs, gradients, results)
         return
     if not row_count(student):
-        zero_all(results[0], *gradients)
+        layout.zero_all(results[0], *gradients)
         return
     mixture = Mixture.of(grads[0], student, call, gradients, results[0])
     plan, compute = mixture.plan, mixture.compute
@@ -141,8 +126,8 @@ def ensemble(
         mixture_kernel, plan.groups, student.device, mixture.student, mixture.teachers, mixture.weights, mixture.mask,
         mixture.grad, tops, logs, *mixture.gradients, mixture.losses, mixture.total, double_bits(temperature),
         mixture.count_rows, len(teachers), plan.inner, plan.classes, plan.tiles, row_count(student), *mixture.strides,
-        TERMS=SERIES[compute], LOGITS=mix == LOGITS, LOG_PROBS=log_probs, BY_CLASS=mixture.by_class,
-        MEAN=mixture.mean, **meta_of(plan, compute, stack=True),
+        TERMS=layout.SERIES[compute], LOGITS=mix == LOGITS, LOG_PROBS=log_probs, BY_CLASS=mixture.by_class,
+        MEAN=mixture.mean, **layout.meta_of(plan, compute, stack=True),
     )  # fmt: skip
     mixture.close()
 
@@ -153,7 +138,7 @@ def stack(grads: Pair, call: Ensemble, log_probs: bool, gradients: Gradients, re
     grad, more_grad = grads
     rows = row_count(logits[0])
     if not rows:
-        zero_all(*results, *gradients)
+        layout.zero_all(*results, *gradients)
         return
     # Kernels need a single stride through the positions: other tensors are copied.
     compute, device = compute_dtype(result_dtype(student, None, logits)), logits.device
@@ -164,22 +149,22 @@ def stack(grads: Pair, call: Ensemble, log_probs: bool, gradients: Gradients, re
     student = None if student is None else make_readable(student, to_student)
     weights, grad, more_grad = _readable_members(weights), make_rows_readable(grad), make_rows_readable(more_grad)
     by_row = reduction == NONE
-    plan, steps = plan_rows(
+    plan, steps = layout.plan_rows(
         logits[0],
         [
-            known_steps(logits, 2),
-            known_steps(student, 1),
-            known_steps(None if weights is None else weights.unsqueeze(2), 2),
-            row_steps_of(grad) or ALL_ROWS if by_row else ALL_ROWS,
-            row_steps_of(more_grad) or ALL_ROWS if by_row else ALL_ROWS,
-            known_steps(None if to_weights is None else to_weights.unsqueeze(2), 2),
+            layout.known_steps(logits, 2),
+            layout.known_steps(student, 1),
+            layout.known_steps(None if weights is None else weights.unsqueeze(2), 2),
+            layout.row_steps_of(grad) or layout.ALL_ROWS if by_row else layout.ALL_ROWS,
+            layout.row_steps_of(more_grad) or layout.ALL_ROWS if by_row else layout.ALL_ROWS,
+            layout.known_steps(None if to_weights is None else to_weights.unsqueeze(2), 2),
         ],
         4,
         compute,
     )
     t_steps, s_steps, w_steps, g_steps, m_steps, b_steps = steps
     tops, logs = _members(logits, t_steps, plan, temperature, compute, log_probs)
-    totals = [totals_of(result, reduction, plan) for result in results]
+    totals = [layout.totals_of(result, reduction, plan) for result in results]
     # js_div is at most log K, which rounding must not exceed.
     bound = math.log(len(logits)) if mix == JS else math.inf
     launch(
@@ -188,14 +173,14 @@ def stack(grads: Pair, call: Ensemble, log_probs: bool, gradients: Gradients, re
         rows if reduction == BATCHMEAN else 1, double_bits(bound), len(logits), plan.inner, plan.classes, plan.tiles,
         rows, *s_steps, *t_steps, w_steps.outer, w_steps.row, g_steps.outer, g_steps.row, m_steps.outer, m_steps.row,
         b_steps.outer, b_steps.row, logits.stride(0), 0 if weights is None else weights.stride(0),
-        0 if to_weights is None else to_weights.stride(0), TERMS=SERIES[compute],
+        0 if to_weights is None else to_weights.stride(0), TERMS=layout.SERIES[compute],
         CONSENSUS=mix == CONSENSUS, LOG_PROBS=log_probs, MEAN=totals[0] is not None and totals[0].dim() == 0,
-        **meta_of(plan, compute, stack=True),
+        **layout.meta_of(plan, compute, stack=True),
     )  # fmt: skip
     for total, result in zip(totals, results, strict=True):
         if total is not None and result is not None and total is not result:
             finish(total, result, rows if reduction == BATCHMEAN else 1)
-    hand_over(gradients, targets)
+    layout.hand_over(gradients, targets)
 
 
 def _members(
@@ -208,10 +193,10 @@ def _members(
     launch(
         members_kernel, plan.groups * len(teachers), teachers.device, teachers, tops, logs, double_bits(temperature),
         plan.inner, plan.classes, plan.tiles, plan.groups, rows, teachers.stride(0), *steps,
-        **meta_of(plan, compute, stack=True),
+        **layout.meta_of(plan, compute, stack=True),
     )  # fmt: skip
     return tops, logs
 
 
 def _readable_members(x: Tensor | None) -> Tensor | None:
-    return x if x is None or steps_of(x.unsqueeze(2), 2) is not None else x.contiguous()
+    return x if x is None or layout.steps_of(x.unsqueeze(2), 2) is not None else x.contiguous()
