@@ -6,7 +6,7 @@ from types import ModuleType
 
 from fedkern.errors import UserError
 
-PACKAGES = {"foundation": "transformers", "flower": "'flwr>=1.26,<2'", "privacy": "dp-accounting opacus",
+PACKAGES = {"foundation": "transformers peft", "flower": "'flwr>=1.26,<2'", "privacy": "dp-accounting opacus",
             "medical": "nibabel", "tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow",
             "export": "onnx onnxscript"}  # fmt: skip
 """Packages of each extra, as pip's arguments."""
