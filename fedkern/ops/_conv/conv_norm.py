@@ -209,6 +209,8 @@ def choose_norm_kernels(inputs: Inputs, settings: Settings) -> ConvKernels | Non
     mean, variance, _, _, stride, _, pool, _, _, groups = settings
     arguments = x, weight, scale, shift, mean, variance, residual, pool, stride, groups, bias
     kernel: ConvKernels | None = choose_kernels("conv_norm", *arguments)
+    if kernel is None:  # also for objects that raise where requires_grad is read
+        return None
     if mean is not None and variance is not None and (mean.requires_grad or variance.requires_grad):
         return None
     return kernel
