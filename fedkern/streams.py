@@ -70,8 +70,7 @@ def _read_numpy() -> tuple[bytes, tuple[int, float]]:
 
     A full read takes 50 microseconds, and a spare number appears only if the generator moves.
     """
-    words = _numpy_words()
-    if words != _spareless[0]:
+    if (words := _numpy_words()) != _spareless[0]:
         state: Any = np.random.get_state()  # noqa: NPY002
         if state[3]:
             return words, state[3:]
@@ -117,8 +116,7 @@ def preserve_generators(device: torch.device | None = None) -> Iterator[Callable
     before, on_gpu = generator_states(), [torch.cuda.get_rng_state(gpu) for gpu in cuda]
 
     def have_moved() -> bool:
-        states = map(torch.cuda.get_rng_state, cuda)
-        return generator_states() != before or not all(map(torch.equal, on_gpu, states))
+        return generator_states() != before or not all(map(torch.equal, on_gpu, map(torch.cuda.get_rng_state, cuda)))
 
     try:
         yield have_moved

@@ -85,8 +85,7 @@ def run(
         if resume:
             request = replace(request, rounds=check_extension(request.out, rounds, trusted=trusted))
             config, stored, entry = resumed_settings(config, request.out, trusted, request.rounds)
-            finished = finished_summary(entry, request.out, predictions)
-            if finished is not None:
+            if (finished := finished_summary(entry, request.out, predictions)) is not None:
                 listeners.on_end(finished)
                 return finished
             check_place(stored, entry, config.device, request.out, trusted, remote=remote is not None)

@@ -65,8 +65,7 @@ class ListenerGroup(Listeners):
         self._states = dict(states)
 
         def give(member: Listener) -> None:
-            name = self._names[id(member)]
-            if name in self._states:
+            if (name := self._names[id(member)]) in self._states:
                 member.restore(deepcopy(self._states[name]))
 
         self._each("restore", give, early=True)

@@ -53,12 +53,11 @@ class Images(Reader):
     ) -> None:
         super().__init__(split, device, split.task.batch_size(size, math.prod(split.images.shape[2:])))
         self.form, self.tokens = form, tokens
-        make = partial(
+        self._make_pixels = partial(
             Pixels, mean=form.mean, std=form.std, device=device, cache=cache, augment=augment, sides=form.shape[1:],
             is_raw=form.is_raw,
         )  # fmt: skip
-        self._make_pixels = make
-        self.pixels = make(split.images)
+        self.pixels = self._make_pixels(split.images)
         self._pick = PICK.get(self.task.network, pick_images)
         self.labels: Tensor = split.labels
         self._there = place_labels(split.labels, device)

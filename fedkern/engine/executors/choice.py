@@ -36,8 +36,7 @@ def executor_of(run: RunObjects) -> Executor:
         asks += context.federation.clients * -(-len(rounds) // config.eval_every)
     if (ranks := torchrun_group.find_main_group()) is not None:
         return _on_ranks(run, ranks, asks)
-    count = workers_for(config, context, asks, run.parameters)
-    if count < 2:
+    if (count := workers_for(config, context, asks, run.parameters)) < 2:
         return run.here
     expected = asks if config.workers == "auto" else None
     return Workers(context, run.here, run.handlers, run.store.checkpoints.reader, count, asks=expected)
@@ -62,8 +61,7 @@ def workers_for(config: RunConfig, context: RunContext, asks: int, parameters: i
     """Return the number of workers, or 1 if clients work in the run's process."""
     if config.workers == "1" or not asks:
         return 1
-    why = find_worker_obstacle(config.device)
-    if why:
+    if why := find_worker_obstacle(config.device):
         _no_workers(config, context, why)
         return 1
     limit = config.clients_of_a_round

@@ -49,8 +49,7 @@ class ForkServer:
             return True
         if not select.select([self.channel], [], [], 0)[0]:
             return False
-        answer = self._answer()
-        if answer != "ready":
+        if (answer := self._answer()) != "ready":
             raise Gone(f"a worker process could not be prepared ({answer})")
         self._ready = True
         return True

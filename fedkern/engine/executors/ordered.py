@@ -82,8 +82,7 @@ class Ordered:
         return sorted({*self._readers, *self.here.working()})
 
     def forget(self, client: ClientId) -> None:
-        process = self._at.pop(client, None)
-        if process is not None:
+        if (process := self._at.pop(client, None)) is not None:
             self._tell(process, Forget(client))
         for table in (self._readers, self._played, self._changed):
             table.pop(client, None)

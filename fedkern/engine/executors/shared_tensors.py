@@ -68,8 +68,7 @@ class Channel(PacketStream):
     def _exactly(self, size: int) -> bytes:
         parts = bytearray()
         while len(parts) < size:
-            part = self._end.recv(size - len(parts))
-            if not part:
+            if not (part := self._end.recv(size - len(parts))):
                 raise EOFError
             parts += part
         return bytes(parts)

@@ -50,7 +50,7 @@ class Worker:
         MODELS.update({entry.name: entry for entry in setup.entries})
         method_registry.GIVEN.update(setup.methods)
         self._context = setup.context
-        self._context.notices.on_notice = self._notice
+        self._context.notices.on_notice = lambda text: channel.send(Packer().pack(Notice(text)))
         threads = self._context.config.client_threads
         torch.set_num_threads(threads)
         self._serial = Serial(self._context, setup.handlers, lambda _: dict, threads)
@@ -84,9 +84,6 @@ class Worker:
         self._channel.send(packet)
         self._packer.clear()
         self._channel.forget()
-
-    def _notice(self, text: str) -> None:
-        self._channel.send(Packer().pack(Notice(text)))
 
 
 def end_with_parent() -> None:
@@ -190,8 +187,7 @@ def _serve(end: socket.socket, setup: Setup | None, positions: dict[int, int] | 
             channel.say(_wait_for_end(int(request.value)))
             continue
         ours, positions = os.getpid(), read_positions()
-        child = os.fork()
-        if child:
+        if child := os.fork():
             os.close(request.extra[0])
             channel.say(child)
             continue

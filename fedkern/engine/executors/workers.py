@@ -151,8 +151,7 @@ class Workers(Ordered):
                 self._free_clients(worker)
                 continue
             size = sum(os.fstat(descriptor).st_size for descriptor in packet.files.values())
-            reply = self._read(packet)
-            if reply is not None:
+            if (reply := self._read(packet)) is not None:
                 assert worker.client is not None  # it was busy
                 reply.size = size
                 self._replies[worker.client], worker.client = reply, None

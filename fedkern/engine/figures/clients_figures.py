@@ -61,8 +61,7 @@ class ClientsFigures:
     def _read_answer(self, answer: Answer) -> Message:
         for name, text in answer.warnings.items():
             self._run.notices.warn(name, text)
-        problem = answer.problem
-        if problem is None:
+        if (problem := answer.problem) is None:
             message: Message = answer.message
             return message
         label = self._run.context.data.client_label(answer.client)

@@ -112,8 +112,7 @@ def collapsed_classes(
             for label in torch.unique(part).tolist()
             if 0 <= label < len(classes)
         }
-        missing = sorted(present - set(torch.unique(data.predictions).tolist()))
-        if missing:
+        if missing := sorted(present - set(torch.unique(data.predictions).tolist())):
             area = telling_area(metrics, prefix[:-1], config)
             names = ", ".join(f'"{classes[c]}"' for c in missing[:5]) + (" ..." if len(missing) > 5 else "")
             return {
@@ -138,8 +137,7 @@ def outlying_drift(clients: Mapping[str, Mapping[str, float]], label: Callable[[
         return {}
     worst = max(drifts, key=lambda name: drifts[name])
     usual = sorted(value for name, value in drifts.items() if name != worst)
-    median = usual[len(usual) // 2]
-    if median > 0 and drifts[worst] > DRIFT_FACTOR * median:
+    if (median := usual[len(usual) // 2]) > 0 and drifts[worst] > DRIFT_FACTOR * median:
         return {
             "outlying-client": f"The update of client {label(int(worst))} is {drifts[worst] / median:.0f} times as "
             "long as the others': look at its data, or clip with --clip-norm."
@@ -228,8 +226,7 @@ def missing_metrics(
     method: str, source: str, sets: Mapping[str, EvaluatedSet], figures: Mapping[str, float]
 ) -> dict[str, str]:
     expected = {metric.name: f"{prefix}{metric.name}" for prefix, data in sets.items() for metric in data.metrics}
-    missing = sorted(name for name, figure in expected.items() if figure not in figures)
-    if not missing:
+    if not (missing := sorted(name for name, figure in expected.items() if figure not in figures)):
         return {}
     named = f"The metric {missing[0]} is" if len(missing) == 1 else f"The metrics {', '.join(missing)} are"
     return {

@@ -36,8 +36,7 @@ def final_figures(sets: Mapping[str, EvaluatedSet], classes: Sequence[str]) -> F
     result = FinalFigures()
     names = unique_names(classes)
     for prefix, data in sets.items():
-        outputs = [answer for _, answer in kept_answers(data, len(names))]
-        if not outputs:
+        if not (outputs := [answer for _, answer in kept_answers(data, len(names))]):
             continue
         figures, name = data.task.final(data, outputs, names), set_name(prefix)
         result.metrics.update({prefix + figure: value for figure, value in figures.metrics.items()})

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from fedkern.engine.local.first_steps import is_shipped
 from fedkern.engine.local.network import Trained
 from fedkern.methods.protocol import Batch, Received
 from fedkern.methods.roles import Objective
@@ -121,12 +122,8 @@ def is_replayable(kind: type[Objective], network: nn.Module | None = None) -> bo
     A user-defined ``network`` may compute on the host.
     """
     flag: bool | None = getattr(kind, "replayable", False)
-    known = network is None or all(_is_own_module(type(module)) for module in network.modules())
+    known = network is None or all(is_shipped(type(module)) for module in network.modules())
     return flag if known or flag is False else None
-
-
-def _is_own_module(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in ("fedkern", "torch")
 
 
 Play = Callable[[Iterable[Batch]], Iterator[Outcome]]
@@ -230,8 +227,7 @@ class Graphs:
 
     def hold(self, name: str, tensor: Tensor) -> Tensor:
         """Copy a tensor to the address of the last one of its name and size, where recorded steps read it."""
-        buffer = self.held.get(name)
-        if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+        if (buffer := self.held.get(name)) is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
             self.held[name] = buffer = torch.empty_like(tensor, memory_format=torch.contiguous_format)
         return buffer.copy_(tensor)
 
@@ -299,8 +295,7 @@ class Graphs:
         def find_recording(batch: Batch, key: Hashable) -> Recorded | None:
             size = len(batch.indices)
             remaining[size] = remaining.get(size, 0) - 1
-            recording = self._recorded.pop(key, None)
-            if recording is not None:
+            if (recording := self._recorded.pop(key, None)) is not None:
                 self._recorded[key] = recording  # moved to the end, as the most recent
                 return recording
             self._eager[key] += 1

@@ -100,13 +100,8 @@ class Network:
 
     def read(self) -> dict[str, Tensor]:
         """Return copies of ``parameters`` fp32 [P], ``buffers`` fp32 [Q] and ``integers`` int64 [R], if not empty."""
-        result = {"parameters": self.parameters.clone()}
-        if self.buffers.numel():
-            result["buffers"] = self.buffers.clone()
-        integers = self._flat.integers
-        if integers.numel():
-            result["integers"] = integers
-        return result
+        optional = {"buffers": self.buffers.clone(), "integers": self._flat.integers}
+        return {"parameters": self.parameters.clone(), **{name: x for name, x in optional.items() if x.numel()}}
 
     def write(self, message: Mapping[str, Tensor]) -> None:
         """Copy a message's vectors into the network, and reset its ``constants``."""
@@ -223,8 +218,7 @@ class Trainable:
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
         self.fixed = False
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        if not trained:
+        if not (trained := [parameter for parameter in module.parameters() if parameter.requires_grad]):
             raise ValueError("module: expected a parameter that requires gradients, given none")
         self._flat = ops.FlatParameters(nn.ParameterList(trained))
         self.trained_parameters = trained

@@ -57,8 +57,7 @@ class ClientTeachers:
     def load(self, client: int, module: nn.Module) -> None:
         """Load a client's trained weights into ``module``, in place."""
         paths = (self.root / f"client-{client}{suffix}" for suffix in SUFFIXES)
-        path = next(filter(Path.exists, paths), None)
-        if path is None:
+        if (path := next(filter(Path.exists, paths), None)) is None:
             self._load_of_run(client, module)
         else:
             _load_state(path, client, module)
@@ -172,9 +171,8 @@ class Networks:
         self.slots: dict[tuple[str, int], Network] = {}
         self.lane_graphs: dict[int, Graphs | None] = {}
         self._first_steps: dict[tuple[str, str], FirstSteps] = {}
-        self._sent: tuple[Tensor, int, Tensor] | None = (
-            None  # a message's vector, its version and its copy on the device
-        )
+        # A message's vector, its version and its copy on the device.
+        self._sent: tuple[Tensor, int, Tensor] | None = None
         self._frozen: tuple[list[Any], nn.Module | None] = [], None  # the vectors of a frozen network, and the network
 
     # -- making ----------------------------------------------------------------------------------------------------
@@ -250,8 +248,7 @@ class Networks:
 
     @cached_property
     def initial_personal(self) -> Message:
-        keeps_parts = self._config.keeps_parts
-        return freezing.copies(freezing.tensors(user_module(self.build()))) if keeps_parts else {}
+        return freezing.copies(freezing.tensors(user_module(self.build()))) if self._config.keeps_parts else {}
 
     @property
     def trained_vectors(self) -> tuple[str, ...]:
@@ -302,8 +299,7 @@ class Networks:
         """Return a message's vector on the device, for reading, sent once for all clients of a round."""
         if self.device.type == "cpu" or vector.device.type != "cpu" or vector.is_inference():
             return vector.to(self.device)
-        last = self._sent
-        if last is None or last[0] is not vector or last[1] != vector._version:
+        if (last := self._sent) is None or last[0] is not vector or last[1] != vector._version:
             self._sent = last = vector, vector._version, vector.to(self.device)
         return last[2]
 

@@ -112,13 +112,11 @@ class Trial:
 
     def _targets(self, split: Items, seen: object) -> Tensor | None:
         """Return the classes that a set states, or else those of its first items, if any, with 0 for ignored ones."""
-        targets = stated_targets(split.dataset, self._stated)
-        if targets is not None and split.rows is not None:
+        if (targets := stated_targets(split.dataset, self._stated)) is not None and split.rows is not None:
             targets = targets[split.rows]
         if targets is None and isinstance(seen, Tensor) and seen.dtype in INTEGERS and seen.dim():
             targets = seen.long()
-        ignored = getattr(self._task, "ignored", -100)
-        return None if targets is None else targets.masked_fill(targets == ignored, 0)
+        return None if targets is None else targets.masked_fill(targets == getattr(self._task, "ignored", -100), 0)
 
     def _try(self, split: Items, purpose: str, attempts: Sequence[Sequence[int]], odd: str, way: str) -> None:
         errors = [self._failure(split, purpose, rows) for rows in attempts]
@@ -242,11 +240,9 @@ class Samples:
 
         Clients with fewer than two images, or without a pixel of known class, are left out.
         """
-        test = self.data.tests.get("")
-        if test is None or test.homes is None or self.data.client_names is None:
+        if (test := self.data.tests.get("")) is None or test.homes is None or self.data.client_names is None:
             return {}
-        homes = test.homes
-        parts = {k: test.subset((homes == k).nonzero().flatten()) for k in range(len(self.data.client_names))}
+        parts = {k: test.subset((test.homes == k).nonzero().flatten()) for k in range(len(self.data.client_names))}
         fit = {k: split for k, split in parts.items() if len(split) > 1 and not split.task.unfit(split)}
         return compared_alike({k: self._test_set(split) for k, split in fit.items()})
 

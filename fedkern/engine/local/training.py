@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -105,8 +105,7 @@ class ReceivedMessage:
 
     @property
     def model(self) -> Any:
-        if self.flat is None:
-            raise ValueError('received: expected a message with "parameters" fp32 [P], given none')
+        _ = self.parameters  # raises without them
         return self.frozen()
 
 
@@ -271,10 +270,6 @@ def one_pass(
     return Outcome(loss.detach(), squared, (torch.stack([*observed.values()]),) if observed else (), tuple(observed))
 
 
-def one_by_one(run: Callable[[Batch], Outcome], batches: Iterable[Batch]) -> Iterator[Outcome]:
-    return map(run, batches)
-
-
 def train_async(
     client: Client,
     method: Objective,
@@ -319,16 +314,10 @@ def train_async(
         graphs = None
 
     # A step is recorded as a whole only for plain SGD on shared parameters; else forward and backward alone.
-    hold = None  # a whole recorded step keeps its tensors in place; AdamW's numbers change every time
     has_personal = len(network.gradient_vectors) > 1  # parameters that the client keeps to itself
-    if (
-        graphs is not None
-        and not adjusts
-        and not has_personal
-        and schedule.make is None
-        and schedule.optimizer == "sgd"
-    ):
-        hold = graphs.hold
+    is_sgd = schedule.make is None and schedule.optimizer == "sgd"  # AdamW's numbers change every time
+    # A whole recorded step keeps its tensors in place.
+    hold = graphs.hold if graphs is not None and is_sgd and not (adjusts or has_personal) else None
     as_whole = hold is not None
     optimiser = stepper(network, schedule, terms, previous, hold)
     step: Callable[[Rate], ops.StepResult] = optimiser.step
@@ -356,7 +345,7 @@ def train_async(
     # The checks of first steps wrap the loss, inside and outside of recordings.
     objective = method if first_steps is None else first_steps.watch(client, method, network)
     run = partial(one_pass, objective, network.module, partial(step, rate) if as_whole else None)
-    passes: AbstractContextManager[Play] = nullcontext(partial(one_by_one, partial(run, received=received)))
+    passes: AbstractContextManager[Play] = nullcontext(partial(map, partial(run, received=received)))
     if graphs is not None:
         passes = graphs.replaying(
             network, method, received, run, batch_sizes(count, schedule), partial(_warn, client),

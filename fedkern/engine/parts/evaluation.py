@@ -54,14 +54,12 @@ class Evaluation(RunPart):
         self._kept = False
         if record.entry.one_off:
             return
-        losses = [info["loss"] for info in record.clients.values() if "loss" in info]
-        if losses:
+        if losses := [info["loss"] for info in record.clients.values() if "loss" in info]:
             record.put({"loss": sum(losses) / len(losses)}, About.CLIENTS)
         if not record.due:
             return
         begun = time.perf_counter()
-        network = self._run.hooks["method"].network()
-        if network is not None:
+        if (network := self._run.hooks["method"].network()) is not None:
             self._evaluate(network, last=record.last, locally=record.in_server_process)
             record.figures = {**self.latest}
             record.put(self.latest)

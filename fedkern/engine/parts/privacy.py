@@ -43,8 +43,7 @@ class Privacy(RunPart):
         if run.private is not None:
             report = run.private.report(run.progress.done)
         else:
-            states = run.store.checkpoints.client_state
-            report = privacy_figures(run.guarantee, states, run.config.trained_clients)
+            report = privacy_figures(run.guarantee, run.store.checkpoints.client_state, run.config.trained_clients)
         summary.metrics.update({name: report[name] for name in (EPSILON, PART, "delta") if name in report})
         if report:
             summary.entries["privacy"] = report

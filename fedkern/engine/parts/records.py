@@ -19,15 +19,8 @@ class Records(RunPart):
     def before_round(self, record: Record) -> None:
         device_use.begin(self._run.context.device)
         if not record.entry.one_off:
-            record.put(
-                {
-                    "round": record.number,
-                    "rounds": record.rounds,
-                    "name": record.entry.name,
-                    "seconds": 0.0,
-                    "evaluated": record.due,
-                }
-            )
+            record.put({"round": record.number, "rounds": record.rounds, "name": record.entry.name})
+            record.put({"seconds": 0.0, "evaluated": record.due})
 
     def round_end(self, record: Record) -> None:
         if record.entry.one_off:

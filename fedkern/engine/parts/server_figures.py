@@ -17,9 +17,8 @@ class ServerFigures(RunPart):
         if record.entry.one_off:
             return
         report, told = self._run.server.report, self._run.notices.disclosure.filter_entries(record.entries)
-        for name, value in convert_figures(
-            report, "server.report", {*told, *RECORD_NAMES, *(FIGURE_NAMES & report.keys())}
-        ).items():
+        taken = {*told, *RECORD_NAMES, *(FIGURE_NAMES & report.keys())}
+        for name, value in convert_figures(report, "server.report", taken).items():
             report[name] = float(value)
         record.put(report, About.SERVER)
 

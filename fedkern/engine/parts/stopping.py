@@ -19,8 +19,7 @@ class StopAt(RunPart):
     def __init__(self, run: RunObjects) -> None:
         super().__init__(run)
         self._figure, self._sign, self._value = stop_target(run.config.stop_at or "")
-        tests = run.context.data.tests
-        check_reachable("--stop-at", self._figure, self._value, falls=self._sign == "<=", own=tests)
+        check_reachable("--stop-at", self._figure, self._value, falls=self._sign == "<=", own=run.context.data.tests)
         self._reason = ""  # once the value is reached
 
     @classmethod
@@ -84,8 +83,7 @@ class Patience(RunPart):
             self._without += bool(self._best)
             return self._stop()
         name = next(name for name in BEST_SO_FAR if name != self._kept)
-        network = self._run.hooks["method"].network()
-        if network is None:
+        if (network := self._run.hooks["method"].network()) is None:
             return None
         context = self._run.context
         about = about_network(context, self._run.config, record.number, context.networks.is_flat(network))

@@ -52,8 +52,7 @@ class Exchange:
         while True:
             check()
             start = time.perf_counter()
-            answer = next(answers, None)
-            if answer is None:
+            if (answer := next(answers, None)) is None:
                 break
             upload = self._take_answer(answer)
             self.seconds += time.perf_counter() - start

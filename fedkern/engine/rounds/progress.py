@@ -39,8 +39,7 @@ class Progress:
             exchange: an exchange to name. Default names (``"train"``, ``"update"``) are left out, and the round is
                 named instead.
         """
-        entry = self.entry
-        if entry is None or entry.one_off:
+        if (entry := self.entry) is None or entry.one_off:
             name = "" if entry is None else _in_brackets(entry, exchange)
             return (f"after round {self.done}" if self.done else "before the first round") + name
         return f"in round {self.index + 1}" + (_in_brackets(entry, exchange) if exchange is not None else "")

@@ -93,8 +93,7 @@ class ClientStates:
         self._begun.clear()
 
     def _write(self, k: ClientId) -> None:
-        state = self.executor.changed_state(k)
-        if state and self._stateless:
+        if (state := self.executor.changed_state(k)) and self._stateless:
             raise UserError(
                 "Epsilon assumes that the clients of a round are drawn in secret, as "
                 f"{self._context.config.method} is declared stateless, but client "
@@ -195,8 +194,7 @@ class RoundLog:
 
         A set-up round of named clients may lose all of them, as the run has others.
         """
-        entry = self._progress.entry
-        if entry is None or not (entry.one_off and isinstance(entry.participants, tuple)):
+        if (entry := self._progress.entry) is None or not (entry.one_off and isinstance(entry.participants, tuple)):
             last: State = self.dropped[-1] if self.dropped else {}
             label = self._context.data.client_label(last["client"]) if "reason" in last else ""
             why = f" (client {label}: {last['reason']})" if label else ""

@@ -140,8 +140,7 @@ def find_facts(
         config = config.replace(**facts)
 
     # Built-in networks of images fit by construction, unless a setting changes them.
-    entry = MODELS.get(config.model)
-    if entry is None:
+    if (entry := MODELS.get(config.model)) is None:
         raise UserError(explain_unknown(config.model))
     from_user = isinstance(entry.make, Own)
     is_of_images = bool(data.form.offers)
@@ -267,7 +266,6 @@ def _classes(outputs: object, targets: Tensor, text: str, ignored: int) -> int:
     if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(targets):
         shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise UserError(f"the network {text} must return logits [samples, classes], not {shape}: or give a loss_fn.")
-    largest = int(targets.where(targets != ignored, 0).max())
-    if largest >= outputs.shape[1]:
+    if (largest := int(targets.where(targets != ignored, 0).max())) >= outputs.shape[1]:
         raise UserError(too_few(outputs, largest, f"the network {text}"))
     return outputs.shape[1]

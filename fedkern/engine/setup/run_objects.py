@@ -325,8 +325,7 @@ def prepare(request: Request, context: RunContext, listener: ListenerGroup, *, i
         with code("check"):
             check_client(method, Client(context, k, {}))
     if context.task_facts:
-        network = context.networks.get("server")  # raises if an encoder's folder cannot be read
-        pooling.check(network.module)
+        pooling.check(context.networks.get("server").module)  # raises if an encoder's folder cannot be read
 
     # The method makes its state first, as privacy and participation depend on it.
     with context.drawing(server, BEFORE), code("start"):

@@ -157,8 +157,7 @@ class Checkpoints:
         """
         atomic.make_folder(self.folder, fresh=fresh)
         filesystem.drop_temporaries(self.folder, _ours)
-        entries = self._read_manifest()
-        if entries is None:
+        if (entries := self._read_manifest()) is None:
             if begun or any(self.folder.iterdir()):
                 raise UserError(
                     f"{self.folder / MANIFEST} is missing, though the run has begun: put the file back, or start the "
@@ -279,10 +278,8 @@ class Checkpoints:
     def _load(self, name: str) -> State:
         if (waiting := self._waiting.get(name)) is not None:
             return dict(waiting.state())
-        crc = self._unchecked.pop(name, None)
-        if crc is not None and checksum(self.folder / name) != crc:
-            path = self.folder / name
-            raise UserError(f"{path} is missing or damaged: put the file back, or start the run again.")
+        if (crc := self._unchecked.pop(name, None)) is not None and checksum(self.folder / name) != crc:
+            raise UserError(f"{self.folder / name} is missing or damaged: put the file back, or start the run again.")
         try:
             return states.load(self.folder / name)
         except ValueError as error:
@@ -418,8 +415,7 @@ class Checkpoints:
     def amend(self, info: State) -> None:
         """Replace ``info`` of the newest checkpoint at once, and keep its files."""
         self.settle()
-        entries = [*self.entries[:-1], Entry({**self.entries[-1], "info": info})]
-        self._write_manifest(entries)
+        self._write_manifest([*self.entries[:-1], Entry({**self.entries[-1], "info": info})])
 
     def _write_manifest(self, entries: list[Entry]) -> None:
         entries = [Entry({**entry, "sum": entry_sum(entry)}) for entry in entries]
@@ -440,8 +436,7 @@ class Checkpoints:
             packed.save(path)
             if not at_once:
                 self._loose.append(path)
-            crc = checksum(path)
-            if crc is None:
+            if (crc := checksum(path)) is None:
                 raise UserError(f"{path} vanished while it was written.")
             self._sums[name] = crc
             if self._waiting.get(name) is packed:  # not a later state of the same round
@@ -479,8 +474,7 @@ def check_results(out: Path, needed: str) -> None:
     Raises:
         UserError: a file was changed, or the file ``needed`` is missing.
     """
-    entry = read_newest(out)
-    if entry is None or not entry["info"]["finished"]:
+    if (entry := read_newest(out)) is None or not entry["info"]["finished"]:
         return
     for name, value in entry["info"]["results"].items():
         if checksum(out / name) == value:
@@ -514,7 +508,6 @@ def _sound(entry: object) -> bool:
     if not isinstance(entry, dict) or entry.get("sum") != entry_sum(entry):
         return False
     info, sums = entry.get("info"), entry.get("files")
-    table = entry.get("table")
     return (
         all(type(entry.get(key)) is int and entry[key] >= 0 for key in ("round", "plan"))
         and isinstance(info, dict)
@@ -523,7 +516,7 @@ def _sound(entry: object) -> bool:
         and isinstance(sums, dict)
         and all(_of_state(name) and type(value) is int for name, value in sums.items())
         and all(isinstance(name := entry.get(key, entry.get("server")), str) and name in sums for key in _NAMED)
-        and sound_place(table)
+        and sound_place(entry.get("table"))
     )
 
 

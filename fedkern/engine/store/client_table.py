@@ -70,8 +70,7 @@ class ClientTable:
         """Add changed rows durably, and return the table's new place."""
         self.rows.update(rows)
         line = _line(rows)
-        place = self._place
-        if place is None or place["bytes"] + len(line) > 2 * self._first + SLACK:
+        if (place := self._place) is None or place["bytes"] + len(line) > 2 * self._first + SLACK:
             line = _line(self.rows)
             place = {"file": f"clients-{plan:06d}.jsonl", "bytes": 0, "sum": 0}
             atomic.write_bytes(self._folder / place["file"], line)
@@ -103,8 +102,7 @@ def _content(folder: Path, place: Place) -> bytes:
         with open_regular(folder / name) as file:
             content = file.read(size) if 0 < size <= os.fstat(file.fileno()).st_size else b""
         if not content or zlib.crc32(content) != total:
-            way = explain_line_ends(folder / name, zlib.crc32, total, size)
-            raise ValueError(f"it is not what the run wrote{way}")
+            raise ValueError(f"it is not what the run wrote{explain_line_ends(folder / name, zlib.crc32, total, size)}")
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder / name} is missing or damaged: {error}") from None
     return content

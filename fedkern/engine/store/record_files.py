@@ -50,8 +50,7 @@ def rows(
     """
     by_length = sorted({*prefixes, "", *_LEFT_OUT}, key=len, reverse=True)
     for name, value in metrics.items():
-        prefix = next(prefix for prefix in by_length if name.startswith(prefix))
-        if prefix not in _LEFT_OUT:
+        if (prefix := next(prefix for prefix in by_length if name.startswith(prefix))) not in _LEFT_OUT:
             yield "", prefix.removesuffix("_") or ONLY, name.removeprefix(prefix), value
     for k, own_figures in by_client.items():
         client = str(k) if names is None else names[k]
@@ -203,8 +202,7 @@ def read_metrics(out: Path | str) -> list[State]:
     """
     out = Path(out)
     path = out / METRICS
-    entry = checkpoints.read_newest(out)
-    if entry is not None:
+    if (entry := checkpoints.read_newest(out)) is not None:
         size = Metrics(out).check_entry(entry)
         if entry["info"]["finished"] and path.stat().st_size != size:
             raise UserError(f"{path} has lines that the run did not write: put the file back.")

@@ -39,8 +39,7 @@ class Releases:
         """
         try:
             text = self._path.read_bytes() if self._path.exists() else b""
-            complete = text[: text.rfind(b"\n") + 1]
-            if complete != text:
+            if (complete := text[: text.rfind(b"\n") + 1]) != text:
                 atomic.write_bytes(self._path, complete)
             lines = [json.loads(line) for line in complete.decode().splitlines()]
             self._due = {(int(at), str(name), int(k)): str(digest) for at, name, k, digest in lines if at >= plan}
@@ -57,8 +56,7 @@ class Releases:
             UserError: a different message left before the run was interrupted, or the disk is full.
         """
         key, message_digest = (plan, exchange, client), digest(message)
-        before = self._due.pop(key, None)
-        if before is None:
+        if (before := self._due.pop(key, None)) is None:
             line = json.dumps([*key, message_digest]) + "\n"
             with atomic.open_in_place(self._path, "ab", durable=True) as file:
                 file.write(line.encode())

@@ -42,8 +42,7 @@ def resumed_settings(
     )
     config = config.replace(**{name: getattr(stored, name) for name in config.unset})
     check_settings(config if config.augment else config.replace(augment=stored.augment), stored, out)
-    entry = Checkpoints(out).peek()
-    if entry is not None:
+    if (entry := Checkpoints(out).peek()) is not None:
         entry = change_rounds(entry, rounds)
         check_unedited(stored, entry, out)
     elif not (config.asked or config.common):  # a run folder does not keep which settings were given
@@ -228,15 +227,13 @@ def check_kernels(info: State, device: str, out: Path) -> None:
         UserError: the kernels differ, and this machine could have the same. The message says how.
     """
     current = versions.kernels()
-    stored = info["kernels"]
     if device != info["config"]["device"]:
         return
     changed, ways = [], []
     for name, variable in FORCED.items():
-        before = stored[name]
+        before = info["kernels"][name]
         choosable = _choosable(name) if before != current[name] else {}
-        if before in choosable:
-            value = choosable[before]
+        if (value := choosable.get(before)) is not None:
             changed.append(f"{name}: {before} -> {current[name]}")
             ways.append(f"set {variable}={value}" if value else f"unset {variable}")
     if changed:
@@ -270,15 +267,14 @@ def warn_changes(info: State, config: RunConfig) -> dict[str, str]:
             "one."
         )
     before = info["config"].get("plugins") or {}
-    replaced = [name for name, identity in config.plugins.items() if identity not in before.values()]  # a file may move
-    if replaced:
+    # A file may move.
+    if replaced := [name for name, identity in config.plugins.items() if identity not in before.values()]:
         warnings["other-plugin"] = named_code.warn_of_change(", ".join(replaced))
     current = versions.kernels()
     stored = info["kernels"]
-    differ = [
+    if differ := [
         f"{name} {value} and now {current[name]}" for name, value in stored.items() if current.get(name, value) != value
-    ]
-    if differ:
+    ]:
         warnings["other-kernels"] = (
             f"The run was started with other kernels ({'; '.join(differ)}), which this machine does not have: its bits "
             "differ from an uninterrupted one."
@@ -293,8 +289,7 @@ def warn_damage(checkpoints: Checkpoints, entry: Entry, out: Path) -> dict[str, 
             f"The newest checkpoint in {checkpoints.folder} is missing or damaged ({'; '.join(checkpoints.skipped)}): "
             f"the run goes on from the one of round {entry['round']}."
         )
-    if entry["info"]["finished"]:
-        names = [name for name in find_damaged(out, entry) if (out / name).exists()]
-        if names:
-            warnings["damaged-results"] = f"{', '.join(names)} in {out} was not what the run wrote, and was made again."
+    damaged = find_damaged(out, entry) if entry["info"]["finished"] else []
+    if names := [name for name in damaged if (out / name).exists()]:
+        warnings["damaged-results"] = f"{', '.join(names)} in {out} was not what the run wrote, and was made again."
     return warnings

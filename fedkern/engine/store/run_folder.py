@@ -162,8 +162,7 @@ def reserve(parent: Path, stem: str, way_out: str) -> Path:
 
 
 def check_free(out: Path, names: tuple[str, ...]) -> None:
-    present = [name for name in names if (out / name).exists() or (out / name).is_symlink()]
-    if present:
+    if present := [name for name in names if (out / name).exists() or (out / name).is_symlink()]:
         raise UserError(
             f"{out} already holds {', '.join(present)}, which a new run would write over: choose another --out, or "
             "move what is there away first."

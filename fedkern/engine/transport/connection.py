@@ -164,8 +164,7 @@ class Connection(PacketStream):
         while unread:
             if not select.select([self._end], [], [], self._silence)[0]:
                 raise TimeoutError
-            count = self._end.recv_into(unread)
-            if not count:
+            if not (count := self._end.recv_into(unread)):
                 raise EOFError
             unread = unread[count:]
         return content

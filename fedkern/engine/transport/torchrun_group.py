@@ -60,8 +60,7 @@ def find_rank() -> LaunchedRank | None:
 
 
 def _job() -> str:
-    name = os.environ["TORCHELASTIC_RUN_ID"]
-    if name not in ("", "none"):
+    if (name := os.environ["TORCHELASTIC_RUN_ID"]) not in ("", "none"):
         return name
     parent = os.getppid()
     try:

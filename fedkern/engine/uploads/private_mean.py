@@ -56,8 +56,7 @@ class ClippedSum:
     def release(self, clients: int, key: NoiseKey) -> Message:
         """Return the start plus the noised sum over ``clients``, as vectors fp32 ``[P_i]`` by name."""
         total = self._sum.mean().mul_(self._sum.count) if self._sum.count else torch.zeros(self._sum.size).double()
-        deviation = self._level.split_noise(clients)[0] * self._level.clip
-        if deviation:
+        if deviation := self._level.split_noise(clients)[0] * self._level.clip:
             total += ops.clip_and_noise(torch.zeros(len(total)), 1.0, deviation, key.seed, key.offset)
         parts = total.div_(clients).split([vector.numel() for vector in self._start.values()])
         return {
