@@ -74,9 +74,7 @@ class Ordered:
         return answer
 
     def changed_state(self, client: ClientId) -> State | None:
-        if client in self._changed:
-            return self._changed.pop(client)
-        return self.here.changed_state(client)
+        return self._changed.pop(client) if client in self._changed else self.here.changed_state(client)
 
     def working(self) -> list[ClientId]:
         return sorted({*self._readers, *self.here.working()})

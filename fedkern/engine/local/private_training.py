@@ -76,13 +76,12 @@ def train_privately(
     generator = dpsgd.generator_of(
         client.rng(dpsgd.stream_name("dp-sgd", secret), phase), device, full_state=bool(secret)
     )
-    expected = rate * count
     # Booked before the first step: however the training ends, and whatever is disclosed, costs no more.
     accountant = Accountant(client.state.get(LEDGER))
     accountant.dp_sgd(spending.channel, noise, rate=rate, steps=steps)
     client.state[LEDGER] = accountant.state
     with dpsgd.private_steps(
-        module, optimizer, max_norm=spending.max_norm, noise=noise, batch=expected, generator=generator
+        module, optimizer, max_norm=spending.max_norm, noise=noise, batch=rate * count, generator=generator
     ) as private:
         for done in range(steps):
             check()  # may end the run, whose ledger already has the whole cost
@@ -101,8 +100,7 @@ def train_privately(
                 dpsgd.keep_finite(module)
                 if spending.patients is not None:
                     dpsgd.sum_patients(module, spending.patients[drawn])
-                value = float(loss.detach())
-                if math.isfinite(value):
+                if math.isfinite(value := float(loss.detach())):
                     total, batches = total + value, batches + 1
             else:
                 dpsgd.empty_batch(module)

@@ -202,8 +202,7 @@ class Samples:
 
     def of_client(self, client: int) -> Reader:
         if client not in self._clients:
-            split = self.data.clients[client]
-            batches = self.reader(split, client=client, augment=self.augment, cache=self.cache)
+            batches = self.reader(self.data.clients[client], client=client, augment=self.augment, cache=self.cache)
             if not self.cache:
                 self._clients.clear()  # one client's images at a time
             elif len(self._clients) >= max(PREPARED, 10 * self.config.sampled_clients):

@@ -37,9 +37,7 @@ class Effects(RunPart):
             self._run.notices.warn("no-effect", text)
 
     def state(self) -> dict[str, list[str]]:
-        if self._run.progress.done:
-            return {}
-        return {"marks": sorted(self._marks()), "given": sorted(self._given)}
+        return {} if self._run.progress.done else {"marks": sorted(self._marks()), "given": sorted(self._given)}
 
     def _marks(self) -> set[str]:
         server = self._run.server

@@ -19,8 +19,7 @@ class Traffic(RunPart):
         for k, raw in enumerate(context.uploaded):
             ledger.book(k, "up", raw)
         shares_words = any(entry.counted for entry in self._run.plan if not entry.one_off)
-        words = context.words() if shares_words else None
-        if words is not None:
+        if shares_words and (words := context.words()) is not None:
             for k, client_words in enumerate(words[0]):
                 ledger.book(k, "up", client_words)
                 ledger.book(k, "down", words[1])
@@ -32,14 +31,8 @@ class Traffic(RunPart):
         if record.entry.one_off:
             return
         ledger, sums = self._run.ledger, self._run.ledger.round_sums
-        record.put(
-            {
-                "bytes_up": ledger.total_up,
-                "bytes_down": ledger.total_down,
-                "round_bytes_up": sum(row["up"] for row in sums.values()),
-                "round_bytes_down": sum(row["down"] for row in sums.values()),
-            }
-        )
+        record.put({"bytes_up": ledger.total_up, "bytes_down": ledger.total_down})
+        record.put({f"round_bytes_{way}": sum(row[way] for row in sums.values()) for way in ("up", "down")})
         if len(record.exchanges) > 1:
             nothing = {"up": 0, "down": 0}
             record.put({"bytes": {f"train/{name}": sums.get(name, nothing) for name in record.exchanges}})
