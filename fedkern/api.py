@@ -164,8 +164,7 @@ class Run:
     @property
     def history(self) -> History:
         """The records of the rounds so far."""
-        tests = () if self._data is None else self._data.tests
-        return History(read_metrics(self.out), self.config.main, tests)
+        return History(read_metrics(self.out), self.config.main, () if self._data is None else self._data.tests)
 
     @python_words()
     def model(self, *, best: bool = False, client: int | None = None) -> nn.Module:

@@ -11,11 +11,10 @@ from fedkern.process.standard_streams import print_result
 
 def add_data(parser: Parser, options: str = "an option of that other data set") -> None:
     """Add the flags of another data set than the run's own. ``options`` is the help of ``--data-option``."""
-    cache = "folder that keeps decoded images; by default the run's, for the run's own data"
     add_arguments(parser, {
         "data": ("NAME", "another data set than the run's own"),
         "data_root": ("DIR", "folder of the data files"),
-        "cache": ("DIR", cache),
+        "cache": ("DIR", "folder that keeps decoded images; by default the run's, for the run's own data"),
         "data_option": ("key=value", f"{options}; repeatable", []),
     })  # fmt: skip
 

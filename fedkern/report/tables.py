@@ -210,8 +210,7 @@ def class_table(summary: Summary) -> Table | None:
         values = [table.get(key) for table in tables.values()]
         texts.append([label(key), *("none" if value is None else human_metric(figure, value) for value in values)])
     header = ["", *(label(set_title(name)) for name in tables)]
-    notes = ["; ".join(gaps)] if gaps else []
-    return Table(header, texts, title, notes=notes, bold=True, bare=len(tables) == 1)
+    return Table(header, texts, title, notes=["; ".join(gaps)] if gaps else [], bold=True, bare=len(tables) == 1)
 
 
 def partition_table(statistics: PartitionStatistics, limit: int = CLIENTS) -> Table:
@@ -222,8 +221,7 @@ def partition_table(statistics: PartitionStatistics, limit: int = CLIENTS) -> Ta
     header, *rows = [[*map(label, row[:columns])] for row in (header, *statistics.rows(limit))]
     title = printable_name(f"training samples per {row_words} ({statistics.partition})", CELL)
     words = 2 if statistics.names is not None else 0
-    notes = [SKEW] if statistics.classes else []
-    return Table(header, rows, title, words=words, notes=notes, breaks=[len(rows) - 1])
+    return Table(header, rows, title, words=words, notes=[SKEW] if statistics.classes else [], breaks=[len(rows) - 1])
 
 
 def own_tests_table(summary: Summary, main: str) -> Table:

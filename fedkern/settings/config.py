@@ -69,8 +69,7 @@ def stored_code(out: Path) -> dict[str, dict[str, str]]:
 
 def read_code(info: Any) -> dict[str, dict[str, str]]:
     with suppress(LookupError, TypeError, AttributeError):
-        tables = info["code"].items()
-        return {group: {path: str(text) for path, text in table.items()} for group, table in tables}
+        return {group: {path: str(text) for path, text in table.items()} for group, table in info["code"].items()}
     return {}
 
 
@@ -170,8 +169,7 @@ class RunConfig(Fingerprints, ExecutionSettings, TrainingSettings, PrivacySettin
             base.pop("local_steps", None)  # the default steps give way to the user's epochs
         if kind.one_shot:
             base["rounds"] = 1
-        default_options = kind.Options.parse(base.pop("options", {}), method=method).to_dict()
-        all_options = {**default_options, **options}
+        all_options = {**kind.Options.parse(base.pop("options", {}), method=method).to_dict(), **options}
         all_data_options = given_options(str(base["data"]), data_options)
         rule = str(base.get("aggregator", MEAN)).partition(":")[0].strip()
         used_plugins = plugin_scope.find_used(
@@ -182,8 +180,7 @@ class RunConfig(Fingerprints, ExecutionSettings, TrainingSettings, PrivacySettin
             config["method_sha256"] = script_methods.fingerprint(kind)
         if config.get("width") is None and config["model"] in MODELS:
             config["width"] = MODELS[config["model"]].width
-        unset = frozenset(DATA_DEPENDENT) - values.keys()
-        return cls._make({**config, "unset": unset}, kind.Options.of(all_options))
+        return cls._make({**config, "unset": frozenset(DATA_DEPENDENT) - values.keys()}, kind.Options.of(all_options))
 
     @classmethod
     def names(cls) -> set[str]:

@@ -84,8 +84,7 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -
 def mean_ranks(values: Tensor) -> Tensor:
     """Return the ranks from 1, fp64 ``[n]``, where equal values share their mean rank."""
     _, group, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0)
-    ranks: Tensor = ((2 * last - counts + 1).double() / 2)[group]
+    ranks: Tensor = ((2 * counts.cumsum(0) - counts + 1).double() / 2)[group]
     return ranks
 
 

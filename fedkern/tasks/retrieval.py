@@ -57,8 +57,7 @@ class Retrieval(Task):
         images, texts = torch.cat([x for x, _ in embeddings]), torch.cat([y for _, y in embeddings])
         gallery = Gallery.of(data.split.ids, data.split.texts)
         figures = recalls(images[gallery.images.to(images.device)], texts, RECALLS, pairs=gallery.pairs)
-        loss = contrastive_among(images, texts, data.loss_batch)
-        return {**figures, "loss": loss, "gallery": float(len(texts))}
+        return {**figures, "loss": contrastive_among(images, texts, data.loss_batch), "gallery": float(len(texts))}
 
     def comparable(self, sizes: Sequence[int]) -> tuple[str, ...]:
         return ("i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5") if len(set(sizes)) == 1 else ()  # of equally many candidates

@@ -49,8 +49,7 @@ class Segmentation(Task):
         valid = (targets >= 0).flatten(1)
         loss = F.cross_entropy(outputs, targets.clamp_min(0), reduction="none").flatten(1)
         pixels = valid.sum(1)
-        mean = torch.where(valid, loss, 0.0).sum(1) / pixels
-        return mean[pixels > 0]
+        return (torch.where(valid, loss, 0.0).sum(1) / pixels)[pixels > 0]
 
     def figures(self, model: nn.Module, data: JudgedSet) -> dict[str, float]:
         return segmentation(model, data)
@@ -161,8 +160,7 @@ def segmentation(model: nn.Module, data: JudgedSet) -> dict[str, float]:
     for batch in data.batches():
         logits, labels = model(batch.inputs), batch.targets
         valid = labels >= 0
-        truth = labels.clamp_min(0)
-        loss -= float(F.log_softmax(logits, 1).gather(1, truth[:, None])[:, 0][valid].double().sum())
+        loss -= float(F.log_softmax(logits, 1).gather(1, labels.clamp_min(0)[:, None])[:, 0][valid].double().sum())
         pixels += int(valid.sum())
         predicted = logits.argmax(1)
         if full is None:

@@ -406,5 +406,4 @@ def mean(values: Sequence[Tensor]) -> Tensor:
 
 def to_dict(values: Tensor, names: Sequence[str]) -> dict[str, float | None]:
     """Return the values by name, None for NaN."""
-    pairs = zip(names, values.tolist(), strict=True)
-    return {name: None if math.isnan(value) else value for name, value in pairs}
+    return {name: None if math.isnan(value) else value for name, value in zip(names, values.tolist(), strict=True)}

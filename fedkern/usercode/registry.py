@@ -61,8 +61,7 @@ def _place(code: object) -> tuple[str, str] | None:
     """Return file (or module, such as a notebook's) and name of a class or function."""
     if code is None:
         return None
-    module = sys.modules.get(code.__module__)
-    file = getattr(module, "__file__", None)
+    file = getattr(sys.modules.get(code.__module__), "__file__", None)
     return os.path.realpath(file) if file else code.__module__, name_of(code)
 
 

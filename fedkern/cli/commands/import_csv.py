@@ -55,8 +55,7 @@ def play(request: Request) -> int:
     path = expand(arguments["file"])
     results = CsvResults(path, arguments["columns"], arguments["percent"], request.method or "")
     out = request.out or Path("runs") / path.stem
-    options = {name: arguments[name] for name in ("better", "framework") if arguments[name]}
-    folders = results.write(out, **options)
+    folders = results.write(out, **{name: arguments[name] for name in ("better", "framework") if arguments[name]})
     text = f"{len(folders)} run{'s' * (len(folders) > 1)} from {path} in {out}\ncompare them: {PROGRAM} compare {out}"
     print_result({"folder": str(out), "runs": [str(folder) for folder in folders]} if request.json else text)
     return 0

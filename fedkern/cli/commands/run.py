@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedkern import listeners
 from fedkern.cli import flower_project
 from fedkern.cli.backend_check import check_backend
 from fedkern.cli.front_page import PROGRAM
@@ -147,20 +148,14 @@ def _illustrate(
 
 
 def trackers(request: Request) -> list[Listener]:
-    listeners: list[Listener] = []
+    loggers: list[Listener] = []
     if request.tensorboard:
-        from fedkern.listeners import TensorBoard
-
-        listeners.append(TensorBoard())
+        loggers.append(listeners.TensorBoard())
     if request.wandb is not None:
-        from fedkern.listeners import WandB
-
-        listeners.append(WandB(request.wandb, quiet=request.quiet or request.json))
+        loggers.append(listeners.WandB(request.wandb, quiet=request.quiet or request.json))
     if request.mlflow is not None:
-        from fedkern.listeners import MLflow
-
-        listeners.append(MLflow(request.mlflow))
-    return listeners
+        loggers.append(listeners.MLflow(request.mlflow))
+    return loggers
 
 
 def _load_stored_config(request: Request) -> RunConfig:

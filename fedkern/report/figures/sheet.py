@@ -207,8 +207,7 @@ def tables(entries: Sequence[Artifact], title: str, classes: Sequence[str]) -> F
     bar.ax.tick_params(labelsize=9)
     bar_label = (*firsts[0].axes, firsts[0].name.replace("_", " "))[2]
     bar.set_label(wrap_text(label(bar_label, TITLE), 10, figure.get_figheight() - 1), fontsize=10)
-    lines = wrap_text(label(title, TITLE), 12, figure.get_figwidth() - 0.2)
-    figure.suptitle(lines, fontsize=12, x=0.01, ha="left")
+    figure.suptitle(wrap_text(label(title, TITLE), 12, figure.get_figwidth() - 0.2), fontsize=12, x=0.01, ha="left")
     return figure
 
 

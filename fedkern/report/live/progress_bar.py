@@ -277,8 +277,7 @@ class Live(Lines):
         self.participants = max(len(participants), 1)
         if self.bar is not None and round > 0:
             words = self.clock.words
-            text = f"round {round}/{len(words)}{_in_parentheses(words[round - 1])}"
-            self.progress.update(self.bar, description=text)
+            self.progress.update(self.bar, description=f"round {round}/{len(words)}{_in_parentheses(words[round - 1])}")
 
     def on_client(self, round: int, client: int, info: Mapping[str, object]) -> None:
         if self.bar is not None and round > 0:

@@ -123,8 +123,7 @@ def headline(run: Contents) -> Iterator[str]:
         if values:
             yield f"After round {summary['metrics']['round']} it has {values}."
     elif values:
-        method = printable_name(run.config.method, 60)
-        yield f"{method} reaches {values} after {rounds} round{'s' * (rounds != 1)}."
+        yield f"{printable_name(run.config.method, 60)} reaches {values} after {rounds} round{'s' * (rounds != 1)}."
     else:
         yield "The run has no main figure."
     if stopped := summary.get("stopped"):
