@@ -567,10 +567,8 @@ def read_request(
         settings["model"] = model
     given_options = method_registry.given_options(name, options)
     if twice := [name for name in given_options if name in made_with]:
-        raise UserError(
-            f"{twice[0]} is given twice, in {method_registry.short_name(name)}(...) and beside it: leave one of the "
-            "two out."
-        )
+        short = method_registry.short_name(name)
+        raise UserError(f"{twice[0]} is given twice, in {short}(...) and beside it: leave one of the two out.")
     given_options |= method_registry.given_options(name, made_with)
     return RunConfig.make(name, options=given_options, **cast(Any, settings)), memory
 

@@ -121,8 +121,8 @@ def variants(
             raise UserError(f'The sweep over "{name}" is given twice: give all values at once.')
         if name in singles:
             raise UserError(f'"{name}" is swept and given with one value too: leave one of the two out.')
-        if name not in declared and not any(name in method_registry.option_names(method) for method in methods):
-            choices = {*declared, *(option for method in methods for option in method_registry.option_names(method))}
+        choices = {*declared, *(option for method in methods for option in method_registry.option_names(method))}
+        if name not in choices:
             raise UserError(
                 f'Neither the runs nor the methods have a setting "{name}" to sweep.{suggest_name(name, choices)}'
             )

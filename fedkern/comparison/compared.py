@@ -290,8 +290,7 @@ def compare(
     plan = Plan.of(
         names, settings, options, sweep=points, seeds=seeds, select=select, target=target, similar={*fields, *api.ABOUT}
     )
-    of_objects = {name: _of_objects(name, pairs, plan.variants[name], options) for name in names}
-    plan = replace(plan, variants=of_objects)
+    plan = replace(plan, variants={name: _of_objects(name, pairs, plan.variants[name], options) for name in names})
     data, model = settings.pop("data", None), settings.pop("model", None)
     check_in_memory(data, model, {**settings, **{name: values[0] for name, values in points.items() if values}})
     # Runs that draw and share out the same samples share one copy in memory.
@@ -304,9 +303,7 @@ def compare(
         return cache[key]
 
     def make(variant: Variant, seed: int) -> RunConfig:
-        subset = {
-            name: value for name, value in options.items() if name in method_registry.option_names(variant.method)
-        }
+        subset = {key: value for key, value in options.items() if key in method_registry.option_names(variant.method)}
         merged = {**own_settings(variant.method, settings), **variant.settings, "seed": seed}
         network = merged.pop("model", model)
         return api.read_request(
@@ -327,11 +324,8 @@ def compare(
 
     comparison = in_folder(folder, begin)
     if comparison.failures:
-        lines = [
-            "Not every run of the comparison succeeded.",
-            *comparison.failures,
-            *map(make_printable, tracebacks.values()),
-        ]
+        traces = map(make_printable, tracebacks.values())
+        lines = ["Not every run of the comparison succeeded.", *comparison.failures, *traces]
         warnings.warn("\n".join(lines), stacklevel=3)
     return comparison
 
@@ -364,10 +358,8 @@ def _of_objects(
     result = []
     for made_with in (arguments for method_name, arguments in entries if method_name == name):
         if twice := [key for key in made_with if key in keys]:
-            raise UserError(
-                f"{twice[0]} is given twice, in {method_registry.short_name(name)}(...) and beside it: leave one of "
-                "the two out."
-            )
+            short = method_registry.short_name(name)
+            raise UserError(f"{twice[0]} is given twice, in {short}(...) and beside it: leave one of the two out.")
         result += [replace(variant, options={**made_with, **variant.options}) for variant in swept]
     return result
 

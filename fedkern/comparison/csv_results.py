@@ -116,7 +116,9 @@ class CsvResults:
         for name, text in texts.items():
             try:
                 if name in ("seed", "round"):
-                    numbers[name] = _read_whole(name, text)
+                    if not re.fullmatch(r"\d+(\.0*)?", text, re.ASCII):
+                        raise ValueError(f'{name} must be a whole number from 0 on, not "{text}"')
+                    numbers[name] = int(text.partition(".")[0])
                 elif name != "method" and text:
                     values[name] = self._read_number(name, text)
             except ValueError as error:
@@ -174,9 +176,3 @@ class CsvResults:
                     for number, values in sorted(self.runs[method, seed].items()):
                         run.round(number, **{"seconds": math.nan, **values})
         return [out / name for name in names.values()]
-
-
-def _read_whole(name: str, text: str) -> int:
-    if not re.fullmatch(r"\d+(\.0*)?", text, re.ASCII):
-        raise ValueError(f'{name} must be a whole number from 0 on, not "{text}"')
-    return int(text.partition(".")[0])

@@ -32,7 +32,6 @@ from fedkern.process.torch_modes import modes, set_modes
 from fedkern.settings.config import RunConfig
 from fedkern.usercode import plugins
 
-_ONE_PROCESS = ("1", "auto")
 PATIENCE = 10.0
 """Seconds that interrupted runs have to end in order before they are killed."""
 
@@ -40,7 +39,7 @@ PATIENCE = 10.0
 def check_jobs(jobs: object, configs: Sequence[RunConfig]) -> None:
     if type(jobs) is not int or jobs < 1:
         raise UserError(f'--jobs must be a whole number from 1 on, not "{jobs}".')
-    workers = {f"the runs have --workers {config.workers}" for config in configs if config.workers not in _ONE_PROCESS}
+    workers = {f"the runs have --workers {config.workers}" for config in configs if config.workers not in ("1", "auto")}
     if jobs > 1 and (why := min(workers, default=find_worker_obstacle("cpu"))):
         raise UserError(f"--jobs {jobs} plays runs in one process each, and {why}: leave one of the two out.")
     threads, cores = most_threads(configs), machine.usable_cores()
@@ -78,19 +77,12 @@ class RunProcess:
         can_fork = can_fork and not torch.cuda.is_initialized()
         context: Any = multiprocessing.get_context("fork" if can_fork else "spawn")
         methods = {name: method_registry.GIVEN[name] for name in {config.method} & method_registry.GIVEN.keys()}
-        state = (
-            plugins.loaded_plugins(),
-            methods,
-            modes(),
-            backend.active_isa(),
-            backend.forced_backend(),
-            script.network,
-        )
+        kernels = backend.active_isa(), backend.forced_backend()
+        state = plugins.loaded_plugins(), methods, modes(), *kernels, script.network
         self.cell, self.log = cell, log
         self.connection: Connection
         self.connection, end = context.Pipe()
-        work = end, log, state, script, play
-        self.process = context.Process(target=play_run, args=work)
+        self.process = context.Process(target=play_run, args=(end, log, state, script, play))
         script_module = sys.modules["__main__"]
         if not can_fork:
             sys.modules["__main__"] = ModuleType("__main__")  # or the process would begin with the user's script

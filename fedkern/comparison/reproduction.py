@@ -408,10 +408,8 @@ class Reproduction:
         texts = {MARKDOWN: table.markdown(), CSV: reproduction_table.to_csv(rows)}
         for name, text in texts.items():
             atomic.write_bytes(self.out / name, text.encode())
-        return [
-            *(self.out / name for name in texts),
-            html_page.write_page(reproduction_table.page(self.paper, rows), self.out),
-        ]
+        page = html_page.write_page(reproduction_table.page(self.paper, rows), self.out)
+        return [*(self.out / name for name in texts), page]
 
 
 def _pair_seeds(

@@ -59,30 +59,8 @@ from flwr.serverapp.strategy import Result  # noqa: E402
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords  # noqa: E402
 
 __all__ = [
-    "ERROR",
-    "INFO",
-    "QUERY",
-    "TRAIN",
-    "WARNING",
-    "Array",
-    "ArrayRecord",
-    "ClientApp",
-    "ConfigRecord",
-    "Context",
-    "Grid",
-    "Message",
-    "MessageType",
-    "MetricRecord",
-    "NodeChannel",
-    "NodeReply",
-    "RecordDict",
-    "Result",
-    "ServerApp",
-    "aggregate_metricrecords",
-    "flower",
-    "log",
-    "make_reply",
-    "unpack_message",
+    "ERROR", "INFO", "WARNING", "Array", "ArrayRecord", "ClientApp", "ConfigRecord", "Context", "Grid", "Message",
+    "MessageType", "MetricRecord", "RecordDict", "Result", "ServerApp", "aggregate_metricrecords", "flower", "log",
 ]  # fmt: skip
 
 _GROUP_BYTES = 4 << 20

@@ -75,11 +75,8 @@ def ask_daemon(
             return None
         if link is None:
             return None
-        with link, link.makefile("rb") as replies:
-            try:
-                return _exchange(link, replies, request, packed, notice)
-            except _Gone:
-                continue
+        with suppress(_Gone), link, link.makefile("rb") as replies:
+            return _exchange(link, replies, request, packed, notice)
     return None
 
 
@@ -168,14 +165,11 @@ def _exchange(
             ) from None
         if "notice" in values:
             notice(values["notice"])
-        elif "malformed" in values:
-            raise Malformed(values["malformed"])
-        elif "refused" in values:
-            raise UserError(values["refused"])
-        elif "failed" in values:
-            raise RuntimeError(values["failed"])
-        else:
-            return answer
+            continue
+        for name, kind in (("malformed", Malformed), ("refused", UserError), ("failed", RuntimeError)):
+            if name in values:
+                raise kind(values[name])
+        return answer
 
 
 # -- what both ends send -----------------------------------------------------------------------------------------------

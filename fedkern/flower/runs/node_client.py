@@ -16,8 +16,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,12 +73,6 @@ class NodeFolder:
         os.utime(base / run)
         if new:
             _drop_runs(base)
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Wait until no other process works for this client."""
-        with hold_lock(self.path / "lock"):
-            yield
 
     # -- states ----------------------------------------------------------------------------------------------------
 
@@ -249,7 +243,8 @@ class NodeClients:
                 raise
         self._admit(request.client)
         folder = NodeFolder(self.base, request.run, request.client)
-        with folder.lock(), cpu_threads(request.client_threads):
+        # No other process may work for this client meanwhile.
+        with hold_lock(folder.path / "lock"), cpu_threads(request.client_threads):
             self._restore_client(request, folder)
             if not request.last:
                 folder.keep_message(request.version, request.to_dict(), packed)
@@ -352,12 +347,8 @@ class NodeClients:
         """Store the digest of a private run's message before the message leaves its client."""
         releases = Releases(folder.path)
         releases.open(request.oldest)
-        releases.add(
-            request.version.plan,
-            f"{request.phase.exchange} {request.callee}",
-            request.client,
-            answer.message if answer.problem is None else DIVERGED,
-        )
+        message = answer.message if answer.problem is None else DIVERGED
+        releases.add(request.version.plan, f"{request.phase.exchange} {request.callee}", request.client, message)
         releases.forget(request.oldest)
 
 

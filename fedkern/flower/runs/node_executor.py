@@ -106,8 +106,7 @@ class NodeRegistry:
         for arrived in self._channel.collect_replies(list(self._waiting)):
             if arrived.reply_to in self._waiting:
                 node = self._waiting.pop(arrived.reply_to)
-                client = self._read_introduction(node, arrived)
-                if client is not None:
+                if (client := self._read_introduction(node, arrived)) is not None:
                     self._client_of[node] = client
         self.home = {}
         for node in present:
@@ -330,10 +329,9 @@ class Nodes(Ordered):
         super().end_round()
         self._sent.clear()
         if self._run.notices.disclosure.clients:  # lengths of texts depend on what a client does not disclose
+            wire = self._run.ledger.wire
             for direction, total in (("up", self._channel.received), ("down", self._channel.sent)):
-                self._run.ledger.wire[direction] = (
-                    self._run.ledger.wire.get(direction, 0) + total - self._booked[direction]
-                )
+                wire[direction] = wire.get(direction, 0) + total - self._booked[direction]
                 self._booked[direction] = total
 
     def close(self) -> None:

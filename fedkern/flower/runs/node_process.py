@@ -41,9 +41,8 @@ def answer_message(header: str, packed: bytes, run_config: UserConfig, node: Use
 
 
 def describe_data(run_config: UserConfig, node: UserConfig, notice: Notice) -> dict[str, object]:
-    data = data_of_one(
-        run_settings.read_run_config(run_config, node_config.folder(node, "data-root")).config, notice, node=True
-    )
+    settings = run_settings.read_run_config(run_config, node_config.folder(node, "data-root"))
+    data = data_of_one(settings.config, notice, node=True)
     return {"samples": len(data.clients[0]), **form_of(data)}
 
 

@@ -137,11 +137,9 @@ clientapp = "fedkern.flower.runs.client_app:app"
         return f"{Path(named.file).name}:{named.name}" if named is not None and named.file else value
 
     def _options(self) -> dict[str, tuple[object, str]]:
+        given = {name: value for name, value in self.options.items() if value is not None}
         declared = method_registry.get(self.method).Options.list_options()
-        return {
-            option.name: ("" if self.options.get(option.name) is None else self.options[option.name], "")
-            for option in declared
-        }
+        return {option.name: (given.get(option.name, ""), "") for option in declared}
 
     @property
     def _data(self) -> str:

@@ -45,7 +45,7 @@ def play(grid: Grid, run_config: UserConfig) -> Summary:
     again = f"flwr run with the run-config 'out=\"{out}\" resume=true'"
     code = tuple(part for _, part in config.code())
     # The engine plays the run as for the command line, and only asks the nodes for the clients' answers.
-    channel, listener = NodeChannel(grid), FlowerLog()
+    channel, listener, half = NodeChannel(grid), FlowerLog(), settings.transport == "bf16"
     registry = NodeRegistry(channel, wait=settings.wait, own_data=settings.own_data)
     try:
         summary = run(
@@ -57,12 +57,7 @@ def play(grid: Grid, run_config: UserConfig) -> Summary:
             trusted=(*code, *config.plugins),
             predictions=settings.predictions,
             remote=lambda run: Nodes(
-                run,
-                channel,
-                registry,
-                deadline=settings.deadline,
-                half=settings.transport == "bf16",
-                own_data=settings.own_data,
+                run, channel, registry, deadline=settings.deadline, half=half, own_data=settings.own_data
             ),
         )
     except ClientFailed as error:

@@ -308,17 +308,15 @@ class FedAvg(flower.FedAvg):
             combined = self._combine(gathered, server_round) if contents else None
             if isinstance(gathered, AllModels):
                 for place, misfit in sorted(gathered.refused.items(), reverse=True):
-                    faults.append(
-                        LeftOut(server_round, contents.pop(place).node, misfit.reason, make_printable(str(misfit)))
-                    )
+                    node, text = contents.pop(place).node, make_printable(str(misfit))
+                    faults.append(LeftOut(server_round, node, misfit.reason, text))
             self._tell(server_round, len(contents), faults)
             self._warn_of_far(server_round, gathered.nodes, gathered.norms())
             del gathered
             arrays = None
             if combined is not None:
                 vector = combined.vector
-                if isinstance(vector, Tensor):
-                    vector = self._step(vector, server_round)
+                vector = self._step(vector, server_round) if isinstance(vector, Tensor) else vector
                 arrays = adapter.make_record(self._layout, vector, combined.integers)
         contents.sort(key=lambda content: content.node)
         if combined is not None and combined.nodes is not None:
@@ -428,10 +426,8 @@ class FedAvg(flower.FedAvg):
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise Misfit("weight", f"has no single number as metric {self.weighted_by_key!r}, its weight")
         if not 0 <= weight <= _HEAVIEST:
-            raise Misfit(
-                "weight",
-                f"has {_number_text(weight)} as {self.weighted_by_key!r}, its weight: it must be from 0 to 2^53",
-            )
+            shown = "a number of too many digits" if _too_large(weight) else f"{weight!r:.30}"
+            raise Misfit("weight", f"has {shown} as {self.weighted_by_key!r}, its weight: it must be from 0 to 2^53")
         for name, value in metrics.items():
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, bool) or not isinstance(number, (int, float)) or _too_large(number):
@@ -618,10 +614,6 @@ def _left_out(server_round: int, reply: Message, error: Exception) -> LeftOut:
 
 def _too_large(number: float) -> bool:
     return isinstance(number, int) and abs(number) > sys.float_info.max
-
-
-def _number_text(number: float) -> str:
-    return "a number of too many digits" if _too_large(number) else f"{number!r:.30}"
 
 
 def _only(content: RecordDict, kind: type[R]) -> R:

@@ -116,8 +116,7 @@ class DPFedAvg(FedAvg):
             return None
         old = self._start.vector()
         vector = model.vector.mul_(len(gathered.nodes) / count).add_(old)
-        deviation = self._level.deviation(count)
-        if deviation:
+        if deviation := self._level.deviation(count):
             rng = self._noise(server_round)
             for part in vector.split(_PIECE):
                 part.add_(torch.from_numpy(rng.standard_normal(len(part))), alpha=deviation)
@@ -132,7 +131,6 @@ class DPFedAvg(FedAvg):
         return np.random.Generator(np.random.Philox(key=secrets.randbits(128)))
 
     def _metrics(self, contents: list[RecordDict], faults: list[LeftOut]) -> MetricRecord | None:
-        metrics = super()._metrics(contents, faults)
-        metrics = MetricRecord() if metrics is None else metrics
+        metrics = super()._metrics(contents, faults) or MetricRecord()
         metrics[EPSILON] = self.epsilon()
         return metrics
