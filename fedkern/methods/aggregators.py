@@ -71,8 +71,7 @@ def register_aggregator(name: str) -> Callable[[F], F]:
     """
 
     def add(function: F) -> F:
-        description = AGGREGATORS.describe(name, function)
-        AGGREGATORS[name] = Aggregator(name, description, function, _options(name, function))
+        AGGREGATORS[name] = Aggregator(name, AGGREGATORS.describe(name, function), function, _options(name, function))
         return function
 
     return add

@@ -117,11 +117,8 @@ class FedDRA(Robust):
             yield Round("alignment", ("alignment", *losses), trains="alignment modules")
         stages = ("alignment", "joint") if self.paired else ("joint",)
         for _ in range(count - first_rounds):
-            yield Round(
-                "joint" if first_rounds else "train",
-                (*stages, *losses),
-                trains="whole networks" if first_rounds else "",
-            )
+            name, trains = ("joint", "whole networks") if first_rounds else ("train", "")
+            yield Round(name, (*stages, *losses), trains=trains)
 
     def statistics_at(self, entry: Round) -> int | None:
         at = super().statistics_at(entry)

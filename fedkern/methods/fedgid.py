@@ -28,6 +28,7 @@ from fedkern.methods.common.frozen import cached_rows, normalises_by_batch
 from fedkern.methods.method_registry import register
 from fedkern.methods.protocol import Batch, Observed, Received
 from fedkern.methods.roles import Client, Drawn, Server
+from fedkern.methods.uploads import make_once
 from fedkern.models import StagedNetwork, resolve_stage
 from fedkern.process.device_copies import send
 from fedkern.typed_option import option
@@ -100,9 +101,7 @@ class FedGID(LocalTraining):
         """Draw a random background for every sample."""
         if not self._mixes:
             return {}
-        if "bank" not in client.round_cache:
-            client.round_cache["bank"] = client.backgrounds()
-        bank = client.round_cache["bank"]
+        bank = make_once(client.round_cache, "bank", client.backgrounds)
         if not len(bank):
             return {}
         index = rng.integers(0, len(bank), len(batch.indices))
@@ -145,8 +144,7 @@ class FedGID(LocalTraining):
             figures["loss_gi"] = gi.detach()
 
         # The distillation pulls both views of a sample to the frozen global model's.
-        if "anchor" in drawn:
-            anchor = drawn["anchor"]
+        if (anchor := drawn.get("anchor")) is not None:
             u, v = (features, mixed) if o.distill_on == "features" else (logits, mixed_logits)
             if intervenes:
                 direction = "student" if o.kl_direction == "local_global" else "teacher"
@@ -167,9 +165,14 @@ class FedGID(LocalTraining):
         ``rows`` int64 [B] is every sample's map (absent: in order). ``composed`` [B, C, H, W] replaces the maps with
         ``intervene=image``.
         """
+
+        def answer() -> Tensor:
+            features: Tensor = received.model.features(batch.inputs)
+            return received.model.head(features) if self.options.distill_on == "logits" else features
+
         tensors: Drawn = {}
         if self.options.distillation and self.options.lam:
-            tensors["anchor"] = self._anchor(batch, received)
+            tensors["anchor"] = cached_rows("anchor", batch, received, answer)
         if "index" in batch.drawn and self.masked:
             tensors["composed"] = self._compose(batch)
         elif "index" in batch.drawn:
@@ -205,15 +208,6 @@ class FedGID(LocalTraining):
                 return {"maps": maps.index_select(0, rows)} if maps.is_cuda else {"maps": maps, "rows": rows}
         return {"maps": received.model.stages(bank.take(index), upto=stage)}
 
-    def _anchor(self, batch: Batch, received: Received) -> Tensor:
-        """Return the global model's features, or logits with ``distill_on=logits``."""
-
-        def answer() -> Tensor:
-            features: Tensor = received.model.features(batch.inputs)
-            return received.model.head(features) if self.options.distill_on == "logits" else features
-
-        return cached_rows("anchor", batch, received, answer)
-
     # -- the run ---------------------------------------------------------------------------------------------------
 
     def check(self, client: Client) -> None:
@@ -244,9 +238,8 @@ class FedGID(LocalTraining):
 @contextmanager
 def batch_statistics_only(model: nn.Module) -> Iterator[None]:
     """Keep batch norm's running statistics unchanged in train mode."""
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if not model.training:
-        layers = []
+    batch_norms = (m for m in model.modules() if model.training and isinstance(m, _BatchNorm))
+    layers = [m for m in batch_norms if m.track_running_stats]
     for layer in layers:
         layer.track_running_stats = False
     try:

@@ -416,15 +416,14 @@ class FedLPFM(LocalTraining):
 
         used = [self._teachers[index] for index in self._used()]
         figures: dict[str, float] = {}
-        kinds = {self._teachers.specs[index].kind for index in self._used()}
-        if "logits" not in kinds:  # stored logits may lack the test images
+        # Stored logits may lack the test images.
+        if all(self._teachers.specs[index].kind != "logits" for index in self._used()):
             shifts = self._shift.expand(len(used), -1)
-            logits = [answers(teacher) + shift for teacher, shift in zip(used, shifts, strict=True)]
-            probabilities = [answer.double().softmax(1) for answer in logits]
+            pairs = zip(used, shifts, strict=True)
+            guesses = [(answers(teacher) + shift).double().softmax(1) for teacher, shift in pairs]
             if self.options.backbone == "consistent":
-                figures["teacher_accuracy"] = accuracy(torch.stack(probabilities).mean(0))
-            else:
-                figures["teacher_accuracy"] = sum(map(accuracy, probabilities)) / len(used)
+                guesses = [torch.stack(guesses).mean(0)]
+            figures["teacher_accuracy"] = sum(map(accuracy, guesses)) / len(guesses)
         if self._proxy is not None:
             figures["public_proxy_accuracy"] = accuracy(answers(self._proxy))
         return figures

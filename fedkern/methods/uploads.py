@@ -89,8 +89,7 @@ def needs_something(declared: Declaration) -> bool:
 
 def why_refused(message: object, declared: Declaration, known_finite: Tensor | None = None) -> str:
     """Return why an upload does not fit its declaration, as the end of a sentence, or ""."""
-    sizes: dict[str, int] = {}
-    return next(_faults(message, declared, "", sizes, known_finite), "")
+    return next(_faults(message, declared, "", {}, known_finite), "")
 
 
 def _faults(came: object, due: Due, name: str, sizes: dict[str, int], finite: Tensor | None) -> Iterator[str]:
@@ -162,8 +161,7 @@ def infinite_as_sent(came: Tensor, due: Tensor | Values) -> bool:
 def _number(came: object, due: Number, name: str) -> Iterator[str]:
     is_number = isinstance(came, int) or (isinstance(came, float) and not due.integer)
     if isinstance(came, bool) or not isinstance(came, (int, float)) or not is_number:
-        noun = "an integer" if due.integer else "a number"
-        yield f"has {type(came).__name__} {name} where {noun} is expected"
+        yield f"has {type(came).__name__} {name} where {'an integer' if due.integer else 'a number'} is expected"
     elif not -math.inf < came < math.inf:
         yield f"has {name} {came} where a finite number is expected"
     elif (due.low is not None and came < due.low) or (due.high is not None and came > due.high):

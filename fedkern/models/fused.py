@@ -112,22 +112,14 @@ class FusedLevel(nn.Module):
 
 
 def _load_branch(branch: Branch) -> nn.Module:
-    sequence = copy.deepcopy(_sequence(branch))
-    sequence.load_state_dict(_flat(branch, sequence))
-    return sequence
-
-
-def _sequence(branch: Branch) -> nn.Sequential:
     sequence = nn.Sequential()
     if branch.adaptor is not None and not isinstance(branch.adaptor, Pool):
         sequence.add_module("adaptor", branch.adaptor)
     sequence.add_module("block", branch.block)
-    return sequence
-
-
-def _flat(branch: Branch, like: nn.Module) -> dict[str, Tensor]:
+    sequence = copy.deepcopy(sequence)
     tensors = {f"{part}.{key}": value for part, state in branch.states.items() for key, value in state.items()}
-    return {key: tensors.get(key, value) for key, value in like.state_dict().items()}
+    sequence.load_state_dict({key: tensors.get(key, value) for key, value in sequence.state_dict().items()})
+    return sequence
 
 
 class FusedNetwork(nn.Module):

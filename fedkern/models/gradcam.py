@@ -107,8 +107,7 @@ def object_share(model: StagedNetwork, batches: Iterable[tuple[Tensor, Tensor]])
     areas: list[Tensor] = []
     stage: str | None = None
     for images, masks in batches:
-        if stage is None:
-            stage = gradcam_stage(model, images)
+        stage = stage or gradcam_stage(model, images)
         masks = masks.to(images.device)
         cam, _ = grad_cam(model, images, stage=stage)
         share = mass_inside(cam, masks)

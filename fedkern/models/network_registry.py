@@ -93,8 +93,7 @@ def group_norm(make: Callable[..., Network]) -> Callable[..., Network]:
             for name, layer in list(module.named_children()):
                 if isinstance(layer, nn.BatchNorm2d):
                     channels = layer.num_features
-                    limit = min(32, max(1, channels // 4))
-                    groups = max(n for n in range(1, limit + 1) if channels % n == 0)
+                    groups = max(n for n in range(1, min(32, max(1, channels // 4)) + 1) if channels % n == 0)
                     setattr(module, name, nn.GroupNorm(groups, channels))
         return network
 

@@ -62,8 +62,7 @@ class SGD(_Optimiser):
                 else:
                     velocity = state["momentum_buffer"].mul_(self._momentum).add_(gradient)
                 velocities.append(velocity)
-            nesterov = self._nesterov
-            gradients = list(foreach_add(gradients, velocities, alpha=self._momentum)) if nesterov else velocities
+            gradients = list(foreach_add(gradients, velocities, alpha=self._momentum)) if self._nesterov else velocities
         foreach_add_(parameters, gradients, alpha=-self.lr)
 
 

@@ -43,9 +43,8 @@ class PretrainedImage(ImageEncoder, RememberingEncoder):
     def __init__(self, network: Any, preprocessing: Preprocessing, image_size: Sequence[int], channels: int) -> None:
         super().__init__()
         self.network, self.preprocessing = network, preprocessing
-        device = next(network.parameters()).device
         with torch.no_grad():
-            example = self._run(torch.zeros(1, channels, *image_size, device=device))
+            example = self._run(torch.zeros(1, channels, *image_size, device=next(network.parameters()).device))
         self.width = int(example[0].shape[2])
         self.grid = example[1]
 
@@ -162,9 +161,8 @@ def read_text_encoder(folder: str | Path, *, longest: int) -> PretrainedText:
     pooled = _mean_pooled(path)
     if pooled is None:
         pooled = tokenizer.cls_token is None
-    longest = min(longest, positions + pooled)
     try:
-        return PretrainedText(network, tokenizer, longest, pooled=pooled)
+        return PretrainedText(network, tokenizer, min(longest, positions + pooled), pooled=pooled)
     except AttributeError as error:
         raise _unusable(path, "text", error) from None
 
@@ -210,7 +208,9 @@ def _network(path: Path, kind: str, part: str) -> nn.Module:
     with import_transformers(f"the {kind} encoder", f"{kind} encoder {path}", path) as transformers:
         config = transformers.AutoConfig.from_pretrained(str(path), **without_code(local=True))
         for part_config in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
-            _remove_dropout(part_config)
+            for name, value in vars(part_config).items() if part_config is not None else ():
+                if "drop" in name and isinstance(value, float):
+                    setattr(part_config, name, 0.0)
         network, report = transformers.AutoModel.from_pretrained(
             str(path), config=config, dtype=torch.float32, output_loading_info=True, **weight_args(local=True)
         )
@@ -222,12 +222,6 @@ def _network(path: Path, kind: str, part: str) -> nn.Module:
         base.pooler = nn.Identity()  # the pooler's output is not used, so the pooler would never learn
     check_complete(f"{kind} encoder {path}", complete, base, report["missing_keys"])
     return base.float()
-
-
-def _remove_dropout(config: object) -> None:
-    for name, value in vars(config).items() if config is not None else ():
-        if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
 
 
 def _mean_pooled(path: Path) -> bool | None:

@@ -134,9 +134,8 @@ class Accountant:
         """
         if not 0 < delta < 1:
             raise ValueError(f"delta must be in (0, 1), not {delta}")
-        return bound_replaced(
-            tuple(e for name, log in self._entries.items() if channel in (None, name) for e in log), delta
-        )
+        entries = (entry for name, log in self._entries.items() if channel in (None, name) for entry in log)
+        return bound_replaced(tuple(entries), delta)
 
     def figure(self, delta: float) -> Figure:
         """Return the epsilon of all channels together and of each channel alone."""

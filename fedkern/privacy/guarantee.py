@@ -172,12 +172,9 @@ class Disclosure:
         """Return the rules for a value of ``--records`` and the run's guarantee."""
         if records != "private":
             return cls()
-        covered = guarantee is not None and guarantee.complete
-        return cls(
-            clients=False,
-            server=covered,
-            derived_figures=guarantee.derived_figures if guarantee is not None and covered else (),
-        )
+        if guarantee is None or not guarantee.complete:
+            return cls(clients=False, server=False, derived_figures=())
+        return cls(clients=False, derived_figures=guarantee.derived_figures)
 
     def oracle_metrics(self, figures: Mapping[str, float], prefixes: Iterable[str]) -> dict[str, float]:
         if self.derived_figures is None:

@@ -99,8 +99,7 @@ def membership_attack(members: Tensor, others: Tensor, *, groups: tuple[Tensor, 
             limits += [(1 + math.tanh((middle + side) / 2)) / 2 for side in (-half, half)]
         low, high = min(limits), max(limits)
     # The lowest threshold above which there are at most 1 % of the others.
-    allowed = int(FALSE_POSITIVES * len(y))
-    threshold = np.sort(y)[::-1][allowed]
+    threshold = np.sort(y)[::-1][int(FALSE_POSITIVES * len(y))]
     tpr = float((x > threshold).mean())
     tpr_low, tpr_high = _clopper_pearson(tpr, effective[0])
     return Attack(

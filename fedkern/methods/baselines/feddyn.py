@@ -75,8 +75,7 @@ class FedDyn(FedAvg):
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:
         before = client.state.get("gradient", torch.zeros_like(message["parameters"]))
         result = client.train(self, phase, message, extras={"correction": -before.to(client.device)})
-        change = fetch(result["parameters"]) - message["parameters"]
-        client.state["gradient"] = before - message["alpha"] * change
+        client.state["gradient"] = before - message["alpha"] * (fetch(result["parameters"]) - message["parameters"])
         return result
 
     def terms(self, received: Received) -> Terms:

@@ -41,10 +41,10 @@ class FedNTD(LocalTraining):
 
     def loss(self, model: nn.Module, batch: Batch, received: Received) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         logits = model(batch.inputs)
-        if not self.options.beta or logits.shape[1] == 1:  # a single class has no not-true class
-            return batch.task.criterion(logits, batch)
-        teacher = batch.drawn["teacher"]
         em = batch.task.criterion(logits, batch)
+        if not self.options.beta or logits.shape[1] == 1:  # a single class has no not-true class
+            return em
+        teacher = batch.drawn["teacher"]
         ntd = ops.kl_div(
             not_true(logits, batch.targets), not_true(teacher, batch.targets), float(self.options.temperature)
         )

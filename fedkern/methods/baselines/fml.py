@@ -64,11 +64,8 @@ class FML(LocalTraining):
         h, z = model.private(batch.inputs), model.proxy(batch.inputs)
         private_loss, shared_loss = batch.task.criterion(h, batch), batch.task.criterion(z, batch)
         temperature = float(o.temperature)
-        to_private, to_proxy = (
-            ops.kl_div(h, z.detach(), temperature), ops.kl_div(z, h.detach(), temperature)
-        )  # fmt: skip
-        loss_h = o.alpha * private_loss + (1 - o.alpha) * to_private
-        loss_z = o.beta * shared_loss + (1 - o.beta) * to_proxy
+        loss_h = o.alpha * private_loss + (1 - o.alpha) * ops.kl_div(h, z.detach(), temperature)
+        loss_z = o.beta * shared_loss + (1 - o.beta) * ops.kl_div(z, h.detach(), temperature)
         return loss_h + loss_z, {"loss_private": loss_h.detach(), "loss_proxy": loss_z.detach()}
 
     def client_update(self, client: Client, phase: Phase, message: Message) -> Message:

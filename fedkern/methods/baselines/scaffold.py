@@ -103,19 +103,17 @@ class Scaffold(FedAvg):
             freeze_bn_after(network)
         total = flat.gradients()
         for batch in client.in_order(min(client.task.outside, GRADIENT_BATCH)):
-            share = float(batch.known / client.known)
-            (share * batch.task.loss(network, batch)).backward()
+            (float(batch.known / client.known) * batch.task.loss(network, batch)).backward()
         return total
 
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         samples = server.federation.samples
         uniform = self.options.weighting == "uniform"
-        total = sum(samples)
         change, present = server.accumulator(server.state["control"].numel()), 0.0
 
         def add_control(upload: Upload) -> Upload:
             nonlocal present
-            share = 1 / len(samples) if uniform else samples[upload.client_id] / total
+            share = 1 / len(samples) if uniform else samples[upload.client_id] / sum(samples)
             weight = share if upload.share is None else upload.share
             change.add(upload.message["control"], weight)
             present += weight

@@ -57,8 +57,7 @@ class ClassStatistics:
         self.classes, self.width, self.diagonal, self.compat = classes, width, diagonal, compat
         self.counts = torch.zeros(classes, dtype=torch.int64)
         self.means = torch.zeros(classes, width, dtype=torch.float64)
-        shape = (classes, width) if diagonal else (classes, width, width)
-        self.scatters = torch.zeros(shape, dtype=torch.float64)
+        self.scatters = torch.zeros((classes, width) if diagonal else (classes, width, width), dtype=torch.float64)
 
     @torch.no_grad()
     def add(self, features: Tensor, labels: Tensor) -> None:
@@ -125,10 +124,7 @@ class ClassStatistics:
     def _check(self, present: int, scatters: Tensor) -> None:
         if len(scatters) != present:
             raise ValueError(f"{len(scatters)} means and scatters came for {present} classes")
-        variances = scatters
-        if not self.diagonal:
-            i, j = torch.triu_indices(self.width, self.width)
-            variances = scatters[:, i == j]
+        variances = scatters if self.diagonal else scatters[:, torch.eq(*torch.triu_indices(self.width, self.width))]
         if bool((variances < 0).any()):
             raise ValueError("scatters of the class statistics must not be negative on the diagonal")
 

@@ -166,16 +166,15 @@ class Robust(LocalTraining):
         reported = losses[~np.isnan(losses)]
         if not len(reported):
             return
-        old, centre = self.weights(server), self.centre(server)
-        uniform = self.options.weighting == "uniform"
-        new = project(exponentiated_step(old, losses, self.options.eta), self.radius, None if uniform else centre)
+        centre = None if self.options.weighting == "uniform" else self.centre(server)
+        new = project(exponentiated_step(self.weights(server), losses, self.options.eta), self.radius, centre)
         server.state["weights"] = torch.from_numpy(new)
         server.report.update(
             robust_mean_loss=float(reported.mean()),
             robust_worst_loss=float(reported.max()),
             largest_weight=float(new.max()),
             smallest_weight=float(new.min()),
-            weights_distance=distance(new, None if uniform else centre),
+            weights_distance=distance(new, centre),
         )
 
     # -- the clients -----------------------------------------------------------------------------------------------
@@ -228,9 +227,10 @@ class Robust(LocalTraining):
         model = {**vectors_of(client.round_cache.get("asked", {})), **vectors_of(message)}
         client.state["model"] = model
         network = client.frozen(model)
-        batches = _batches_of(self.rows(client)[1], int(message["batch"]))
+        rows, size = self.rows(client)[1], int(message["batch"])
+        batches = [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]
         with torch.no_grad():
-            losses = [float(self.judge(network, client.batch(rows))) for rows in batches]
+            losses = [float(self.judge(network, client.batch(part))) for part in batches]
         loss = self.running(client, sum(losses) / len(losses), sum(map(len, batches)))
         client.report["own_loss"] = loss
         return {"loss": loss}

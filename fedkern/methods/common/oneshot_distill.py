@@ -314,9 +314,8 @@ class Pool:
         Logits are [K, B, C] or [K, B, C, H, W]; ``index`` is int64 [B] (CPU).
         """
         index = send(index, self._logits.device)
-        return map_leaves(lambda rows: _from_rows(rows.index_select(0, index)), self._rows), self._logits.index_select(
-            1, index
-        )
+        chosen = map_leaves(lambda rows: _from_rows(rows.index_select(0, index)), self._rows)
+        return chosen, self._logits.index_select(1, index)
 
     def batches(self, size: int, draw: torch.Generator) -> Iterator[Tensor]:
         """Yield an epoch's random positions in batches, without a last batch of one, for batch norm."""

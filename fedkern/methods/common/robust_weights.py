@@ -102,8 +102,7 @@ def _around(v: Weights, c: Weights, bound: float) -> Weights:
     def solve(t: float) -> Weights:
         # p_k = max(0, a_k (v_k - nu)) with a_k = c_k t / (c_k t + 1 - t); nu makes the sum 1.
         a = c_sorted * t / (c_sorted * t + (1 - t))
-        total = np.cumsum(a)
-        nu = (np.cumsum(a * v_sorted) - 1) / total
+        nu = (np.cumsum(a * v_sorted) - 1) / np.cumsum(a)
         count = np.flatnonzero(v_sorted > nu)[-1] + 1
         solution: Weights = np.maximum(a * (v_sorted - nu[count - 1]), 0) * (np.arange(len(v)) < count)
         return solution

@@ -99,8 +99,7 @@ class Answers:
         """
         if not self.options.w_real:
             return None
-        realism = pending.realism[self.slots[k]].sum()
-        return torch.autograd.grad(realism, pending.images, retain_graph=True)[0]
+        return torch.autograd.grad(pending.realism[self.slots[k]].sum(), pending.images, retain_graph=True)[0]
 
     def _own(self, pending: Pending, k: ClientId, message: Message) -> Message:
         slot, images = self.slots[k], pending.images

@@ -13,6 +13,7 @@ from fedkern.methods.fediod.iod_options import IODOptions
 from fedkern.methods.fediod.losses import confidence, patch_entropy
 from fedkern.methods.protocol import BEFORE, Phase, batch_slices
 from fedkern.methods.roles import Client
+from fedkern.methods.uploads import make_once
 from fedkern.models.networks.discriminator import PatchDiscriminators, whole_image
 from fedkern.models.optimisers import Adam
 from fedkern.process.device_copies import send
@@ -37,8 +38,7 @@ class Discriminators:
         module = PatchDiscriminators(drawn, channels=channels, ndf=o.ndf, layers=layers)
         self.module = module.to(clients[0].device)
         self._parts = module.parts()
-        tensors = [part[name] for part in self._parts for name in part]
-        self._adam = Adam(tensors, o.critic_lr, (0.5, 0.999))
+        self._adam = Adam([part[name] for part in self._parts for name in part], o.critic_lr, (0.5, 0.999))
         for slot, client in enumerate(clients):
             critics = client.state.setdefault("critics", {})
             for shard in range(len(self._shards[slot])):  # all now: the keys must not reveal which shard served
@@ -106,13 +106,10 @@ class Discriminators:
         shards = self._shards[slot]
         augmentation = client.rng("real-augmentation", phase)
         if len(shards) > 1:
-            rows = shards[self._here[slot]]
-            chosen = np.resize(client.rng("real", phase).permutation(rows), size)
+            chosen = np.resize(client.rng("real", phase).permutation(shards[self._here[slot]]), size)
         else:
-            order = client.round_cache.get("order")
-            if order is None:
-                of_round = Phase(phase.round, phase.name, "update")
-                order = client.round_cache["order"] = client.rng("real", of_round).permutation(client.samples)
+            at = Phase(phase.round, phase.name, "update")
+            order = make_once(client.round_cache, "order", lambda: client.rng("real", at).permutation(client.samples))
             chosen = np.resize(order, batches * size)[iteration * size : (iteration + 1) * size]
         images: Tensor = client.batch(chosen, augmentation).inputs
         return images

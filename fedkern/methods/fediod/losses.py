@@ -44,8 +44,7 @@ def importance(by_class: Tensor, scores: Tensor | None) -> Tensor:
     if scores is None:
         return by_class[:, None]
     # Scores vanish where every discriminator is sure that an image is generated; class weights then still count.
-    floor = torch.finfo(scores.dtype).tiny ** 0.5
-    return by_class[:, None] * scores.detach().clamp_min(floor)[:, :, None]
+    return by_class[:, None] * scores.detach().clamp_min(torch.finfo(scores.dtype).tiny ** 0.5)[:, :, None]
 
 
 def normalise_weights(weights: Tensor, mask: Tensor | None = None) -> Tensor:

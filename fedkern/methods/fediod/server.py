@@ -149,10 +149,9 @@ class Workshop:
         with torch.enable_grad():
             x = self.generator.network(z)
         self.running.add(image_spread=x.detach().std(0).mean())
-        sent = self._encode(x.detach())
         # The clients' gradients are at the images as sent (pixels=uint8: rounded) and go to the generator unchanged.
         self.x = x
-        return sent
+        return self._encode(x.detach())
 
     @torch.no_grad()
     def examples(self, draw: torch.Generator) -> Tensor:

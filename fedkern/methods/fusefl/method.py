@@ -239,8 +239,7 @@ class FuseFL(Objective, Method):
         """
         kind = client % len(widths)
         build: Any = getattr(place, "build", place.network)
-        built = build(model=self._models()[kind], width=widths[kind] or None)
-        return cut_network(built, self.options.blocks)
+        return cut_network(build(model=self._models()[kind], width=widths[kind] or None), self.options.blocks)
 
     # -- what travels ----------------------------------------------------------------------------------------------
 
@@ -290,13 +289,8 @@ class FuseFL(Objective, Method):
         if adaptor is not None and any(True for _ in adaptor.parameters()):
             pair["adaptor"] = tensors_of(adaptor)
         later = {i: tensors_of(block) for i, block in enumerate(network.blocks, start=1) if i > level}
-        client.state.update(
-            {
-                "levels": levels,
-                "own": {"level": level, "pair": pair},
-                "local": {"blocks": later, "head": tensors_of(network.head)},
-            }
-        )
+        local = {"blocks": later, "head": tensors_of(network.head)}
+        client.state.update(levels=levels, own={"level": level, "pair": pair}, local=local)
         upload: Message = dict(pair)
         if level == self.options.blocks:
             upload["head"] = tensors_of(network.head)
@@ -393,8 +387,7 @@ class FuseFL(Objective, Method):
         levels = _with_statistics(state["levels"], state.get("statistics", {}))
         fused = self._fuse(server, _Networks(self, server, state["widths"]), levels)
         frozen: list[Any] = list(fused.levels)
-        plain_head = None if head is None else plain
-        return FusedNetwork(frozen, head or plain, final=self.options.final_fuse, plain_head=plain_head)
+        return FusedNetwork(frozen, head or plain, final=self.options.final_fuse, plain_head=head and plain)
 
     def evaluate(self, model: nn.Module, data: TestSet) -> dict[str, float]:
         """Return the task's figures and ``uncalibrated_accuracy``.

@@ -28,8 +28,7 @@ def token_rows(mask: Tensor) -> Tensor | None:
 
 def unpack(tokens: Tensor, mask: Tensor, rows: Tensor) -> Tensor:
     """Return packed tokens ``[n, d]`` in their places of ``[B, N, d]``, with zeros as padding."""
-    zeros = tokens.new_zeros(mask.numel(), tokens.shape[1])
-    return zeros.index_copy(0, rows, tokens).view(*mask.shape, -1)
+    return tokens.new_zeros(mask.numel(), tokens.shape[1]).index_copy(0, rows, tokens).view(*mask.shape, -1)
 
 
 class TransformerLayer(nn.Module):

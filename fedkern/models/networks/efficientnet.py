@@ -65,8 +65,7 @@ class EfficientNetB0(StagedNetwork):
                 )
             for j in range(count):
                 wide = divisible(after * scale)
-                step = stride if j == 0 else 1
-                layers.append(self.block(current, wide, size=size, stride=step, expansion=expansion))
+                layers.append(self.block(current, wide, size=size, stride=stride if j == 0 else 1, expansion=expansion))
                 current = wide
             if i == len(STAGES) - 1:
                 layers += conv_norm(current, features, 1, activation=self.activation())

@@ -92,8 +92,7 @@ class Generator(nn.Module):
                 layer.reset_running_stats()
             if isinstance(layer, (nn.Conv2d, nn.Linear, nn.BatchNorm2d)):
                 centre = 1.0 if isinstance(layer, nn.BatchNorm2d) else 0.0
-                weight = torch.empty(layer.weight.shape).normal_(centre, 0.02, generator=generator)
-                layer.weight.copy_(weight)
+                layer.weight.copy_(torch.empty(layer.weight.shape).normal_(centre, 0.02, generator=generator))
                 if layer.bias is not None:
                     layer.bias.zero_()
         last = self.body[-1]

@@ -36,8 +36,7 @@ class GroundingDino:
 
     @property
     def identity(self) -> Mapping[str, str | float]:
-        thresholds = {"box_threshold": self.box_threshold, "text_threshold": self.text_threshold}
-        return {**self._source.identity, **thresholds}
+        return {**self._source.identity, "box_threshold": self.box_threshold, "text_threshold": self.text_threshold}
 
     @torch.no_grad()
     def detect(self, images: Tensor, name: str) -> list[Tensor]:

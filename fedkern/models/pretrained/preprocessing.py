@@ -62,8 +62,7 @@ class Preprocessing:
         """Read ``folder/preprocessor_config.json``, or take sides of ``side`` pixels and values in [-1, 1]."""
         path = folder / "preprocessor_config.json"
         try:
-            settings = read_json(path) if path.is_file() else {}
-            return cls(settings, mean, std, side)
+            return cls(read_json(path) if path.is_file() else {}, mean, std, side)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -109,8 +109,7 @@ def check_folder(folder: Path, kind: str) -> None:
         config = read_json(folder / "config.json")
     except (OSError, ValueError):
         return  # transformers reports a missing or damaged file
-    kernels = [name for name in _find_texts(config, "attn_implementation") if "/" in name]
-    if kernels:
+    if kernels := [name for name in _find_texts(config, "attn_implementation") if "/" in name]:
         raise UserError(
             f"the config.json of the {kind} in {folder} names code to be downloaded and run (attn_implementation "
             f"{kernels[0]}): take that entry out."

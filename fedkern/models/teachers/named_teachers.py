@@ -166,8 +166,7 @@ class Teachers:
         thing: Any = named_code.load(location, "the teacher")[0]
         if isinstance(thing, Teacher):
             return thing
-        identity = getattr(thing, "identity", None)
-        return teacher_of(thing, str(spec), len(self.classes), self.device, identity)
+        return teacher_of(thing, str(spec), len(self.classes), self.device, getattr(thing, "identity", None))
 
 
 def count_parameters(network: nn.Module) -> int:

@@ -168,8 +168,7 @@ def stored_logits(file: str | Path, classes: int, mean: Sequence[float], std: Se
 
     def look_up(images: Tensor) -> Tensor:
         keys = image_keys(images, mean, std)
-        missing = sum(key not in rows for key in keys)
-        if missing:
+        if missing := sum(key not in rows for key in keys):
             raise UserError(
                 f"{path} lacks the logits of {missing} of {len(keys)} images: make it from these data, and take "
                 "teacher_view=cached (an augmented image is another one)."

@@ -102,8 +102,7 @@ def load_or_pretrain(
         "device": device.type,
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
     }
-    stored = cache.read("weights", identity)
-    if stored is not None:
+    if (stored := cache.read("weights", identity)) is not None:
         network.load_state_dict(stored)
         network.eval()
         return
@@ -141,8 +140,7 @@ def tune_copy(
     targets = labels.to(inputs.device)
     optimiser = torch.optim.AdamW(module.parameters(), lr=lr)
     for _ in range(epochs):
-        order = torch.from_numpy(rng.permutation(len(labels)))
-        for index in order.split(128):
+        for index in torch.from_numpy(rng.permutation(len(labels))).split(128):
             with torch.enable_grad():
                 loss = cross_entropy(module(inputs[index]), targets[index])
             optimiser.zero_grad()

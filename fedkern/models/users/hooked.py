@@ -190,5 +190,4 @@ def find_taps(network: Any, stages: Sequence[str], features: str | None, form: A
                     raise UserError(
                         f"{option}: the logits of {text} depend on more than it gives: name a later submodule."
                     )
-    widths = results[FEATURE].shape[1], results[LOGITS].shape[1]
-    return kind, head, stages, features, blank, widths, changed
+    return kind, head, stages, features, blank, (results[FEATURE].shape[1], results[LOGITS].shape[1]), changed

@@ -304,12 +304,8 @@ class Own:
             module = self._copy_module(self.source).cpu()
             module.train(True)  # may freeze parts, which then count as frozen from the beginning
             return module
-        unset = inspect.Parameter.empty
-        if (
-            width is None
-            and "width" in self.takes
-            and inspect.signature(self.source).parameters["width"].default is unset
-        ):
+        default = inspect.signature(self.source).parameters["width"].default if "width" in self.takes else None
+        if width is None and default is inspect.Parameter.empty:
             raise UserError(f"the model {self.text} needs a width: give one with --width.")
         values = {"classes": classes, "channels": channels, "image_size": side, "seed": seed, "width": width}
         with seeded_generators(word), host_code(self.named.file if self.named else ""):
@@ -334,10 +330,8 @@ class Own:
             ) from None
 
     def _cut(self, module: nn.Module, images: Tensor) -> Cut | str | None:
-        declared = getattr(module, "stages", None)
-        if declared is None or callable(declared):
-            declared = getattr(self.source, "stages", None)
-        declared = None if callable(declared) else declared
+        attributes = (getattr(owner, "stages", None) for owner in (module, self.source))
+        declared = next((stages for stages in attributes if stages is not None and not callable(stages)), None)
         try:
             return find_cut(module, images, declared)
         except NotCut as error:
