@@ -919,19 +919,19 @@ def conv_case(draw: st.DrawFn, layer: Any = None) -> Case:
     statistics = not groups and (not training or draw(st.booleans()))
     residual = draw(st.booleans()) and not (served and pool == 2)
 
-    def described(shape: list[int], layouts: st.SearchStrategy[str], **settings: Any) -> Case:
+    def make_case(shape: list[int], layouts: st.SearchStrategy[str], **settings: Any) -> Case:
         return {**draw(tensor(shape, dtype, **settings)), "layout": draw(layouts)}
 
     running = st.sampled_from(["contiguous", "contiguous", "strided"])
     return {
-        "x": described(shape, maps),
-        "weight": described([out, channels, kernel, kernel], maps),
-        **{name: described([out], vectors) for name in ("scale", "shift")},
-        "bias": described([out], vectors) if groups > 0 and draw(st.booleans()) else None,
-        "mean": described([out], running, grad=False) if statistics else None,
-        "variance": described([out], running, values="positive", grad=False) if statistics else None,
+        "x": make_case(shape, maps),
+        "weight": make_case([out, channels, kernel, kernel], maps),
+        **{name: make_case([out], vectors) for name in ("scale", "shift")},
+        "bias": make_case([out], vectors) if groups > 0 and draw(st.booleans()) else None,
+        "mean": make_case([out], running, grad=False) if statistics else None,
+        "variance": make_case([out], running, values="positive", grad=False) if statistics else None,
         "groups": groups,
-        "residual": described([shape[0], out, *rows], maps) if residual else None,
+        "residual": make_case([shape[0], out, *rows], maps) if residual else None,
         "momentum": draw(st.sampled_from([0.1, 0, 1.0])),
         "eps": draw(st.sampled_from([1e-5, 0.1])),
         "stride": stride,
