@@ -81,8 +81,7 @@ class ClassStatistics:
         present = self.counts > 0
         scatters = self.scatters[present]
         if not self.diagonal:
-            i, j = torch.triu_indices(self.width, self.width)
-            scatters = scatters[:, i, j]
+            scatters = scatters[:, *torch.triu_indices(self.width, self.width)]
         return {"counts": self.counts.int(), "means": self.means[present].float(), "scatters": scatters.float()}
 
     def merge(self, message: Mapping[str, Tensor]) -> None:
@@ -117,8 +116,7 @@ class ClassStatistics:
 
     def _unpack(self, packed: Tensor) -> Tensor:
         full = packed.new_zeros(self.width, self.width)
-        i, j = torch.triu_indices(self.width, self.width)
-        full[i, j] = packed
+        full[*torch.triu_indices(self.width, self.width)] = packed
         return full + full.triu(1).T
 
     def _check(self, present: int, scatters: Tensor) -> None:

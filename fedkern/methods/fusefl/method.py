@@ -277,7 +277,9 @@ class FuseFL(Objective, Method):
             network.head.load_state_dict(client.state["local"]["head"])
         adaptor = frozen = None
         if level > 1:
-            adaptor = self._fresh_adaptor(client, phase, networks.shapes(client.id)[level - 2], len(levels[level - 1]))
+            shape, branches = networks.shapes(client.id)[level - 2], len(levels[level - 1])
+            draw = torch_stream(client, "adaptor", phase) if self.options.adaptor_init == "random" else None
+            adaptor = make_adaptor(self.options.adaptor, shape, branches, generator=draw).to(client.device)
             frozen = self._fuse(client, networks, levels)
         if frozen is not None and self.options.frozen_bn != "owner":
             frozen.normalise_by_batch()
@@ -297,10 +299,6 @@ class FuseFL(Objective, Method):
         if frozen is not None and self.options.frozen_bn == "code":
             upload["statistics"] = _statistics(frozen, levels)
         return upload
-
-    def _fresh_adaptor(self, client: Client, phase: Phase, shape: tuple[int, ...], branches: int) -> nn.Module:
-        generator = torch_stream(client, "adaptor", phase) if self.options.adaptor_init == "random" else None
-        return make_adaptor(self.options.adaptor, shape, branches, generator=generator).to(client.device)
 
     def loss(self, model: LocalPart, batch: Batch, received: Received) -> Tensor:
         return cross_entropy(model(batch.drawn["inputs"]), batch.targets)

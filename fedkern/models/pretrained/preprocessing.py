@@ -39,8 +39,7 @@ class Preprocessing:
             square = (self.size[0], self.size[0])
             large = self.size[0] >= WHOLE
             self.size, self.crop = (square, self.crop) if large else ((int(self.size[0] / share),), self.crop or square)
-        resample = settings.get("resample")
-        resample = BILINEAR if resample is None else int(resample)
+        resample = BILINEAR if settings.get("resample") is None else int(settings["resample"])
         if resample not in MODES:
             raise UserError(f"resample {resample} is not done here: give one of {', '.join(map(str, MODES))}.")
         self.mode = MODES[resample]

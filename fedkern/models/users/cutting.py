@@ -91,14 +91,13 @@ def find_cut(module: nn.Module, images: Tensor, declared: object = None) -> Cut:
 
 
 def _read_stages(declared: object) -> dict[str, str]:
+    paths: dict[str, Any] = {}
     if declared is None:
-        return {}
+        return paths
     if isinstance(declared, Mapping):
         paths = {str(name): path for name, path in declared.items()}
     elif isinstance(declared, Sequence) and not isinstance(declared, str):
         paths = {str(path): path for path in declared}
-    else:
-        paths = {}
     if not paths or not all(isinstance(path, str) and path for path in paths.values()) or "feature" in paths:
         raise UserError(
             "the network's attribute stages must name submodules, {'layer1': 'backbone.1', ...} or ['stem', ...], "
