@@ -131,9 +131,8 @@ def geometric_median(
     iterations = min(check_count(iterations, "iterations", 0), _MAX_ITERATIONS)
     check_number(tolerance, "tolerance")
     check_number(smoothing, "smoothing", above=True)
-    kernel: AggregateKernels | None = None
-    if not isinstance(weights, Tensor):
-        kernel = select_ordinary("aggregate", vectors, torch.is_grad_enabled())
+    kernel: AggregateKernels | None
+    kernel = None if isinstance(weights, Tensor) else select_ordinary("aggregate", vectors, torch.is_grad_enabled())
     if kernel is not None and kernel.host and checks.count_of(vectors) <= MAX_FROM_DISTANCES:
         count = checks.count_of(vectors)
         numbers = [1.0] * count if weights is None else checks.near_one(kernel.numbers(weights, count))

@@ -1,5 +1,6 @@
 """js_div, consensus: how far K distributions agree."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,12 +8,16 @@ from torch import Tensor
 
 from fedkern.ops._core.backend import eager, select, select_ordinary
 from fedkern.ops._core.checks import autocast
+from fedkern.ops._core.library import Result
 from fedkern.ops._distill.checks import check_reduction, check_stack, check_values, move_classes, spread_row_weights
 from fedkern.ops._distill.ensemble_reference import consensus_reference, js_reference
 from fedkern.ops._distill.entries import CONSENSUS, JS
 from fedkern.ops._distill.gradients import EnsembleFunction
 from fedkern.ops._distill.kernels import DistillKernels, Ensemble, consensus_call, js_call
 from fedkern.ops._distill.rows import MAX_DIMS
+
+Functions = tuple[Callable[..., Result], Callable[..., Result], Callable[..., Ensemble]]
+"""An operator of torch.library, its reference, and the function that makes the kernels' call."""
 
 
 def js_div(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "batchmean", dim: int = 1) -> Tensor:
@@ -43,16 +48,7 @@ def js_div(logits: Tensor, weights: Tensor | None = None, *, reduction: str = "b
         ValueError: a shape, a device or the reduction does not fit, or a weight on the CPU is negative or
             not finite.
     """
-    kernel, logits, weights, code = _check("js_div", logits, weights, reduction, dim)
-    if kernel is None:
-        tensors = (logits,) if weights is None else (logits, weights)
-        if not eager(*tensors):
-            return JS(logits, weights, code)
-        kernel = select("js_div", *tensors)
-    if kernel is None:
-        return js_reference(logits, weights, code)
-    divergence: Tensor = _compute(kernel, js_call(logits, weights, code))
-    return divergence
+    return _dispatch("js_div", (JS, js_reference, js_call), logits, weights, reduction, dim)
 
 
 def consensus(
@@ -64,25 +60,18 @@ def consensus(
     difference loses. Arguments and errors are those of js_div, and each result has the shape and dtype of js_div's.
     The gradients of both results are computed in one pass.
     """
-    kernel, logits, weights, code = _check("consensus", logits, weights, reduction, dim)
-    if kernel is None:
-        tensors = (logits,) if weights is None else (logits, weights)
-        if not eager(*tensors):
-            return CONSENSUS(logits, weights, code)
-        kernel = select("consensus", *tensors)
-    if kernel is None:
-        return consensus_reference(logits, weights, code)
-    entropies: tuple[Tensor, Tensor] = _compute(kernel, consensus_call(logits, weights, code))
-    return entropies
+    return _dispatch("consensus", (CONSENSUS, consensus_reference, consensus_call), logits, weights, reduction, dim)
 
 
-def _check(
-    operator: str, logits: Tensor, weights: Tensor | None, reduction: str, dim: int
-) -> tuple[DistillKernels | None, Tensor, Tensor | None, int]:
+def _dispatch(
+    operator: str, functions: Functions[Result], logits: Tensor, weights: Tensor | None, reduction: str, dim: int
+) -> Result:
+    registered, reference, call = functions
     (logits,) = autocast(logits)
     if type(dim) is not int or dim != 1:
         (logits,) = move_classes(("logits",), (logits,), dim, (1,))
-    kernel = select_ordinary(operator, logits) if weights is None else select_ordinary(operator, logits, weights)
+    tensors = (logits,) if weights is None else (logits, weights)
+    kernel: DistillKernels | None = select_ordinary(operator, *tensors)
     if kernel is not None and not 3 <= logits.dim() <= MAX_DIMS + 1:
         kernel = None
     if kernel is None or 0 in (logits.shape[0], logits.shape[2]):
@@ -92,7 +81,15 @@ def _check(
         ordinary = kernel is not None
         check_values(weights, ordinary)
         weights = spread_row_weights(weights, logits, ordinary)
-    return kernel, logits, weights, code
+    if kernel is None:
+        tensors = (logits,) if weights is None else (logits, weights)
+        if not eager(*tensors):
+            return registered(logits, weights, code)
+        kernel = select(operator, *tensors)
+    if kernel is None:
+        return reference(logits, weights, code)
+    result: Result = _compute(kernel, call(logits, weights, code))
+    return result
 
 
 def _compute(kernel: DistillKernels, call: Ensemble) -> Any:
