@@ -151,8 +151,7 @@ class Run:
         Raises:
             UserError: the run is not finished.
         """
-        contents = read_summary(self.out)
-        if contents is None:
+        if (contents := read_summary(self.out)) is None:
             raise UserError(f"The run in {self.out} is not finished: continue it with resume().")
         return contents
 
@@ -378,8 +377,7 @@ class Run:
         from fedkern.report.live.notebook import Pictures
 
         self._give_method()
-        data = self._kept_data()
-        model, root = self._network_for_pictures(), self.config.data_root
+        data, model, root = self._kept_data(), self._network_for_pictures(), self.config.data_root
         return Pictures(write_pictures(self.out, data=data, model=model, data_root=root, trusted=self._trusted))
 
     @python_words()

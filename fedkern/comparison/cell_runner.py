@@ -272,17 +272,15 @@ def pick_best(runner: Runner, by_method: Mapping[str, Sequence[Variant]], seed: 
         if len(choices) == 1:
             winners.append(choices[0])
             continue
-        finished = [variant for variant in choices if variant.label in scores]
-        if not finished:
+        if not (finished := [variant for variant in choices if variant.label in scores]):
             continue
         config = scores[finished[0].label][1]
         pick: Callable[..., Variant] = min if config.better == "min" else max
         best = pick(finished, key=lambda variant: scores[variant.label][0])
         winners.append(best)
         figures = ", ".join(f"{_point(v)}: {human_metric(config.main, scores[v.label][0])}" for v in finished)
-        main = short_title(config.main)
-        choice = f"{_point(best)} was chosen by validation {main} of seed {seed} ({figures})."
-        sentences.append(f"{short_name(method)}: {choice}")
+        name = f"{short_name(method)}: {_point(best)}"
+        sentences.append(f"{name} was chosen by validation {short_title(config.main)} of seed {seed} ({figures}).")
     return winners, sentences
 
 

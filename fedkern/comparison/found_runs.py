@@ -77,8 +77,7 @@ class FoundRun:
     def read_recorded(cls, folder: Path) -> FoundRun:
         """Return a run that `fedkern.record` wrote, or raise UserError."""
         header, records = recorded_run.read_header(folder), recorded_run.read_records(folder)
-        summary = recorded_run.read_summary(folder, records)
-        if summary is None:
+        if (summary := recorded_run.read_summary(folder, records)) is None:
             raise UserError(f"The run in {folder} is not finished: continue it with resume=ROUND, or leave it out.")
         settings = {name: value for name, value in {**header.sizes, **header.settings}.items() if name not in _NO_GROUP}
         return cls(
@@ -161,8 +160,7 @@ def read_run(folder: Path) -> FoundRun:
 def read_own_run(folder: str | Path, trusted: Collection[str] = ()) -> OwnRun:
     path = Path(folder)
     config = load_unedited(path, trusted=trusted, device="cpu")
-    summary = read_summary(path)
-    if summary is None:
+    if (summary := read_summary(path)) is None:
         raise UserError(f"The run in {path} is not finished: continue it with --resume {path}, or leave it out.")
     return OwnRun.of(path, with_identity(config, read_newest(path)), summary, read_metrics(path))
 

@@ -352,6 +352,8 @@ class Reproduction:
                 for point, run in job.first_runs()
             ]
         seconds = [run.summary["seconds"] for run in runs.values()]
+        # No file of a run has a time: that of the summary is kept only by copies with cp -p or rsync -t.
+        last_finish = max((run.folder / SUMMARY).stat().st_mtime for run in runs.values())
         return Outcome(
             {seed: figure_of(cell, run) for seed, run in runs.items()},
             {seed: float(run.records[-1]["round"]) for seed, run in runs.items()},
@@ -360,7 +362,7 @@ class Reproduction:
             bytes=_mean_bytes(runs.values(), "total"),
             up=_mean_bytes(runs.values(), "up"),
             build=", ".join(dict.fromkeys(filter(None, map(_build, runs.values())))),
-            date=max(map(_finish_day, runs.values())),
+            date=datetime.fromtimestamp(last_finish, UTC).date().isoformat(),
             recorded=self.recorded[cell.name].label if job is None else "",
         )
 
@@ -440,15 +442,6 @@ def _build(run: FoundRun) -> str:
     return " ".join(str(versions[name]) for name in ("fedkern", "commit") if name in versions)
 
 
-def _finish_day(run: FoundRun) -> str:
-    """Return the UTC day on which a run was finished.
-
-    No file of a run has a time, so this is the modification time of the summary, which a copy keeps only with ``cp -p``
-    or ``rsync -t``.
-    """
-    return datetime.fromtimestamp((run.folder / SUMMARY).stat().st_mtime, UTC).date().isoformat()
-
-
 _OF_DATA = ("data", "data_options", "clients", "partition", "train_samples", "public_samples", "correlation")
 """Settings that decide whether data can be loaded."""
 
@@ -474,8 +467,7 @@ def _reached_text(cell: PublishedCell, run: FoundRun | None) -> str:
     """Return the figure of a run for people, or its best value if the run misses the target."""
     if run is None:
         return "failed"
-    value = figure_of(cell, run)
-    if value is not None:
+    if (value := figure_of(cell, run)) is not None:
         return figure_text(cell, value)
     assert cell.goal is not None
     return f"misses the target with {human_metric(cell.goal.figure, verdicts.best_value(cell.goal.figure, run))}"

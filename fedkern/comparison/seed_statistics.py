@@ -51,8 +51,7 @@ def compare_pairs(values: Mapping[int, float], base_values: Mapping[int, float])
 
     The interval assumes that the differences are normally distributed over seeds.
     """
-    seeds = values.keys() & base_values.keys()
-    if not seeds:
+    if not (seeds := values.keys() & base_values.keys()):
         return None
     differences = [values[seed] - base_values[seed] for seed in sorted(seeds)]
     mean, deviation = mean_std(differences)

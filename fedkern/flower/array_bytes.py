@@ -96,11 +96,11 @@ LISTING = "fedkern.layout"
 
 FLOATS = {"float16": torch.float16, "float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 """Floating dtypes by name. Only flat vectors can be bfloat16."""
+DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 _MAGIC = b"\x93NUMPY"
 _LONGEST_HEADER = 10_000  # of NumPy's own limit, above which a header's evaluation may take too long
 _MOST_SIZES, _MOST_ELEMENTS = 64, 2**48
-_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 # Not the attributes of ctypes.pythonapi, whose types others may set.
 _new_bytes: Any = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t)(
     ("PyBytes_FromStringAndSize", ctypes.pythonapi)
@@ -262,7 +262,3 @@ def _share_memory(data: bytes, address: int, dtype: torch.dtype, count: int, beg
 
 def raw_bytes(vector: Tensor) -> bytes:
     return bytes(vector.view(torch.uint8).numpy().data) if vector.numel() else b""
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return _NAMES[dtype]

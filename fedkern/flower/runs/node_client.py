@@ -327,8 +327,7 @@ class NodeClients:
         context.notices.warnings.clear()
         answer = self._serial.ask(k, request.callee, request.phase, message)
         self._places[k] = request.attempt, request.version
-        state = self._serial.changed_state(k)
-        if state is not None:
+        if (state := self._serial.changed_state(k)) is not None:
             folder.write_state(request.version, state, request.oldest)
         ledger = None if state is None or self._guarantee is None else state.get(LEDGER)
         answer.warnings = dict(context.notices.warnings)

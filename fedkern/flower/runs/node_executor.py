@@ -230,8 +230,7 @@ class Nodes(Ordered):
             self._versions[k] = request.version
             if id(message) not in packed:
                 packed[id(message)] = self._pack_message(message)
-            node = self._registry.home.get(k)
-            if node is None:
+            if (node := self._registry.home.get(k)) is None:
                 self._note_absence(k, "no node of it is connected")
                 continue
             name = self._channel.send(

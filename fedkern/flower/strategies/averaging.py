@@ -22,7 +22,7 @@ from torch import Tensor
 from fedkern.errors import RunFailed, UserError, make_printable, printable_name
 from fedkern.flower import adapter
 from fedkern.flower.adapter import ArrayRecord, ConfigRecord, Grid, Message, MetricRecord, RecordDict, Result, flower
-from fedkern.flower.array_bytes import FLOATS, Misfit, dtype_name
+from fedkern.flower.array_bytes import DTYPE_NAMES, FLOATS, Misfit
 from fedkern.flower.model_layout import Layout, Model
 from fedkern.flower.model_sums import AllModels, Integers, NewModel, RunningMean
 from fedkern.ops._core.checks import check_count, check_flag, check_number
@@ -56,7 +56,7 @@ def pack(state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> adapt
             raise UserError(f"pack: {key!r} must be a tensor of real numbers, not {kind}.")
         forms.append((key, tuple(value.shape), str(value.dtype).removeprefix("torch.")))
     layout = Layout(forms)
-    layout.flat = dtype_name(dtype or layout.dtype)
+    layout.flat = DTYPE_NAMES[dtype or layout.dtype]
     parts = [state[entry.key].detach().cpu().reshape(-1).to(FLOATS[layout.flat]) for entry in layout.floating]
     vector = torch.cat(parts) if parts else torch.empty(0, dtype=FLOATS[layout.flat])
     integer_arrays = {entry.key: state[entry.key].detach().cpu().numpy() for entry in layout.integers}
