@@ -179,15 +179,6 @@ def fuse_table() -> Lines:
     return table(["method", *(f"Dirichlet {a}" for a in ALPHAS), "model", "MB up", "MB down"], rows).split("\n")
 
 
-def _fusefl() -> Page:
-    return Page(
-        "docs/fusefl.md",
-        {"fusefl upload and memory": partial(list_cells, "fusefl", "upload and memory"),
-         "fusefl as published and calibrated": partial(mark_undated, fuse_table),
-         "fusefl command": partial(command, "fusefl")},
-    )  # fmt: skip
-
-
 # -- Fed-LPFM ----------------------------------------------------------------------------------------------------------
 
 SPLITS = {"two classes a client": "two classes", "Dirichlet 0.1": "Dirichlet"}
@@ -250,16 +241,6 @@ def lpfm_stored() -> Lines:
     return table(header, rows).split("\n")
 
 
-def _fedlpfm() -> Page:
-    return Page(
-        "docs/fedlpfm.md",
-        {"fedlpfm teacher from elsewhere": lpfm_foundation, "fedlpfm cost at inference": lpfm_inference,
-         "fedlpfm stored teachers": lpfm_stored,
-         "fedlpfm teacher of public images": partial(mark_undated, lpfm_table),
-         "fedlpfm command": partial(command, "fedlpfm")},
-    )  # fmt: skip
-
-
 # -- FedIOD ------------------------------------------------------------------------------------------------------------
 
 
@@ -308,16 +289,6 @@ def iod_options() -> Lines:
     return table(["changed", "student", "its ensemble"], rows).split("\n")
 
 
-def _fediod() -> Page:
-    return Page(
-        "docs/fediod.md",
-        {"fediod MNIST with class counts": partial(list_cells, "fediod", "MNIST"),
-         "fediod CIFAR with class counts": partial(list_cells, "fediod", "CIFAR-10"),
-         "fediod options changed alone": iod_options, "fediod privacy": iod_privacy,
-         "fediod command": partial(command, "fediod")},
-    )  # fmt: skip
-
-
 # -- FedDRA ------------------------------------------------------------------------------------------------------------
 
 
@@ -332,15 +303,6 @@ def dra_noisy(*tables: str) -> Lines:
     heads = [head for name in tables for head in (name, "difference, paired by seed")]
     text = table(["minority, figure", *heads], [[name, *cells] for name, cells in rows_by_name.items()])
     return [*text.split("\n"), *commits_of("feddra", shown)]
-
-
-def _feddra() -> Page:
-    return Page(
-        "docs/feddra.md",
-        {"feddra minority of a tenth": partial(dra_noisy, "10 %: worst loss", "10 %: mean loss"),
-         "feddra minority of a fifth": partial(dra_noisy, "20 %: worst loss", "20 %: mean loss"),
-         "feddra command": partial(command, "feddra", 2, 1.0, "nats")},
-    )  # fmt: skip
 
 
 # -- operators ---------------------------------------------------------------------------------------------------------
@@ -540,24 +502,6 @@ def ten_thousand_clients() -> Lines:
     return [*caption(content["machine"]), *table(names, rows).split("\n")]
 
 
-def _speed() -> Page:
-    return Page(
-        "docs/speed.md",
-        {
-            "in short": speed_in_short,
-            "whole runs beside plain PyTorch": whole_runs,
-            "training steps of your networks": networks_of_your_own,
-            "rounds of FedAvg beside other frameworks": partial(rounds_of_fedavg, MACHINE),
-            "rounds of your networks beside a plain loop": partial(rounds_of_fedavg, f"{MACHINE}-2"),
-            "rounds on your Dataset": partial(rounds_on_datasets, OTHER_MACHINE),
-            "runs with ten thousand clients": ten_thousand_clients,
-            "operators beside PyTorch": partial(operators, MACHINE, OTHER_MACHINE),
-            "last run on a GPU": gpu_figures.last_run,
-            "whole runs on a GPU": gpu_figures.whole_runs,
-        },
-    )
-
-
 # -- Flower ------------------------------------------------------------------------------------------------------------
 
 FLOWER, MESSAGES = f"flower-{OTHER_MACHINE}", f"flower_messages_{OTHER_MACHINE}"
@@ -599,11 +543,6 @@ def message_seconds() -> Lines:
     rows = [["a round of FedAvg", "1", *messages("fedavg")], ["an iteration of FedIOD", "3", *messages("fediod")]]
     header = ["", "messages to a client", "in process, s", "on SuperNodes, s", "with `flower.resident=0`, s"]
     return [*caption(load(MESSAGES, comparisons.RESULTS)["machine"]), *table(header, rows).split("\n")]
-
-
-def _flower() -> Page:
-    tables = {"aggregation beside Flower": over_flower, "messages over Flower": message_seconds}
-    return Page("docs/flower-reference.md", tables, part="Speed")
 
 
 # -- Compressed uploads ------------------------------------------------------------------------------------------------
@@ -665,11 +604,6 @@ def _reproducing() -> Page:
     return Page("docs/reproducing.md", sections, "Tables run here")
 
 
-def _uploads() -> Page:
-    tables = {"accuracy against uploaded bytes": compressed_uploads, "choices of clients": client_choices}
-    return Page("docs/uploads.md", tables, part="Compression")
-
-
 # -- README ------------------------------------------------------------------------------------------------------------
 
 
@@ -683,10 +617,6 @@ def list_accelerated(machine: str) -> Lines:
     rows = [[name, *(f"{times[f'{name}, B={batch}']:.1f}×" for batch in (8, 32))] for name in NETWORKS]
     header = ["times as fast as PyTorch on one CPU core", "batches of 8", "batches of 32"]
     return [*caption(recorded.machine), *table(header, rows).split("\n")]
-
-
-def _readme() -> Page:
-    return Page("README.md", {"accelerate": partial(list_accelerated, GUESTS)}, part="The five methods")
 
 
 def privacy_audit() -> Lines:
@@ -718,16 +648,42 @@ PAGES: tuple[Page, ...] = (
         Page(f"docs/methods/{name}.md", {"options": partial(options_of, name)}, part)
         for name, part in SPECIFIED.items()
     ),
-    _readme(),
-    _speed(),
+    Page("README.md", {"accelerate": partial(list_accelerated, GUESTS)}, part="The five methods"),
+    Page("docs/speed.md", {
+        "in short": speed_in_short,
+        "whole runs beside plain PyTorch": whole_runs,
+        "training steps of your networks": networks_of_your_own,
+        "rounds of FedAvg beside other frameworks": partial(rounds_of_fedavg, MACHINE),
+        "rounds of your networks beside a plain loop": partial(rounds_of_fedavg, f"{MACHINE}-2"),
+        "rounds on your Dataset": partial(rounds_on_datasets, OTHER_MACHINE),
+        "runs with ten thousand clients": ten_thousand_clients,
+        "operators beside PyTorch": partial(operators, MACHINE, OTHER_MACHINE),
+        "last run on a GPU": gpu_figures.last_run,
+        "whole runs on a GPU": gpu_figures.whole_runs}),
     _fedgid(),
-    _fusefl(),
-    _fedlpfm(),
-    _fediod(),
+    Page("docs/fusefl.md", {
+        "fusefl upload and memory": partial(list_cells, "fusefl", "upload and memory"),
+        "fusefl as published and calibrated": partial(mark_undated, fuse_table),
+        "fusefl command": partial(command, "fusefl")}),
+    Page("docs/fedlpfm.md", {
+        "fedlpfm teacher from elsewhere": lpfm_foundation, "fedlpfm cost at inference": lpfm_inference,
+        "fedlpfm stored teachers": lpfm_stored,
+        "fedlpfm teacher of public images": partial(mark_undated, lpfm_table),
+        "fedlpfm command": partial(command, "fedlpfm")}),
+    Page("docs/fediod.md", {
+        "fediod MNIST with class counts": partial(list_cells, "fediod", "MNIST"),
+        "fediod CIFAR with class counts": partial(list_cells, "fediod", "CIFAR-10"),
+        "fediod options changed alone": iod_options, "fediod privacy": iod_privacy,
+        "fediod command": partial(command, "fediod")}),
     _reproducing(),
-    _feddra(),
-    _flower(),
-    _uploads(),
+    Page("docs/feddra.md", {
+        "feddra minority of a tenth": partial(dra_noisy, "10 %: worst loss", "10 %: mean loss"),
+        "feddra minority of a fifth": partial(dra_noisy, "20 %: worst loss", "20 %: mean loss"),
+        "feddra command": partial(command, "feddra", 2, 1.0, "nats")}),
+    Page("docs/flower-reference.md", {
+        "aggregation beside Flower": over_flower, "messages over Flower": message_seconds}, "Speed"),
+    Page("docs/uploads.md", {
+        "accuracy against uploaded bytes": compressed_uploads, "choices of clients": client_choices}, "Compression"),
     Page("docs/privacy.md", {"privacy audit": privacy_audit}, part="Audit"),
     Page("docs/methods/baselines.md", {
         f"watch {name}".replace("-", " "): partial(list_cells, "watch", name, rates=True) for name in WATCH}),

@@ -2,7 +2,7 @@
 
 Every line has a time of its own, and all have one together.  Their output lies in a folder beside the checkout,
 where `again` finds it, and after every line in an archive.  Figures measured before are of one kind of card: on another
-they are not shown, the counters are left out, and `again` plays no run twice, since that card came late.
+they are not shown, and `again` plays no run twice, since that card came late.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import comparisons, gpu_figures
-from benchmarks.gpu import beside, counters, kernels, stages
+from benchmarks.gpu import beside, kernels, stages
 from benchmarks.gpu.__main__ import ABSENT, code, gpu, pack
 from benchmarks.gpu.playing import PASSED, RECORD, Playing
 from benchmarks.gpu.stages import ROOT, Stage
@@ -45,7 +45,6 @@ WITHOUT_TRITON = (
 NETWORKS = {"lenet": (6, 50, 6), "cnn": (8, 50, 6), "resnet18": (64, 10, 3)}
 """Width, clients and rounds of what is played beside the lean loop."""
 TRACED_CLIENTS = 10
-COUNTED = ("pairwise_distances large", "server_step large", "kl_div large")
 RUNS = {"fedavg": ("nothing", "graphs", "lanes"), "fedgid": ("nothing", "graphs")}
 """Methods, and what they are played without: FedGID's clients work one after another."""
 TWICE = ("fedgid", *stages.NETWORKS)
@@ -55,13 +54,12 @@ SIZE = "(4096, 1000)"
 """Of the losses beside torch.compile, as bench_distill.py names it."""
 
 
-def lines(capability: str, out: Path, *, known: bool) -> list[Stage]:
+def lines(capability: str, out: Path) -> list[Stage]:
     """Return the ten kinds of lines in their order.
 
     Args:
         capability: the GPU's compute capability, for example "9.0".
         out: folder of their output.
-        known: whether the GPU is of the kind that measured before.
     """
     results = str(out / "results")
     measured = ("--missing", "--results", results, "--backends")
@@ -88,8 +86,6 @@ def lines(capability: str, out: Path, *, known: bool) -> list[Stage]:
         plan.append(_line(f"trace {name}", 20, *words))
     losses = [f"benchmarks/bench_distill.py::test_{name}[{SIZE}-1]" for name in ("kl_div", "dual_kl", "entropy")]
     plan.append(_line("compile", 45, "pytest", "-q", *losses, "--device", "cuda", "--record", "--results", results))
-    if known:
-        plan.append(_line("counters", 20, "benchmarks.gpu.counters", str(out / "counters.csv"), *COUNTED))
     return plan
 
 
@@ -135,7 +131,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if not args.again:
         shutil.rmtree(BESIDE, ignore_errors=True)
     known = comparisons.slug(facts) == gpu_figures.GPU
-    asked = all_lines = lines(facts["capability"], BESIDE, known=known)
+    asked = all_lines = lines(facts["capability"], BESIDE)
     playing = Lines(BESIDE, facts, code(), AGAIN if args.again else FIRST, PATIENCE)
     playing.archive = Path(args.out).resolve() / ARCHIVE
     if args.again:
@@ -157,7 +153,7 @@ def make_tables(out: Path, facts: Mapping[str, Any], done: Mapping[str, Mapping[
     """Return all findings of the lines, as tables."""
     rows = [[name, entry["outcome"], f"{entry['seconds']:.0f}", entry["last"]] for name, entry in done.items()]
     text = [", ".join(map(str, facts.values())), "", table(["line", "outcome", "s", "said last"], rows)]
-    for part in (_kernels, _rounds, _runs, _traces, _losses, _counters):
+    for part in (_kernels, _rounds, _runs, _traces, _losses):
         try:
             text += [line for paragraph in part(out, facts) for line in ("", paragraph)]
         except Exception as error:  # what a line has left half written must not end the others
@@ -217,11 +213,6 @@ def _losses(out: Path, facts: Mapping[str, Any]) -> Iterator[str]:
              *(gpu_figures.against(row, name) for name in names)] for row in rows
         ]  # fmt: skip
         yield table(["loss", "size", "GPU's clock", "wall clock", *(f"over {name}" for name in names)], cells)
-
-
-def _counters(out: Path, facts: Mapping[str, Any]) -> Iterator[str]:
-    if rows := counters.read(out / "counters.csv"):
-        yield table(["kernel", *counters.METRICS], rows)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from python_tests.ops.every_operator import OPERATORS
 H200 = {"gpu": "NVIDIA H200", "capability": "9.0"}
 H100 = {"gpu": "NVIDIA H100 80GB HBM3", "capability": "9.0"}
 MACHINE = {"time": "2026-11-29T03:00:00+00:00", "torch": "2.11.0+cu130", "core": "1"}
-LINES = {line.name: line for line in fifteen.lines("9.0", Path("/out"), known=True)}
+LINES = {line.name: line for line in fifteen.lines("9.0", Path("/out"))}
 
 
 def python(name: str, code: str) -> Stage:
@@ -41,7 +41,7 @@ def words_of(name: str) -> list[str]:
 
 def test_all_lines_have_their_time() -> None:
     kinds = " ".join(dict.fromkeys(name.split()[0] for name in LINES))
-    assert kinds == "build doctor tests kernels reference run rounds trace compile counters"
+    assert kinds == "build doctor tests kernels reference run rounds trace compile"
     assert sum(line.seconds for line in LINES.values()) + fifteen.PATIENCE <= fifteen.FIRST <= 550
     checks = fifteen.checks(known=True)
     names = ["memcheck", "racecheck", "repeats fedgid", "repeats vit-tiny", "repeats unet-small"]
@@ -52,8 +52,6 @@ def test_all_lines_have_their_time() -> None:
 
 
 def test_another_card_is_compared_with_itself_alone() -> None:
-    names = [line.name for line in fifteen.lines("9.0", Path("/out"), known=False)]
-    assert names == [name for name in LINES if name != "counters"]
     assert [check.name for check in fifteen.checks(known=False)] == ["memcheck", "racecheck"]
     written = [path for path in (ROOT / "benchmarks").rglob("*.py") if f'"{gpu_figures.GPU}"' in path.read_text()]
     assert written == [ROOT / "benchmarks" / "gpu_figures.py"]  # the kind is named once
@@ -73,7 +71,7 @@ def fake_gpu(tmp_path, monkeypatch):
     twice = f"import os, sys; sys.exit(os.path.exists({str(tmp_path / 'broken')!r}))"
     (tmp_path / "broken").touch()
     asked = [python("build", raw), python("tests", look), python("kernels", twice)]
-    monkeypatch.setattr(fifteen, "lines", lambda *given, known: asked)
+    monkeypatch.setattr(fifteen, "lines", lambda *given: asked)
     monkeypatch.setattr(fifteen, "checks", lambda known: [python("memcheck", f"print({known})")])
     monkeypatch.setattr(stages, "build", lambda capability: replace(asked[0], ready=(sys.executable, "-c", "")))
     return archive
@@ -161,7 +159,7 @@ def test_kernels_and_the_reference(small, known, tmp_path) -> None:
 
 def test_all_words_name_cases_and_tests() -> None:
     cases = [f"{name} {size}" for name, size, _ in kernels.cases(torch.float32, odd=False)]
-    asked = [*fifteen.CHANGED, *fifteen.COUNTED, *(f"{name} large" for name in fifteen.WITHOUT_TRITON)]
+    asked = [*fifteen.CHANGED, *(f"{name} large" for name in fifteen.WITHOUT_TRITON)]
     assert [word for word in asked if not any(f"{case} ".startswith(f"{word} ") for case in cases)] == []
     tested = {operator.name.split()[0] for operator in OPERATORS}
     assert tested.issuperset(fifteen.CHANGED)
