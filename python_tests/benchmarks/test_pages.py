@@ -47,6 +47,7 @@ def test_every_method_with_a_page_is_looked_at():
     methods = (found - excluded) & {f"docs/{name}.md" for name in COMMANDS}
     runs = {"docs/flower-reference.md", "docs/uploads.md", "docs/reproducing.md", "docs/privacy.md"}
     shared = {"README.md", "docs/artefact.md", "docs/results.md", "docs/speed.md", "docs/methods/README.md"} | runs
+    shared |= {"docs/methods/baselines.md"}
     specified = {f"docs/methods/{name}.md" for name in page_figures.SPECIFIED}
     assert set(BY_PATH) == methods | shared | specified
 

@@ -124,9 +124,8 @@ def test_a_compressed_run_stands_beside_as_many_bytes_of_whole_uploads(monkeypat
     values = {"none": row(12e6, 0.4, 0.6), "int8": row(8e6, 0.3, 0.5), **{name: row(9e6, 0.2, 0.2) for name in names}}
     rows = {f"{buffers}: {name}": figures for buffers in ("average", "drop") for name, figures in values.items()}
     monkeypatch.setattr(page_figures, "read_rows", lambda study: rows)
-    commit, _, _, _, uncompressed, int8, topk, *_, fewer = page_figures.compressed_uploads()
+    _, _, uncompressed, int8, topk, *_, fewer = page_figures.compressed_uploads()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (uncompressed, int8, topk, fewer)]
-    assert commit == "At commit `abc1234`."
     assert cells[0] == ["none", "average", "0.1", "12.00", "2.00", "50.0 ± 14.1", "", "35.0 ± 0.0", ""]
     assert cells[1][5:] == ["40.0 ± 14.1", "-10.0 ± 0.0", "35.0 ± 0.0", "20.0 ± 0.0, round 2"]
     assert cells[2][-1] == "30.0 ± 0.0, round 3"
