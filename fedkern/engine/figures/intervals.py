@@ -71,7 +71,8 @@ def intervals(
     for about, data, k, rows in places:
         kept = kept_answers(data, len(federation.classes))
         outputs = [output for owner, output in kept if not own or k < 0 or owner in (None, k)]
-        if (name := data.task.sampled) and outputs and len(rows):
+        name = data.task.sampled
+        if name and outputs and len(rows):
             row = _interval(data, name, outputs, rows, stream(seed, f"interval/{about['set']}", client=k))
             found += [] if math.isnan(row["value"]) else [{**about, **row}]
     return found

@@ -109,11 +109,12 @@ class Scaffold(FedAvg):
     def server_update(self, server: Server, phase: Phase, uploads: Iterable[Upload]) -> None:
         samples = server.federation.samples
         uniform = self.options.weighting == "uniform"
+        total = sum(samples)
         change, present = server.accumulator(server.state["control"].numel()), 0.0
 
         def add_control(upload: Upload) -> Upload:
             nonlocal present
-            share = 1 / len(samples) if uniform else samples[upload.client_id] / sum(samples)
+            share = 1 / len(samples) if uniform else samples[upload.client_id] / total
             weight = share if upload.share is None else upload.share
             change.add(upload.message["control"], weight)
             present += weight
