@@ -59,7 +59,7 @@ def check_classes(values: Tensor, indices: Tensor, classes: int, remainder: str)
     twice = ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]]
     if twice.numel():
         raise ValueError(f"indices must be different classes in every row, but hold class {int(twice[0])} twice in one")
-    if remainder == "spread" and (highest := float(values.max())) > _MOST:
+    if remainder == "spread" and (highest := float(values.masked_fill(values.isnan(), -torch.inf).max())) > _MOST:
         raise ValueError(f'values must be log-probabilities with rest="spread", so at most 0, but reach {highest:g}')
 
 

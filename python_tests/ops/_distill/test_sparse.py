@@ -177,6 +177,10 @@ def test_threads_change_no_bit() -> None:
         ({"values": torch.ones(3, 0)}, r"values must .* but has \[3, 0\]"),
         ({"values": torch.ones(3, 2, requires_grad=True)}, r"a teacher \(values, indices\) gets no gradient: detach"),
         (
+            {"values": torch.tensor([[math.nan, -1.0], [1.5, -1.0], [-1.0, -1.0]]), "rest": "spread"},
+            'values must be log-probabilities with rest="spread", so at most 0, but reach 1.5',
+        ),
+        (
             {"values": torch.full((3, 2), 1.5), "rest": "spread"},
             'values must be log-probabilities with rest="spread", so at most 0, but reach 1.5',
         ),
