@@ -35,8 +35,6 @@ POLICIES = {
 }
 """Options of policies of asynchronous rounds (`fedkern.engine.uploads.asynchronous`), by name."""
 _TARGET = re.compile(r"\s*([A-Za-z]\w*)\s*(>=|<=)\s*([-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)\s*")
-
-
 _CHOICES = re.compile("uniform|size|loss|power-of-choice:[0-9]{1,9}")
 
 
