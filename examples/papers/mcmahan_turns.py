@@ -25,7 +25,7 @@ class Glorot(TwoNN):
 
     def __init__(self, classes: int = 10, channels: int = 1, image_size: int = 28) -> None:
         super().__init__(classes, channels, image_size)
-        for layer in self[1::2]:
+        for layer in list(self)[1::2]:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -35,7 +35,7 @@ class Normal(TwoNN):
 
     def __init__(self, classes: int = 10, channels: int = 1, image_size: int = 28) -> None:
         super().__init__(classes, channels, image_size)
-        for layer in self[1::2]:
+        for layer in list(self)[1::2]:
             nn.init.trunc_normal_(layer.weight, std=0.1, a=-0.2, b=0.2)
             nn.init.constant_(layer.bias, 0.1)
 
@@ -45,7 +45,7 @@ class Fan(TwoNN):
 
     def __init__(self, classes: int = 10, channels: int = 1, image_size: int = 28) -> None:
         super().__init__(classes, channels, image_size)
-        for layer in self[1::2]:
+        for layer in list(self)[1::2]:
             deviation = layer.in_features**-0.5
             nn.init.trunc_normal_(layer.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
             nn.init.zeros_(layer.bias)
