@@ -58,13 +58,14 @@ def measure_stored(folder: Path) -> dict[str, dict[str, Any]]:
     stored, cache, figures = read_file(path), LogitsCache(folder / "stored", (0.0,), (1.0,)), {}
     logits = stored["logits"]
     for kept in KEPT:
-        packed, identity = pack_top(logits, kept) if kept else logits, {"top": kept}
+        identity, apart = {"top": kept}, []
+        for t in TEMPERATURES:
+            packed = pack_top(logits, kept, t) if kept else logits
+            values, classes = unpack_top(packed) if kept else (logits / t, torch.arange(100).expand_as(logits))
+            full = fill_classes(values, classes.long(), 100, "spread")
+            apart.append(float((full.softmax(1) - (logits / t).softmax(1)).abs().sum(1).mean() / 2))
         cache.write_logits(identity, by_key({**stored, "logits": packed}))
-        values, classes = unpack_top(packed) if kept else (logits, None)
-        full = logits if classes is None else fill_classes(values, classes.long(), 100, "spread")
-        apart = [(full / t).softmax(1).sub((logits / t).softmax(1)).abs().sum(1).mean() / 2 for t in TEMPERATURES]
-        size = cache.path("logits", identity).stat().st_size / len(logits)
-        figures[f"{kept}"] = {"bytes": size, "apart": [float(x) for x in apart]}
+        figures[f"{kept}"] = {"bytes": cache.path("logits", identity).stat().st_size / len(logits), "apart": apart}
     return figures
 
 

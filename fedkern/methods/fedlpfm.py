@@ -11,6 +11,7 @@ logits t are of the images before augmentation, computed once.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,6 +140,8 @@ class FedLPFM(LocalTraining):
             raise UserError("A fine-tuned teacher is kept as its logits alone: take teacher_view=cached.")
         if o.prior == "counts" and o.teacher_tuning != "zero-shot":
             raise UserError("A tuned teacher has its client's class shares: take prior=none.")
+        if o.teacher_top_k and o.temperature == math.inf:
+            raise UserError("teacher_top_k stores softened answers: take a finite temperature, or teacher_top_k=0.")
         for name, value in (("teachers", 1), ("prior", "none"), ("teacher_view", "cached")):
             if o.teacher_top_k and getattr(o, name) != value:
                 raise UserError(
@@ -167,7 +170,7 @@ class FedLPFM(LocalTraining):
             return em
         teacher, t = batch.drawn["teacher"], float(o.temperature)  # [K, B, C], or [1, B, 2 teacher_top_k]
         if o.teacher_top_k:
-            kd = ops.kl_div(logits, unpack_top(teacher[0]), t, rest="spread")
+            kd = t**2 * ops.kl_div(logits / t, unpack_top(teacher[0]), rest="spread")  # softened when stored
         else:
             kd = ops.kl_div(logits, teacher[0], t) if len(teacher) == 1 else ops.ensemble_kl(logits, teacher, None, t)
         share = 1 - o.lam if o.mixing == "convex" else 1.0
@@ -295,7 +298,7 @@ class FedLPFM(LocalTraining):
         o, teacher = self.options, self._teachers[index]
         images = (batch.inputs for batch in client.in_order())
         if o.teacher_tuning == "zero-shot":
-            return self._teachers.cache.logits(teacher, images, client.samples, o.teacher_top_k)
+            return self._teachers.cache.logits(teacher, images, client.samples, o.teacher_top_k, o.temperature)
         rng = client.rng(f"teacher-{o.teacher_tuning}/{index}", BEFORE)
         probes = o.teacher_tuning == "probe"
         lr = o.tuning_lr or (PROBE_LR if probes else FINETUNE_LR)
@@ -312,7 +315,7 @@ class FedLPFM(LocalTraining):
         right = client.validate(answer)
         if right is not None:
             client.state.setdefault("tuned_right", {})[index] = right
-        return pack_top(logits, o.teacher_top_k) if o.teacher_top_k else logits
+        return pack_top(logits, o.teacher_top_k, o.temperature) if o.teacher_top_k else logits
 
     def _live(self, client: Client, index: int, batch: Batch) -> Tensor:
         teacher = self._teachers[index]
@@ -404,8 +407,9 @@ class FedLPFM(LocalTraining):
         labels = torch.cat([batch.targets.cpu() for batch in data.batches()])
 
         def answers(teacher: Teacher) -> Tensor:
-            top = self.options.teacher_top_k
-            found = self._teachers.cache.logits(teacher, (batch.inputs for batch in data.batches()), len(labels), top)
+            top, t = self.options.teacher_top_k, self.options.temperature
+            images = (batch.inputs for batch in data.batches())
+            found = self._teachers.cache.logits(teacher, images, len(labels), top, t)
             if not top:
                 return found
             values, classes = unpack_top(found)

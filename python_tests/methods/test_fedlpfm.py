@@ -190,7 +190,7 @@ def test_stored_classes_teach_as_far_as_they_are_stored(data, make_config):
     assert losses[1] != pytest.approx(losses[0], rel=0.02)
     assert (states[3].dtype, states[3].shape[1], states[1].shape[1]) == (torch.int16, 6, 2)
     values, classes = unpack_top(states[1])
-    torch.testing.assert_close(values, states[0].log_softmax(1).amax(1, keepdim=True).bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(values, (states[0] / 2).log_softmax(1).amax(1, keepdim=True).bfloat16(), rtol=0, atol=0)
     assert torch.equal(classes[:, 0].long(), states[0].argmax(1))
 
 
@@ -296,6 +296,7 @@ def test_what_the_teacher_knows_reaches_classes_that_a_client_lacks(make_data, m
     ({"lambda": 1.5}, r'"lambda" must be at most 1 with mixing=convex, not 1\.5'),
     ({"teacher_view": "same", "teacher_tuning": "finetune"}, "kept as its logits alone: take teacher_view=cached"),
     ({"teacher_top_k": 4}, "teacher_top_k=4 is for 4 to 32768 classes, and the data have 3: take fewer, or 0"),
+    ({"teacher_top_k": 2, "temperature": "inf"}, "softened answers: take a finite temperature, or teacher_top_k=0"),
     ({"teacher_top_k": 2, "teachers": 2}, "of one teacher, as they are: take teachers=1, or teacher_top_k=0"),
     ({"teacher_top_k": 2, "prior": "counts"}, "of one teacher, as they are: take prior=none, or teacher_top_k=0"),
     ({"teacher_top_k": 2, "teacher_view": "same"}, "as they are: take teacher_view=cached, or teacher_top_k=0"),

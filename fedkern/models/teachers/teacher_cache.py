@@ -62,21 +62,28 @@ class LogitsCache:
         return self.folder / f"{kind}-{model[:60]}-{code}.safetensors"
 
     @compute_in("fp32")  # runs of either precision read the cached logits
-    def logits(self, teacher: Teacher, batches: Iterable[Tensor], total: int | None = None, top: int = 0) -> Tensor:
+    def logits(
+        self,
+        teacher: Teacher,
+        batches: Iterable[Tensor],
+        total: int | None = None,
+        top: int = 0,
+        temperature: float = 1.0,
+    ) -> Tensor:
         """Return the teacher's logits fp32 ``[n, classes]`` (CPU), and compute those not yet in the file.
 
         Without an identity, nothing is cached.  ``total`` is the number of images, for notices.  ``top``: only the most
-        likely classes, ``[n, 2 top]`` as :func:`pack_top` stores them, in a file of their own.
+        likely classes, ``[n, 2 top]`` as :func:`pack_top` stores them, in a file of their own for each temperature.
         """
 
         def answer(images: Tensor) -> Tensor:
             logits = teacher.logits(images).cpu()
-            return pack_top(logits, top) if top else logits
+            return pack_top(logits, top, temperature) if top else logits
 
         nothing = torch.empty(0, 2 * top or teacher.classes, dtype=torch.int16 if top else torch.float32)
         if teacher.identity is None:
             return torch.cat([nothing, *(answer(part) for images in batches for part in images.split(teacher.batch))])
-        identity = {**teacher.identity, "top": top} if top else teacher.identity
+        identity = {**teacher.identity, "top": top, "temperature": temperature} if top else teacher.identity
         rows = self.read_logits(identity, nothing.shape[1])
         keys: list[bytes] = []
         written, notify = len(rows), limit_notices(self.notice, time.monotonic())
@@ -202,12 +209,12 @@ def by_key(tensors: Mapping[str, Tensor]) -> dict[bytes, Tensor]:
     return dict(zip((row.tobytes() for row in tensors["keys"].numpy()), tensors["logits"], strict=True))
 
 
-def pack_top(logits: Tensor, count: int) -> Tensor:
-    """Return the log-probabilities of the ``count`` most likely classes, and the classes, int16 ``[n, 2 count]``.
+def pack_top(logits: Tensor, count: int, temperature: float) -> Tensor:
+    """Return the softened log-probabilities of the most likely classes, and the classes, int16 ``[n, 2 count]``.
 
     The first half are the bits of bfloat16 numbers, largest first.  Of equal classes the first ones are kept.
     """
-    values, indices = logits.log_softmax(1).sort(dim=1, descending=True, stable=True)
+    values, indices = (logits / temperature).log_softmax(1).sort(dim=1, descending=True, stable=True)
     return torch.cat([values[:, :count].bfloat16().view(torch.int16), indices[:, :count].to(torch.int16)], 1)
 
 
