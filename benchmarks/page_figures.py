@@ -8,7 +8,7 @@ from statistics import mean, median, stdev
 from typing import Any
 
 from benchmarks import artefact, bench_methods, charts, comparisons, gpu_figures, method_gains, sources
-from benchmarks.comparisons import Comparison, read_results
+from benchmarks.comparisons import read_results
 from benchmarks.page import Page, by_seed, decimal, load, read_rows, spread, table
 from benchmarks.report import left_out, our_time, present, ratio
 from benchmarks.shown import nodes
@@ -19,10 +19,8 @@ from fedkern.report.tables import human_metric
 from fedkern.settings.config import RunConfig
 
 Lines = Sequence[str]
-SPECIFIED = dict.fromkeys(("fedgid", "fusefl", "fedlpfm"), "5. Options") | dict.fromkeys(
-    ("fediod", "feddra"), "8. Options"
-)
-"""The section of options on each specification."""
+SPECIFIED = {"fedgid": 5, "fusefl": 5, "fedlpfm": 5, "fediod": 8, "feddra": 8}
+"""The number of the section of options on each specification."""
 
 
 def figures(study: str, cell: str, figure: str = "accuracy") -> list[float]:
@@ -135,14 +133,6 @@ def _wrap(text: str, width: int = 112) -> str:
 GID_GAPS = {"strongly tied colours": "ColorMNIST 0.8", "weakly tied colours": "ColorMNIST 0.5", "slides": "slides 0.8"}
 
 
-def _fedgid() -> Page:
-    tables = {}
-    for name, cells in GID_GAPS.items():
-        goal = f"FedAvg without a tie: {cells.split()[0]}"
-        tables[f"fedgid {name}"] = partial(list_cells, "fedgid", cells, goal=goal, rates=True)
-    return Page("docs/fedgid.md", {**tables, "fedgid command": partial(command, "fedgid")})
-
-
 # -- FuseFL ------------------------------------------------------------------------------------------------------------
 
 ALPHAS = ("0.1", "0.3", "0.5")
@@ -154,13 +144,8 @@ def fuse(cell: str, figure: str = "accuracy") -> list[str]:
 
 
 def fuse_table() -> Lines:
-    def traffic(cell: str, *names: str) -> list[str]:
-        ways = names or ("bytes_up", "bytes_down")
-        return [megabytes(figures("fusefl_calibration", f"Dirichlet 0.1: {cell}", way)[0] / 5) for way in ways]
-
-    def apart(cell: str, *names: str) -> list[str]:
-        metrics = read_rows("fusefl_calibration")[f"Dirichlet 0.1: {cell}"]["runs"]["0"]["metrics"]
-        return [megabytes(metrics[name]) for name in names]
+    def traffic(cell: str, ways: Sequence[str] = ("bytes_up", "bytes_down"), parts: int = 5) -> list[str]:
+        return [megabytes(figures("fusefl_calibration", f"Dirichlet 0.1: {cell}", way)[0] / parts) for way in ways]
 
     one_shot, ensemble, calibrated = "one-shot FedAvg", "ensemble", "ensemble calibrated"
     sent = traffic(ensemble)
@@ -172,7 +157,7 @@ def fuse_table() -> Lines:
         ["ensemble of five, mean probability", *fuse(calibrated, "probability_accuracy"), "5×", *sent],
         ["ensemble of five, calibrated", *fuse(calibrated), "5×", *traffic(calibrated)],
         ["FuseFL, before calibration", *fuse("FuseFL", "uncalibrated_accuracy"), "1×",
-         *apart("FuseFL", "levels_up_bytes", "levels_down_bytes")],
+         *traffic("FuseFL", ("levels_up_bytes", "levels_down_bytes"), parts=1)],
         ["FuseFL", *fuse("FuseFL"), "1×", *traffic("FuseFL")],
         ["FedAvg, 8 rounds", *fuse("FedAvg in 8 rounds"), "1×", *traffic("FedAvg in 8 rounds")],
     ]  # fmt: skip
@@ -378,15 +363,11 @@ def mark_undated(make: Callable[[], Lines]) -> Lines:
     return ["Date and commit of the studies: unrecorded.", "", *make()]
 
 
-def describe_length(row: bench_methods.Row) -> str:
-    """Return the rounds and epochs of a shortened run of its method's default run."""
-    usual = RunConfig.make(row.method)
-    return ", ".join(f"{n} of {getattr(usual, name)} {name.replace('_', ' ')}" for name, n in row.settings.items())
-
-
 def make_run_row(row: bench_methods.Row) -> dict[str, str]:
     """Return a whole run's seconds, and the shares of kernels, processes and start-up in its lead, by column."""
     plain, ours, one_core = bench_methods.PLAIN, bench_methods.OURS, bench_methods.ONE_CORE
+    usual = RunConfig.make(row.method)
+    lengths = (f"{n} of {getattr(usual, name)} {name.replace('_', ' ')}" for name, n in row.settings.items())
 
     def seconds(value: float | None) -> str:
         return "–" if value is None else f"{value:.1f} s"
@@ -396,7 +377,7 @@ def make_run_row(row: bench_methods.Row) -> dict[str, str]:
 
     return {
         "run": f"`{row.method}`",
-        "of the default": describe_length(row),
+        "of the default": ", ".join(lengths),
         "plain PyTorch": seconds(median(row.seconds[plain])),
         "fedkern": seconds(median(row.seconds[ours])),
         TIMES: times(row.speedup(plain)),
@@ -491,13 +472,8 @@ def ten_thousand_clients() -> Lines:
     for method, run in content["runs"].items():
         for row in run["rounds"]:
             memory, written, folder = (row[f"{name}_bytes"] / 1e6 for name in ("resident", "written", "folder"))
-            cells = [
-                f"{1000 * row['cpu_seconds']:.0f} ms",
-                f"{memory:.0f} MB",
-                f"{written:.2f} MB",
-                f"{row['files']:,}",
-            ]
-            rows.append([f"`{method}`", f"{row['round']:,}", *cells, f"{folder:.0f} MB"])
+            cells = [f"{row['round']:,}", f"{1000 * row['cpu_seconds']:.0f} ms", f"{memory:.0f} MB"]
+            rows.append([f"`{method}`", *cells, f"{written:.2f} MB", f"{row['files']:,}", f"{folder:.0f} MB"])
     names = ["run", "after round", "processor time of a round", "memory", "written in a round", "files", "run folder"]
     return [*caption(content["machine"]), *table(names, rows).split("\n")]
 
@@ -508,18 +484,14 @@ FLOWER, MESSAGES = f"flower-{OTHER_MACHINE}", f"flower_messages_{OTHER_MACHINE}"
 LOW_MEMORY = "fedkern low memory"
 
 
-def in_models(row: Comparison) -> dict[str, str]:
-    """Return the highest memory of every implementation, in models."""
-    return dict(part.rsplit(" ", 1) for part in row.note.removeprefix("peak memory in models: ").split(", "))
-
-
 def over_flower() -> Lines:
     """Return the table of strategies: the rows that were recorded with the present kernels."""
     recorded = next(file for file in read_results(comparisons.RESULTS)["flower"] if file.name == FLOWER)
     one_thread, cores = [row for row in recorded.rows if row.threads == 1], sources.hashes(sources.CSRC)
     rows = []
     for row in [row for row in one_thread if present(row, cores)]:
-        models, low = in_models(row), LOW_MEMORY in row.seconds
+        models = dict(part.rsplit(" ", 1) for part in row.note.removeprefix("peak memory in models: ").split(", "))
+        low = LOW_MEMORY in row.seconds
         rows.append([
             row.case, our_time(row), f"{row.speedup['Flower']:.2f}×",
             f"{row.speedup['Flower'] / row.speedup[LOW_MEMORY]:.2f}×" if low else "",
@@ -598,12 +570,6 @@ def find_accuracy(runs: Mapping[str, Mapping[str, Any]], sent: float) -> str:
     return f"{percent([curve['accuracy'][at] for curve in curves])}, round {curves[0]['round'][at]}"
 
 
-def _reproducing() -> Page:
-    tables = {"FedAvg rounds to an accuracy on MNIST": "mcmahan2017", "accuracies on FCUBE": "fcube"}
-    sections = {name: partial(verdicts, study) for name, study in tables.items()}
-    return Page("docs/reproducing.md", sections, "Tables run here")
-
-
 # -- README ------------------------------------------------------------------------------------------------------------
 
 
@@ -644,10 +610,8 @@ def options_of(method: str) -> Lines:
 WATCH = ("own persons", "worst person", "held-out person")
 
 PAGES: tuple[Page, ...] = (
-    *(
-        Page(f"docs/methods/{name}.md", {"options": partial(options_of, name)}, part)
-        for name, part in SPECIFIED.items()
-    ),
+    *(Page(f"docs/methods/{name}.md", {"options": partial(options_of, name)}, part=f"{number}. Options")
+      for name, number in SPECIFIED.items()),
     Page("README.md", {"accelerate": partial(list_accelerated, GUESTS)}, part="The five methods"),
     Page("docs/speed.md", {
         "in short": speed_in_short,
@@ -660,7 +624,10 @@ PAGES: tuple[Page, ...] = (
         "operators beside PyTorch": partial(operators, MACHINE, OTHER_MACHINE),
         "last run on a GPU": gpu_figures.last_run,
         "whole runs on a GPU": gpu_figures.whole_runs}),
-    _fedgid(),
+    Page("docs/fedgid.md", {
+        **{f"fedgid {name}": partial(list_cells, "fedgid", cells, goal=f"FedAvg without a tie: {cells.split()[0]}",
+                                     rates=True) for name, cells in GID_GAPS.items()},
+        "fedgid command": partial(command, "fedgid")}),
     Page("docs/fusefl.md", {
         "fusefl upload and memory": partial(list_cells, "fusefl", "upload and memory"),
         "fusefl as published and calibrated": partial(mark_undated, fuse_table),
@@ -675,7 +642,9 @@ PAGES: tuple[Page, ...] = (
         "fediod CIFAR with class counts": partial(list_cells, "fediod", "CIFAR-10"),
         "fediod options changed alone": iod_options, "fediod privacy": iod_privacy,
         "fediod command": partial(command, "fediod")}),
-    _reproducing(),
+    Page("docs/reproducing.md", {
+        "FedAvg rounds to an accuracy on MNIST": partial(verdicts, "mcmahan2017"),
+        "accuracies on FCUBE": partial(verdicts, "fcube")}, "Tables run here"),
     Page("docs/feddra.md", {
         "feddra minority of a tenth": partial(dra_noisy, "10 %: worst loss", "10 %: mean loss"),
         "feddra minority of a fifth": partial(dra_noisy, "20 %: worst loss", "20 %: mean loss"),
