@@ -10,8 +10,7 @@ from typing import Any, cast
 
 import fedkern
 from fedkern.files.filesystem import open_regular, report_unreadable
-from fedkern.settings.config import FOLDER, NAME, RunConfig
-from fedkern.settings.section import Values
+from fedkern.settings.config import FOLDER, NAME, RunConfig, flatten_table
 from fedkern.usercode import named_code
 
 OF_DATA = ("classes", "sizes", "names", "labels", "images", "samples", "function")
@@ -22,18 +21,10 @@ _UNHASHED_PATHS = ("data_root", "cache", "init", "model", "data_options.detector
 """Paths with contents that have other entries, or that change no figure."""
 
 
-def settings_by_name(config: RunConfig) -> Values:
-    """Return all settings of a run, options as ``options.NAME``."""
-    table = config.to_dict()
-    for part in ("options", "data_options", "identity", "plugins"):
-        table.update({f"{part}.{name}": value for name, value in table.pop(part, {}).items()})
-    return table
-
-
 def files_identity(config: RunConfig) -> dict[str, str]:
     """Return hashes of files, folders and code by the setting that names them, and the version."""
     identity = {"version": fedkern.__version__}
-    for name, value in settings_by_name(config).items():
+    for name, value in flatten_table(config.to_dict()).items():
         if isinstance(value, str) and name not in _UNHASHED_PATHS and Path(value).is_absolute():
             digest = hashlib.sha256()
             for path in _files(Path(value)):
@@ -82,7 +73,7 @@ def other_data(config: RunConfig, peer: RunConfig) -> list[str]:
 
 def other_code(config: RunConfig, peer: RunConfig) -> list[str]:
     """Return the settings that name the same code or file in two runs, but with other content."""
-    settings, peer_settings = settings_by_name(config), settings_by_name(peer)
+    settings, peer_settings = flatten_table(config.to_dict()), flatten_table(peer.to_dict())
     identity, peer_identity = code_identity(config), code_identity(peer)
 
     def is_same(name: str) -> bool:
@@ -108,4 +99,4 @@ def _in_words(name: str, config: RunConfig) -> str:
     if part == "plugins":
         return f"plugin {key}"
     words = {"method": "class of the method", "network": "code of the network", "loss_fn": "loss, metric or collation"}
-    return f"{words.get(name, key or name)} {settings_by_name(config).get(name, '')}".strip()
+    return f"{words.get(name, key or name)} {flatten_table(config.to_dict()).get(name, '')}".strip()
