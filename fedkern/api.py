@@ -232,8 +232,8 @@ class Run:
         if isinstance(images, Tensor):
             return predictor.probabilities(images)
         files = [images] if isinstance(images, (str, Path)) else images
-        paths = _paths(files, "images must be a tensor, an array, or image files")
-        return predictor.probabilities_of([Path(path) for path in paths])
+        must = "images must be a tensor, an array, or image files"
+        return predictor.probabilities_of([*map(Path, _paths(files, must))])
 
     @python_words()
     def export(self, out: str | Path, format: str | None = None, *, best: bool = False) -> list[Path]:
@@ -296,11 +296,9 @@ class Run:
         source = self._kept_data() if data is None else data
         if self._data is not None and isinstance(self._data.validation, Items) and is_dataset(data):
             source = replace(self._data, tests={"": items_like(self._data.clients[0], data, "data")}, client_tests=())
-        root = None if data_root is None else str(data_root)
-        options = table_of(data_options, "data_options")
         return evaluate_run(
-            self.out, data=source, data_root=root, data_options=options, cache=cache, trusted=self._trusted,
-            model=self._script.network,
+            self.out, data=source, data_root=None if data_root is None else str(data_root), cache=cache,
+            data_options=table_of(data_options, "data_options"), trusted=self._trusted, model=self._script.network,
         )[0]  # fmt: skip
 
     @python_words()

@@ -211,9 +211,8 @@ def warn_instead(tell: Callable[[str], object]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, (UserError, MemoryError)) or type(error).__name__ == "OutOfMemoryError":
-            raise
-        if any(words in str(error) for words in NO_MEMORY):
+        out_of_memory = type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in NO_MEMORY)
+        if isinstance(error, (UserError, MemoryError)) or out_of_memory:
             raise
         tell(describe_error(error))
 

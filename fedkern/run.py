@@ -38,7 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fedkern.process.standard_streams import open_closed, tolerate_lost_output
 
     tolerate_lost_output() if argv is None else open_closed()
-    _shorten_waits()
+    # OpenMP threads spin for about 0.1 ms between parallel regions, unless the user has chosen otherwise. By default
+    # they spin for milliseconds, and two threads on two busy cores train a small network over 3 times slower. If they
+    # slept at once, a FedIOD round with two threads would take 1.4 times as long on an idle machine. The OpenMP runtime
+    # reads the setting once, when torch is loaded.
+    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     words = list(sys.argv[1:] if argv is None else argv)
     with in_order(to_the_end=argv is None), without_leftovers() as leftover:
         return _run_guarded(words, leftover)
@@ -153,18 +158,6 @@ def _run_guarded(words: list[str], leftover: bool) -> int:
         if type(error).__name__ != "OutOfMemoryError":
             raise
         return _say("the GPU has not enough memory; use a smaller --batch-size or --model, or --device cpu")
-
-
-def _shorten_waits() -> None:
-    """Make OpenMP threads spin for about 0.1 ms between parallel regions, unless the user has chosen otherwise.
-
-    By default they spin for milliseconds, and two threads on two busy cores train a small network over 3 times slower.
-    If they slept at once, a FedIOD round with two threads would take 1.4 times as long on an idle machine.
-
-    The OpenMP runtime reads the setting once, when torch is loaded.
-    """
-    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _dispatch(words: list[str], leftover: bool) -> int:

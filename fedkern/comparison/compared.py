@@ -198,10 +198,7 @@ def compare_found(folders: Iterable[str | Path], *, out: Path | None, target: st
     notes = [f"Left out, as not finished: {first_of(unfinished, SHOWN)}."] if unfinished else []
     result = Result(group_runs(runs), None if target is None else Target.read(target), notes)
     result.check_target()
-    if out is not None:
-        check_out(out)
-    where = reserve_folder() if out is None else out
-    return Comparison(result, where, result.write(where))
+    return in_folder(out, lambda folder: Comparison(result, folder, result.write(folder)))
 
 
 def describe_ignored(methods: Sequence[str], settings: Collection[str], options: Iterable[str]) -> list[str]:
@@ -365,11 +362,9 @@ def _of_objects(
 
 
 def check_select(select: str | None, sweep: Mapping[str, object] | None) -> None:
-    if select is None:
-        return
-    if select != "validation":
+    if select not in (None, "validation"):
         raise UserError(f'--select must be validation, not "{select}".')
-    if not sweep:
+    if select is not None and not sweep:
         raise UserError("--select picks among the settings of a sweep: give --sweep NAME=VALUE,VALUE too.")
 
 

@@ -22,7 +22,7 @@ from fedkern.listeners.events import Record, Summary
 from fedkern.methods.method_registry import short_name
 from fedkern.report.tables import sort_metrics
 from fedkern.settings.config import NAME as SETTINGS
-from fedkern.settings.config import RESUMABLE, RunConfig
+from fedkern.settings.config import RESUMABLE, RunConfig, flatten_table
 from fedkern.settings.provenance import code_identity, describe_difference, other_data
 from fedkern.settings.section import FINGERPRINTS
 from fedkern.tasks.figure_names import OVER_CLIENTS, direction, split_metric
@@ -94,21 +94,16 @@ class OwnRun(FoundRun):
 
     @classmethod
     def of(cls, folder: Path, config: RunConfig, summary: Summary, records: Sequence[Record]) -> OwnRun:
-        return cls(
-            folder, config.method, config.data, config.seed, config.main, config.better, cls._settings(config), summary,
-            records, summary.get("test_labels", {}), config.own_networks, config=config,
-        )  # fmt: skip
-
-    @staticmethod
-    def _settings(config: RunConfig) -> dict[str, object]:
-        table = config.to_dict()
-        plain = {name: value for name, value in table.items() if name not in _NO_GROUP}
-        for part in ("options", "data_options"):
-            plain.update({f"{part}.{name}": value for name, value in plain.pop(part, {}).items()})
+        settings = flatten_table({name: value for name, value in config.to_dict().items() if name not in _NO_GROUP})
         code = code_identity(config)
         plugins = sorted(value for name, value in code.items() if name.startswith("plugins."))  # a file may move
-        plain.update({f"{_CODE}{name}": value[:12] for name, value in code.items() if not name.startswith("plugins.")})
-        return plain | ({f"{_CODE}plugins": hashlib.sha256(repr(plugins).encode()).hexdigest()[:12]} if plugins else {})
+        settings |= {f"{_CODE}{name}": text[:12] for name, text in code.items() if not name.startswith("plugins.")}
+        if plugins:
+            settings[f"{_CODE}plugins"] = hashlib.sha256(repr(plugins).encode()).hexdigest()[:12]
+        return cls(
+            folder, config.method, config.data, config.seed, config.main, config.better, settings, summary, records,
+            summary.get("test_labels", {}), config.own_networks, config=config,
+        )  # fmt: skip
 
 
 def has_other_labels(run: FoundRun, peer: FoundRun) -> bool | None:

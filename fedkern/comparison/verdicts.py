@@ -99,9 +99,8 @@ def figure_of(cell: PublishedCell, run: FoundRun) -> float | None:
 
 def best_value(figure: str, run: FoundRun) -> float:
     check_figure(figure, run)
-    values = [record[figure] for record in run.records if isinstance(record.get(figure), float)]
-    finite = [value for value in values if math.isfinite(value)]
-    return (min if is_lower_better(figure, run) else max)(finite, default=math.nan)
+    values = (record[figure] for record in run.records if isinstance(record.get(figure), float))
+    return (min if is_lower_better(figure, run) else max)(filter(math.isfinite, values), default=math.nan)
 
 
 def check_figure(figure: str, run: FoundRun) -> None:

@@ -10,6 +10,7 @@ from fedkern.errors import UserError
 from fedkern.listeners.events import RunInfo
 from fedkern.listeners.tracker import Tracker, reason
 from fedkern.process.extras import import_extra
+from fedkern.settings.config import flatten_table
 
 LOGGED = "fedkern.round"
 """Tag of MLflow's run that holds the last logged round."""
@@ -54,7 +55,11 @@ class MLflow(Tracker):
                 experiment = client.get_experiment_by_name(self._place)
                 number = client.create_experiment(self._place) if experiment is None else experiment.experiment_id
                 self._id = str(client.create_run(number, run_name=Path(run.out).name).info.run_id)
-                client.log_batch(self._id, params=self._parameters(run.config.to_publish()))
+                settings = flatten_table(run.config.to_publish()).items()
+                make = self._mlflow.entities.Param
+                client.log_batch(
+                    self._id, params=[make(REFUSED.sub("_", name), str(value)[:LONGEST]) for name, value in settings]
+                )
             else:
                 self._logged = int(client.get_run(self._id).data.tags.get(LOGGED, 0))
                 client.update_run(self._id, status="RUNNING")
@@ -69,14 +74,6 @@ class MLflow(Tracker):
         entities, timestamp = self._mlflow.entities, int(1000 * time.time())
         metrics = [entities.Metric(REFUSED.sub("_", tag), value, timestamp, number) for tag, value in figures.items()]
         self._client.log_batch(self._id, metrics=metrics, tags=[entities.RunTag(LOGGED, str(number))])
-
-    def _parameters(self, settings: Mapping[str, object]) -> list[object]:
-        flat: dict[str, object] = {}
-        for name, value in settings.items():
-            flat |= {f"{name}.{key}": text for key, text in value.items()} if isinstance(value, dict) else {name: value}
-        return [
-            self._mlflow.entities.Param(REFUSED.sub("_", name), str(value)[:LONGEST]) for name, value in flat.items()
-        ]
 
     def _finish(self, figures: Mapping[str, float] | None, number: int) -> None:
         if figures is not None:

@@ -47,8 +47,8 @@ def rounds_table(
         cells += [human_bytes(record["bytes_up"]), human_bytes(record["bytes_down"]), human_time(record["seconds"])]
         rows.append([str(record["round"]), *cells])
     header = ["round", *titles, *losses, "up", "down", "time"] if rows else []
-    selection_notes = [] if complete else [f"{len(selection)} of {len(records)} rounds"]
-    return Table(header, rows, title, notes=[*selection_notes, *notes]).html()
+    notes = notes if complete else [f"{len(selection)} of {len(records)} rounds", *notes]
+    return Table(header, rows, title, notes=notes).html()
 
 
 class Output:
