@@ -45,9 +45,10 @@ class DataSettings(Section):
         0, "number of public training samples, drawn before the partition; no client owns them", low=0
     )
     partition: str | None = option(
-        None, "split of the samples over clients: iid, stratified, dirichlet:ALPHA, classes:S, quantity:ALPHA, "
+        None,
+        "split of the samples over clients: iid, stratified, dirichlet:ALPHA, classes:S, quantity:ALPHA, "
         "domain:LAMBDA, attribute (the default if the data name sites)",
-    )  # fmt: skip
+    )
     clients: int = option(
         DATASETS[COMMON["data"]].clients, "number of clients; data that name sites have one client a site", low=1
     )

@@ -98,7 +98,11 @@ METHOD_ON: Mapping[tuple[str, str], Mapping[str, Any]] = {
     # Short rounds without momentum: under a class split batch norm's statistics drift apart within a long round.
     ("fml", "digits"): {"partition": "classes:2", "rounds": 40, "local_epochs": 1, "momentum": 0.0},
     ("fedlpfm", "digits"): {
-        "partition": "classes:2", "rounds": 40, "local_epochs": 1, "lr": 0.1, "momentum": 0.0,
+        "partition": "classes:2",
+        "rounds": 40,
+        "local_epochs": 1,
+        "lr": 0.1,
+        "momentum": 0.0,
         "options": {"lambda": 0.9, "temperature": 4.0},  # the best of a few by validation accuracy, 3 seeds
     },
     # rho: the published radius allows a client with 5 % of the samples a weight of 0.77, at a high cost for the others.

@@ -29,9 +29,10 @@ class ExecutionSettings(FederationSettings):
         high=1024,
     )  # fmt: skip
     workers: str = option(
-        "auto", "processes that train clients in parallel, with the same bits for any number; auto: by threads, cores, "
+        "auto",
+        "processes that train clients in parallel, with the same bits for any number; auto: by threads, cores, "
         "memory and length of the run",
-    )  # fmt: skip
+    )
 
     def resolve(self) -> Values:
         values = super().resolve()
@@ -52,5 +53,6 @@ class ExecutionSettings(FederationSettings):
 
     def with_client_threads(self) -> Self:
         """Return the settings with ``client_threads`` by the number of clients in the data."""
-        threads = max(1, self.threads // self.clients_of_a_round)
-        return self if self.client_threads else self.replace(client_threads=threads)
+        if self.client_threads:
+            return self
+        return self.replace(client_threads=max(1, self.threads // self.clients_of_a_round))

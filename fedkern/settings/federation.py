@@ -63,29 +63,37 @@ class FederationSettings(DataSettings):
     )
     aggregator: str = option(
         MEAN,
-        lambda: "averaging methods: rule that combines the clients' networks, as NAME or NAME:key=value,...: "
-        + ", ".join(AGGREGATORS),
-    )  # fmt: skip
+        lambda: (
+            "averaging methods: rule that combines the clients' networks, as NAME or NAME:key=value,...: "
+            + ", ".join(AGGREGATORS)
+        ),
+    )
     server_rule: str = option(
-        MEAN, "averaging methods: server optimiser that steps towards the clients' average, as NAME or "
-        f"NAME:key=value,...: {', '.join(SERVER_RULES)}",
-    )  # fmt: skip
+        MEAN,
+        "averaging methods: server optimiser that steps towards the clients' average, as NAME or NAME:key=value,...: "
+        + ", ".join(SERVER_RULES),
+    )
     server_lr: float | None = option(
-        None, "averaging methods: learning rate of the server; if left out, 1 for mean and momentum, 0.1 for adam and "
-        "adagrad, 0.01 for yogi", above=0,
-    )  # fmt: skip
+        None,
+        "averaging methods: learning rate of the server; if left out, 1 for mean and momentum, 0.1 for adam and "
+        "adagrad, 0.01 for yogi",
+        above=0,
+    )
     asynchronous: str | None = option(
-        None, "averaging methods: let the server step as uploads arrive, without waiting for whole rounds: "
+        None,
+        "averaging methods: let the server step as uploads arrive, without waiting for whole rounds: "
         "fedbuff:buffer=K,staleness=A or fedasync:mixing=M,staleness=A; every step counts as a round",
-    )  # fmt: skip
+    )
     eval_every: int = option(1, "evaluate every N rounds, and always after the last", low=1)
     stop_at: str | None = option(
         None, "end the run once a figure of the records reaches this value: accuracy>=0.9, loss<=0.1"
     )
     patience: int | None = option(
-        None, "end the run after N evaluations without a better main figure on the validation set; best.safetensors "
-        "keeps the network of the best round", low=1,
-    )  # fmt: skip
+        None,
+        "end the run after N evaluations without a better main figure on the validation set; best.safetensors keeps "
+        "the network of the best round",
+        low=1,
+    )
     max_seconds: float | None = option(
         None, "most seconds of work, over all resumptions; a round that would exceed them is not run", above=0
     )

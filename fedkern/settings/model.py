@@ -30,17 +30,20 @@ class ModelSettings(Section):
         None, "channels of the network's first stage, or size of a token of the built-in encoders", low=1, high=65536
     )
     init: str | None = option(
-        None, "initial weights of the network: the folder of a finished run, or a state dict with the network's names "
-        "and shapes in a .safetensors or .pt file", path=absolute,
-    )  # fmt: skip
+        None,
+        "initial weights of the network: the folder of a finished run, or a state dict with the network's names and "
+        "shapes in a .safetensors or .pt file",
+        path=absolute,
+    )
     init_partial: bool = option(False, "load only the tensors of --init that fit the network, and list the others")
     freeze: str | None = option(
         None, "parameters of the network that are neither trained nor sent, by name: backbone.*,head.bias"
     )
     personal: str | None = option(
-        None, "averaging methods: parameters and buffers of the network that never leave their client, by name: "
+        None,
+        "averaging methods: parameters and buffers of the network that never leave their client, by name: "
         "head.*,norm1.*",
-    )  # fmt: skip
+    )
     features: str | None = option(
         None, "submodule of your own network whose output is the features, for methods that compare features"
     )
@@ -52,22 +55,26 @@ class ModelSettings(Section):
         choices=("auto", "off"),
     )  # fmt: skip
     image_encoder: str = option(
-        COMMON["image_encoder"], path=_encoder,
-        text=f"image-text data: {', '.join(IMAGE_ENCODERS)}, or a transformers model's folder",
-    )  # fmt: skip
+        COMMON["image_encoder"],
+        "image-text data: " + ", ".join(IMAGE_ENCODERS) + ", or a transformers model's folder",
+        path=_encoder,
+    )
     text_encoder: str = option(
-        COMMON["text_encoder"], path=_encoder,
-        text=f"image-text data: {', '.join(TEXT_ENCODERS)}, or a transformers model's folder",
-    )  # fmt: skip
+        COMMON["text_encoder"],
+        "image-text data: " + ", ".join(TEXT_ENCODERS) + ", or a transformers model's folder",
+        path=_encoder,
+    )
     buffers: str = option(
-        "average", "batch norm's running statistics: average, local (every client keeps its own), drop, or pool "
-        "(image-text data: recomputed for the global network over all clients' samples)",
+        "average",
+        "batch norm's running statistics: average, local (every client keeps its own), drop, or pool (image-text"
+        " data: recomputed for the global network over all clients' samples)",
         choices=("average", "local", "drop", "pool"),
-    )  # fmt: skip
+    )
     freeze_bn_after: int | None = option(
-        None, low=0,
-        text="rounds after which batch norm normalises by the received running statistics and keeps them (FixBN)",
-    )  # fmt: skip
+        None,
+        "rounds after which batch norm normalises by the received running statistics and keeps them (FixBN)",
+        low=0,
+    )
     precision: str = option(
         "fp32", "number format of the computation: fp32, or bf16 by autocast with fp32 weights", choices=PRECISIONS
     )

@@ -21,16 +21,18 @@ class PrivacySettings(FaultSettings, ModelSettings):
     """Settings of privacy."""
 
     dp_clip: str | None = option(
-        None, "averaging methods: client-level differential privacy, with --dp-noise. A client's change in a round is "
-        "scaled down to at most this Euclidean norm, and all clients weigh the same. adaptive:Q lets the norm follow "
-        "the quantile Q of the changes, adaptive:0.5 their median",
-    )  # fmt: skip
+        None,
+        "averaging methods: client-level differential privacy, with --dp-noise. A client's change in a round is scaled "
+        "down to at most this Euclidean norm, and all clients weigh the same. adaptive:Q lets the norm follow the "
+        "quantile Q of the changes, adaptive:0.5 their median",
+    )
     dp_noise: float | None = option(
         None,
         "averaging methods: standard deviation of the Gaussian noise that the server adds to the sum of the clients' "
         "changes, in multiples of --dp-clip. 0 only clips and gives no guarantee. More noise makes epsilon smaller, "
-        "and more clients in a round make the noise on their mean smaller", low=0,
-    )  # fmt: skip
+        "and more clients in a round make the noise on their mean smaller",
+        low=0,
+    )
     dp_delta: float | None = option(
         None, "delta at which epsilon is reported; if left out, the smaller one of 1e-5 and clients^-1.1",
         above=0, high=0.5,
@@ -39,22 +41,27 @@ class PrivacySettings(FaultSettings, ModelSettings):
         None, "largest epsilon of --dp-noise; a round that would exceed it is not run", above=0
     )
     dp_draws: str = option(
-        "secret", "seed of the noise of --dp-noise: 128 secret random bits, or the run's seed. With the run's seed a "
-        "run can be repeated, but epsilon only holds while nobody else knows the seed", choices=("secret", "seed"),
-    )  # fmt: skip
+        "secret",
+        "seed of the noise of --dp-noise: 128 secret random bits, or the run's seed. With the run's seed a run can be "
+        "repeated, but epsilon only holds while nobody else knows the seed",
+        choices=("secret", "seed"),
+    )
     privacy_unit: str = option(
-        UNITS[0], "unit that differential privacy protects: an image, or a patient with all images. For patients the "
-        "data must name them, and an image without a patient counts as a separate patient", choices=UNITS,
-    )  # fmt: skip
+        UNITS[0],
+        "unit that differential privacy protects: an image, or a patient with all images. For patients the data must "
+        "name them, and an image without a patient counts as a separate patient",
+        choices=UNITS,
+    )
     patient_images: int | None = option(
         None, f"most images of a patient, drawn once, with --privacy-unit patient; if left out, {PATIENT_IMAGES}",
         low=1,
     )  # fmt: skip
     records: str | None = option(
-        None, "what records, pictures and the terminal show: all, or private (nothing about single clients and nothing "
-        "that epsilon does not cover). If left out: private with differential privacy, else all",
+        None,
+        "what records, pictures and the terminal show: all, or private (nothing about single clients and nothing that "
+        "epsilon does not cover). If left out: private with differential privacy, else all",
         choices=("all", "private"),
-    )  # fmt: skip
+    )
 
     def resolve(self) -> Values:
         values = super().resolve()
