@@ -627,6 +627,7 @@ PAGES: tuple[Page, ...] = (
     Page("docs/fedgid.md", {
         **{f"fedgid {name}": partial(list_cells, "fedgid", cells, goal=f"FedAvg without a tie: {cells.split()[0]}",
                                      rates=True) for name, cells in GID_GAPS.items()},
+        "fedgid drawings": partial(list_cells, "openclipart_scenes", "scenes", rates=True),
         "fedgid command": partial(command, "fedgid")}),
     Page("docs/fusefl.md", {
         "fusefl upload and memory": partial(list_cells, "fusefl", "upload and memory"),
