@@ -144,10 +144,9 @@ def _is_dead(content: bytes) -> bool:
     if not content:
         return True
     lines = content.decode(errors="replace").splitlines()
-    if len(lines) < 3 or lines[2] != _machine() or not lines[0].isdecimal():
+    # On Windows os.kill would send a Ctrl-C.
+    if len(lines) < 3 or lines[2] != _machine() or not lines[0].isdecimal() or sys.platform == "win32":
         return False
-    if sys.platform == "win32":
-        return False  # os.kill would send a Ctrl-C
     try:
         os.kill(int(lines[0]), 0)
     except (ProcessLookupError, OverflowError):

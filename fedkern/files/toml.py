@@ -1,19 +1,15 @@
 """TOML writer for the flat tables of a run's settings (the standard library only reads TOML)."""
 
 import json
-import math
 from collections.abc import Mapping
 
 
 def dumps(table: Mapping[str, object]) -> str:
     """Return strings, numbers, booleans, lists of them, and one level of sub-tables as TOML text."""
-    plain = [f"{_key(key)} = {_value(value)}" for key, value in table.items() if not isinstance(value, Mapping)]
-    parts = ["\n".join(plain)]
+    parts = ["\n".join(format_line(key, value) for key, value in table.items() if not isinstance(value, Mapping))]
     for key, value in table.items():
         if isinstance(value, Mapping):
-            parts.append(
-                f"[{_key(key)}]\n" + "\n".join(f"{_key(name)} = {_value(entry)}" for name, entry in value.items())
-            )
+            parts.append(f"[{_key(key)}]\n" + "\n".join(format_line(name, entry) for name, entry in value.items()))
     return "\n\n".join(parts).rstrip() + "\n"
 
 
@@ -33,12 +29,8 @@ def quote_text(text: str) -> str:
 def _value(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, int):
+    if isinstance(value, (int, float)):  # Python writes inf and nan as TOML does
         return str(value)
-    if isinstance(value, float):
-        return (
-            repr(value) if math.isfinite(value) else ("nan" if math.isnan(value) else ("inf" if value > 0 else "-inf"))
-        )
     if isinstance(value, str):
         return quote_text(value)
     if isinstance(value, (list, tuple)):

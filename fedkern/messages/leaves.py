@@ -115,9 +115,7 @@ def join_batches(values: list[Any], sizes: list[int]) -> Any:
         return torch.cat([value.reshape(1) if value.dim() == 0 else value for value in values])
     parts = [_parts(value) or {} for value in values]
     if _parts(example) is None or (isinstance(example, list) and not _positions(values, sizes)):
-        return [
-            part for value_list in values for part in (value_list if isinstance(value_list, list) else [value_list])
-        ]
+        return [part for value in values for part in (value if isinstance(value, list) else [value])]
     if any(part.keys() != parts[0].keys() for part in parts):
         raise RuntimeError(f"batches give a {type(example).__name__} of other parts")
     return _remade(example, {key: join_batches([part[key] for part in parts], sizes) for key in parts[0]})

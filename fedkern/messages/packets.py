@@ -105,12 +105,7 @@ class Packer:
     def pack(self, value: object) -> Packet:
         """Pickle ``value``."""
         pickler = _Pickler(self._known, next(self._numbers))
-        try:
-            pickler.dump(value)
-        except NotPortable:
-            raise
-        except Exception as error:  # an object may raise anything when it is pickled
-            raise NotPortable(f"something that cannot be pickled ({str(error).partition(chr(10))[0]})") from None
+        _dump(pickler, value)
         if pickler.fresh:
             self._files[pickler.number] = _write(pickler.fresh, pickler.size)
             pickler.used.add(pickler.number)
@@ -136,11 +131,15 @@ class Packer:
 
 def check_portable(value: object) -> None:
     """Raise NotPortable as :meth:`Packer.pack` does, without copying tensors and arrays."""
+    _dump(_Light(io.BytesIO(), protocol=5), value)
+
+
+def _dump(pickler: pickle.Pickler, value: object) -> None:
     try:
-        _Light(io.BytesIO(), protocol=5).dump(value)
+        pickler.dump(value)
     except NotPortable:
         raise
-    except Exception as error:
+    except Exception as error:  # an object may raise anything when it is pickled
         raise NotPortable(f"something that cannot be pickled ({str(error).partition(chr(10))[0]})") from None
 
 

@@ -128,11 +128,10 @@ class Packed:
         return copy
 
     def save(self, path: Path) -> None:
-        atomic.write(
-            path,
-            lambda temporary: save_file(self._tensors, temporary, metadata={ABOUT: self._about}),
-            durable=self._durable,
-        )
+        def fill(temporary: Path) -> None:
+            save_file(self._tensors, temporary, metadata={ABOUT: self._about})
+
+        atomic.write(path, fill, durable=self._durable)
 
 
 def load(path: Path) -> State:
@@ -198,10 +197,8 @@ def tree_of(
         for key in value:
             if isinstance(key, bool) or not isinstance(key, (str, int)):
                 raise TypeError(f"{where} has a key of type {type(key).__name__}, which must be a text or an integer")
-        entries = value.items()
-        return {
-            "dict": [[key, tree_of(entry, f"{where}[{key!r}]", tensor, bound, depth + 1)] for key, entry in entries]
-        }
+        items = value.items()
+        return {"dict": [[key, tree_of(item, f"{where}[{key!r}]", tensor, bound, depth + 1)] for key, item in items]}
     raise TypeError(f"{where} is of type {type(value).__name__}: take tensors, numbers, texts, lists and dicts")
 
 
@@ -220,11 +217,9 @@ def check_tensor(value: Tensor | np.ndarray, where: str) -> None:
 
 
 def value_of(tree: object, tensor: Callable[[Any], Tensor], bound: float = math.inf, depth: int = 0) -> Any:
-    if tree is None or isinstance(tree, (str, bool)) or (isinstance(tree, float) and math.isfinite(tree)):
-        return tree
-    if isinstance(tree, int):
-        if abs(tree) >= bound:
-            raise Malformed(f"has a whole number of more than {int(bound).bit_length() - 1} bits")
+    if isinstance(tree, int) and abs(tree) >= bound:
+        raise Malformed(f"has a whole number of more than {int(bound).bit_length() - 1} bits")
+    if tree is None or isinstance(tree, (str, int)) or (isinstance(tree, float) and math.isfinite(tree)):
         return tree
     if depth > DEEPEST:
         raise Malformed("has dicts and lists that stand too deep in one another")

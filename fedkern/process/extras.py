@@ -18,9 +18,7 @@ def install(extra: str) -> str:
     No package index has fedkern, so an extra can be named only in a checkout. Elsewhere its packages are listed.
     """
     checkout = Path("pyproject.toml").is_file() and Path("fedkern/process/extras.py").is_file()
-    return (
-        f"pip install '.[{extra}]'" if checkout and extra in PACKAGES else f"pip install {PACKAGES.get(extra, extra)}"
-    )
+    return "pip install " + (f"'.[{extra}]'" if checkout and extra in PACKAGES else PACKAGES.get(extra, extra))
 
 
 def import_extra(purpose: str, extra: str, *modules: str) -> ModuleType:

@@ -50,14 +50,10 @@ def check() -> None:
         raise _current.pending
 
 
-def mark_ended() -> None:
-    if _current is not None:
-        _current.over = True
-
-
 def end_by(stop: KeyboardInterrupt) -> tuple[str, int]:
     """Mark interrupted work as ended, and return a word for its end and the exit code."""
-    mark_ended()
+    if _current is not None:
+        _current.over = True
     return ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
 
 

@@ -38,25 +38,22 @@ _MEMORY = {
 
 
 def free_memory() -> int:
-    amounts = []
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                amounts.append(int(line.split()[1]) << 10)
+    available = _statistic(Path("/proc/meminfo"), "MemAvailable:")
+    amounts = [] if available is None else [available << 10]
     for controller, (limit, used, reclaimable) in _MEMORY.items():
         for folder in _groups(controller):
             with suppress(OSError, ValueError):
                 free = int((folder / limit).read_text()) - int((folder / used).read_text())
-                amounts.append(free + _statistic(folder, reclaimable))
+                amounts.append(free + (_statistic(folder / "memory.stat", reclaimable) or 0))
     return max(0, min(amounts, default=sys.maxsize))
 
 
-def _statistic(folder: Path, name: str) -> int:
+def _statistic(path: Path, name: str) -> int | None:
     with suppress(OSError, ValueError):
-        for line in (folder / "memory.stat").read_text().splitlines():
+        for line in path.read_text().splitlines():
             if line.split()[:1] == [name]:
                 return int(line.split()[1])
-    return 0
+    return None
 
 
 def _groups(controller: str) -> list[Path]:
