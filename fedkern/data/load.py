@@ -93,6 +93,7 @@ def load(
         >>> data.clients[0].images.shape[1:]
         torch.Size([1, 32, 32])
     """
+    # Check the request before any file is read.
     info = lookup(name)
     progress, notice = progress or notice, notice or (lambda text: None)
     own_options, common = read_options(name, options or {})
@@ -109,6 +110,7 @@ def load(
         root, clients, partition, seed, own_options, train_samples, public_samples, common.test_samples,
         common.validation_samples, cache, progress,
     )  # fmt: skip
+    # A source is shared out here; federated data come with their clients.
     data = info.make(request)
     drawn = info.function.identity() if info.function is not None and "seed" in info.function.takes else None
     check_single(name, data.train.task if isinstance(data, Source) else data.task, common)
@@ -124,7 +126,12 @@ def load(
         data = dataclasses.replace(data, identity=drawn)
     if info.palette is not None:
         data = paint(data, info.palette, correlation, str(own_options["mask"]), seed)
-    return _add_objects(data, options or {}, common, make_detector, progress, seed)
+    # Find the objects before cues and patches are drawn over them.
+    background = _background_source(options or {}, common, data, make_detector, progress)
+    if background is not None:
+        data = extract_background(data, background)
+    data = add_cues(data, common.cue_clients, common.cue_size, seed)
+    return add_backdoor(data, common.backdoor_clients, common.backdoor_target, common.backdoor_size, seed)
 
 
 def _share_out(
@@ -241,21 +248,6 @@ def _identify(
         for text in find_copies(name, source.classes, contents, pixels, sites, source.files.get("outside", "")):
             notice(text)
     return identity
-
-
-def _add_objects(
-    data: FederatedData,
-    options: Mapping[str, object],
-    common: CommonOptions,
-    make_detector: Callable[[str, float, float], Detector] | None,
-    notice: Callable[[str], None] | None,
-    seed: int,
-) -> FederatedData:
-    background = _background_source(options, common, data, make_detector, notice)
-    if background is not None:  # find the objects before cues and patches are drawn over them
-        data = extract_background(data, background)
-    data = add_cues(data, common.cue_clients, common.cue_size, seed)
-    return add_backdoor(data, common.backdoor_clients, common.backdoor_target, common.backdoor_size, seed)
 
 
 def _subsample_sets(data: FederatedData, common: CommonOptions) -> FederatedData:
@@ -386,10 +378,8 @@ def _shares(source: Source, spec: PartitionSpec, rows: Tensor, clients: int, see
 def _training_rows(name: str, pool: Pool, request: DataRequest) -> tuple[Tensor, Tensor]:
     """Return the clients' training rows and the public rows, both sorted."""
     count, public, seed = request.train_samples, request.public_samples, request.seed
-    if pool.cases is not None and pool.patients is None:
-        cases: npt.NDArray[np.int64] | None = pool.cases.numpy()
-    else:
-        cases = grouped_rows(pool.ids, None, pool.patients)
+    own_cases = pool.cases if pool.patients is None else None
+    cases = grouped_rows(pool.ids, None, pool.patients) if own_cases is None else own_cases.numpy()
     if cases is not None:
         mine, public_rows = training_cases(name, cases, count, public, seed, unit_noun(pool.cases, pool.patients))
         return torch.from_numpy(mine), torch.from_numpy(public_rows)
@@ -408,8 +398,7 @@ def _training_rows(name: str, pool: Pool, request: DataRequest) -> tuple[Tensor,
     chosen = stream(seed, "train-samples").choice(len(pool), size=count, replace=False)
     remaining = np.setdiff1d(np.arange(len(pool)), chosen)
     public_rows = stream(seed, "public-samples").choice(remaining, size=public, replace=False)
-    train_rows, open_to_all = (torch.from_numpy(np.sort(rows).astype(np.int64)) for rows in (chosen, public_rows))
-    return train_rows, open_to_all
+    return torch.from_numpy(np.sort(chosen).astype(np.int64)), torch.from_numpy(np.sort(public_rows).astype(np.int64))
 
 
 def _validation_rows(source: Source, trained: int, samples: int) -> Tensor:

@@ -119,9 +119,8 @@ class Split:
         if self.ids is not None:
             return list(self.ids)
         pairs = zip(self.images, self.labels, strict=True)
-        return [
-            blake2b(b"".join(part.numpy().tobytes() for part in pair), digest_size=16).hexdigest() for pair in pairs
-        ]
+        contents = (b"".join(part.numpy().tobytes() for part in pair) for pair in pairs)
+        return [blake2b(content, digest_size=16).hexdigest() for content in contents]
 
     def raw(self) -> dict[str, object]:
         """Return the samples as a client would send them if it gave them away."""

@@ -88,8 +88,7 @@ class BoxesFile:
                         f'boxes file {self.path}: box [{x1:g}, {y1:g}, {x2:g}, {y2:g}] of image "{name}" lies wholly '
                         f"outside of it ({unit[0]:g} x {unit[1]:g})"
                     )
-            scale = torch.tensor([width / unit[0], height / unit[1]] * 2, dtype=torch.float64)
-            scaled.append(boxes * scale)
+            scaled.append(boxes * torch.tensor([width / unit[0], height / unit[1]] * 2, dtype=torch.float64))
         return rasterise(scaled, height, width)
 
     def _read_json(self) -> dict[str, list[Box]]:
@@ -181,8 +180,7 @@ class Detections:
 
     def masks(self, split: Split, classes: Sequence[str]) -> Tensor:
         """Return the object masks of a split, bool ``[n, H, W]``."""
-        height, width = split.images.shape[-2:]
-        return rasterise(self.boxes(split, classes), height, width)
+        return rasterise(self.boxes(split, classes), *split.images.shape[-2:])
 
     def boxes(self, split: Split, classes: Sequence[str]) -> list[Tensor]:
         """Return the boxes of every image, from the cache where possible.

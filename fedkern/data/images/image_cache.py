@@ -114,6 +114,7 @@ def store_files(
     Without ``cache``, images over `MEMORY_BYTES` go to a temporary file; ``in_memory``: bytes in memory per byte of an
     image.
     """
+    notice = notice or (lambda text: None)
     if cache is not None:
         files.stored = _Cache(files, expand(cache), notice).fetch(needed)
     elif len(needed) * _bytes(files) * in_memory > MEMORY_BYTES:
@@ -135,7 +136,7 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _temporary(files: ImageFiles, needed: Rows, notice: Notice) -> tuple[ImageStore, Tensor]:
+def _temporary(files: ImageFiles, needed: Rows, notice: Callable[[str], object]) -> tuple[ImageStore, Tensor]:
     """Return the images in a nameless file, which vanishes with the processes that have it open."""
     try:
         folder = cache_folder("images")
@@ -159,7 +160,7 @@ def _temporary(files: ImageFiles, needed: Rows, notice: Notice) -> tuple[ImageSt
 
 
 class _Cache:
-    def __init__(self, files: ImageFiles, folder: Path, notice: Notice) -> None:
+    def __init__(self, files: ImageFiles, folder: Path, notice: Callable[[str], object]) -> None:
         self._files, self._folder, self._notice = files, folder, notice
         self._name = f"{'x'.join(map(str, files.shape))}-{_fingerprint(files)}"
         self._images, self._sizes, self._lock = (
@@ -172,11 +173,10 @@ class _Cache:
     def fetch(self, needed: Rows) -> tuple[ImageStore, Tensor]:
         """Return the images and their sizes, int64 ``[N, 2]``, with at least ``needed`` decoded."""
         entry = self._open_entry(needed)
-        if self._damaged and self._notice is not None:
+        if self._damaged:
             self._notice(f"{self._damaged:,} images in {self._images} are damaged and are decoded again")
         if entry is not None:
-            if self._notice is not None:
-                self._notice(f"{len(needed):,} decoded {self._files.things} are read from {self._images}")
+            self._notice(f"{len(needed):,} decoded {self._files.things} are read from {self._images}")
             return entry
         sizes = self._read_sizes(needed)
         missing = len(needed) if sizes is None else int((sizes[needed, 0] == 0).sum())
@@ -196,10 +196,7 @@ class _Cache:
         return entry
 
     def _wait(self) -> None:
-        if self._notice is not None:
-            self._notice(
-                f"another run decodes the same {self._files.things} into {self._folder}: this run waits for it"
-            )
+        self._notice(f"another run decodes the same {self._files.things} into {self._folder}: this run waits for it")
 
     def _open_entry(self, needed: Rows) -> tuple[ImageStore, Tensor] | None:
         """Return the images and their sizes, or None unless all at ``needed`` are decoded."""
@@ -318,7 +315,7 @@ def _fingerprint(files: ImageFiles) -> str:
 
 
 def _decode_rows(
-    files: ImageFiles, rows: Rows, file: IO[bytes], where: str, notice: Notice
+    files: ImageFiles, rows: Rows, file: IO[bytes], where: str, notice: Callable[[str], object]
 ) -> Iterator[tuple[Rows, npt.NDArray[np.int64], npt.NDArray[np.uint8]]]:
     """Decode the images at sorted ``rows`` into ``file``.
 
@@ -327,8 +324,7 @@ def _decode_rows(
     at_once = max(1, CHUNK_BYTES // _bytes(files))
     began = last_time = time.monotonic()
     last_count = 0
-    if notice is not None:
-        notice(f"decoding {len(rows):,} {files.things} ({_size(len(rows) * _bytes(files))}) into {where}")
+    notice(f"decoding {len(rows):,} {files.things} ({_size(len(rows) * _bytes(files))}) into {where}")
     for start in range(0, len(rows), at_once):
         chunk = rows[start : start + at_once]
         images, sizes = files.read(torch.from_numpy(chunk))
@@ -337,7 +333,7 @@ def _decode_rows(
             _write(file, int(chunk[part[0]]) * _bytes(files), pixels[part[0] : part[-1] + 1])
         yield chunk, sizes.numpy(), pixels
         done, tick = start + len(chunk), time.monotonic()
-        if notice is not None and tick - last_time >= NOTICE_SECONDS and done - last_count >= NOTICE_SHARE * len(rows):
+        if tick - last_time >= NOTICE_SECONDS and done - last_count >= NOTICE_SHARE * len(rows):
             last_time, last_count = tick, done
             seconds = (tick - began) / done * (len(rows) - done)
             notice(f"decoding {files.things}: {done:,} of {len(rows):,}, about {max(1, round(seconds / 60))} min left")

@@ -198,7 +198,12 @@ class ImageFiles:
         path, mode = self.paths[row], "L" if self.grey else "RGB"
         with _readable(self.data, "image", path), open_image(path, self.max_pixels) as image:
             stored_size = upright_size(image)
-            _check_bands(image, path, self.data)
+            # Pillow takes any fourth band of a TIFF for transparency.
+            if image.format == "TIFF" and image.mode in ("LA", "RGBA") and EXTRA_BANDS not in image.tag_v2:  # type: ignore[attr-defined]
+                raise UserError(
+                    f'data set "{self.data}": the image {path} has {len(image.mode)} bands and does not say that the '
+                    "last is transparency, and not, for example, infrared; save the bands that count, one or three"
+                )
             # A JPEG is decoded at a fraction of its size where that still leaves twice the pixels needed.
             image.draft(mode, (2 * self.size, 2 * self.size))
             picture = _on_white(_scale_to_bytes(image, path, self.data, self.bits, self.window)).convert(mode)
@@ -361,15 +366,6 @@ def _negative(image: Image.Image) -> bool:
     return image.format == "TIFF" and image.mode not in ("1", "L") and image.tag_v2.get(PHOTOMETRIC) == 0  # type: ignore[attr-defined]
 
 
-def _check_bands(image: Image.Image, path: Path, data: str) -> None:
-    """Raise UserError for an unspecified fourth TIFF band, which Pillow takes for transparency."""
-    if image.format == "TIFF" and image.mode in ("LA", "RGBA") and EXTRA_BANDS not in image.tag_v2:  # type: ignore[attr-defined]
-        raise UserError(
-            f'data set "{data}": the image {path} has {len(image.mode)} bands and does not say that the last is '
-            "transparency, and not, for example, infrared; save the bands that count, one or three"
-        )
-
-
 def grey_bits(tops: Iterable[int]) -> int:
     """Return the smallest of `BITS` that holds all files' largest values, 0 without any."""
     top = max(tops, default=-1)
@@ -408,9 +404,7 @@ def _scale_to_bytes(
         )
     if not (low >= 0 and high <= top):
         expected = "fractions from 0 to 1" if image.mode == "F" else f"whole numbers from 0 to {top}"
-        advice = (
-            f", or give --data-option bits={BITS[-1]}" if high > top >= 2 and low >= 0 and high < 2 ** BITS[-1] else ""
-        )
+        advice = f", or give --data-option bits={BITS[-1]}" * (low >= 0 and 2 <= top < high < 2 ** BITS[-1])
         raise UserError(
             f'data set "{data}": the image {path} holds grey values from {low:g} to {high:g}, expected {expected}; '
             f"choose the range that shows what matters with --data-option window=CENTRE,WIDTH{advice}"

@@ -61,32 +61,25 @@ class Pixels:
         """Send indices to the images' device early, so that :meth:`take` need not."""
         return index if self._file is not None else send(index, self._device)
 
-    def _read(self, indices: np.ndarray | Tensor | None) -> Tensor:
-        assert self._file is not None
-        if indices is None:
-            return send(self._file.permute(0, 2, 3, 1).contiguous(), self._device)
-        return send(self._file.nhwc(as_index(indices)), self._device)
-
     def _whole(self, indices: np.ndarray | Tensor | None) -> Tensor:
         """Return images [B, C, H, W], channels-last and without window."""
         if self._cache and not self._is_raw and self._rows.dtype == torch.uint8:
             self._rows, self._erased = self._normalise(self._rows, self._erased), None
         rows, erased = self._rows, self._erased
-        if self._file is not None:
-            rows = self._read(indices)
+        if (in_file := self._file) is not None:
+            rows = in_file.permute(0, 2, 3, 1).contiguous() if indices is None else in_file.nhwc(as_index(indices))
+            rows = send(rows, self._device)
         if indices is not None:
             index = send(as_index(indices), self._device)
             rows = rows if self._file is not None else rows.index_select(0, index)
             erased = None if erased is None else erased[index]
         return self._normalise(rows, erased).permute(0, 3, 1, 2)
 
-    def _window(self, images: Tensor, rng: np.random.Generator | None) -> Tensor:
-        return images if self._sides is None else transforms.window(images, self._sides, rng)
-
     def take(self, indices: np.ndarray | Tensor | None, rng: np.random.Generator | None = None) -> Tensor:
         """Return images [B, C, H, W], channels-last, augmented if there is an ``rng``."""
         rng = None if self.augment == "none" else rng
-        images = self._window(self._whole(indices), rng)
+        images = self._whole(indices)
+        images = images if self._sides is None else transforms.window(images, self._sides, rng)
         return images if rng is None else transforms.augment(images, self.augment, rng)
 
     def pairs(self, index: Tensor, labels: Tensor, rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
@@ -94,7 +87,8 @@ class Pixels:
         rng = None if self.augment == "none" else rng
         images = self._whole(index)
         if self._sides is not None:  # a window of both: class numbers are exact as a last channel
-            stacked = self._window(torch.cat([images, labels[:, None].to(images.dtype)], 1), rng)
+            stacked = torch.cat([images, labels[:, None].to(images.dtype)], 1)
+            stacked = transforms.window(stacked, self._sides, rng)
             images, labels = stacked[:, :-1].contiguous(memory_format=torch.channels_last), stacked[:, -1].long()
         return (images, labels) if rng is None else transforms.augment_pairs(images, labels, self.augment, rng)
 

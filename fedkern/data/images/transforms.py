@@ -133,7 +133,7 @@ def rotate(
     turned = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).add_(base.to(values.dtype))
     if not images.is_floating_point():
         turned = turned.round_().clamp_(0, 255).to(images.dtype)
-    return turned.contiguous(memory_format=torch.channels_last) if _is_channels_last(images) else turned.contiguous()
+    return turned.contiguous(memory_format=_format(images))
 
 
 def jitter(images: Tensor, rng: Generator) -> Tensor:
@@ -243,15 +243,12 @@ def augment_pairs(images: Tensor, labels: Tensor, kind: str, rng: Generator) -> 
     if augmentation == AUGMENTATIONS["none"]:
         return images, labels
     # Class numbers become a last channel; they are small enough to be exact in any floating type.
-    keeps_channels_last = _is_channels_last(images)
+    layout = _format(images)
     stacked = torch.cat([images, labels[:, None].to(images.dtype)], 1)
-    if keeps_channels_last:
-        stacked = stacked.contiguous(memory_format=torch.channels_last)
+    if layout == torch.channels_last:
+        stacked = stacked.contiguous(memory_format=layout)
     stacked = augmentation(stacked, rng, [*[0.0] * images.shape[1], float(IGNORE)], nearest=1)
-    moved = stacked[:, :-1].contiguous(
-        memory_format=torch.channels_last if keeps_channels_last else torch.contiguous_format
-    )
-    return moved, stacked[:, -1].round().long()
+    return stacked[:, :-1].contiguous(memory_format=layout), stacked[:, -1].round().long()
 
 
 def _find(kind: str) -> Augmentation:
@@ -273,8 +270,5 @@ def _gather(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _format(images: Tensor) -> torch.memory_format:
-    return torch.channels_last if _is_channels_last(images) else torch.contiguous_format
-
-
-def _is_channels_last(images: Tensor) -> bool:
-    return images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    is_channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    return torch.channels_last if is_channels_last else torch.contiguous_format

@@ -60,7 +60,8 @@ def unify_spelling(values: Sequence[str], where: str) -> tuple[list[str], list[s
         (alike, "has values that differ only in case or spaces and do not count as one"),
     ):
         if several := [sorted(texts) for texts in groups.values() if len(texts) > 1]:
-            notices.append(f"{where} {phrase}: {_examples(several)}.")
+            examples = [", ".join(_quote_text(text, group) for text in group[:SHOWN]) for group in several]
+            notices.append(f"{where} {phrase}: {first_of(examples, SHOWN, '; ')}.")
     return [spelling_of[_key(value)] for value in values], notices
 
 
@@ -109,13 +110,8 @@ def _fold_text(value: str) -> str:
     return "".join(char for char in plain if not char.isspace() and unicodedata.category(char)[0] != "C")
 
 
-def _examples(groups: Sequence[Sequence[str]]) -> str:
-    # Two Unicode forms of a text look the same on screen; ascii() shows the difference.
-    texts = [", ".join(_quote_text(text, group) for text in group[:SHOWN]) for group in groups]
-    return first_of(texts, SHOWN, "; ")
-
-
 def _quote_text(text: str, among: Sequence[str]) -> str:
+    """Quote a text, or return its ascii() if it looks on screen like another one: two Unicode forms may."""
     plain_forms = {unicodedata.normalize("NFKC", "".join(text_of_group.split())) for text_of_group in among}
     return f'"{text}"' if len(plain_forms) == len(among) else ascii(text)
 

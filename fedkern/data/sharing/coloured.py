@@ -149,9 +149,7 @@ def paint(data: FederatedData, palette: Palette, correlation: float, mask: str, 
     }
     # Normalisation depends on the palette alone, not on any client's data.
     form = replace(data.form, shape=(3, *data.form.shape[1:]), mean=(palette.mean,) * 3, std=(palette.std,) * 3)
-    statistics = data.statistics
-    if correlation:
-        statistics = replace(statistics, colours=np.stack(maps), tied=correlation)
+    statistics = replace(data.statistics, colours=np.stack(maps), tied=correlation) if correlation else data.statistics
     return replace(
         data,
         clients=tuple(clients),

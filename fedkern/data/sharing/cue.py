@@ -67,9 +67,8 @@ def add_backdoor(data: FederatedData, clients: int, target: int, size: int, seed
 
     splits = [poison_split(split, k) if k < clients else split for k, split in enumerate(data.clients)]
     statistics = data.statistics.recounted(splits)
-    tests = dict(data.tests)
-    tests.update({f"{name}_backdoor" if name else "backdoor": attack_split(name, s) for name, s in data.tests.items()})
-    return dataclasses.replace(data, clients=tuple(splits), tests=tests, statistics=statistics)
+    attacked = {f"{name}_backdoor" if name else "backdoor": attack_split(name, s) for name, s in data.tests.items()}
+    return dataclasses.replace(data, clients=tuple(splits), tests=data.tests | attacked, statistics=statistics)
 
 
 Grid = npt.NDArray[np.floating[Any]]
@@ -131,19 +130,15 @@ def add_cues(data: FederatedData, clients: int, size: int, seed: int) -> Federat
     if size > side:
         raise UserError(f'cue_size is {size}, but the images of "{data.name}" are only {side} pixels high or wide')
 
-    def draw_tied(split: Split, purpose: str, client: int = -1) -> Split:
+    def draw_cues(split: Split, purpose: str, client: int = -1, *, is_tied: bool = True) -> Split:
         rng = stream(seed, f"cue/{purpose}", client=client)
-        return dataclasses.replace(split, images=draw_shapes(split.images, split.labels.numpy(), size, rng))
-
-    def draw_untied(split: Split, purpose: str) -> Split:
-        rng = stream(seed, f"cue/{purpose}")
-        shapes = rng.integers(0, classes, size=len(split))
+        shapes = split.labels.numpy() if is_tied else rng.integers(0, classes, size=len(split))
         return dataclasses.replace(split, images=draw_shapes(split.images, shapes, size, rng))
 
-    splits = [draw_tied(split, "train", k) if k < clients else split for k, split in enumerate(data.clients)]
+    splits = [draw_cues(split, "train", k) if k < clients else split for k, split in enumerate(data.clients)]
     tests = dict(data.tests)
     for name, split in data.tests.items():
         prefix = f"{name}_" if name else ""
-        tests[f"{prefix}cue_tied"] = draw_tied(split, f"test/{name}/tied")
-        tests[f"{prefix}cue_random"] = draw_untied(split, f"test/{name}/random")
+        tests[f"{prefix}cue_tied"] = draw_cues(split, f"test/{name}/tied")
+        tests[f"{prefix}cue_random"] = draw_cues(split, f"test/{name}/random", is_tied=False)
     return dataclasses.replace(data, clients=tuple(splits), tests=tests)

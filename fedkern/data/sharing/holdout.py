@@ -143,9 +143,7 @@ def _move_client_to_test(data: FederatedData, absent: int, staying: list[int]) -
     tests = {name: split for name, split in tests.items() if len(split)}
     held_out = unseen[0].plus(unseen[1:])
     tests[HELD_OUT] = held_out if held_out.homes is None else replace(held_out, homes=None)
-    return replace(
-        data, tests=tests, validation=validation, public=public if public is not None and len(public) else None
-    )
+    return replace(data, tests=tests, validation=validation, public=public or None)  # None too if it is empty
 
 
 def _check_unseen(data: FederatedData, held_out: int, staying: list[int]) -> None:

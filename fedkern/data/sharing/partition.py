@@ -170,7 +170,9 @@ def partition(
     elif spec.name in ("iid", "attribute"):
         parts = np.array_split(rng.permutation(n), clients)
     elif spec.name == "stratified":
-        parts = _deal_classes(labels, clients, class_count, rng)
+        # Deal classes out in turn: clients differ by at most one sample, per class and in total.
+        dealt = np.concatenate([rng.permutation(np.flatnonzero(labels == label)) for label in range(class_count)])
+        parts = [dealt[k::clients] for k in range(clients)]
     elif spec.name == "classes":
         parts = _by_classes(spec, labels, clients, class_count, rng)
     elif spec.name == "domain":
@@ -249,12 +251,6 @@ def partition_like(
         for part, piece in zip(parts, np.split(rows, cuts), strict=True):
             part.append(piece)
     return [np.sort(np.concatenate(part)).astype(np.int64) for part in parts]
-
-
-def _deal_classes(labels: Rows, clients: int, classes: int, rng: np.random.Generator) -> list[Rows]:
-    """Deal classes out in turn: clients differ by at most one sample, per class and in total."""
-    dealt = np.concatenate([rng.permutation(np.flatnonzero(labels == label)) for label in range(classes)])
-    return [dealt[k::clients] for k in range(clients)]
 
 
 def _by_classes(spec: PartitionSpec, labels: Rows, clients: int, classes: int, rng: np.random.Generator) -> list[Rows]:

@@ -96,8 +96,7 @@ def as_images(data: FederatedData, reason: str, *, is_raw: bool, limit: int | No
     classes = (ANY,) if is_captioned else class_names(labelled, data.classes or None, "auto")
     public = data.public
     if public is not None:
-        of_set = columns[id(public.dataset)]
-        public = rows_of(public) if is_captioned else _public(public, of_set, len(classes))
+        public = rows_of(public) if is_captioned else _public(public, columns[id(public.dataset)], len(classes))
     labels = [split.labels.numpy() for split in made.clients]
     statistics = PartitionStatistics.of(labels, classes, data.statistics.partition, data.task)
     statistics = replace(statistics, names=data.statistics.names)
@@ -142,7 +141,10 @@ def _columns(split: Items, reason: str, again: int) -> Columns:
     if store is None:
         raise _unkept(reason, split.name, split.unkept or "its rows take more memory than a run keeps")
     unread = np.flatnonzero(store.reads == 0)
-    for rows in [*_in_batches(unread), *_in_batches(_find_repeats(store, count, again))]:
+    # Rows that are read again: all data sets together reach `EQUAL` equal items.
+    left = max(0, again - store.equal)
+    repeats = np.resize(np.linspace(0, count - 1, min(count, max(1, left))).astype(np.int64), left)
+    for rows in [*_in_batches(unread), *_in_batches(repeats)]:
         if len(rows):
             split.batch(rows, 0)
         if store.reason:
@@ -161,12 +163,6 @@ def read_images(task: Task, dataset: Dataset[object]) -> Tensor:
 
 def _in_batches(rows: np.ndarray) -> list[np.ndarray]:
     return np.array_split(rows, -(-len(rows) // READ) or 1)
-
-
-def _find_repeats(store: RowStore, count: int, again: int) -> np.ndarray:
-    """Return rows to read again, so that all data sets together reach `EQUAL` equal items."""
-    left = max(0, again - store.equal)
-    return np.resize(np.linspace(0, count - 1, min(count, max(1, left))).astype(np.int64), left)
 
 
 def _split_batch(split: Items, batch: object) -> Columns:

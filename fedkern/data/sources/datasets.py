@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -222,8 +222,7 @@ def task_of_targets(
         user_task.labelled = labelled
         return user_task
     if not numbers:
-        texts = isinstance(truth, (list, tuple)) and isinstance(truth[0], str)
-        kind = "texts" if texts else "unknown"
+        kind = "texts" if isinstance(truth, (list, tuple)) and isinstance(truth[0], str) else "unknown"
         kind = f"{str(truth.dtype).removeprefix('torch.')} numbers" if isinstance(truth, Tensor) else kind
         raise UserError(
             f"a loss is needed, as the targets, an item's last part, are {kind}: give classes as whole numbers, "
@@ -286,7 +285,8 @@ def parts_of_datasets(
     if task and not (loss_fn is batch_loss is metrics is main is better is None and isinstance(learnt, Task)):
         raise UserError("task must be an object of fedkern.tasks.Task, without a loss, metrics, main and better.")
     check_hooks(type(learnt))
-    _check_floats(batch)
+    if any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in leaves(split_targets(batch)[0])):
+        raise UserError("samples are float64, and networks are float32: return float32, as x.float() does.")
 
     # Wrap each captioned data set once, so that its splits share the texts; groups are read from the items below.
     is_captioned = "pairs" in learnt.offers
@@ -446,11 +446,10 @@ def _subsample_clients(splits: dict[str, Items], samples: int, seed: int) -> dic
     ends = np.cumsum([0, *map(len, splits.values())])
     patients = [split.groups for split in splits.values() if split.groups is not None]
     rows = _draw_samples(int(ends[-1]), samples, seed, torch.cat(patients) if patients else None)
-    subsets = {}
-    for k, (name, split) in enumerate(splits.items()):
-        client_rows = rows[(rows >= ends[k]) & (rows < ends[k + 1])] - ends[k]
-        subsets[name] = split.subset(torch.from_numpy(client_rows))
-    return subsets
+    return {
+        name: split.subset(torch.from_numpy(rows[(rows >= begin) & (rows < end)] - begin))
+        for (name, split), (begin, end) in zip(splits.items(), pairwise(ends), strict=True)
+    }
 
 
 def _draw_samples(count: int, samples: int, seed: int, patients: Tensor | None) -> npt.NDArray[np.int64]:
@@ -577,9 +576,3 @@ def _check(dataset: Any, name: str, limit: int = LONGEST) -> MapStyle:
         )
     checked: MapStyle = dataset
     return checked
-
-
-def _check_floats(batch: object) -> None:
-    inputs, _ = split_targets(batch)
-    if any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in leaves(inputs)):
-        raise UserError("samples are float64, and networks are float32: return float32, as x.float() does.")

@@ -19,7 +19,7 @@ from fedkern.data.images.image_cache import store_files
 from fedkern.data.images.image_files import MaskFiles, list_images, subfolders
 from fedkern.data.labels.spelling import ANY, check_several, parse_label_sets, parse_number
 from fedkern.data.labels.spelling import COLUMN as SETS
-from fedkern.data.sources.listing import Labels, Reading, check_one, to_source
+from fedkern.data.sources.listing import Labels, Masks, Reading, check_one, to_source
 from fedkern.data.sources.site_folders import Tree, find_trees, holds_classes, holds_images, nested_images, tree_table
 from fedkern.data.sources.table import AUTO, CLIENT, PATIENT, Table, csv_files, need_root, open_table, read_file
 from fedkern.data.split import MAX_PIXEL_CLASSES, are_classes
@@ -67,11 +67,8 @@ def open_segmentation(
         meaning[ignore] = IGNORE
     class_of = meaning.astype(np.int16)
     everything = torch.arange(len(files))
-    pixels: npt.NDArray[np.int16] | PixelClasses
-    if files.stored is None:
-        pixels = class_of[values[:, 0].numpy()]
-    else:
-        pixels = PixelClasses.of(files.stored[0], everything, torch.from_numpy(meaning))
+    stored = files.stored and PixelClasses.of(files.stored[0], everything, torch.from_numpy(meaning))
+    pixels: Masks = class_of[values[:, 0].numpy()] if stored is None else stored
     full = FullMasks(MaskStore(Meanings(files, class_of, len(classes)), reading.size), everything)
     labels = _largest(counts, len(classes))
     listing = replace(listing, labels=labels, masks=pixels, full=full, task=SEGMENTATION)

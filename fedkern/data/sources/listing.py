@@ -276,8 +276,7 @@ def _units(listing: Listing) -> npt.NDArray[np.int64]:
     owners: dict[str, str] = {}
     for name, patient in zip(listing.ids, listing.patients or (), strict=False):
         owners[name] = patient or owners.get(name, "")
-    keys = [f"patient/{owners[name]}" if owners.get(name) else f"image/{name}" for name in listing.ids]
-    return hash_names(keys)
+    return hash_names(f"patient/{owners[name]}" if owners.get(name) else f"image/{name}" for name in listing.ids)
 
 
 def split_rows(data: str, listing: Listing, reading: Reading, units: npt.NDArray[np.int64]) -> dict[str, Tensor]:

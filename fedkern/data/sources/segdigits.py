@@ -33,7 +33,8 @@ def read_segdigits() -> tuple[Tensor, Tensor]:
     labels = np.zeros((len(digits), SIZE, SIZE), dtype=np.int64)
     rng = stream(0, "segdigits")
     for i, glyph in enumerate(load_glyphs()):
-        ground, ink = _brightness(rng)
+        ground = int(rng.integers(40, 111))
+        ink = ground + int(rng.integers(CONTRAST, CONTRAST + 31))
         side = int(rng.integers(SMALLEST, LARGEST + 1))
         top, left = rng.integers(0, SIZE - side + 1, size=2)
         cover = np.zeros((SIZE, SIZE), dtype=np.int64)
@@ -48,11 +49,6 @@ def open_segdigits() -> Source:
     images, targets = read_segdigits()
     classes = ("background", *map(str, range(10)))
     return digit_source("segdigits", images, targets.flatten(1).amax(1), classes, SCALE, targets)
-
-
-def _brightness(rng: np.random.Generator) -> tuple[int, int]:
-    ground = int(rng.integers(40, 111))
-    return ground, ground + int(rng.integers(CONTRAST, CONTRAST + 31))
 
 
 def _texture(brightness: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:

@@ -59,10 +59,7 @@ def need_root(root: str | Path | None, data: str, example: str) -> Path:
 
 def find_file(folder: Path, name: str) -> Path | None:
     """Return ``folder/name`` or ``folder/name.gz``, or None."""
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
-            return path
-    return None
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
 def read_file(path: Path, prefix: str) -> str:
@@ -185,9 +182,8 @@ class Table:
         """Return the files of a column, or raise UserError for a missing or special file."""
         values, folder = self.column(name), self.path.parent if self.lines else self.path
         paths = [folder / value for value in values]
-        for path, value, line in zip(
-            paths, values, self.lines, strict=False
-        ):  # a tree has no lines, and its files exist
+        # A tree has no lines, and its files exist.
+        for path, value, line in zip(paths, values, self.lines, strict=False):
             if flaw := describe_file_kind(path):
                 file = path if len(value) <= SHOWN else folder / f"{' '.join(value[:SHOWN].split())}..."
                 slashes = value.replace("\\", "/")
