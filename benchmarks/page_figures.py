@@ -277,17 +277,17 @@ def iod_options() -> Lines:
 # -- FedDRA ------------------------------------------------------------------------------------------------------------
 
 
-def dra_noisy(*tables: str) -> Lines:
-    """Return losses on captions with a noisy minority: means with intervals, and differences to the first row."""
+def dra_tables(study: str, *tables: str, forms: Sequence[Callable[[float], str]] = (nats, nats)) -> Lines:
+    """Return methods with their means and intervals, and differences to the first, of several tables of a study."""
 
     rows_by_name: dict[str, list[str]] = {}
-    shown = [row for row in read_rows("feddra").values() if row["table"] in tables]
+    shown = [row for row in read_rows(study).values() if row["table"] in tables]
     for row in shown:
         cells = rows_by_name.setdefault(row["name"].removeprefix(f"{row['table']}: "), [])
-        cells += [interval(row, "ours", nats) or "not played", interval(row, "gap", nats)]
-    heads = [head for name in tables for head in (name, "difference, paired by seed")]
-    text = table(["minority, figure", *heads], [[name, *cells] for name, cells in rows_by_name.items()])
-    return [*text.split("\n"), *commits_of("feddra", shown)]
+        cells += [interval(row, "ours", forms[0]) or "not played", interval(row, "gap", forms[1])]
+    heads = [text for name in tables for text in (name, "difference, paired by seed")]
+    text = table(["figure", *heads], [[name, *cells] for name, cells in rows_by_name.items()])
+    return [*text.split("\n"), *commits_of(study, shown)]
 
 
 # -- operators ---------------------------------------------------------------------------------------------------------
@@ -647,8 +647,8 @@ PAGES: tuple[Page, ...] = (
         "FedAvg rounds to an accuracy on MNIST": partial(verdicts, "mcmahan2017"),
         "accuracies on FCUBE": partial(verdicts, "fcube")}, "Tables run here"),
     Page("docs/feddra.md", {
-        "feddra minority of a tenth": partial(dra_noisy, "10 %: worst loss", "10 %: mean loss"),
-        "feddra minority of a fifth": partial(dra_noisy, "20 %: worst loss", "20 %: mean loss"),
+        "feddra minority of a tenth": partial(dra_tables, "feddra", "10 %: worst loss", "10 %: mean loss"),
+        "feddra minority of a fifth": partial(dra_tables, "feddra", "20 %: worst loss", "20 %: mean loss"),
         "feddra command": partial(command, "feddra", 2, 1.0, "nats")}),
     Page("docs/flower-reference.md", {
         "aggregation beside Flower": over_flower, "messages over Flower": message_seconds}, "Speed"),
