@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -122,18 +123,11 @@ def list_layers(model: StagedNetwork) -> list[nn.Module]:
     joined = nn.Sequential if isinstance(model, OwnNetwork) else ConvSequential
     for name in model.stage_names[:-1]:
         stage = model.stage(name)
-        run: list[nn.Module] = []
         # Not children(), which would list a repeated activation once.
-        for child in stage if isinstance(stage, nn.Sequential) else [stage]:
-            if any(True for _ in child.children()):
-                if run:
-                    parts.append(joined(*run))
-                    run = []
-                parts.append(child)
-            else:
-                run.append(child)
-        if run:
-            parts.append(joined(*run))
+        children = stage if isinstance(stage, nn.Sequential) else [stage]
+        for is_composite, run in groupby(children, lambda child: any(True for _ in child.children())):
+            layers = list(run)
+            parts += layers if is_composite else [joined(*layers)]
     return parts
 
 
@@ -148,8 +142,7 @@ def cut_points(model: StagedNetwork, blocks: int) -> tuple[int, ...]:
     published = CUTS.get((type(model), count), {}).get(blocks)
     if published is not None:
         return published
-    if blocks == count + 1:
-        return tuple(range(count))
+    # With a block more than layers, the last part is empty: the pooling alone.
     return tuple(int(part[-1]) for part in np.array_split(np.arange(count), blocks)[:-1])
 
 

@@ -158,9 +158,7 @@ def read_text_encoder(folder: str | Path, *, longest: int) -> PretrainedText:
     positions = getattr(network.config, "max_position_embeddings", longest)
     if getattr(network.config, "model_type", "") in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         positions -= 2  # their positions count from padding_idx + 1
-    pooled = _mean_pooled(path)
-    if pooled is None:
-        pooled = tokenizer.cls_token is None
+    pooled = _mean_pooled(path, otherwise=tokenizer.cls_token is None)
     try:
         return PretrainedText(network, tokenizer, min(longest, positions + pooled), pooled=pooled)
     except AttributeError as error:
@@ -224,11 +222,11 @@ def _network(path: Path, kind: str, part: str) -> nn.Module:
     return base.float()
 
 
-def _mean_pooled(path: Path) -> bool | None:
-    """Return whether a sentence-embedding folder asks for the mean of all tokens, or None if nothing says so."""
+def _mean_pooled(path: Path, *, otherwise: bool) -> bool:
+    """Return whether a sentence-embedding folder asks for the mean of all tokens, or ``otherwise`` without a file."""
     file = path / "1_Pooling" / "config.json"
     if not file.is_file():
-        return None
+        return otherwise
     try:
         return bool(read_json(file).get("pooling_mode_mean_tokens", False))
     except (OSError, ValueError, AttributeError) as error:

@@ -271,14 +271,12 @@ class ClientLevel:
         """
         if not releases:
             return 0.0
-        unsampled = Accountant()
-        unsampled.gaussian(CHANNEL, self.noise / 2, steps=releases)
-        bound = unsampled.epsilon(self.delta)
-        if drawn < of and self.noise:
-            sampled = Accountant()
-            sampled.gaussian(CHANNEL, self.noise / 2, shards=of, drawn=drawn, steps=releases)
-            bound = min(bound, sampled.epsilon(self.delta))
-        return bound
+        bounds = []
+        for shards, part in ((1, 1), (of, drawn)) if drawn < of and self.noise else ((1, 1),):
+            accountant = Accountant()
+            accountant.gaussian(CHANNEL, self.noise / 2, shards=shards, drawn=part, steps=releases)
+            bounds.append(accountant.epsilon(self.delta))
+        return min(bounds)
 
 
 def keep_variances(new: Tensor, old: Tensor) -> None:

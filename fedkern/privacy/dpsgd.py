@@ -96,7 +96,7 @@ def private_steps(
     # opacus unfolds a convolution's input as if its strides were contiguous: with channels-last inputs, also of one
     # pixel, the gradients would silently be wrong.
     layers = [layer for layer in module.modules() if isinstance(layer, nn.modules.conv._ConvNd)]
-    handles = [layer.register_forward_pre_hook(_plain) for layer in layers]
+    handles = [layer.register_forward_pre_hook(lambda _, inputs: tuple(map(plain_strides, inputs))) for layer in layers]
     hooked = opacus.GradSampleModule(module, loss_reduction="mean")
     try:
         with warnings.catch_warnings():
@@ -158,10 +158,6 @@ def generator_of(stream: np.random.Generator, device: torch.device, *, full_stat
         state.numpy()[24 : 24 + 8 * 624].view(np.uint64)[:] = stream.integers(1 << 32, size=624, dtype=np.uint64)
         generator.set_state(state)
     return generator
-
-
-def _plain(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return tuple(plain_strides(x) for x in inputs)
 
 
 def check_rows(module: nn.Module, samples: int) -> None:

@@ -77,6 +77,7 @@ def membership_attack(members: Tensor, others: Tensor, *, groups: tuple[Tensor, 
         0.92
     """
     from scipy.special import ndtri
+    from scipy.stats import rankdata
 
     # A record with a lower loss is more likely a member.
     x, y = (-_check_losses(losses, name) for losses, name in ((members, "members"), (others, "others")))
@@ -85,7 +86,7 @@ def membership_attack(members: Tensor, others: Tensor, *, groups: tuple[Tensor, 
     # Kish: the number of independent records that grouped records are worth if they agree within their group.
     effective = [float(counts.sum() ** 2 / (counts**2).sum()) for counts in sizes]
     # For each record the share of the other kind that it beats, ties counting half, from its mean rank.
-    ranks, own_x, own_y = _midranks(np.concatenate([x, y])), _midranks(x), _midranks(y)
+    ranks, own_x, own_y = (rankdata(values) for values in (np.concatenate([x, y]), x, y))
     beats = (ranks[: len(x)] - own_x) / len(y)
     beaten = 1 - (ranks[len(x) :] - own_y) / len(x)
     auc = float(beats.mean())
@@ -157,9 +158,3 @@ def _check_losses(losses: Tensor, name: str) -> np.ndarray:
     if np.isnan(values).any():
         raise ValueError(f"{name} must not hold NaN")
     return values
-
-
-def _midranks(values: np.ndarray) -> np.ndarray:
-    from scipy.stats import rankdata
-
-    return np.asarray(rankdata(values, method="average"))

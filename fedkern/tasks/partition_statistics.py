@@ -151,9 +151,14 @@ class PartitionStatistics:
 
     def header(self) -> list[str]:
         """Return the column names of `rows`."""
-        named = ["name"] if self.names is not None else []
-        skew = ["skew"] if self.classes else []
-        return ["client", *named, "samples", *(["own test"] if self.untrained else []), *skew, *self.classes]
+        return self._row("client", "name", "samples", "own test", "skew", self.classes)
+
+    def _row(self, head: str, name: str, size: object, test: object, skew: str, counts: Sequence[object]) -> list[str]:
+        """Return the cells of a row, without the columns that the table does not have."""
+        named = [name] if self.names is not None else []
+        test_cells = [str(test)] if self.untrained else []
+        cells = [skew, *map(str, counts)] if self.classes else []
+        return [head, *named, str(size), *test_cells, *cells]
 
     def rows(self, limit: int | None = None) -> list[list[str]]:
         """Return a row of strings per client, one for a held-out client and one of totals.
@@ -164,23 +169,16 @@ class PartitionStatistics:
         tests = [*self.own_tests] or [0] * len(self.counts)
         totals = self.counts.sum(axis=0)
         mean_skew = float(self.skew.mean()) if len(self.counts) else 0.0
-
-        def row(head: str, name: str, samples: object, test: object, skew: str, counts: Sequence[object]) -> list[str]:
-            named = [name] if self.names is not None else []
-            test_cells = [str(test)] if self.untrained else []
-            cells = [skew, *(str(count) for count in counts)] if self.classes else []
-            return [head, *named, str(samples), *test_cells, *cells]
-
         nothing = [""] * len(self.classes)
         rows = [
-            row(str(k), self.labels[k], self.sizes[k], tests[k], f"{self.skew[k]:.2f}", list(self.counts[k]))
+            self._row(str(k), self.labels[k], self.sizes[k], tests[k], f"{self.skew[k]:.2f}", list(self.counts[k]))
             for k in range(clients)
         ]
         if clients < len(self.counts):
-            rows.append(row(f"... {len(self.counts) - clients} more", "", "", "", "", nothing))
+            rows.append(self._row(f"... {len(self.counts) - clients} more", "", "", "", "", nothing))
         if self.held_out is not None:
             title = "held out" if self.names is not None else f"held out ({self.held_out[0]})"
-            rows.append(row(title, self.held_out[0], "", self.held_out[1], "", nothing))
+            rows.append(self._row(title, self.held_out[0], "", self.held_out[1], "", nothing))
         untrained = sum(tests) + (self.held_out[1] if self.held_out is not None else 0)
-        rows.append(row("all", "", self.sizes.sum(), untrained, f"{mean_skew:.2f}", list(totals)))
+        rows.append(self._row("all", "", self.sizes.sum(), untrained, f"{mean_skew:.2f}", list(totals)))
         return rows

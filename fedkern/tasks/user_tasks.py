@@ -379,15 +379,10 @@ def _on_cpu(leaf: object) -> object:
     return leaf.detach().cpu() if isinstance(leaf, Tensor) and (leaf.requires_grad or not leaf.is_cpu) else leaf
 
 
-def _copy(leaf: object) -> object:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
 def _copies(pair: tuple[object, object]) -> tuple[object, object]:
     """Return copies of outputs and targets, which a metric may change, if possible."""
     with suppress(UserError):
-        copies: tuple[object, object] = map_leaves(_copy, pair)
-        return copies
+        pair = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, pair)
     return pair
 
 

@@ -614,19 +614,13 @@ def module_identity(name: str) -> str:
 def _spec(name: str) -> ModuleSpec | None:
     # importlib.util.find_spec would import, and so execute, the packages above the module.
     importlib.invalidate_caches()
-    spec: ModuleSpec | None = None
-    within = None
-    parts = name.split(".")
-    for depth in range(1, len(parts) + 1):
-        if depth > 1 and within is None:
-            return None
-        finders = [finder.find_spec for finder in sys.meta_path if hasattr(finder, "find_spec")]
-        specs = (find(".".join(parts[:depth]), within) for find in finders)
-        spec = next((found for found in specs if found is not None), None)
-        if spec is None:
-            return None
-        within = spec.submodule_search_locations
-    return spec
+    package = name.rpartition(".")[0]
+    within = getattr(_spec(package), "submodule_search_locations", None) if package else None
+    if package and within is None:
+        return None
+    finders = [finder.find_spec for finder in sys.meta_path if hasattr(finder, "find_spec")]
+    specs = (find(name, within) for find in finders)
+    return next((spec for spec in specs if spec is not None), None)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

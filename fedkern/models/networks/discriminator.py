@@ -46,7 +46,9 @@ class PatchDiscriminators(nn.Module):
         """Return patch logits ``[K, B, h, w]`` of images ``[B, C, H, W]``, or ``[K, B, C, H, W]``."""
         count = self.count
         if images.dim() == 5:
-            x = torch.cat([F.conv2d(*layer, stride=2, padding=1) for layer in self._own(images)], 1)
+            # Separate convolutions: a grouped one with so few channels per group takes longer.
+            layers = zip(images, self.first.tensor_split(count), self.first_bias.tensor_split(count), strict=True)
+            x = torch.cat([F.conv2d(*layer, stride=2, padding=1) for layer in layers], 1)
         else:
             x = F.conv2d(images, self.first, self.first_bias, stride=2, padding=1)
         x = F.leaky_relu(x, 0.2)
@@ -55,11 +57,6 @@ class PatchDiscriminators(nn.Module):
             x = strided_conv(x, weight, count)
             x = F.leaky_relu(apply_norm(F.batch_norm, x, None, None, scale, shift, training=True), 0.2)
         return F.conv2d(x, self.last, self.last_bias, groups=count).transpose(0, 1)
-
-    def _own(self, images: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        # Separate convolutions: a grouped one with so few channels per group takes longer.
-        weights, biases = self.first.tensor_split(self.count), self.first_bias.tensor_split(self.count)
-        return list(zip(images.unbind(0), weights, biases, strict=True))
 
 
 def receptive_field(layers: int) -> int:

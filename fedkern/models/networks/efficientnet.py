@@ -1,15 +1,12 @@
 """EfficientNet-B0 (Tan and Le, arXiv 1905.11946)."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from fedkern.models.networks.conv_norm_layers import NormSequential
-from fedkern.models.networks.mobilenet import FEATURES, WIDTH, InvertedResidual, conv_norm, divisible
+from fedkern.models.networks.mobilenet import FEATURES, WIDTH, InvertedNetwork, InvertedResidual, divisible
 from fedkern.models.networks.resnet import Stem
-from fedkern.models.networks.staged import StagedNetwork
 
 # Expansion, kernel size, channels, blocks and stride of every stage (table 1 of the paper).
 STAGES = (
@@ -39,7 +36,7 @@ def mbconv(channels_in: int, channels_out: int, *, size: int, stride: int, expan
     )
 
 
-class EfficientNetB0(StagedNetwork):
+class EfficientNetB0(InvertedNetwork):
     """A stem and seven stages of MBConv blocks, 4,020,358 parameters with ten classes and the default width.
 
     The paper's dropout and stochastic depth are left out: a run's bits must not depend on the global generator.
@@ -50,24 +47,8 @@ class EfficientNetB0(StagedNetwork):
     """
 
     activation: ClassVar[type[nn.Module]] = nn.SiLU
-    block: ClassVar[Callable[..., InvertedResidual]] = staticmethod(mbconv)
+    block = staticmethod(mbconv)
 
     def __init__(self, *, classes: int, channels: int = 3, width: int = WIDTH, stem: Stem = "cifar") -> None:
-        scale = width / WIDTH
-        current = divisible(width)
-        features = divisible(FEATURES * scale)
-        stages: list[nn.Module] = []
-        for i, (expansion, size, after, count, stride) in enumerate(STAGES):
-            layers: list[nn.Module] = []
-            if i == 0:
-                layers += conv_norm(
-                    channels, current, 3, stride=1 if stem == "cifar" else 2, activation=self.activation()
-                )
-            for j in range(count):
-                wide = divisible(after * scale)
-                layers.append(self.block(current, wide, size=size, stride=stride if j == 0 else 1, expansion=expansion))
-                current = wide
-            if i == len(STAGES) - 1:
-                layers += conv_norm(current, features, 1, activation=self.activation())
-            stages.append(NormSequential(*layers))
-        super().__init__(stages, width=features, classes=classes)
+        features = divisible(FEATURES * (width / WIDTH))
+        super().__init__(STAGES, classes=classes, channels=channels, width=width, features=features, stem=stem)

@@ -1,6 +1,7 @@
 """MobileNetV2 (Sandler et al., arXiv 1801.04381)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -65,7 +66,44 @@ class InvertedResidual(nn.Module):
         return x + y if self.residual else y
 
 
-class MobileNetV2(StagedNetwork):
+class InvertedNetwork(StagedNetwork):
+    """A stem, stages of inverted residuals, and a last 1x1 convolution to ``features`` channels.
+
+    Args:
+        table: expansion, kernel size, channels at the default width, blocks and stride of every stage.
+    """
+
+    activation: ClassVar[type[nn.Module]] = nn.ReLU6
+    block: ClassVar[Callable[..., InvertedResidual]] = InvertedResidual
+
+    def __init__(
+        self,
+        table: Sequence[tuple[int, int, int, int, int]],
+        *,
+        classes: int,
+        channels: int,
+        width: int,
+        features: int,
+        stem: Stem,
+    ) -> None:
+        current = divisible(width)
+        stages: list[nn.Module] = []
+        for i, (expansion, size, after, count, stride) in enumerate(table):
+            layers: list[nn.Module] = []
+            if i == 0:
+                first_stride = 1 if stem == "cifar" else 2
+                layers += conv_norm(channels, current, 3, stride=first_stride, activation=self.activation())
+            for j in range(count):
+                wide = divisible(after * (width / WIDTH))
+                layers.append(self.block(current, wide, size=size, stride=stride if j == 0 else 1, expansion=expansion))
+                current = wide
+            if i == len(table) - 1:
+                layers += conv_norm(current, features, 1, activation=self.activation())
+            stages.append(NormSequential(*layers))
+        super().__init__(stages, width=features, classes=classes)
+
+
+class MobileNetV2(InvertedNetwork):
     """A stem and seven stages of inverted residuals, 2,236,682 parameters with ten classes and the default width.
 
     The paper's dropout is left out: a run's bits must not depend on the global generator.
@@ -77,20 +115,9 @@ class MobileNetV2(StagedNetwork):
     """
 
     def __init__(self, *, classes: int, channels: int = 3, width: int = WIDTH, stem: Stem = "cifar") -> None:
-        scale = width / WIDTH
-        small = stem == "cifar"
-        current = divisible(width)
-        features = divisible(FEATURES * max(1.0, scale))
-        stages: list[nn.Module] = []
-        for i, (expansion, after, count, stride) in enumerate(STAGES):
-            layers: list[nn.Module] = []
-            if i == 0:
-                layers += conv_norm(channels, current, 3, stride=1 if small else 2, activation=nn.ReLU6())
-            for j in range(count):
-                step = stride if j == 0 and not (small and i == 1) else 1
-                layers.append(InvertedResidual(current, divisible(after * scale), stride=step, expansion=expansion))
-                current = divisible(after * scale)
-            if i == len(STAGES) - 1:
-                layers += conv_norm(current, features, 1, activation=nn.ReLU6())
-            stages.append(NormSequential(*layers))
-        super().__init__(stages, width=features, classes=classes)
+        table = [
+            (expansion, 3, after, count, 1 if stem == "cifar" and i == 1 else stride)
+            for i, (expansion, after, count, stride) in enumerate(STAGES)
+        ]
+        features = divisible(FEATURES * max(1.0, width / WIDTH))
+        super().__init__(table, classes=classes, channels=channels, width=width, features=features, stem=stem)

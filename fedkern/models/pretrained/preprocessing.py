@@ -75,7 +75,8 @@ class Preprocessing:
         pixels = pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
         height, width = pixels.shape[-2:]
         if self.size is not None:
-            tall, wide = self.size if len(self.size) == 2 else _proportional(self.size[0], height, width)
+            scaled = tuple(int(self.size[0] * side / min(height, width)) for side in (height, width))
+            tall, wide = self.size if len(self.size) == 2 else scaled
             for size in ((height, wide), (tall, wide)):  # Pillow rounds after either direction
                 if size != tuple(pixels.shape[-2:]):
                     pixels = _round_bytes(_resize(pixels, size, self.mode))
@@ -126,10 +127,6 @@ def _size(size: Any, *, square: bool = False) -> tuple[int, ...]:
             )
         size = sides["shortest_edge"]
     return (int(size), int(size)) if square else (int(size),)
-
-
-def _proportional(shortest: int, height: int, width: int) -> tuple[int, int]:
-    return tuple(int(shortest * side / min(height, width)) for side in (height, width))  # type: ignore[return-value]
 
 
 def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

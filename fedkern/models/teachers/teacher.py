@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from fedkern.models.networks.staged import Classifier
 from fedkern.models.precision import cast_frozen, reduced_dtype
 from fedkern.ops._core.layout import plain_strides
 
-F = TypeVar("F", bound=Callable[..., Any])
 Identity = Mapping[str, str | int | float]
 
 
@@ -132,11 +131,8 @@ def teacher_of(
         raise UserError(
             f"the teacher {name} is of type {type(function).__name__}: name a function or module that takes images."
         )
-    return Teacher(name, classes, partial(_return_it, function), device=device, identity=identity)
-
-
-def _return_it(network: F) -> F:  # unlike a lambda it can be pickled
-    return network
+    load = partial(cast, Any, function)  # unlike a lambda that returns the function it can be pickled
+    return Teacher(name, classes, load, device=device, identity=identity)
 
 
 def trained_teacher(network: nn.Module, name: str, classes: int, device: torch.device | str = "cpu") -> Teacher:

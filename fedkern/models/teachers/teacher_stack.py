@@ -43,7 +43,9 @@ class _Teacher:
         self._head: Any = nn.Identity()
         if self._dtype is not None:
             self._head = network.head
-            network = cast_trunk(_headless(network), self._dtype)
+            headless = copy.copy(network)
+            headless._modules = {**network._modules, "head": nn.Identity()}
+            network = cast_trunk(headless, self._dtype)
         self._network = network
 
     def logits(self, images: Tensor) -> Tensor:
@@ -54,12 +56,6 @@ class _Teacher:
         answers = [self._network(part) for part in parts]
         logits: Tensor = self._head(answers[0] if at_once else torch.cat(answers))
         return logits
-
-
-def _headless(network: nn.Module) -> nn.Module:
-    body = copy.copy(network)
-    body._modules = {**network._modules, "head": nn.Identity()}
-    return body
 
 
 def _suits_conv_norm(network: nn.Module) -> bool:

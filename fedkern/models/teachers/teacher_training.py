@@ -157,9 +157,8 @@ def _digest(data: Labelled, mean: Sequence[float], std: Sequence[float], seed: i
     digest = hashlib.blake2b(digest_size=16)
     digest.update(data.labels.numpy().tobytes())
     for start in range(0, len(data), 500):
-        for key in image_keys(data.take(np.arange(start, min(start + 500, len(data)))), mean, std):
-            digest.update(key)
+        digest.update(b"".join(image_keys(data.take(np.arange(start, min(start + 500, len(data)))), mean, std)))
     if len(data):
-        for key in image_keys(data.take(np.arange(min(8, len(data))), np.random.default_rng(seed)), mean, std):
-            digest.update(key)
+        augmented = data.take(np.arange(min(8, len(data))), np.random.default_rng(seed))
+        digest.update(b"".join(image_keys(augmented, mean, std)))
     return digest.hexdigest()

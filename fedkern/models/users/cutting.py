@@ -166,23 +166,18 @@ def move_weights(module: nn.Module) -> nn.Module:
 
 def _run(module: nn.Module, names: Sequence[str], x: Tensor) -> tuple[list[str], list[Tensor], set[int]]:
     """Return the pieces with ``FLATTEN`` where needed, their results, and which change in place later."""
-    used: list[str] = []
-    results: list[Tensor] = []
-    versions: list[int] = []
+    steps: list[tuple[str, Tensor, int]] = []  # a piece, its result, and the result's version
     for name in names:
         layer = module.get_submodule(name)
         if isinstance(layer, nn.Linear) and x.dim() == 4 and x.shape[-1] != layer.in_features:
             x = x.flatten(1)
-            used.append(FLATTEN)
-            results.append(x)
-            versions.append(x._version)
+            steps.append((FLATTEN, x, x._version))
         x = layer(x)
         if not isinstance(x, Tensor):
             raise NotCut(f"{name} gives {type(x).__name__}, not a tensor")
-        used.append(name)
-        results.append(x)
-        versions.append(x._version)
-    return used, results, {i for i, result in enumerate(results) if result._version != versions[i]}
+        steps.append((name, x, x._version))
+    changed = {i for i, (_, result, version) in enumerate(steps) if result._version != version}
+    return [name for name, _, _ in steps], [result for _, result, _ in steps], changed
 
 
 @torch.no_grad()

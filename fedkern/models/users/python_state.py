@@ -4,7 +4,6 @@ import functools
 import io
 import pickle
 import sys
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,14 +45,12 @@ def hash_attributes(network: nn.Module) -> dict[str, int]:
         counts = user_defined and type(module).__module__.partition(".")[0] != "fedkern"
         of_module = hash_fields(module, shipped=counts)
         for name in HOOKS if counts else ():
-            of_module[name] = _hash_hooks([*getattr(module, name).values()])
+            hooks = getattr(module, name).values()
+            of_user = [hook for hook in hooks if getattr(hook, "__module__", "").partition(".")[0] not in _SHIPPED]
+            table = identity_table({"hooks": of_user}, weights=False, local=True) if of_user else {}
+            of_module[name] = hash((len(hooks), digest(table)))
         hashes |= {f"{path}.{name}".removeprefix("module.").removeprefix("."): x for name, x in of_module.items()}
     return hashes
-
-
-def _hash_hooks(hooks: Sequence[object]) -> int:
-    of_user = [hook for hook in hooks if getattr(hook, "__module__", "").partition(".")[0] not in _SHIPPED]
-    return hash((len(hooks), digest(identity_table({"hooks": of_user}, weights=False, local=True)) if of_user else ""))
 
 
 def hash_fields(thing: object, *, shipped: bool = False) -> dict[str, int]:

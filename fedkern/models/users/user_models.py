@@ -180,8 +180,7 @@ class StagedOwn(OwnNetwork, StagedNetwork):  # type: ignore[override]
                 x = self.module.get_submodule(piece)(x) if piece else x.flatten(1)
         return x
 
-    def features(self, x: Tensor) -> Tensor:
-        return StagedNetwork.features(self, x)
+    features = StagedNetwork.features
 
 
 def _tensors(x: object) -> list[Tensor]:
@@ -471,6 +470,5 @@ def check_output(network: nn.Module, text: str, form: Any, output: Sequence[int]
 
 
 def channels_last(module: nn.Module) -> bool:
-    if any(getattr(part, "own", False) is True for part in module.modules()):
-        return False
-    return any(parameter.dim() == 4 for parameter in module.parameters())
+    is_own = any(getattr(part, "own", False) is True for part in module.modules())
+    return not is_own and any(parameter.dim() == 4 for parameter in module.parameters())
