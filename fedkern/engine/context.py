@@ -47,6 +47,9 @@ class Notices:
     def warn(self, name: str, text: str) -> None:
         self.warnings.setdefault(name, text)
 
+    def warn_all(self, texts: Mapping[str, str]) -> None:
+        self.warnings |= {name: text for name, text in texts.items() if name not in self.warnings}
+
     def notice(self, text: str) -> None:
         if self.on_notice is not None:
             self.on_notice(text)

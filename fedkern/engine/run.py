@@ -123,9 +123,7 @@ def _play(run: RunObjects) -> State:
     parts += parts_of(run)
     restore("parts", parts, run)
     if entry is not None:
-        warnings = {**warn_changes(entry["info"], run.config), **warn_damage(store.checkpoints, entry, run.out)}
-        for name, text in warnings.items():
-            run.notices.warn(name, text)
+        run.notices.warn_all(warn_changes(entry["info"], run.config) | warn_damage(store.checkpoints, entry, run.out))
     executor = run.states.executor = executor_of(run)
     try:
         filters += filters_of(run)

@@ -45,14 +45,11 @@ class ForkServer:
 
     def ready(self) -> bool:
         """Return whether workers can be forked now, or raise Gone if they never can."""
-        if self._ready:
-            return True
-        if not select.select([self.channel], [], [], 0)[0]:
-            return False
-        if (answer := self._answer()) != "ready":
-            raise Gone(f"a worker process could not be prepared ({answer})")
-        self._ready = True
-        return True
+        if not self._ready and select.select([self.channel], [], [], 0)[0]:
+            if (answer := self._answer()) != "ready":
+                raise Gone(f"a worker process could not be prepared ({answer})")
+            self._ready = True
+        return self._ready
 
     def fork(self) -> tuple[int, socket.socket]:
         """Fork a worker, and return its process id and this process's end of the connection to it."""
@@ -165,8 +162,7 @@ def _fork(setup: Setup | None) -> ForkServer | None:
 def _start_process() -> ForkServer:
     """Start the fork server as a new process in its own group, which a terminal's Ctrl-C does not reach."""
     ours, theirs = socket.socketpair()
-    folder = str(Path(fedkern.__file__).parents[1])
-    paths = [folder, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    paths = [str(Path(fedkern.__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # -I, -E, -O, -X ...
     words = [sys.executable, *flags, "-P", "-m", "fedkern.engine.executors.worker"]

@@ -162,9 +162,8 @@ class Workers(Ordered):
         worker.close()
         how = self._fork_server.how(worker.process) if self._fork_server is not None else "it ended"
         self._at = {k: process for k, process in self._at.items() if process is not worker}
-        if worker.client is None:
+        if (k := worker.client) is None:
             return
-        k = worker.client
         self._losses[k] = self._losses.get(k, 0) + 1
         if self._losses[k] >= LOSSES:
             raise RunFailed(

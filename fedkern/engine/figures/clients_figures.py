@@ -59,8 +59,7 @@ class ClientsFigures:
         return average_figures(figures), of_clients
 
     def _read_answer(self, answer: Answer) -> Message:
-        for name, text in answer.warnings.items():
-            self._run.notices.warn(name, text)
+        self._run.notices.warn_all(answer.warnings)
         if (problem := answer.problem) is None:
             message: Message = answer.message
             return message

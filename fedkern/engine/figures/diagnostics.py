@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -11,6 +10,7 @@ from fedkern.files.image_rows import in_parts
 from fedkern.methods.protocol import Observed
 from fedkern.methods.roles import EvaluatedSet
 from fedkern.models.networks.vit import PatchEmbedding
+from fedkern.settings.config import RunConfig
 from fedkern.tasks import Constant
 from fedkern.tasks.figure_names import OVER_CLIENTS, direction, number_text, scale, set_noun, short_title, split_metric
 from fedkern.tasks.multilabel import MAIN as AREA
@@ -27,16 +27,6 @@ of 95 % means half the errors."""
 
 RARE = "train longer, weight rare classes in the loss, or predict them from a lower probability on."
 """Advice for a network that tells classes apart but predicts only the common ones."""
-
-
-class Judged(Protocol):
-    """Settings with the main figure, and whether larger (``"max"``) or smaller (``"min"``) values are better."""
-
-    @property
-    def main(self) -> str: ...
-
-    @property
-    def better(self) -> str: ...
 
 
 class Observations:
@@ -94,14 +84,14 @@ def warn_unrepeatable(
     }
 
 
-def telling_area(metrics: Mapping[str, float], test_set: str, config: Judged) -> str:
+def telling_area(metrics: Mapping[str, float], test_set: str, config: RunConfig) -> str:
     value = metrics.get(f"{test_set}_auroc" if test_set else "auroc", math.nan)
     near = math.isnan(value) or hardly_better("auroc", value, 0.5, config)
     return "" if near else f"AUROC is {_format_figure('auroc', value)}"
 
 
 def collapsed_classes(
-    sets: Mapping[str, EvaluatedSet], classes: Sequence[str], metrics: Mapping[str, float], config: Judged
+    sets: Mapping[str, EvaluatedSet], classes: Sequence[str], metrics: Mapping[str, float], config: RunConfig
 ) -> dict[str, str]:
     for prefix, data in sets.items():
         if data.predictions is None or prefix == "validation_":
@@ -150,7 +140,7 @@ def constants(sets: Mapping[str, EvaluatedSet], classes: Sequence[str]) -> dict[
     return {prefix: constant for prefix, constant in by_set.items() if constant is not None}
 
 
-def hardly_better(figure: str, value: float, constant: float, config: Judged) -> bool:
+def hardly_better(figure: str, value: float, constant: float, config: RunConfig) -> bool:
     if direction(figure, {config.main: config.better}) == "min":
         return value > (1 - CHANCE_REST) * constant
     low = min(CHANCE_FACTOR * constant, constant + CHANCE_MARGIN, constant + CHANCE_REST * (1 - constant))
@@ -162,7 +152,7 @@ def poor_metrics(
     best: Mapping[str, float],
     classes: int,
     constant: Mapping[str, Constant],
-    config: Judged,
+    config: RunConfig,
     tests: Collection[str] = (),
     added: Collection[str] = (),
 ) -> dict[str, str]:

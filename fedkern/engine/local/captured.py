@@ -401,8 +401,7 @@ class Graphs:
         return outcome, is_same
 
     def _list_written(self, network: Trained) -> list[Tensor]:
-        module = network.module
-        return [*module.parameters(), *module.buffers(), *network.gradient_vectors, *self.held.values()]
+        return [*network.module.parameters(), *network.module.buffers(), *network.gradient_vectors, *self.held.values()]
 
     def _room(self) -> bool:
         if self.device.type != "cuda":

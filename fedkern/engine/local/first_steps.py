@@ -129,7 +129,8 @@ class FirstSteps(Objective):
             raise UnfitStep(f"{name} must return one floating number, a tensor of no axes, and returns {kind}.")
         # PyTorch's and built-in losses are right, so the network's forward pass is wrong.
         shipped = is_shipped(code) and is_shipped(owner)
-        forward = f"forward of {type(_of_user(self._network.module)).__name__}"
+        users = (module.module for module in self._network.module.modules() if isinstance(module, OwnNetwork))
+        forward = f"forward of {type(next(users, self._network.module)).__name__}"
         if not loss.requires_grad:
             result = f"{forward} returns outputs" if shipped else f"{name} returns a {_kind(loss)}"
             raise UnfitStep(
@@ -173,11 +174,6 @@ class FirstSteps(Objective):
 
 def is_shipped(code: object) -> bool:
     return str(getattr(code, "__module__", "")).partition(".")[0] in ("fedkern", "torch")
-
-
-def _of_user(network: nn.Module) -> nn.Module:
-    wrappers = (module for module in network.modules() if isinstance(module, OwnNetwork))
-    return next((wrapper.module for wrapper in wrappers), network)
 
 
 def _kind(tensor: Tensor) -> str:

@@ -263,10 +263,9 @@ class Networks:
     def get(self, name: str) -> Network:
         key = name, self.lane if name == "local" else 0
         if key not in self.slots:
-            network = Network(self.build(), self.device)
+            self.slots[key] = Network(self.build(), self.device)
             if name != "local":
-                network.freeze()
-            self.slots[key] = network
+                self.slots[key].freeze()
         return self.slots[key]
 
     def is_flat(self, module: nn.Module) -> bool:

@@ -187,27 +187,24 @@ class Samples:
         self.cache = sum(split.memory for split in splits) <= CACHE_BYTES
         self._clients: dict[int, Reader] = {}
 
-    def tokens(self, split: AnySplit) -> Any:
-        return split.task.tokens(split, lambda: attrgetter("module.tokenize")(self._networks.get("server")))
-
     @property
     def augment(self) -> str:
         return str(self.config.augment or self.data.form.augment)
 
     def reader(self, split: AnySplit, **how: Any) -> Reader:
-        tokens = self.tokens(split)
+        tokens = split.task.tokens(split, lambda: attrgetter("module.tokenize")(self._networks.get("server")))
         batches = reader(split, self.data.form, self.device, seed=self.config.seed, tokens=tokens, **how)
         batches.output_bytes = len(split) * (self.config.output_bytes or 0)
         return batches
 
     def of_client(self, client: int) -> Reader:
         if client not in self._clients:
-            batches = self.reader(self.data.clients[client], client=client, augment=self.augment, cache=self.cache)
             if not self.cache:
                 self._clients.clear()  # one client's images at a time
             elif len(self._clients) >= max(PREPARED, 10 * self.config.sampled_clients):
                 del self._clients[next(iter(self._clients))]
-            self._clients[client] = batches
+            split = self.data.clients[client]
+            self._clients[client] = self.reader(split, client=client, augment=self.augment, cache=self.cache)
         return self._clients[client]
 
     @cached_property

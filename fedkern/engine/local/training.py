@@ -443,7 +443,9 @@ def _add_to_totals(
     values = iter(gathered.tolist())
     for names, count in groups:
         losses, squares = list(islice(values, count)), list(islice(values, count))
-        for loss, squared, *figures in zip(losses, squares, *(_columns(values, count, len(names))), strict=True):
+        rows = list(islice(values, count * len(names)))
+        columns = [rows[i :: len(names)] for i in range(len(names))]
+        for loss, squared, *figures in zip(losses, squares, *columns, strict=True):
             done += 1
             for value, value_name in ((loss, "the loss"), (squared, "the gradient")):
                 if not math.isfinite(value):
@@ -454,8 +456,3 @@ def _add_to_totals(
     if not next(values, True):
         raise Diverged(client, phase.round, done, "the parameters are not finite")
     return done
-
-
-def _columns(values: Iterator[float], rows: int, width: int) -> list[list[float]]:
-    taken = list(islice(values, rows * width))
-    return [taken[i::width] for i in range(width)]

@@ -2,12 +2,12 @@
 
 import time
 
-from fedkern.engine.parts.part import Part, Record, RunPart, Stop, register_part
+from fedkern.engine.parts.part import Record, SettingPart, Stop, register_part
 from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.messages.states import State
 
 
-class _Budget(RunPart):
+class _Budget(SettingPart):
     """Ends the run before a communication round if less is left than the most expensive one so far took.
 
     The first round begins while anything is left. The budget is a setting under the part's name.
@@ -19,10 +19,6 @@ class _Budget(RunPart):
         super().__init__(run)
         self._most: float = getattr(run.config, self.name)
         self._dearest = 0.0
-
-    @classmethod
-    def build(cls, run: RunObjects) -> Part | None:
-        return None if getattr(run.config, cls.name) is None else cls(run)
 
     def amount_spent(self) -> float:
         raise NotImplementedError
@@ -76,12 +72,8 @@ class MaxBytes(_Budget):
 
 
 @register_part("max_epsilon")
-class MaxEpsilon(RunPart):
+class MaxEpsilon(SettingPart):
     """Budget of the epsilon of ``--dp-noise``, which is known before a round."""
-
-    @classmethod
-    def build(cls, run: RunObjects) -> Part | None:
-        return None if run.config.max_epsilon is None else cls(run)
 
     def before_round(self, record: Record) -> Stop | None:
         private, done = self._run.private, self._run.progress.done

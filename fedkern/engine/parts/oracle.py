@@ -21,5 +21,5 @@ class Oracle(RunPart):
         clients = AllClients(run.context, run.store.checkpoints)
         with run.code("oracle_metrics"):
             metrics = run.method.oracle_metrics(run.server, clients, run.sets)
-        metrics = convert_figures(metrics, "oracle_metrics")
-        summary.metrics.update(disclosure.oracle_metrics(metrics, ("", *run.sets)))
+        figures = convert_figures(metrics, "oracle_metrics")
+        summary.metrics.update(disclosure.oracle_metrics(figures, ("", *run.sets)))

@@ -190,6 +190,14 @@ class RunPart(Part):
         return cls(run)
 
 
+class SettingPart(RunPart):
+    """Part of runs with the setting that has the part's name."""
+
+    @classmethod
+    def build(cls, run: RunObjects) -> Part | None:
+        return None if getattr(run.config, cls.name) is None else cls(run)
+
+
 PARTS: Registry[type[Part]] = Registry("part")
 """Classes of parts by name."""
 PartClass = TypeVar("PartClass", bound=type[Part])

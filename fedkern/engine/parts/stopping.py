@@ -2,7 +2,7 @@
 
 import math
 
-from fedkern.engine.parts.part import Part, Record, RunPart, Stop, Summary, register_part
+from fedkern.engine.parts.part import Record, SettingPart, Stop, Summary, register_part
 from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.engine.store.record_files import plain
 from fedkern.engine.store.run_folder import BEST, BEST_SO_FAR, about_network, checksum, write_model
@@ -13,7 +13,7 @@ from fedkern.tasks.figure_names import check_reachable, split_metric
 
 
 @register_part("stop_at")
-class StopAt(RunPart):
+class StopAt(SettingPart):
     """Part that ends the run with the first evaluated round in which a public figure has reached a value."""
 
     def __init__(self, run: RunObjects) -> None:
@@ -21,10 +21,6 @@ class StopAt(RunPart):
         self._figure, self._sign, self._value = stop_target(run.config.stop_at or "")
         check_reachable("--stop-at", self._figure, self._value, falls=self._sign == "<=", own=run.context.data.tests)
         self._reason = ""  # once the value is reached
-
-    @classmethod
-    def build(cls, run: RunObjects) -> Part | None:
-        return None if run.config.stop_at is None else cls(run)
 
     def before_round(self, record: Record) -> Stop | None:
         return Stop("stop-at", self._reason) if self._reason else None
@@ -53,7 +49,7 @@ class StopAt(RunPart):
 
 
 @register_part("patience")
-class Patience(RunPart):
+class Patience(SettingPart):
     """Part that ends the run once the main figure on the validation set has not improved for some evaluations.
 
     The best round's network ends in ``best.safetensors``. Until then it alternates between two files, so that a
@@ -66,10 +62,6 @@ class Patience(RunPart):
         self._best: State = {}  # the best round: figure, value, round, file and its CRC-32, all figures
         self._kept = ""  # the file of the last checkpoint
         self._without = 0  # evaluations since the best
-
-    @classmethod
-    def build(cls, run: RunObjects) -> Part | None:
-        return None if run.config.patience is None else cls(run)
 
     def before_round(self, record: Record) -> Stop | None:
         return self._stop()

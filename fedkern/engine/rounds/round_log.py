@@ -145,8 +145,7 @@ class RoundLog:
     # -- who is done -----------------------------------------------------------------------------------------------
 
     def pass_warnings(self, answer: Answer) -> None:
-        for name, text in answer.warnings.items():
-            self._context.notices.warn(name, text)
+        self._context.notices.warn_all(answer.warnings)
 
     def note_done(self, k: ClientId, info: State, seconds: float) -> None:
         self._states.finish_exchange(k)
@@ -184,9 +183,8 @@ class RoundLog:
 
     def exclude(self, k: ClientId, why: State) -> None:
         self._states.exclude(k)
-        if self._hides_dropouts:
-            self.excluded.add(k)
-        else:
+        self.excluded.add(k)
+        if not self._hides_dropouts:
             self._note_dropped(k, why)
 
     def none_left(self) -> None:

@@ -76,7 +76,10 @@ def _call(
         if value is not None and not isinstance(value, kind):
             raise UserError(f"it must return {due} or nothing, not {format_value(value)}")
         if name == "state":
-            _check_plain(value)
+            try:
+                json.dumps(plain(value or {}))
+            except (TypeError, ValueError) as error:
+                raise UserError(f"a state holds numbers, texts, lists and dicts alone ({error})") from None
         return value
 
 
@@ -95,13 +98,6 @@ def _combine(
         if handover[0] is None:
             return
         yield handover.pop()  # type: ignore[misc]
-
-
-def _check_plain(state: object) -> None:
-    try:
-        json.dumps(plain(state or {}))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"a state holds numbers, texts, lists and dicts alone ({error})") from None
 
 
 USERS = "..."

@@ -349,8 +349,7 @@ def prepare(request: Request, context: RunContext, listener: ListenerGroup, *, i
     warnings = diagnostics.warn_emulated(config.precision, config.device)
     shape = getattr(context.data.form, "shape", ())
     warnings |= diagnostics.warn_unrepeatable(lambda: context.networks.get("server").module, shape, context.device)
-    for name, text in warnings.items():
-        context.notices.warn(name, text)
+    context.notices.warn_all(warnings)
 
     # Teachers and plan, which every round relies on.
     if not is_begun:  # a resumed run has loaded most of them already

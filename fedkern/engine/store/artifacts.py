@@ -85,11 +85,10 @@ class ArtifactLog:
             raise UserError(f"{self.path} is not what the run wrote: delete it, only pictures are lost.")
 
     def write(self) -> None:
-        if not self._changed:
-            return
-        rows = [[entry.name, entry.round, entry.value, list(entry.axes)] for entry in self._entries]
-        states.save(self.path, {"shown": rows})
-        self._changed = False
+        if self._changed:
+            rows = [[entry.name, entry.round, entry.value, list(entry.axes)] for entry in self._entries]
+            states.save(self.path, {"shown": rows})
+            self._changed = False
 
 
 def read(out: Path | str) -> list[Artifact]:

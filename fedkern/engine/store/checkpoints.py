@@ -313,18 +313,12 @@ class Checkpoints:
 
     def name_client(self, client: int, file: str | None) -> None:
         """Make a file, which ``clients`` has or had when the round began, the client's state (None: no state)."""
-        before = self.clients.pop(client, None)
+        if (before := self.clients.pop(client, None)) is not None:
+            self._superseded[before] = None
         if file is not None:
             self.clients[client] = file
+            self._superseded.pop(file, None)
         self._touched.add(client)
-        self._supersede(before, file)
-
-    def _supersede(self, old: str | None, new: str | None) -> None:
-        """Note that the next commit needs the file ``new`` instead of ``old``."""
-        if old is not None:
-            self._superseded[old] = None
-        if new is not None:
-            self._superseded.pop(new, None)
 
     def commit(
         self,
@@ -355,7 +349,9 @@ class Checkpoints:
         for name in in_flight.keys() - set(self._named):
             self._write(name, in_flight[name])
         entry_files = [*named.values(), *in_flight]
-        files = self._superseding(entry_files)
+        # Only the last commit may need the files that this one names no more.
+        files = [name for name in self._superseded | dict.fromkeys(self._named) if name not in entry_files]
+        self._named, self._superseded = entry_files, {}
         changed = {k: self.clients.get(k) for k in {*self._touched, *(booked or {})}}
         self._touched.clear()
 
@@ -364,7 +360,13 @@ class Checkpoints:
             self._flush()
             known = {**(self.entries[-1]["files"] if self.entries else {}), **self._sums}
             last = self._table.file
-            place, fresh = self._add_rows(plan, changed, booked or {})
+            rows = {}
+            for k, file in changed.items():
+                old = self._table.rows.get(k, Row())
+                total = None if file is None else self._sums.get(file, old.sum)
+                rows[k] = Row(file, total, tuple((booked or {}).get(k, old.booked)))
+            fresh = {file: self._sums[file] for file in changed.values() if file is not None and file in self._sums}
+            place = self._table.add(plan, rows)
             if last is not None and last != place["file"]:
                 files.append(last)
             sums = {**{name: known[name] for name in entry_files}, **fresh}
@@ -377,26 +379,6 @@ class Checkpoints:
             self._drop(files)
 
         self._last = self._do(enter)
-
-    def _add_rows(
-        self, plan: int, changed: Mapping[int, str | None], booked: Mapping[int, Sequence[int]]
-    ) -> tuple[Place, dict[str, int]]:
-        rows = {}
-        for k, file in changed.items():
-            old = self._table.rows.get(k, Row())
-            total = None if file is None else self._sums.get(file, old.sum)
-            rows[k] = Row(file, total, tuple(booked.get(k, old.booked)))
-        fresh = {file: self._sums[file] for file in changed.values() if file is not None and file in self._sums}
-        return self._table.add(plan, rows), fresh
-
-    def _superseding(self, named: list[str]) -> list[str]:
-        """Return the files that only the last commit may need, given the next commit's files of no client."""
-        for name in self._named:
-            self._supersede(name, None)
-        for name in named:
-            self._supersede(None, name)
-        self._named, files, self._superseded = named, list(self._superseded), {}
-        return files
 
     def _flush(self) -> None:
         loose, self._loose = self._loose, []

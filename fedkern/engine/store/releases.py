@@ -71,7 +71,6 @@ class Releases:
 
     def forget(self, plan: int) -> None:
         """Drop digests of rounds before ``plan``, which no kept checkpoint would replay."""
-        if not self._path.exists():
-            return
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        atomic.write_bytes(self._path, "".join(line for line in lines if json.loads(line)[0] >= plan).encode())
+        if self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            atomic.write_bytes(self._path, "".join(line for line in lines if json.loads(line)[0] >= plan).encode())

@@ -198,8 +198,7 @@ def check_user_code(
 
 def check_data_and_plan(entry: Entry, facts: State, plan: Sequence[Round], out: Path) -> None:
     info = entry["info"]
-    judged = ("main", "better")
-    if info["data"] != facts["data"] or any(info["config"][key] != facts["config"][key] for key in judged):
+    if info["data"] != facts["data"] or any(info["config"][key] != facts["config"][key] for key in ("main", "better")):
         raise UserError(f"The data are not those that {out} was started with: restore them, or start anew.")
     for kind, total in facts["names"].items():
         if info["names"][kind] != total:

@@ -16,21 +16,17 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedkern import models
 from fedkern.data.images import image_cache
 from fedkern.engine.context import RunContext
 from fedkern.engine.store import artifacts, checkpoints, confusions, initial_weights, predictions, record_files
 from fedkern.engine.store.checkpoints import Entry, checksum
-from fedkern.engine.store.confusions import FILE as CONFUSION
-from fedkern.engine.store.predictions import FILE as PREDICTIONS
-from fedkern.engine.store.record_files import EVALUATION, SUMMARY
-from fedkern.engine.store.record_files import FILE as FACTS
 from fedkern.errors import NoEffect, UserError
 from fedkern.files import atomic, filesystem, folder_lock
 from fedkern.messages.states import State
 from fedkern.methods import method_registry
 from fedkern.settings import config
 from fedkern.settings.config import FOLDER, INIT, RunConfig, make_portable
+from fedkern.tasks.user_tasks import user_module
 from fedkern.usercode import named_code, plugins
 
 MODEL = "model.safetensors"
@@ -80,13 +76,13 @@ def write_model(path: Path, module: nn.Module, about: Mapping[str, object]) -> N
     atomic.write(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
-RESULTS = (MODEL, SUMMARY, EVALUATION, CONFUSION, PREDICTIONS)
+RESULTS = (MODEL, record_files.SUMMARY, record_files.EVALUATION, confusions.FILE, predictions.FILE)
 """Files of a run's end, the last two not in every run."""
 
 
 def checksum_results(out: Path) -> dict[str, int | None]:
     """Return the CRC-32 of a run's final files and of its data facts, by file name."""
-    return {name: checksum(out / name) for name in (*RESULTS, FACTS) if (out / name).exists()}
+    return {name: checksum(out / name) for name in (*RESULTS, record_files.FILE) if (out / name).exists()}
 
 
 def find_damaged(out: Path, entry: Entry) -> list[str]:
@@ -94,9 +90,7 @@ def find_damaged(out: Path, entry: Entry) -> list[str]:
 
 
 def norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
-    if isinstance(module, models.OwnNetwork):
-        module = module.module
-    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, _BatchNorm))
+    return ((name, layer) for name, layer in user_module(module).named_modules() if isinstance(layer, _BatchNorm))
 
 
 RUNS = Path("runs")
@@ -113,7 +107,7 @@ NODES = "flower.json"
 NAMES = (
     config.NAME, FOLDER, record_files.METRICS, record_files.SUMMARY, MODEL, artifacts.FILE, TRACE,
     *ATTACKS.values(), BEST, *BEST_SO_FAR, NODES, confusions.FILE, record_files.EVALUATION, predictions.FILE,
-    INIT, FACTS,
+    INIT, record_files.FILE,
 )  # fmt: skip
 """All files and folders that the engine writes into a run folder, except the lock."""
 
@@ -193,7 +187,10 @@ def writing(out: Path, *, fresh: bool) -> Iterator[Callable[[], None]]:
             except Exception as error:
                 begun = begun or (not isinstance(error, NoEffect) and _came_to_something(out))
                 if not begun:
-                    _take_back(out)
+                    with suppress(OSError):  # the folder was vacant before
+                        checkpoints.Checkpoints(out).discard()
+                        for name in sorted({*NAMES, folder_lock.NAME} - {FOLDER}):
+                            (out / name).unlink(missing_ok=True)
                 raise
     except Exception as error:
         if not begun:
@@ -208,15 +205,6 @@ def writing(out: Path, *, fresh: bool) -> Iterator[Callable[[], None]]:
 def _came_to_something(out: Path) -> bool:
     metrics = out / record_files.METRICS
     return checkpoints.read_newest(out) is not None or (metrics.exists() and metrics.stat().st_size > 0)
-
-
-def _take_back(out: Path) -> None:
-    """Delete a new run's files, whose folder was vacant before."""
-    with suppress(OSError):
-        checkpoints.Checkpoints(out).discard()
-        for name in (*NAMES, folder_lock.NAME):
-            if name != FOLDER:
-                (out / name).unlink(missing_ok=True)
 
 
 def _way_out(out: Path, full: bool, begun: bool) -> str:

@@ -46,14 +46,13 @@ class LaunchedRank:
 
 
 def find_rank() -> LaunchedRank | None:
-    environment = os.environ
-    if "TORCHELASTIC_RUN_ID" not in environment:
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     try:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        rank, size, local, local_size = (int(environment[name]) for name in names)
-        restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        max_restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+        rank, size, local, local_size = (int(os.environ[name]) for name in names)
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        max_restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     except (KeyError, ValueError):
         return None
     return LaunchedRank(rank, size, local, local_size, restarts, max_restarts, _job())

@@ -15,7 +15,7 @@ from fedkern.engine.server import Server
 from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.engine.uploads.filters import ExchangeRequest, Filter, register_filter
 from fedkern.messages.states import State
-from fedkern.methods.base import VECTORS, ClientId, Declaration, Message, Method, Upload
+from fedkern.methods.base import VECTORS, ClientId, Message, Method, Upload
 from fedkern.models.state import freezing
 from fedkern.privacy.accounting import CHANNEL, ClientLevel, keep_variances
 from fedkern.privacy.keys import SECRET_BYTES, NoiseKey, noise_key
@@ -100,7 +100,10 @@ class PrivateMean(Filter):
         self, asked: ExchangeRequest, uploads: Iterator[Upload], note: Callable[[ClientId, Mapping[str, float]], None]
     ) -> Iterator[Upload]:
         declared, state = asked.declaration_of(asked.participants[0]), self._server.state
-        start, level = self._start(declared), self._privacy.level
+        # Changes count from the global network's vectors, or from zero if clients upload changes.
+        names = [name for name in self._method.reduce if name in declared]
+        start = {name: state[name] if name in VECTORS else torch.zeros(size_of(declared[name])) for name in names}
+        level = self._privacy.level
         total = ClippedSum(level, start)
         for upload in uploads:
             norm, factor = total.add(upload.message)
@@ -117,12 +120,6 @@ class PrivateMean(Filter):
         if "integers" in declared:  # numbers of batches, which no noise covers, stay as they are
             message["integers"] = state["integers"]
         yield Upload(RELEASED, 1, message, share=asked.clients / self._server.federation.clients)
-
-    def _start(self, declared: Declaration) -> dict[str, Tensor]:
-        """Return the vectors from which changes count: the global network's, or zero for uploaded changes."""
-        names = [name for name in self._method.reduce if name in declared]
-        state = self._server.state
-        return {name: state[name] if name in VECTORS else torch.zeros(size_of(declared[name])) for name in names}
 
     def _key(self, channel: str, asked: ExchangeRequest) -> NoiseKey:
         secret = self._privacy.secret

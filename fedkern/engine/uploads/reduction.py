@@ -53,7 +53,9 @@ class GpuCheck:
         info: State = {}
         upload = leaving.message
         if examine_upload(leaving.sent, upload, self.declared, info, leaving.drift) or not upload:
-            return _fetch_upload(upload), None
+            if isinstance(upload, Mapping):
+                upload = {name: fetch(value) if isinstance(value, Tensor) else value for name, value in upload.items()}
+            return upload, None
         return upload, info
 
 
@@ -61,12 +63,6 @@ def _without_tensors(declared: Any) -> Any:
     if isinstance(declared, Mapping):
         return {name: _without_tensors(value) for name, value in declared.items()}
     return like(declared) if isinstance(declared, Tensor) else declared
-
-
-def _fetch_upload(upload: object) -> object:
-    if not isinstance(upload, Mapping):
-        return upload
-    return {name: fetch(value) if isinstance(value, Tensor) else value for name, value in upload.items()}
 
 
 class MovingAccumulator:
