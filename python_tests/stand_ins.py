@@ -15,7 +15,7 @@ from fedkern.privacy.guarantee import Disclosure
 PRIVATE = Disclosure(clients=False, server=False, derived_figures=())
 SETTINGS = {
     "on_nan": "stop", "on_error": "stop", "eval_every": 1, "dropout_rate": 0.0, "straggler_rate": 0.0,
-    "stragglers": "keep", "choose": "uniform",
+    "stragglers": "keep", "choose": "uniform", "devices": None, "deadline": None, "asynchronous": None,
 }  # fmt: skip
 
 

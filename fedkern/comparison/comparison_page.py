@@ -15,7 +15,7 @@ from fedkern.comparison.seed_statistics import mean_std, plus_minus
 from fedkern.engine.store.record_files import SUMMARY
 from fedkern.errors import UserError, printable_name
 from fedkern.files.filesystem import read_text
-from fedkern.report.figures.curves import comparison_panels, on_clock
+from fedkern.report.figures.curves import comparison_panels, describe_axes
 from fedkern.report.names import CELL, capitalize
 from fedkern.report.pages import html_page, run_page
 from fedkern.report.pages.charts import bars, curves, dots
@@ -208,10 +208,10 @@ def _stored_table(folder: Path) -> Table | None:
 def _curves(result: Result) -> Iterator[Block]:
     histories = result.histories()
     panels = comparison_panels(histories, result.figures, chance=result.chance())
-    over = "the virtual clock" if on_clock(histories) else "the rounds"
     for place, figure in enumerate(result.figures):
         if figure in panels:
-            yield curves(f"curve-{place}", f"{_figure_label(figure)}, over {over}", [panels[figure]])
+            title = f"{_figure_label(figure)}, over {describe_axes(panels[figure])}"
+            yield curves(f"curve-{place}", title, panels[figure])
 
 
 def _finals(result: Result) -> Iterator[Block]:

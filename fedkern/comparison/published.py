@@ -41,8 +41,8 @@ Keys of a cell:
 - ``name``: name of the row, unique in the file and without a comma.
 - ``command``: METHOD and flags of a run, as behind ``python -m fedkern.run``, but without seed, output and data folder,
   which ``seeds``, ``--out`` and ``--data-root`` give. ``{NAME}`` is a text of ``words``, ``{before}`` the run folder of
-  ``before`` with the same seed. The path in ``FILE.py:NAME`` starts at the folder of the TOML file, that in
-  ``package:NAME/FOLDER`` in an installed package. If either is missing, the cell has no data here.
+  ``before`` with the same seed. The path in ``FILE.py:NAME`` and ``FILE.toml`` starts at the folder of this file, that
+  in ``package:NAME/FOLDER`` in an installed package. If either is missing, the cell has no data here.
 - ``runs``: instead of ``command``, finished runs, one for each seed: a folder, a pattern such as ``runs/mine*``, or a
   list of them. Paths start at the folder of the TOML file. If none is there, the cell has no data here.
 - ``published``: the paper's value. A text with a percent sign (``"41.5 %"``) is a percentage, and a number has the
@@ -208,7 +208,7 @@ class Paper:
         head, equals, code = word.rpartition("=")
         if code.startswith("package:"):
             return f"{head}{equals}{_folder_of_package(code)}"
-        match = re.fullmatch(r"(?P<file>[^:]+\.py)(:(?P<name>\w+))?", code)
+        match = re.fullmatch(r"(?P<file>[^:]+\.(py|toml))(:(?P<name>\w+))?", code)
         if match is None or Path(match["file"]).is_absolute():
             return word
         if self.folder == PAPERS and "/" not in match["file"] and match["name"]:  # the same wherever it is installed

@@ -9,7 +9,7 @@ from fedkern.comparison.run_results import csv_text
 from fedkern.comparison.seed_statistics import Difference, interval_text
 from fedkern.comparison.verdicts import NO_DATA, VERDICTS, Outcome, Verdict, figure_text
 from fedkern.errors import first_of, join_words
-from fedkern.report.figures.curves import Groups, comparison_panels
+from fedkern.report.figures.curves import Groups, comparison_panels, describe_axes
 from fedkern.report.pages.charts import curves
 from fedkern.report.pages.html_page import Block, Code, Page, make_section
 from fedkern.report.tables import human_metric, human_time
@@ -136,9 +136,10 @@ def _curves(rows: Sequence[Row]) -> Iterator[Block]:
         if row.cell.goal is not None and row.curves:
             figure = row.cell.goal.figure
             target = f"target {human_metric(figure, row.cell.goal.value)}"
-            for panel in comparison_panels(row.curves, [figure], chance={figure: row.cell.goal.value}).values():
-                panels = [replace(panel, level_name=target)]
-                yield curves(f"curve-{place}", f"{row.cell.name}: {panel.axis}, over the rounds", panels)
+            for panels in comparison_panels(row.curves, [figure], chance={figure: row.cell.goal.value}).values():
+                drawn_panels = [replace(panel, level_name=target) for panel in panels]
+                title = f"{row.cell.name}: {panels[0].axis}, over {describe_axes(panels)}"
+                yield curves(f"curve-{place}", title, drawn_panels)
 
 
 def _commands(paper: Paper) -> Iterator[Block]:

@@ -59,7 +59,7 @@ class Result:
         self.target.check(own_sets(self.groups))
         records = [record for run in self.runs for record in run.records]
         figures = {name for record in records for name, value in record.items() if isinstance(value, float)}
-        figures -= {"seconds", "round_seconds", "clock", "staleness"}
+        figures -= {"seconds", "round_seconds", "clock", "simulated_seconds", "staleness"}
         if self.target.figure not in figures:
             hint = suggest_name(self.target.figure, figures)
             raise UserError(
@@ -183,7 +183,7 @@ class Result:
         with warn_instead(lambda why: warnings.warn(f"{PICTURE} is missing: {why}.", stacklevel=2)):
             panels = comparison_panels(self.histories(), self.figures, chance=self.chance())
             if panels:
-                save_png(draw_panels([*panels.values()], title=self.title()), folder / PICTURE)
+                save_png(draw_panels([*chain(*panels.values())], title=self.title()), folder / PICTURE)
                 warn_of_missing_letters(warnings.warn)
                 paths.append(folder / PICTURE)
         return paths

@@ -55,6 +55,7 @@ class Client(Node):
         self.phase: Phase = BEFORE  # of the present exchange
         self._batches_by_phase: dict[Phase, EpochBatches] = {}
         self.marks: set[str] = set()
+        self.share = 1.0  # of the local steps, until the deadline of --devices
         self.on_gpu: tuple[str, ...] = ()  # vectors that stay there after training (see Encoder.on_gpu)
         self.drift: Drift | None = None
         # Work to do when the GPU is done; None: train waits for the GPU.
@@ -268,10 +269,10 @@ class Client(Node):
         return result
 
     def _cut_schedule(self, phase: Phase, rows: np.ndarray | None = None, **how: Any) -> Schedule:
-        """Return the schedule on ``rows``, shortened for a straggler (``--straggler-rate``)."""
+        """Return the schedule on ``rows``, shortened for a slow client (``--straggler-rate``, ``--devices``)."""
         samples = self.samples if rows is None else len(rows)
         schedule = self._schedule(phase, samples, **how)
-        share = share_of_work(self._context.config, phase.round, self.id) if phase.round >= 0 else 1.0
+        share = min(self.share, share_of_work(self._context.config, phase.round, self.id) if phase.round >= 0 else 1.0)
         if share == 1:
             return schedule
         self.report["work_done"] = share

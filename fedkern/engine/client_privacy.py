@@ -52,7 +52,8 @@ class ClientPrivacy:
         are_drawn = config.sampled_clients < config.trained_clients
         sampled = are_drawn and all(entry.participants == "sampled" for entry in plan)
         # Records of clients reveal participants, and so do numbers of uploads if the seed decides who drops out.
-        hidden = config.records == "private" and not config.dropout_rate and config.stragglers != "drop"
+        late = config.stragglers == "drop" or (config.devices is not None and config.deadline is not None)
+        hidden = config.records == "private" and not config.dropout_rate and not late
         stateless = method.stateless and config.buffers != "local" and config.optimizer_state != "keep"
         self.amplified = bool(self.level.noise) and sampled and hidden and stateless
         # The most rounds of any one client, by rounds done.

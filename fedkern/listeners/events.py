@@ -19,7 +19,10 @@ from fedkern.errors import printable_name
 TAG = 200
 """Longest tag, in characters."""
 _NOT_FIGURES = {"round", "rounds", "name", "evaluated", "clients", "dropped", "phases"}
-_BOOKKEEPING = {"clock", "seconds", "round_seconds", "bytes_up", "bytes_down", "round_bytes_up", "round_bytes_down"}
+_BOOKKEEPING = {
+    "clock", "simulated_seconds", "seconds", "round_seconds", "bytes_up", "bytes_down", "round_bytes_up",
+    "round_bytes_down",
+}  # fmt: skip
 _NOT_OF_CLIENTS = {"samples", "seconds"}
 
 

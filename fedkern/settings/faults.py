@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fedkern.errors import UserError
+from fedkern.settings.devices import read_devices
 from fedkern.settings.federation import AVERAGING, FederationSettings
 from fedkern.typed_option import flag, option
 
@@ -39,8 +40,17 @@ class FaultSettings(FederationSettings):
         low=0,
         high=1,
     )
-    deadline: float = option(
-        1.0, "when a round ends for slow clients, in multiples of the time that the others need", low=1
+    devices: str | None = option(
+        None,
+        "averaging methods: TOML file with the clients' devices, their compute, links and hours, by which rounds take "
+        "simulated seconds",
+        path=read_devices,
+    )
+    deadline: float | None = option(
+        None,
+        "when a round ends for slow clients: with --straggler-rate in multiples of the time that the others need (1 if "
+        "left out), with --devices in simulated seconds",
+        low=1,
     )
     stragglers: str = option(
         "keep",
@@ -52,17 +62,25 @@ class FaultSettings(FederationSettings):
         super().check()
         self.check_able(self.method_instance.averages, AVERAGING, "max_update_norm", "clip_update_norm")
         rounds = self.method_instance.averages is not False and not self.kind.one_shot
-        self.check_able(rounds, f"{AVERAGING} round by round", "dropout_rate", "straggler_rate")
-        if self.straggler_rate and self.kind.is_private(self.method_options):
+        self.check_able(rounds, f"{AVERAGING} round by round", "dropout_rate", "straggler_rate", "devices")
+        if self.straggler_rate and self.devices is not None:
             raise UserError(
-                f"--straggler-rate is not for {self.method} with differential privacy, whose epsilon counts all steps "
-                "of a client: leave one of the two out."
+                "--devices says how fast every client is, and --straggler-rate draws it: leave one of the two out."
+            )
+        given = next(self.given_flags("straggler_rate", "deadline"), None)
+        if given is not None and self.kind.is_private(self.method_options):
+            raise UserError(
+                f"{given} is not for {self.method} with differential privacy, whose epsilon counts all steps of a "
+                "client: leave one of the two out."
             )
         self.check_whole_rounds("--dropout-rate", self.dropout_rate > 0)
-        for name, plain in (("deadline", 1.0), ("stragglers", "keep")):
+        for name, plain in (("deadline", None), ("stragglers", "keep")):
             self.check_whole_rounds(flag(name), getattr(self, name) != plain)
-            if getattr(self, name) != plain and not self.straggler_rate:
-                raise UserError(f"{flag(name)} is about slow clients: give --straggler-rate too, or leave it out.")
+            if getattr(self, name) != plain and not self.straggler_rate and None in (self.devices, self.deadline):
+                raise UserError(
+                    f"{flag(name)} is about slow clients: give --straggler-rate too, or --devices with a --deadline, "
+                    "or leave it out."
+                )
         if self.clip_update_norm and self.kind.follows_own_update:
             raise UserError(
                 f"--clip-update-norm is not for {self.method}, whose clients keep a gradient of their whole update: "

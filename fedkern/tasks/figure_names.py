@@ -38,8 +38,8 @@ FIGURE_NAMES = frozenset({"loss", "gallery", "hd95", "object_area", "gradcam_in_
 """Built-in figures, names that no metric, part or method may use."""
 RECORD_NAMES = frozenset({
     "round", "rounds", "name", "evaluated", "seconds", "round_seconds", "clients", "client_metrics", "phases", "device",
-    "dropped", "clock", "staleness", "bytes", "bytes_up", "bytes_down", "round_bytes_up", "round_bytes_down", "epsilon",
-    "delta", "dp_clip", PART,
+    "dropped", "clock", "simulated_seconds", "staleness", "bytes", "bytes_up", "bytes_down", "round_bytes_up",
+    "round_bytes_down", "epsilon", "delta", "dp_clip", PART,
 })  # fmt: skip
 """Entries of records and summaries beside figures."""
 PREFIXES = (*(f"{name}_" for name in TEST_SETS if name), *OVER_CLIENTS)

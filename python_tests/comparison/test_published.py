@@ -174,6 +174,8 @@ def test_files_of_code_are_found_beside_the_paper_and_in_a_package(write, tmp_pa
     assert words == [
         "fedavg", "--rounds", "2", "--model", f"{own}:Net", "--teachers", "/b c", "--method-option", f"a={own}:f",
     ]  # fmt: skip
+    (tmp_path / "phones.toml").write_text("")
+    assert paper.words("--devices phones.toml") == ["--devices", str(tmp_path / "phones.toml")]
     (tmp_path / "code").mkdir()
     assert paper.words(f"code/../../{tmp_path.name}/mine.py:Net") == [f"{own}:Net"]
     with pytest.raises(NotHere, match=r"other.py is not beside mine\.toml"):

@@ -20,6 +20,7 @@ from python_tests.interrupted import KillAt, check_interruption, kill_and_resume
 pytestmark = pytest.mark.usefixtures("forked_workers")
 
 SIZES = (20, 13, 9, 15)
+PHONES = json.dumps([{"name": "phone", "step_seconds": 2.0, "up": 1.0, "down": 1.0}])
 
 
 def many(**settings):
@@ -135,6 +136,9 @@ def test_the_fewest_uploads_of_a_plan(plan, settings, fewest):
         ("oneshot-fedavg", {"straggler_rate": 0.1}, "--straggler-rate is for methods .* oneshot-fedavg"),
         ("fedavg", {"deadline": 2.0}, "--deadline is about slow clients: give --straggler-rate too"),
         ("fedavg", {"stragglers": "drop"}, "--stragglers is about slow clients"),
+        ("fedavg", {"stragglers": "drop", "devices": PHONES}, "--stragglers is about slow clients"),
+        ("fedavg", {"straggler_rate": 0.1, "devices": PHONES}, "--devices says how fast every client is, and --strag"),
+        ("fediod", {"devices": PHONES}, "--devices is for methods that average .* fediod"),
         ("fedavg", {"straggler_rate": 0.1, "deadline": 0.5}, "--deadline must be at least 1"),
         ("fedavg", {"dropout_rate": 1.5}, r"--dropout-rate must be in \[0, 1\]"),
     ],
@@ -204,6 +208,61 @@ def test_the_clock_of_a_run_and_the_shares_of_its_clients(make_data, make_config
     assert "clock" not in read_metrics(tmp_path / "private")[0]  # it tells of the clients that were drawn
 
 
+# -- devices -----------------------------------------------------------------------------------------------------------
+
+
+def test_devices_decide_who_is_late_and_when_a_round_ends():
+    """Clients take 2, 4, 6, 8 and 10 s for their steps, and 2 s, client 2 five, for their bytes."""
+
+    def traffic(k):
+        return 125_000, 500_000 if k == 2 else 125_000
+
+    def assign(**settings):
+        asked = policy(devices=PHONES, local_epochs=1, **settings)
+        return asked.assign(Round(participants="all"), 0, traffic), asked.figures()
+
+    everyone = range(5)
+    assert assign() == (participation.Assignment(everyone), {"simulated_seconds": 12.0})
+    late = participation.LATE
+    kept = participation.Assignment(everyone, shares={2: 0.5, 3: 0.75, 4: 0.6})
+    assert assign(deadline=8) == (kept, {"simulated_seconds": 8.0})
+    dropped = participation.Assignment(everyone, dict.fromkeys((2, 3, 4), late))
+    assert assign(deadline=8, stragglers="drop") == (dropped, {"simulated_seconds": 8.0})
+    given, figures = assign(deadline=2)  # nobody has time for a step, and one client may take longer
+    (stayed,) = {*everyone} - {*given.absent}
+    assert (given.shares, figures) == ({}, {"simulated_seconds": [4.0, 6.0, 11.0, 10.0, 12.0][stayed]})
+    asked = policy(devices=PHONES.replace("}]", ', "hours": [3]}]'), local_epochs=1)
+    for number, seconds in enumerate((10_812, 10_824)):
+        asked.assign(Round(participants="all"), number, traffic)
+        assert asked.clock == seconds
+    assert policy(devices=PHONES, deadline=8).fewest_uploads([Round()]) == 1
+
+
+@pytest.mark.parametrize("compress", [None, "int8", "topk:share=0.1"])
+@pytest.mark.parametrize("method", ["fedavg", "scaffold"])
+def test_simulated_seconds_are_those_of_the_bytes_booked(method, compress, make_data, make_config, tmp_path):
+    config = make_config(method, clients=4, rounds=2, local_epochs=1, devices=PHONES, compress=compress)
+    run(config, out=tmp_path / "run", data=make_data(SIZES))
+    before, training = 0.0, 2.0 * max(participation.local_steps(config, size) for size in SIZES)
+    for record in read_metrics(tmp_path / "run"):
+        transfer = (record["round_bytes_up"] + record["round_bytes_down"]) / 4 / 125_000
+        assert record["simulated_seconds"] - before == pytest.approx(training + transfer)
+        before = record["simulated_seconds"]
+
+
+@pytest.mark.parametrize("settings", [{"deadline": 7.0}, {"asynchronous": "fedbuff:buffer=2"}])
+def test_simulated_seconds_survive_an_interruption(settings, make_data, make_config, tmp_path):
+    settings = {"clients": 4, "rounds": 4, "batch_size": 5, "compress": "int8", "workers": "2", **settings}
+    config = make_config("fedavg", devices=PHONES, **settings)
+    check_interruption(config, tmp_path, data=make_data(SIZES), at=KillAt("client", 5))
+    records = read_metrics(tmp_path / "whole")
+    seconds = [record["simulated_seconds"] for record in records]
+    assert seconds == sorted({*seconds})
+    assert "clock" not in records[0]
+    if config.deadline is not None:
+        assert [info.get("work_done", 1) < 1 for info in records[0]["clients"].values()] == [True, False, False, False]
+
+
 # -- policies that keep tensors ----------------------------------------------------------------------------------------
 
 
@@ -214,8 +273,8 @@ class Belated(participation.Participation):
         super().__init__(*given)
         self._before = {}
 
-    def assign(self, entry, round):
-        given = super().assign(entry, round)
+    def assign(self, entry, round, traffic):
+        given = super().assign(entry, round, traffic)
         return replace(given, began=dict.fromkeys(given.clients, round - 1) if round > 0 else {})
 
     def messages(self, clients, send):

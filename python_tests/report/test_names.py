@@ -234,7 +234,7 @@ def named_curves(name):
     compared = curves.comparison_panels({name: [[{"round": 1, "accuracy": 0.1}]], "b": []}, ["accuracy"])
     figures = [curves.draw_panels(panels) for panels in (
         curves.accuracy_panels(records, "accuracy", tests=["", name]), curves.weight_panels(records),
-        [*compared.values()],
+        compared["accuracy"],
     )]  # fmt: skip
     texts = [[text.get_text().strip() for legend in f.legends for text in legend.get_texts()] for f in figures]
     drawn = [

@@ -94,6 +94,7 @@ class Serial:
         start = time.perf_counter()
         context, client = self._context, self.client(k)
         client.report, client.phase, client.marks = {}, phase, set()
+        client.share = getattr(encoder, "share", 1.0)
         client.on_gpu, client.drift = () if encoder is None else encoder.on_gpu, None
         client.later = None if lane is None else []
 

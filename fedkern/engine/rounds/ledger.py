@@ -1,5 +1,6 @@
 """Bytes sent up and down, per client, exchange and round."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -7,13 +8,21 @@ from torch import Tensor
 
 from fedkern.messages.states import State
 from fedkern.methods.base import Phase
+from fedkern.methods.uploads import Maybe, Values
 
 NUMBER_BYTES = 8
 _COLUMNS = ("up", "down", "one_off_up", "one_off_down")
 
 
 def message_bytes(message: object) -> int:
-    """Return the bytes of a message: its tensors' elements, 8 for a number, the UTF-8 length of a text."""
+    """Return the bytes of a message or its declaration.
+
+    These are its tensors' elements, 8 for a number, the UTF-8 length of a text. A declared size that is open counts 1.
+    """
+    if isinstance(message, Values):
+        return math.prod(size for size in message.shape if isinstance(size, int)) * message.dtype.itemsize
+    if isinstance(message, Maybe):
+        return message_bytes(message.of)
     if isinstance(message, Tensor):
         return message.numel() * message.element_size()
     if isinstance(message, Mapping):

@@ -8,9 +8,10 @@ from fedkern.engine.executors.executor import Executor
 from fedkern.engine.participation import Assignment
 from fedkern.engine.parts.part import Part, Record, Stop, Summary
 from fedkern.engine.rounds.exchange import Exchange
+from fedkern.engine.rounds.ledger import message_bytes
 from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.engine.uploads.filters import ExchangeRequest, Filter
-from fedkern.methods.base import Phase, Round
+from fedkern.methods.base import ClientId, Phase, Round
 from fedkern.privacy.guarantee import About
 from fedkern.process.interrupts import check
 
@@ -18,13 +19,16 @@ from fedkern.process.interrupts import check
 class Loop:
     def __init__(self, run: RunObjects, filters: Sequence[Filter], parts: Sequence[Part]) -> None:
         self._run, self._filters, self._parts = run, filters, parts
+        self._early: dict[Phase, object] = {}  # result of `send`, if the round's assignment has asked for bytes
 
     def play(self) -> Stop | None:
         """Play the remaining rounds, and return why the run ends before its plan, or None."""
         for entry in self._run.plan[self._run.progress.planned :]:
             check()
             self._run.progress.begin(entry)
-            assigned = self._run.participation.assign(entry, self._run.progress.index)
+            assigned = self._run.participation.assign(
+                entry, self._run.progress.index, partial(self._declared_bytes, entry)
+            )
             record = self._record(entry, assigned)
             for part in self._parts:
                 if (stop := part.before_round(record)) is not None:
@@ -62,10 +66,10 @@ class Loop:
             progress.exchange, progress.last_exchange = name, number == len(exchanges)
             begun, hooks = time.perf_counter(), run.hooks[callee]
             phase = Phase(progress.index, entry.name, name)
-            outgoing = hooks.send(phase)
+            outgoing = self._early.pop(phase) if phase in self._early else hooks.send(phase)
             sent = run.participation.messages(present, partial(hooks.messages, outgoing))
             asked = ExchangeRequest(
-                phase, entry, progress.planned, len(clients), tuple(present), hooks, sent, assigned.began
+                phase, entry, progress.planned, len(clients), present, hooks, sent, assigned.began, assigned.shares
             )
             exchange = Exchange(asked, self._filters, self._at_work(record), log, run.context.federation.samples)
             exchange.lose(hooks.messages(outgoing, absent), absent)
@@ -90,6 +94,22 @@ class Loop:
         record.put(run.participation.figures(), About.CLIENTS)
         if not entry.one_off:
             run.participation.note_reports(log.clients)
+
+    def _declared_bytes(self, entry: Round, k: ClientId) -> tuple[int, int]:
+        """Return the bytes of a client's message and of its upload, as declared and encoded, in a round to come."""
+        progress, hooks = self._run.progress, self._run.hooks["method"]
+        phase = Phase(progress.index, entry.name, entry.exchanges[0])
+        if phase not in self._early:
+            progress.exchange = phase.exchange
+            self._early = {phase: hooks.send(phase)}
+        sent = hooks.messages(self._early[phase], [k])
+        if k not in sent:
+            return 0, 0
+        asked = ExchangeRequest(phase, entry, progress.planned, 1, (k,), hooks, sent)
+        declared = asked.declaration_of(k)
+        for filter_ in reversed(self._filters):
+            declared = filter_.declare_encoded(asked, declared)
+        return message_bytes(sent[k]), message_bytes(declared)
 
     def _at_work(self, record: Record) -> Executor:
         executor = self._run.executor

@@ -159,6 +159,9 @@ class RoundLog:
 
     # -- who is left out -------------------------------------------------------------------------------------------
 
+    def note_lost(self, k: ClientId, exchange: str, why: str) -> None:
+        self._note_dropped(k, {"exchange": exchange, "reason": why})
+
     def note_missing(self, answer: Answer) -> None:
         if answer.absent:
             self._note_loss(answer.client, answer.absent)
@@ -182,7 +185,7 @@ class RoundLog:
         self._states.exclude(k)
         self.excluded.add(k)
         if not self._hides_dropouts:
-            self.note_dropped(k, why)
+            self._note_dropped(k, why)
 
     def none_left(self) -> None:
         """Raise UserError because the round has no client left.
@@ -230,7 +233,7 @@ class RoundLog:
         if not self._hides_dropouts:
             self._context.notices.warn(name, text)
 
-    def note_dropped(self, k: ClientId, why: State) -> None:
+    def _note_dropped(self, k: ClientId, why: State) -> None:
         self.excluded.add(k)
         at = max(self._progress.shown_number, 0)
         self.dropped = [*self.dropped, {"round": at, "client": k, **self._context.name_entry(k), **why}]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fedkern.engine.participation import DAMAGED, Assignment, InFlight, Participation, is_time, local_steps, speed
+from fedkern.engine.participation import DAMAGED, Assignment, InFlight, Participation, Traffic, is_time
 from fedkern.engine.transport import torchrun_group
 from fedkern.engine.uploads.filters import ExchangeRequest, Filter, register_filter
 from fedkern.errors import UserError
@@ -53,26 +53,25 @@ class Asynchronous(Participation):
         self._begun = 0  # in the whole run
         self._staleness = 0.0
 
-    def assign(self, entry: Round, round: int) -> Assignment:
+    def assign(self, entry: Round, round: int, traffic: Traffic | None = None) -> Assignment:
         self._started = []
         if entry.one_off:
             return super().assign(entry, round)
         came: dict[ClientId, int] = {}
         while len(came) < self._buffer:
-            self._start(round, came)
+            self._start(round, came, traffic)
             k = min(self._at_work, key=lambda k: (self._at_work[k][1], k))
             came[k], self.clock = self._at_work.pop(k)
         self._staleness = sum(round - began for began in came.values()) / len(came)
         return Assignment(sorted(came), began={k: began for k, began in came.items() if began < round})
 
-    def _start(self, round: int, resting: Collection[ClientId]) -> None:
+    def _start(self, round: int, resting: Collection[ClientId], traffic: Traffic | None) -> None:
         config = self._config
         idle = [k for k in range(config.trained_clients) if k not in self._at_work and k not in resting]
         while idle and len(self._at_work) < config.sampled_clients:
             draw = stream(config.seed, "asynchronous", round=self._begun)
             k = idle.pop(int(draw.integers(len(idle))))
-            steps = local_steps(config, self._federation.samples[k])
-            self._at_work[k] = round, self.clock + steps / speed(config, round, k)
+            self._at_work[k] = round, self.clock + self._duration(round, k, traffic)
             self._started.append(k)
             self._begun += 1
 
@@ -104,7 +103,7 @@ class Asynchronous(Participation):
         return self._buffer
 
     def figures(self) -> dict[str, float]:
-        return {"clock": self.clock, "staleness": self._staleness}
+        return {self.clock_name: self.clock, "staleness": self._staleness}
 
     def state(self) -> State:
         at_work = {k: [*self._at_work[k], self._numbers[k]] for k in self._sent}
@@ -200,14 +199,15 @@ def check_local(config: RunConfig) -> None:
 
 
 def check_plan(config: RunConfig, plan: Iterable[Round]) -> None:
-    """Raise UserError if ``--asynchronous`` does not fit a method's rounds, or the run's processes."""
-    if config.asynchronous is None:
-        return
-    if torchrun_group.find_rank() is not None:
+    """Raise UserError if ``--asynchronous`` or ``--devices`` does not fit a method's rounds, or the run's processes."""
+    if config.asynchronous is not None and torchrun_group.find_rank() is not None:
         check_local(config)
     rounds = [entry for entry in plan if not entry.one_off]
-    if any(entry.participants != "sampled" or len(entry.exchanges) > 1 or entry.cohort for entry in rounds):
-        raise UserError(
-            f"--asynchronous is for rounds of one exchange with clients that are drawn, and {config.method} with these "
-            "options has others: leave it out."
-        )
+    for name in config.given_flags("asynchronous", "devices"):
+        if config.buffers == "pool" or any(
+            entry.participants != "sampled" or len(entry.exchanges) > 1 or entry.cohort for entry in rounds
+        ):
+            raise UserError(
+                f"{name} is for rounds of one exchange with clients that are drawn, and {config.method} with these "
+                "options has others: leave it out."
+            )

@@ -136,6 +136,12 @@ class Compression(Filter):
             )
         return {k: Compressing(self._compressor, start, self._seed, asked.phase) for k, start in self._starts.items()}
 
+    def declare_encoded(self, asked: ExchangeRequest, declared: Declaration) -> Declaration:
+        start = declared.get("parameters")
+        if not asked.hooks.own or not _is_vector(start):
+            return declared
+        return {**declared, "parameters": self._compressor.declare(start.numel())}
+
     def decode(self, arrival: Arrival) -> str:
         start, message = self._starts.get(arrival.client), arrival.message
         if start is None or not isinstance(message, Mapping) or not isinstance(message.get("parameters"), Mapping):

@@ -75,14 +75,19 @@ class Departure:
 
 @dataclass(frozen=True)
 class Encoders:
-    """A client's encoders in their order, each with the name of its state, or "" without state."""
+    """A client's encoders in their order, each with the name of its state, or "" without state.
+
+    Attributes:
+        share: share of its local steps that the client does (see :class:`ExchangeRequest`).
+    """
 
     encoders: tuple[tuple[str, Encoder], ...]
+    share: float = 1.0
 
     @property
     def on_gpu(self) -> tuple[str, ...]:
-        head, *tail = (getattr(encoder, "on_gpu", ()) for _, encoder in self.encoders)  # a user's may have none
-        return tuple(name for name in head if all(name in names for names in tail))
+        kept = [getattr(encoder, "on_gpu", ()) for _, encoder in self.encoders]  # a user's may have none
+        return tuple(name for name in next(iter(kept), ()) if all(name in names for names in kept))
 
     def encode(self, leaving: Departure) -> tuple[Any, State | None]:
         message, checked = leaving.message, None

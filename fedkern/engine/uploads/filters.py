@@ -27,16 +27,18 @@ class ExchangeRequest:
         hooks: calls of the method, or of the pooling of statistics.
         sent: the message of every participant that gets one.
         began: the round that sent a participant's message, if it was an earlier one.
+        shares: shares of their local steps that participants do, if below 1 (``--devices`` with ``--deadline``).
     """
 
     phase: Phase
     entry: Round
     plan: int
     clients: int
-    participants: tuple[ClientId, ...]
+    participants: Sequence[ClientId]
     hooks: Hooks
     sent: Mapping[ClientId, Message]
     began: Mapping[ClientId, int] = field(default_factory=dict)
+    shares: Mapping[ClientId, float] = field(default_factory=dict)
 
     def staleness(self, client: ClientId) -> int:
         return self.phase.round - self.began.get(client, self.phase.round)
@@ -132,6 +134,17 @@ class Filter:
         """
         return {}
 
+    def declare_encoded(self, asked: ExchangeRequest, declared: Declaration) -> Declaration:
+        """Return the declaration of an upload that the filter's encoder has changed.
+
+        ``--devices`` takes the seconds of an upload from its declared bytes, before the client trains.
+
+        Args:
+            asked: the exchange.
+            declared: declaration of the upload that the encoder gets.
+        """
+        return declared
+
     def on_missing(self, arrival: Arrival, failed: bool) -> None:
         """Note that no upload came from a client.
 
@@ -166,11 +179,11 @@ class Filter:
 
 
 def encoders_of(filters: Sequence[Filter], asked: ExchangeRequest) -> dict[ClientId, Encoders]:
-    encoders: dict[ClientId, list[tuple[str, Encoder]]] = {}
+    encoders: dict[ClientId, list[tuple[str, Encoder]]] = {k: [] for k in asked.shares if k in asked.sent}
     for filter_ in reversed(filters):
         for k, encoder in (filter_.encoders(asked) or {}).items():
             encoders.setdefault(k, []).append((filter_.name if filter_.keeps_client_state else "", encoder))
-    return {k: Encoders(tuple(pairs)) for k, pairs in encoders.items()}
+    return {k: Encoders(tuple(pairs), asked.shares.get(k, 1.0)) for k, pairs in encoders.items()}
 
 
 FILTERS: Registry[type[Filter]] = Registry("filter")

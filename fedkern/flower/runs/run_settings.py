@@ -124,6 +124,8 @@ def check_portable(config: RunConfig) -> None:
     if config.kind.pooled:
         raise UserError(f"{config.method} needs the data of all clients in one place, which Flower keeps apart.")
     check_local(config)
+    if config.devices is not None:
+        raise UserError("--devices simulates time, and Flower's nodes take real time: leave it out.")
     if config.own_networks:
         raise UserError(
             f"{'--personal' if config.personal is not None else config.method} is not for Flower: a run is judged by "

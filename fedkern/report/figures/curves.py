@@ -1,9 +1,9 @@
-"""Curves over the communication rounds or the virtual clock, of a run or as means of a comparison's seeds."""
+"""Curves over the rounds, a clock or uploaded bytes, of a run or as means of a comparison's seeds."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import count, product
 from statistics import median
 from typing import Any
 
@@ -30,6 +30,13 @@ _SETS = {
 NAMED, LEGEND = 24, 40
 """Most curves in a panel's legend, and longest name there, in characters."""
 
+AXES = {
+    "": ("the rounds", "communication round", ""),
+    "simulated_seconds": ("simulated time", "simulated time", "s"),
+    "bytes_up": ("uploaded bytes", "uploaded by all clients", "B"),
+    "clock": ("the virtual clock", "virtual clock: local steps of a client of usual speed", ""),
+}
+"""Names, titles and units of horizontal axes, by the records' entry with the places of the rounds."""
 CLIENTS = 12
 """Most clients with a curve each. Of more clients the lowest, the middle and the highest value are drawn."""
 SPREAD: Mapping[str, Callable[[list[float]], float]] = {"highest": max, "middle": median, "lowest": min}
@@ -45,7 +52,7 @@ class Curve:
 
     Attributes:
         look: colour, dashes and marker (None: by the curve's number in the panel).
-        at: end of every round on the virtual clock (None: draw over the rounds).
+        at: places of the rounds on the panel's horizontal axis (None: the rounds).
         deviation: half the height of a band around every value.
     """
 
@@ -68,6 +75,7 @@ class Panel:
         ends: write the last value at the end of every curve.
         levels: heights of dotted lines, with their colours.
         summary: curves of the text and the table, if many are drawn.
+        along: the horizontal axis, a key of `AXES`.
     """
 
     axis: str
@@ -78,6 +86,7 @@ class Panel:
     levels: Mapping[float, str] = field(default_factory=dict)
     level_name: str = ""
     summary: Sequence[Curve] = ()
+    along: str = ""
 
 
 def look(number: int) -> tuple[str, str, str]:
@@ -108,7 +117,7 @@ def set_curves(points: Mapping[str, Points]) -> dict[str, Curve]:
 def accuracy_panels(
     records: Sequence[Record], main: str, *, tests: Collection[str] = (), chance: Mapping[str, float] | None = None
 ) -> list[Panel]:
-    """Return the main figure on every test set over the rounds, or over the clock of an asynchronous run.
+    """Return the main figure on every test set over the run's axes (:func:`axes_of`).
 
     Recall depends on the number of candidates, so sets with other numbers have their own panel. ``chance``: see
     :func:`fedkern.report.run_contents.constant_figures`.
@@ -122,13 +131,14 @@ def accuracy_panels(
     panels: dict[float, dict[str, Curve]] = {}  # curves by number of candidates
     for name, curve in set_curves(points).items():
         panels.setdefault(sizes.get(name, 0.0), {})[name] = curve
-    return over_clock(records, [
+    by_size = [
         Panel(
             short_title(main) + (f"\namong {size:,.0f} candidates" if size else ""), [*curves.values()], unit,
             ends=True, **levels(main, [(chance or {}).get(f"{name}_{main}" if name else main) for name in curves]),
         )
         for size, curves in panels.items()
-    ])  # fmt: skip
+    ]  # fmt: skip
+    return [panel for name in axes_of([records]) for panel in over_axis(records, by_size, name)]
 
 
 def levels(figure: str, values: Iterable[float | None]) -> dict[str, Any]:
@@ -231,20 +241,34 @@ def _shares(records: Sequence[Record]) -> dict[str, float]:
     return {client: info["samples"] / total for clients in weighted for client, info in clients.items()}
 
 
-def clock_of(records: Iterable[Record]) -> dict[int, float]:
-    """Return the virtual time at the end of every round of an asynchronous run, otherwise empty."""
-    return {int(record["round"]): float(record["clock"]) for record in records if "staleness" in record}
+def axes_of(histories: Iterable[Sequence[Record]]) -> list[str]:
+    """Return the horizontal axes of curves of some runs, keys of `AXES`, the first for all curves.
+
+    These are simulated time and bytes if all records have them, the virtual clock if some runs are asynchronous and all
+    records have it, otherwise the rounds.
+    """
+    records = [record for history in histories for record in history if record["round"] > 0]
+    if records and all("simulated_seconds" in record for record in records):
+        return ["simulated_seconds", "bytes_up"]
+    is_stale = any("staleness" in record for record in records)
+    return ["clock" if is_stale and all("clock" in record for record in records) else ""]
+
+
+def over_axis(records: Sequence[Record], panels: Sequence[Panel], name: str) -> list[Panel]:
+    """Move the curves of a run from the rounds to an axis, a key of `AXES`."""
+    if not name:
+        return [*panels]
+    places = {int(record["round"]): float(record[name]) for record in records if name in record}
+
+    def move(curve: Curve) -> Curve:
+        return replace(curve, at=[places.get(number, 0.0) for number in curve.rounds])  # set-up rounds take no time
+
+    return [replace(panel, along=name, curves=[*map(move, panel.curves)]) for panel in panels]
 
 
 def over_clock(records: Sequence[Record], panels: Sequence[Panel]) -> list[Panel]:
-    """Move the curves of an asynchronous run to the clock."""
-    if not (clock := clock_of(records)):
-        return [*panels]
-
-    def move_to_clock(curve: Curve) -> Curve:
-        return replace(curve, at=[clock.get(number, 0.0) for number in curve.rounds])  # set-up rounds take no time
-
-    return [replace(panel, curves=[*map(move_to_clock, panel.curves)]) for panel in panels]
+    """Move the curves of a run to its first axis."""
+    return over_axis(records, panels, axes_of([records])[0])
 
 
 # -- the drawing -------------------------------------------------------------------------------------------------------
@@ -257,8 +281,6 @@ def draw_panels(panels: Sequence[Panel], *, title: str = "", stacked: bool = Fal
     figure = plots.new_figure(wide, 0.7 + 2.7 * down if page else 1.2 + 3.0 * down)
     rows = figure.subplots(down, across, squeeze=False)
     curves = [curve for panel in panels for curve in panel.curves]
-    places = [float(x) for curve in curves for x in (curve.rounds if curve.at is None else curve.at)]
-    start, end = min(places), max(places)
     for axes, panel in zip(rows.flat, panels, strict=True):
         _draw_panel(axes, panel, 2.2 if page else 3.4)
         alike = [peer for peer in panels if (peer.unit, peer.zero) == (panel.unit, panel.zero)]
@@ -267,21 +289,26 @@ def draw_panels(panels: Sequence[Panel], *, title: str = "", stacked: bool = Fal
             axes.set_ylim(0, _highest(alike))
         if panel.ends:
             _write_ends(axes, panel)
-        if all(curve.at is None for curve in curves):
-            axes.set_xlabel("communication round", fontsize=12)
-            axes.xaxis.set_major_locator(plots.whole_numbers())
-            axes.set_xlim(start - 0.5, end + 0.5)
-        else:
-            axes.set_xlabel("virtual clock: local steps of a client of usual speed", fontsize=12)
-            axes.xaxis.set_major_locator(MaxNLocator(8))
-            axes.set_xlim(start - 0.02 * end, 1.02 * end)
+        _scale_along(axes, panel.along, [peer for peer in panels if peer.along == panel.along])
         plots.add_frame(axes)
-    for axes in rows[:-1].flat:
-        axes.set_xlabel("")
+    for axes, panel in zip(rows[:-1].flat, panels, strict=False):
+        if panel.along == panels[-1].along:
+            axes.set_xlabel("")
     banded = any(curve.deviation is not None for curve in curves)
     plots.add_title(figure, title, "mean and standard deviation over seeds" if banded else "")
     plots.legend_below(figure)
     return figure
+
+
+def _scale_along(axes: Axes, along: str, panels: Sequence[Panel]) -> None:
+    curves = [curve for panel in panels for curve in panel.curves]
+    places = [float(x) for curve in curves for x in (curve.rounds if curve.at is None else curve.at)]
+    start, end, (_, title, unit) = min(places), max(places), AXES[along]
+    axes.set_xlabel(title, fontsize=12)
+    axes.xaxis.set_major_locator(MaxNLocator(8 if not unit else 5) if along else plots.whole_numbers())
+    axes.set_xlim(*((start - 0.02 * end, 1.02 * end) if along else (start - 0.5, end + 0.5)))
+    if unit:
+        axes.xaxis.set_major_formatter(lambda value, _: in_unit(value, unit))
 
 
 def _draw_panel(axes: Axes, panel: Panel, room: float) -> None:
@@ -351,32 +378,32 @@ def mean_curve(runs: Sequence[Sequence[Record]], figure: str) -> tuple[np.ndarra
     return np.array(rounds, dtype=np.int64), np.array(values, dtype=np.float64).reshape(len(tables), len(rounds))
 
 
-def on_clock(groups: Groups) -> bool:
-    """Return whether to draw over the virtual clock: if some runs are asynchronous and all records have the clock."""
-    histories = [records for runs in groups.values() for records in runs]
-    return any(map(clock_of, histories)) and all("clock" in record for records in histories for record in records)
+def describe_axes(panels: Sequence[Panel]) -> str:
+    return " and ".join(AXES[panel.along][0] for panel in panels)
 
 
 def comparison_panels(
     groups: Groups, figures: Sequence[str], *, chance: Mapping[str, float] | None = None
-) -> dict[str, Panel]:
-    """Return a panel for every main figure, with a curve for each group and one standard deviation as its band.
+) -> dict[str, list[Panel]]:
+    """Return panels for every main figure, with a curve for each group and one standard deviation as its band.
 
+    A figure has a panel for each of the runs' axes (:func:`axes_of`).
     ``chance``: see :func:`fedkern.report.run_contents.constant_figures`.
     """
-    clocks = {name: mean_curve(runs, "clock") for name, runs in groups.items()} if on_clock(groups) else {}
-    panels = {}
-    for figure in figures:
+    names = axes_of(records for runs in groups.values() for records in runs)
+    panels: dict[str, list[Panel]] = {}
+    for figure, along in product(figures, names):
         (test_set, name), (factor, unit), curves = split_metric(figure), scale(figure), []
         for number, (group, runs) in enumerate(groups.items()):
             rounds, values = mean_curve(runs, figure)
             if len(rounds):
-                at = np.interp(rounds, clocks[group][0], clocks[group][1].mean(0)).tolist() if clocks else None
+                ends, places = mean_curve(runs, along)
+                at = np.interp(rounds, ends, places.mean(0)).tolist() if along else None
                 band = factor * values.std(0, ddof=1) if len(values) > 1 else None
                 mean = (factor * values.mean(0)).tolist()
                 curves.append(Curve(group, rounds.tolist(), mean, look(number), at=at, deviation=band))
         if curves:
             axis = f"{short_title(name)}{f', {set_title(test_set)}' if test_set else ''}"
             lines = levels(name, [(chance or {}).get(figure)])
-            panels[figure] = Panel(axis, curves, unit, zero=False, **lines)
+            panels.setdefault(figure, []).append(Panel(axis, curves, unit, zero=False, along=along, **lines))
     return panels

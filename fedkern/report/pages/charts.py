@@ -26,8 +26,10 @@ def curves(name: str, title: str, panels: Sequence[Panel], *, note: str = "") ->
     """Return panels of curves, at least one, with the ends of each curve as text and a table for each panel."""
     tables, parts = [], []
     for panel in panels:
+        if panel.along == "bytes_up":  # its values are those over simulated time
+            continue
         lines = [curve for curve in panel.summary or panel.curves if curve.rounds and curve.look is not THIN]
-        axis = panel.axis.replace("\n", " ") if len(panels) > 1 else ""
+        axis = panel.axis.replace("\n", " ") if len({peer.axis for peer in panels}) > 1 else ""
         where = f"{axis}, " if axis else ""
         for curve in lines:
             points = [(x, y) for x, y in zip(curve.rounds, curve.values, strict=True) if _finite(y)]

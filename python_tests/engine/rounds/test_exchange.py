@@ -18,6 +18,7 @@ from fedkern.engine.uploads.filters import ExchangeRequest, Filter
 from fedkern.errors import ClientFailed, UserError
 from fedkern.listeners.events import Listener
 from fedkern.methods.base import Phase, Round, Upload
+from fedkern.methods.uploads import Maybe, Number, Values
 from fedkern.privacy import LEDGER
 from python_tests.stand_ins import PRIVATE, Checkpoints, Context, Executor
 
@@ -420,6 +421,8 @@ def test_ledger_counts_tensors_numbers_and_texts():
         "l": [1.0, None],
     }
     assert message_bytes(message) == 20 + 6 + 8 + 3 + 8
+    due = {"a": Values((5, 2), torch.int8), "b": Maybe(Values(("any", 3))), "n": Number()}
+    assert message_bytes(due) == 10 + 12 + 8
     ledger = Ledger(2)
     ledger.book(0, "up", message, phase=Phase(0, "level1", "update"))
     ledger.book(1, "down", message, phase=Phase(1, "level2", "update"))

@@ -101,7 +101,7 @@ class Given(Participation):
     def __init__(self, given):
         self._given, self._before, self.asked, self._choice = given, {}, [], None
 
-    def assign(self, entry, round):
+    def assign(self, entry, round, traffic):
         self.asked.append((entry.name, round))
         return self._given[round]
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -13,7 +14,14 @@ from PIL import Image
 
 from fedkern.engine.run import run
 from fedkern.engine.store.record_files import read_metrics
-from fedkern.report.figures.curves import client_curves, comparison_panels, draw_panels, mean_curve, weight_panels
+from fedkern.report.figures.curves import (
+    accuracy_panels,
+    client_curves,
+    comparison_panels,
+    draw_panels,
+    mean_curve,
+    weight_panels,
+)
 from fedkern.report.figures.pictures import write_pictures
 from fedkern.report.figures.plots import DRAWN, ORANGE, save_png, width, wrap_text
 from fedkern.settings.config import RunConfig
@@ -150,7 +158,7 @@ def test_long_names_have_room_in_the_legend_of_a_page():
 
 
 def curves(*args, title="", **more):
-    return draw_panels([*comparison_panels(*args, **more).values()], title=title)
+    return draw_panels([*chain(*comparison_panels(*args, **more).values())], title=title)
 
 
 def rows_of_run(*values, step=1):
@@ -217,6 +225,24 @@ def test_curves_are_over_the_clock_where_a_run_is_asynchronous_and_all_have_one(
         label, lines = draw(**groups)
         assert label == "communication round"
         assert [*lines.values()] == [[1, 2], [1, 2]]
+
+
+def test_curves_are_over_simulated_time_and_bytes_where_all_runs_have_devices():
+    def records(seconds):
+        return [
+            {"round": i, "accuracy": 0.1 * i, "simulated_seconds": seconds * i, "bytes_up": 5000 * i} for i in (1, 2)
+        ]
+
+    def places(figure):
+        return {axes.get_xlabel(): [list(line.get_xdata()) for line in axes.get_lines()] for axes in figure.axes}
+
+    figure = curves({"a": [records(60.0)], "b": [records(90.0)]}, ["accuracy"])
+    titles = ["simulated time", "uploaded by all clients"]
+    assert places(figure) == dict(zip(titles, [[[60, 120], [90, 180]], [[5000, 10000]] * 2], strict=True))
+    figure.draw_without_rendering()
+    assert all(text.get_text().endswith(" s") for text in figure.axes[0].get_xticklabels())
+    panels = accuracy_panels([{"round": -1}, *records(60.0)], "accuracy")
+    assert places(draw_panels(panels, page=True)) == dict(zip(titles, [[[60, 120]], [[5000, 10000]]], strict=True))
 
 
 # -- plots -------------------------------------------------------------------------------------------------------------
