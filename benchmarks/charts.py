@@ -6,11 +6,15 @@ one without drawing it anew.
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
 
 from benchmarks import bench_methods, comparisons, method_gains
-from benchmarks.page import load
+from benchmarks.page import load, read_rows
+from fedkern.report.figures.curves import comparison_panels, draw_panels
 from fedkern.report.figures.plots import BLUE, GREY, ORANGE, add_frame, new_figure, to_svg
 
 STYLE = """<style>
@@ -37,13 +41,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Chart:
-    """Chart in docs/charts, whose ``neutral`` value separates better from worse."""
+class Drawing:
+    """Figure in docs/charts."""
 
     name: str
-    axis: str
-    neutral: float
-    rows: Sequence[Row]
 
     @property
     def path(self) -> str:
@@ -55,8 +56,36 @@ class Chart:
         """Return the attribute with the hash of the chart's contents."""
         return f'data-results="{hashlib.sha256(repr(self).encode()).hexdigest()[:16]}"'
 
+    def figure(self) -> Figure:
+        """Return the drawn figure."""
+        raise NotImplementedError
+
     def draw(self) -> str:
         """Return the chart as the text of an SVG file, for light and for dark pages."""
+        svg = to_svg(self.figure(), self.name)
+        text = re.sub(r'style="--wide: (\d+)px"', rf'width="\1" {self.mark}', svg, count=1)
+        return text.replace(">", f">\n{STYLE}", 1) + "\n"
+
+
+@dataclass(frozen=True)
+class Curves(Drawing):
+    """Mean accuracy of every cell of a study, over simulated time and over bytes."""
+
+    groups: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]
+
+    def figure(self) -> Figure:
+        return draw_panels(comparison_panels(self.groups, ["accuracy"])["accuracy"])
+
+
+@dataclass(frozen=True)
+class Chart(Drawing):
+    """Chart of rows, whose ``neutral`` value separates better from worse."""
+
+    axis: str
+    neutral: float
+    rows: Sequence[Row]
+
+    def figure(self) -> Figure:
         figure = new_figure(6.2, 0.6 + 0.27 * len(self.rows))
         axes = figure.subplots()
         add_frame(axes)
@@ -78,8 +107,7 @@ class Chart:
                 errors = [[row.value - low], [high - row.value]]
                 axes.errorbar(row.value, place, xerr=errors, fmt="o", ms=6, color=colour, capsize=4)
         axes.margins(x=0.1)
-        text = re.sub(r'style="--wide: (\d+)px"', rf'width="\1" {self.mark}', to_svg(figure, self.name), count=1)
-        return text.replace(">", f">\n{STYLE}", 1) + "\n"
+        return figure
 
 
 def speed_chart() -> Chart:
@@ -120,6 +148,16 @@ def forest(tool: method_gains.Tool) -> Chart:
     return Chart(tool.page.removesuffix(".md"), tool.unit, 0, tuple(rows))
 
 
-def all_charts() -> list[Chart]:
+def devices_curves() -> Curves:
+    """Return the accuracy of whole and compressed uploads on simulated devices."""
+
+    def records(curve: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+        return [dict(zip(curve, values, strict=True)) for values in zip(*curve.values(), strict=True)]
+
+    rows = read_rows("devices").items()
+    return Curves("devices", {name: [records(run["curve"]) for run in row["runs"].values()] for name, row in rows})
+
+
+def all_charts() -> list[Drawing]:
     """Return every chart of the pages."""
-    return [speed_chart(), networks_chart(), *map(forest, method_gains.tools())]
+    return [speed_chart(), networks_chart(), *map(forest, method_gains.tools()), devices_curves()]

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from itertools import islice, zip_longest
 from pathlib import Path
 
-from benchmarks.charts import Chart, all_charts
+from benchmarks.charts import Drawing, all_charts
 from benchmarks.page import Page
 from benchmarks.page_figures import PAGES
 
@@ -94,7 +94,7 @@ def faults(text: str, page: Page, root: Path = ROOT) -> list[str]:
     return [f"{page.path}: {line}" for line in sentences]
 
 
-def stale_charts(root: Path = ROOT) -> list[Chart]:
+def stale_charts(root: Path = ROOT) -> list[Drawing]:
     """Return the charts whose files are missing or show other results."""
     return [c for c in all_charts() if not (root / c.path).exists() or c.mark not in (root / c.path).read_text()]
 

@@ -52,10 +52,11 @@ def ask(command: str, folder: Path) -> Any:
 
 
 def curve_of(run: FoundRun) -> dict[str, list[Any]]:
-    """Return the main figure (of several test sets, that of "id") and the bytes uploaded by every evaluated round."""
+    """Return the main figure (of several test sets, "id"), bytes and simulated seconds so far of evaluated rounds."""
     main = run.main if run.main in run.metrics else f"id_{run.main}"
     records = [record for record in run.records if main in record]
-    return {name: [record[name] for record in records] for name in ("round", main, "bytes_up")}
+    names = ("round", main, "bytes_up", "simulated_seconds")
+    return {name: [record[name] for record in records] for name in names if name in records[0]}
 
 
 def stored_run(run: FoundRun, commands: Sequence[str]) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def stored_run(run: FoundRun, commands: Sequence[str]) -> dict[str, Any]:
     last = {name: value for name, value in run.records[-1].items() if isinstance(value, int | float)}
     traffic = {name: value for name, value in run.summary["bytes"].items() if isinstance(value, int | float)}
     answers = {AFTER: {command: ask(command, run.folder) for command in commands}} if commands else {}
-    _, figures, _ = (curve := curve_of(run)).values()
+    _, figures, *_ = (curve := curve_of(run)).values()
     late = fmean(figures[-LATE:])  # figures swing from round to round
     return {"metrics": {**last, **run.metrics}, "late": late, "bytes": traffic, "curve": curve, **answers}
 
