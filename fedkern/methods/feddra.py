@@ -110,9 +110,7 @@ class FedDRA(Robust):
     def rounds(self, federation: Federation) -> Iterator[Round]:
         o, count = self.options, federation.rounds
         losses = (LOSSES,) if o.dro else ()
-        first_rounds = 0
-        if o.stages == "two" and not self.paired:
-            first_rounds = min(max(1, count // 4), count - 1)
+        first_rounds = min(max(1, count // 4), count - 1) if o.stages == "two" and not self.paired else 0
         for _ in range(first_rounds):
             yield Round("alignment", ("alignment", *losses), trains="alignment modules")
         stages = ("alignment", "joint") if self.paired else ("joint",)
@@ -170,15 +168,14 @@ class FedDRA(Robust):
             result = client.train(self, phase, {**message, **model}, parts=ALIGNMENT, steps=steps, rows=rows)
             client.round_cache["alignment"] = result
             return result if self.averaged else {}
-        extras = {}
+        extras: Mapping[str, Tensor] = {}
         if self.paired:
             model, part = client.round_cache.get("model") or client.state["model"], vectors_of(message)
             alignment = client.round_cache.get("alignment", part) if self.options.joint_start == "own" else part
             start, anchor = splice_ends(model, alignment), splice_ends(model, part)
         else:
             model = start = anchor = self.held(client, message)
-            if model is client.state.get("model"):
-                extras = client.state["heads"]
+            extras = client.state["heads"] if model is client.state.get("model") else {}
         result = client.train(self, phase, {**message, **start}, rows=rows, anchor=anchor, extras=extras)
         client.report["drift"] = float(torch.linalg.vector_norm(result["parameters"] - model["parameters"]))
         return result

@@ -159,8 +159,7 @@ def infinite_as_sent(came: Tensor, due: Tensor | Values) -> bool:
 
 
 def _number(came: object, due: Number, name: str) -> Iterator[str]:
-    is_number = isinstance(came, int) or (isinstance(came, float) and not due.integer)
-    if isinstance(came, bool) or not isinstance(came, (int, float)) or not is_number:
+    if isinstance(came, bool) or not isinstance(came, (int, float)) or (due.integer and isinstance(came, float)):
         yield f"has {type(came).__name__} {name} where {'an integer' if due.integer else 'a number'} is expected"
     elif not -math.inf < came < math.inf:
         yield f"has {name} {came} where a finite number is expected"

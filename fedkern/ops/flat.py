@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from fedkern.ops._core.checks import check_dense
+from fedkern.ops._core.checks import check_dense, memory_ends
 from fedkern.ops._core.layout import dense_stride
 from fedkern.ops._core.private_torch import functorch_active
 
@@ -150,11 +150,9 @@ class FlatParameters:
         _check_tensors(all_entries)
         if unknown := self._personal - {name for _, _, name, _, _ in all_entries}:
             raise ValueError(f"personal must hold names of the module's tensors, which {sorted(unknown)[0]!r} is not")
-        floating = [entry for entry in all_entries if entry[3].is_floating_point() or entry[3].is_complex()]
+        floating = [entry for entry in all_entries if _is_inexact(entry[3])]
         self._integers = [
-            entry
-            for entry in all_entries
-            if not (entry[3].is_floating_point() or entry[3].is_complex()) and entry[2] not in self._personal
+            entry for entry in all_entries if not _is_inexact(entry[3]) and entry[2] not in self._personal
         ]
         # Frozen as a whole, as a teacher or for evaluation, a module keeps its layout.
         self._mixed = len({tensor.requires_grad for _, _, _, tensor, is_parameter in floating if is_parameter}) == 2
@@ -255,7 +253,7 @@ class FlatParameters:
     def _load_integers(self, vector: Tensor) -> None:
         tensors = [self._live(entry) for entry in self._integers]
         total = sum(tensor.numel() for tensor in tensors)
-        if not isinstance(vector, Tensor) or vector.is_floating_point() or vector.is_complex():
+        if not isinstance(vector, Tensor) or _is_inexact(vector):
             kind = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
             raise TypeError(f"integers must be an int64 tensor, not {kind}")
         _check_values(vector, "integers")
@@ -332,7 +330,7 @@ class FlatParameters:
             TypeError, ValueError: the vector's type or shape is wrong.
         """
         group = self._only()
-        if not isinstance(vector, Tensor) or not (vector.is_floating_point() or vector.is_complex()):
+        if not isinstance(vector, Tensor) or not _is_inexact(vector):
             kind = vector.dtype if isinstance(vector, Tensor) else type(vector).__name__
             raise TypeError(f"vector must be a floating-point tensor, not {kind}")
         check_dense(vector, "vector")
@@ -412,8 +410,7 @@ class FlatParameters:
 
     def check(self) -> None:
         """Raise RuntimeError naming the first tensor that left the vectors, or was frozen or unfrozen."""
-        change = self._stray()
-        if change is not None:
+        if (change := self._stray()) is not None:
             raise RuntimeError(
                 f"the module is no longer flat: {change}; call flatten() to flatten it again with the values it has now"
             )
@@ -505,6 +502,10 @@ class FlatParameters:
         if changed is None or not (self._mixed or (trained and frozen)):
             return None
         return f"requires_grad of {changed!r} was changed, and frozen parameters lie behind the trained ones"
+
+
+def _is_inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _describe_change(name: str) -> str:
@@ -652,7 +653,8 @@ def _flatten_group(entries: list[Entry], mixed: bool, personal: Collection[str])
             placed[key] = end
             offsets.append(end)
             sources.append((tensor, end))
-            taken.append((tensor.data_ptr(), tensor.data_ptr() + _extent(tensor), name))
+            if tensor.numel():
+                taken.append((*memory_ends(tensor), name))
             end += tensor.numel()
         ends[kind(entry)] = end
     # Tensors that overlap in part can share no place in the vector.
@@ -689,10 +691,3 @@ def _shape_piece(piece: Tensor, slot: Slot) -> Tensor:
     order = sorted(range(slot.tensor.dim()), key=lambda axis: (-slot.stride[axis], -slot.tensor.shape[axis]))
     in_memory = piece.view([slot.tensor.shape[axis] for axis in order])
     return in_memory.permute(sorted(range(len(order)), key=order.__getitem__))
-
-
-def _extent(tensor: Tensor) -> int:
-    if not tensor.numel():
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()

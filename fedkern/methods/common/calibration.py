@@ -87,7 +87,12 @@ class ClassStatistics:
     def merge(self, message: Mapping[str, Tensor]) -> None:
         """Add a declared :meth:`message`, or change nothing and raise ValueError."""
         counts, means, scatters = (message[name].cpu() for name in ("counts", "means", "scatters"))
-        self._check(int((counts > 0).sum()), scatters)
+        present = int((counts > 0).sum())
+        if len(scatters) != present:
+            raise ValueError(f"{len(scatters)} means and scatters came for {present} classes")
+        variances = scatters if self.diagonal else scatters[:, torch.eq(*torch.triu_indices(self.width, self.width))]
+        if bool((variances < 0).any()):
+            raise ValueError("scatters of the class statistics must not be negative on the diagonal")
         for row, c in enumerate(torch.nonzero(counts).flatten().tolist()):
             n, mean, packed = int(counts[c]), means[row].double(), scatters[row].double()
             scatter = packed if self.diagonal else self._unpack(packed)
@@ -118,13 +123,6 @@ class ClassStatistics:
         full = packed.new_zeros(self.width, self.width)
         full[*torch.triu_indices(self.width, self.width)] = packed
         return full + full.triu(1).T
-
-    def _check(self, present: int, scatters: Tensor) -> None:
-        if len(scatters) != present:
-            raise ValueError(f"{len(scatters)} means and scatters came for {present} classes")
-        variances = scatters if self.diagonal else scatters[:, torch.eq(*torch.triu_indices(self.width, self.width))]
-        if bool((variances < 0).any()):
-            raise ValueError("scatters of the class statistics must not be negative on the diagonal")
 
 
 def collect_statistics(

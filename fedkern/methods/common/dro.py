@@ -7,7 +7,7 @@ round. The server projects ``v_k = w_k exp(eta l_k)`` onto the set Q (`fedkern.m
 moves weight among the round's participants, the projection among all.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -158,8 +158,7 @@ class Robust(LocalTraining):
     def learn(self, server: Server, uploads: Iterable[Upload]) -> None:
         """Update the weights by one ascent step on the reported losses."""
         losses = np.full(server.federation.clients, np.nan)
-        current: list[int] = []
-        server.state["current"] = current
+        current = server.state["current"] = []
         for upload in uploads:
             current.append(upload.client_id)
             losses[upload.client_id] = upload.message["loss"]
@@ -184,8 +183,7 @@ class Robust(LocalTraining):
         return max(2, round(float(self.options.loss_share) * samples))
 
     def check(self, client: Client) -> None:
-        trained = len(self.rows(client)[0])
-        if trained < 2:
+        if len(self.rows(client)[0]) < 2:
             named = "" if client.groups is None else f" of {int(client.groups.max()) + 1} images or patients"
             raise UserError(
                 f"Client {client.label} has {client.samples} samples{named}, too few to keep some from the training "
@@ -231,8 +229,7 @@ class Robust(LocalTraining):
         batches = [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]
         with torch.no_grad():
             losses = [float(self.judge(network, client.batch(part))) for part in batches]
-        loss = self.running(client, sum(losses) / len(losses), sum(map(len, batches)))
-        client.report["own_loss"] = loss
+        loss = client.report["own_loss"] = self.running(client, sum(losses) / len(losses), sum(map(len, batches)))
         return {"loss": loss}
 
     def running(self, client: Client, loss: float, samples: int) -> float:
@@ -256,7 +253,3 @@ class Robust(LocalTraining):
     def scaled(self, loss: Tensor, received: Received) -> Tensor:
         factor = float(received.message.get("scale", 1.0))
         return loss if factor == 1 else loss * factor
-
-
-def _batches_of(rows: np.ndarray, size: int) -> Sequence[np.ndarray]:
-    return [rows[i : i + size] for i in range(0, len(rows) - size + 1, size)]

@@ -315,14 +315,12 @@ class FedIOD(OwnNetworks):
         kind, _ = split_exchange(phase)
         classes, channels, (height, width) = server.federation.classes, server.image_shape[0], server.image_shape[1:]
         positions = server.task.output(classes, (height, width))[1:]
-        if kind == "secret":
-            return {}
         if kind == "teacher":
             return {"classes": Values((classes,), low=0)} if self.options.tells_counts else {}
         if kind == "answers":
             assert server.public is not None  # checked in start
             return {"logits": Values((len(server.public), classes, *positions))}
-        if not self.options.makes_images:
+        if kind == "secret" or not self.options.makes_images:
             return {}
         if kind == "gradients":  # a client that has lost its state of the images sends none
             return {"gradients": Maybe(Values((self.options.batch, channels, height, width)))}
@@ -335,11 +333,9 @@ class FedIOD(OwnNetworks):
         if kind == "teacher":
             for upload in uploads:
                 server.state["classes"][upload.client_id] = upload.message.get("classes", torch.ones(1))
-            return
-        if kind == "secret":
-            return
-        if kind == "answers":
+        elif kind == "answers":
             server.state["answers"] = {upload.client_id: upload.message["logits"].cpu() for upload in uploads}
+        if kind in ("teacher", "secret", "answers"):
             return
         # Uploads come first: the clients answer while these are read, and nobody answers where nothing was sent.
         answers = {upload.client_id: upload.message for upload in uploads}
@@ -358,21 +354,16 @@ class FedIOD(OwnNetworks):
 
     def _teach(self, server: Server, shop: Workshop, phase: Phase, answers: Messages) -> Ensemble | None:
         size = self.options.batch
-        if self.options.makes_images:
-            images = server.round_cache.pop("images", None)  # none before the student's first iteration
-            if not answers:
-                return None
-            ensemble = shop.gather(answers)
-            shop.teach(images, ensemble, size)
-            return ensemble
-        assert server.public is not None  # checked in start
-        order = server.rng("public", phase).permutation(len(server.public))
-        rows = torch.from_numpy(order[: size * self.options.student_steps])
+        images = server.round_cache.pop("images", None)  # none before the student's first iteration, nor public ones
         if not answers:
             return None
-        logits = server.state["answers"]
-        ensemble = shop.gather({k: {"logits": logits[k][rows]} for k in answers if k in logits})
-        shop.teach(server.public.take(rows.numpy()), ensemble, size)
+        if not self.options.makes_images:
+            assert server.public is not None  # checked in start
+            rows = server.rng("public", phase).permutation(len(server.public))[: size * self.options.student_steps]
+            images, logits = server.public.take(rows), server.state["answers"]
+            answers = {k: {"logits": logits[k][torch.from_numpy(rows)]} for k in answers if k in logits}
+        ensemble = shop.gather(answers)
+        shop.teach(images, ensemble, size)
         return ensemble
 
     # -- the clients -----------------------------------------------------------------------------------------------

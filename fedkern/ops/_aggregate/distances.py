@@ -131,7 +131,6 @@ def geometric_median(
     iterations = min(check_count(iterations, "iterations", 0), _MAX_ITERATIONS)
     check_number(tolerance, "tolerance")
     check_number(smoothing, "smoothing", above=True)
-    kernel: AggregateKernels | None
     kernel = None if isinstance(weights, Tensor) else select_ordinary("aggregate", vectors, torch.is_grad_enabled())
     if kernel is not None and kernel.host and checks.count_of(vectors) <= MAX_FROM_DISTANCES:
         count = checks.count_of(vectors)

@@ -171,8 +171,7 @@ class AggregateKernels(PlainAggregate, Launcher):
         return result
 
     def scale_and_noise(self, vectors: Vectors, factors: Tensor, deviation: float, seed: int, offset: int) -> Tensor:
-        result = self._matrix(vectors)
-        scales = factors.contiguous()
+        result, scales = self._matrix(vectors), factors.contiguous()
         self._call(self.core.scale_and_noise, vectors, scales, deviation, seed, offset, result, self.at(result))
         return result
 

@@ -28,9 +28,7 @@ def stack_piece(vectors: Vectors, piece: slice) -> Tensor:
 
 
 def as_weights(weights: Weights, like: Tensor) -> Tensor:
-    if isinstance(weights, Tensor):
-        return weights.to(like.device, torch.float64)
-    return place_values(weights, like.device)
+    return weights.to(like.device, torch.float64) if isinstance(weights, Tensor) else place_values(weights, like.device)
 
 
 def sorted_mean_reference(vectors: Vectors, low: int, high: int, weights: Weights | None) -> Tensor:

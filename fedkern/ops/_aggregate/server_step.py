@@ -108,7 +108,6 @@ def server_step(
     """
     check_flag(similarities, "similarities")
     if not isinstance(weights, Tensor) and global_ is not None:
-        kernel: AggregateKernels | None
         kernel = select_ordinary("aggregate", vectors, torch.is_grad_enabled(), global_, first, second, out)
         if kernel is not None:
             settings = _settings(rule, learning_rate, beta1, beta2, tau)
@@ -137,11 +136,10 @@ def server_step(
         _check_apart(call, share_memory if ordinary else operator.is_)
     refuse_gradient("server_step", global_, *checks.rows_or_stack(vectors), weights, first, second, out)
     if not ordinary:
-        weight_tensor = checks.as_tensor(weights, template, count)
+        tensors = global_, checks.rows_of(vectors), checks.as_tensor(weights, template, count)
         dtype = None if out is None else out.dtype
         numbers = library.numbers_tensor(settings[1:])  # a schedule compiles nothing anew
-        settings_and_states = settings.rule, numbers, first, second, dtype, similarities
-        result = ServerStep(*_operator(global_, checks.rows_of(vectors), weight_tensor, *settings_and_states))
+        result = ServerStep(*_operator(*tensors, settings.rule, numbers, first, second, dtype, similarities))
         return result if out is None else result._replace(model=out.copy_(result.model))
     return _compute(call)
 

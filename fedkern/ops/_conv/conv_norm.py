@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -94,11 +96,8 @@ class _ConvPool(EagerFunction):
                 return (None, None, *kernel.backward(grad, x, weight, places, settings, needs))
             except NotFinite:
                 pass
-
         # Recorded (create_graph=True), batched (is_grads_batched=True) or not finite.
-        def reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return conv_pool_reference(x, weight, bias, padding=settings.padding, relu=settings.relu)
-
+        reference = functools.partial(conv_pool_reference, padding=settings.padding, relu=settings.relu)
         with torch.autocast("cpu", enabled=False):
             gradients = library.differentiate_reference(reference, (x, weight, bias), needs, grad, _grad_enabled())
         return (None, None, *gradients)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,11 +87,8 @@ class _StridedConv(EagerFunction):
                 return (None, None, *kernel.backward(grad, x, weight, groups, *needs))
             except NotFinite:
                 pass
-
         # Recorded (create_graph=True), batched (is_grads_batched=True) or not finite.
-        def reference(x: Tensor, weight: Tensor) -> Tensor:
-            return strided_reference(x, weight, groups)
-
+        reference = functools.partial(strided_reference, groups=groups)
         with torch.autocast("cpu", enabled=False):
             gradients = library.differentiate_reference(reference, (x, weight), needs, grad, torch.is_grad_enabled())
         return (None, None, *gradients)

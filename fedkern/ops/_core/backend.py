@@ -397,10 +397,8 @@ def select(operator: str, *tensors: Tensor) -> Any | None:
 
 
 def _describe(tensor: Tensor) -> str:
-    kind = (
-        "a negated view" if tensor.is_neg() else f"layout {tensor.layout}" if tensor.layout is not torch.strided else ""
-    )
-    return f"dtype {tensor.dtype}" + (f" and {kind}" if kind else "")
+    layout = "" if tensor.layout is torch.strided else f" and layout {tensor.layout}"
+    return f"dtype {tensor.dtype}{' and a negated view' if tensor.is_neg() else layout}"
 
 
 def _load(operator: str, backend: str) -> object:

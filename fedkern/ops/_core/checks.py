@@ -158,7 +158,7 @@ def share_memory(x: Tensor, y: Tensor) -> bool:
     """Return whether elements of ``x`` and ``y`` overlap in memory, exactly for all strides."""
     if not x.numel() or not y.numel() or x.device != y.device:
         return False
-    (x_begin, x_end), (y_begin, y_end) = _ends(x), _ends(y)
+    (x_begin, x_end), (y_begin, y_end) = memory_ends(x), memory_ends(y)
     if x_begin >= y_end or y_begin >= x_end:
         return False
     if x.is_contiguous() and y.is_contiguous():
@@ -170,7 +170,8 @@ def share_memory(x: Tensor, y: Tensor) -> bool:
         return True
 
 
-def _ends(tensor: Tensor) -> tuple[int, int]:
+def memory_ends(tensor: Tensor) -> tuple[int, int]:
+    """Return the first address of a tensor with elements, and the address behind its last element."""
     begin = tensor.data_ptr()
     span = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     return begin, begin + (span + 1) * tensor.element_size()

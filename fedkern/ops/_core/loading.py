@@ -49,13 +49,11 @@ def load_core(name: str) -> ModuleType:
     try:
         return importlib.import_module(f"fedkern.{name}")
     except ModuleNotFoundError:
-        core = _installed_core(name)
-        if core is None:
-            if kind := unsupported_machine():
-                requirement = "fedkern's compiled kernels are made for Linux on x86-64"
-                raise Unsuited(f"{requirement}, and this is {kind}") from None
-            raise Unavailable(f"fedkern.{name} was not built") from None
-        return core
+        if (core := _installed_core(name)) is not None:
+            return core
+        if kind := unsupported_machine():
+            raise Unsuited(f"fedkern's compiled kernels are made for Linux on x86-64, and this is {kind}") from None
+        raise Unavailable(f"fedkern.{name} was not built") from None
     except ImportError as error:
         raise _load_error(f"fedkern.{name}", error) from error
 
@@ -81,7 +79,7 @@ def load_triton(module: str) -> ModuleType:
         raise Unavailable("triton is not installed (pip install triton)")
     release = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if release < TRITON:
-        oldest = ".".join(str(part) for part in TRITON)
+        oldest = ".".join(map(str, TRITON))
         raise Unavailable(f"triton {triton.__version__} is installed, and fedkern needs {oldest} or newer")
     if release == (3, 6) and is_interpreted():
         import numpy

@@ -246,8 +246,7 @@ def table_problem(capsule: object) -> str:
         values = tuple(getattr(view, name) for name in names)
         # On the CPU (1), floating (2), one value an element.
         expected: tuple[Any, ...] = (x.data_ptr(), 0, 1, x.dim(), 2, 8 * x.element_size(), 1)
-        shape = tuple(view.shape[: x.dim()]) if view.shape else ()
-        strides = tuple(view.strides[: x.dim()]) if view.strides else ()
+        shape, strides = (tuple(axes[: x.dim()]) if axes else () for axes in (view.shape, view.strides))
         if (*values, shape, strides) != (*expected, tuple(x.shape), x.stride()):
             return "it describes a small tensor wrongly"
     return ""

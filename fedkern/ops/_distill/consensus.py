@@ -78,9 +78,8 @@ def _dispatch(
         check_stack("logits", logits)
     code = check_reduction(reduction)
     if weights is not None:
-        ordinary = kernel is not None
-        check_values(weights, ordinary)
-        weights = spread_row_weights(weights, logits, ordinary)
+        check_values(weights, kernel is not None)
+        weights = spread_row_weights(weights, logits, kernel is not None)
     if kernel is None:
         tensors = (logits,) if weights is None else (logits, weights)
         if not eager(*tensors):

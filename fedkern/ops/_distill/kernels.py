@@ -242,9 +242,8 @@ class DistillKernels(Launcher):
         student, teachers, _, _, _, mix, _, reduction = call
         dtype = result_dtype(student, None, teachers)
         by_class = student is not None and _by_class(call)
-        result, second_result = self._result(teachers, 1, dtype, reduction), None
-        if mix == CONSENSUS:
-            second_result = self._result(teachers, 1, dtype, reduction)
+        result = self._result(teachers, 1, dtype, reduction)
+        second_result = self._result(teachers, 1, dtype, reduction) if mix == CONSENSUS else None
         self._ensemble((None, None), call, dtype, by_class, gradients, (result, second_result), statistics)
         return result if second_result is None else (result, second_result)
 
