@@ -189,7 +189,7 @@ def writing(out: Path, *, fresh: bool) -> Iterator[Callable[[], None]]:
                 if not begun:
                     with suppress(OSError):  # the folder was vacant before
                         checkpoints.Checkpoints(out).discard()
-                        for name in sorted({*NAMES, folder_lock.NAME} - {FOLDER}):
+                        for name in (*(name for name in NAMES if name != FOLDER), folder_lock.NAME):  # the lock last
                             (out / name).unlink(missing_ok=True)
                 raise
     except Exception as error:
