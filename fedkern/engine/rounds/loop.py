@@ -58,7 +58,7 @@ class Loop:
         run, progress, log = self._run, self._run.progress, self._run.log
         entry, clients, absent = record.entry, record.participants, assigned.absent
         record.seconds.update({"train": 0.0, "aggregate": 0.0, "evaluate": 0.0})
-        present = [k for k in clients if k not in absent]
+        present = tuple(k for k in clients if k not in absent)
         exchanges = run.pooling.exchanges(entry, record.due)
         record.exchanges = tuple(name for name, _ in exchanges)
         log.begin()
@@ -82,7 +82,7 @@ class Loop:
             if len(exchanges) > 1:
                 record.seconds[f"train/{name}"] = exchange.seconds
             record.seconds["aggregate"] += time.perf_counter() - begun - exchange.seconds
-            present = [k for k in present if k not in log.excluded]
+            present = tuple(k for k in present if k not in log.excluded)
             if not present:
                 log.none_left()
         run.hooks["method"].check_model()

@@ -34,7 +34,7 @@ class ExchangeRequest:
     entry: Round
     plan: int
     clients: int
-    participants: Sequence[ClientId]
+    participants: tuple[ClientId, ...]
     hooks: Hooks
     sent: Mapping[ClientId, Message]
     began: Mapping[ClientId, int] = field(default_factory=dict)
