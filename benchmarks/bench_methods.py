@@ -319,11 +319,6 @@ def read_rounds(variant: str, folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
-def main_figure(rounds: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
-    """Return name and value of the main figure after the last round."""
-    return next((name, float(rounds[-1][name])) for name in MAIN if name in rounds[-1])
-
-
 def other_settings(before: Path, ours: Path) -> list[str]:
     """Return differences between the config.toml of two run folders, of the settings that both have."""
     old, new = (tomllib.loads((folder / "run" / "config.toml").read_text()) for folder in (before, ours))
@@ -379,7 +374,7 @@ def _measure(
     with gpu_use.watch() if device == "cuda" else nullcontext() as use:
         cost = processes.run([sys.executable, "-m", *words], environment(name, before), working)
     rounds = read_rounds(name, folder)
-    row.main, figure = main_figure(rounds)
+    row.main, figure = next((name, float(rounds[-1][name])) for name in MAIN if name in rounds[-1])
     row.rounds = len(rounds)
     first_round, *later = (record["round_seconds"] for record in rounds)
     tables = [

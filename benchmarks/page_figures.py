@@ -286,7 +286,7 @@ def dra_tables(study: str, *tables: str, forms: Sequence[Callable[[float], str]]
         cells = rows_by_name.setdefault(row["name"].removeprefix(f"{row['table']}: "), [])
         cells += [interval(row, "ours", forms[0]) or "not played", interval(row, "gap", forms[1])]
     heads = [text for name in tables for text in (name, "difference, paired by seed")]
-    text = table(["figure", *heads], [[name, *cells] for name, cells in rows_by_name.items()])
+    text = table(["method", *heads], [[name, *cells] for name, cells in rows_by_name.items()])
     return [*text.split("\n"), *commits_of(study, shown)]
 
 
@@ -636,6 +636,8 @@ PAGES: tuple[Page, ...] = (
     Page("docs/fedlpfm.md", {
         "fedlpfm teacher from elsewhere": lpfm_foundation, "fedlpfm cost at inference": lpfm_inference,
         "fedlpfm stored teachers": lpfm_stored,
+        "fedlpfm drawings by artist": partial(dra_tables, "openclipart_classes", "own artists", "other artists",
+                                              forms=(percent, points)),
         "fedlpfm teacher of public images": partial(mark_undated, lpfm_table),
         "fedlpfm command": partial(command, "fedlpfm")}),
     Page("docs/fediod.md", {
@@ -645,7 +647,8 @@ PAGES: tuple[Page, ...] = (
         "fediod command": partial(command, "fediod")}),
     Page("docs/reproducing.md", {
         "FedAvg rounds to an accuracy on MNIST": partial(verdicts, "mcmahan2017"),
-        "accuracies on FCUBE": partial(verdicts, "fcube")}, "Tables run here"),
+        "accuracies on FCUBE": partial(verdicts, "fcube"),
+        "accuracies of pFedMe": partial(verdicts, "pfedme")}, "Tables run here"),
     Page("docs/feddra.md", {
         "feddra minority of a tenth": partial(dra_tables, "feddra", "10 %: worst loss", "10 %: mean loss"),
         "feddra minority of a fifth": partial(dra_tables, "feddra", "20 %: worst loss", "20 %: mean loss"),
