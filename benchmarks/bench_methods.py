@@ -470,7 +470,8 @@ def _speed_table(rows: Sequence[Row]) -> list[str]:
     lines = ["Whole commands, and in brackets the mean of all rounds, the first one included:", ""]
     lines += [f"| run | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     for row in rows:
-        cells = [_pair(row.seconds.get(name), row.round_seconds.get(name)) for name in names]
+        pairs = [(row.seconds.get(name), row.round_seconds.get(name)) for name in names]
+        cells = [f"{median(run):.2f} ({median(rounds):.2f})" if run and rounds else "–" for run, rounds in pairs]
         cells += [f"{_ratio(row.speedup(*pair))} ({_ratio(row.speedup(*pair, of='round_seconds'))})" for pair in pairs]
         lines.append(f"| {row.method} | {' | '.join(cells)} |")
     means = []
@@ -531,10 +532,6 @@ def _figure_table(rows: Sequence[Row]) -> list[str]:
             cells.append(f"**{text}**" if row.apart(name) else text)
         lines.append(f"| {row.method} | {row.main} | {' | '.join(cells)} |")
     return lines
-
-
-def _pair(commands: list[float] | None, rounds: list[float] | None) -> str:
-    return f"{median(commands):.2f} ({median(rounds):.2f})" if commands and rounds else "–"
 
 
 def _ratio(value: float | None) -> str:

@@ -76,11 +76,7 @@ def class_weights(labels: Sequence[Tensor], classes: int) -> Tensor:
 def real_batches(dataset: common.Images, size: int, device: torch.device) -> Iterator[Tensor]:
     """Yield a round's real images: once through the client's samples, the last batch filled up."""
     for images, *_ in common.on(DataLoader(dataset, batch_size=size, shuffle=True), device):
-        if len(images) < size:
-            rows = torch.arange(size) % len(images)
-            yield images[rows]
-        else:
-            yield images
+        yield images if len(images) == size else images[torch.arange(size) % len(images)]
 
 
 def train_teachers(federation: common.Federation, args: argparse.Namespace) -> list[nn.Module]:
