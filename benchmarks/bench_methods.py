@@ -470,8 +470,8 @@ def _speed_table(rows: Sequence[Row]) -> list[str]:
     lines = ["Whole commands, and in brackets the mean of all rounds, the first one included:", ""]
     lines += [f"| run | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     for row in rows:
-        pairs = [(row.seconds.get(name), row.round_seconds.get(name)) for name in names]
-        cells = [f"{median(run):.2f} ({median(rounds):.2f})" if run and rounds else "–" for run, rounds in pairs]
+        times = [(row.seconds.get(name), row.round_seconds.get(name)) for name in names]
+        cells = [f"{median(run):.2f} ({median(rounds):.2f})" if run and rounds else "–" for run, rounds in times]
         cells += [f"{_ratio(row.speedup(*pair))} ({_ratio(row.speedup(*pair, of='round_seconds'))})" for pair in pairs]
         lines.append(f"| {row.method} | {' | '.join(cells)} |")
     means = []
