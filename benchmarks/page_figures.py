@@ -13,7 +13,7 @@ from benchmarks.page import Page, by_seed, decimal, load, read_rows, spread, tab
 from benchmarks.report import left_out, our_time, present, ratio
 from benchmarks.shown import nodes
 from benchmarks.studies.page_commands import COMMANDS
-from fedkern.comparison.seed_statistics import compare_pairs
+from fedkern.comparison.seed_statistics import compare_pairs, interval_text
 from fedkern.methods import METHODS
 from fedkern.report.tables import human_metric
 from fedkern.settings.config import RunConfig
@@ -176,7 +176,7 @@ def lpfm_table() -> Lines:
     def gain(split: str) -> str:
         values = (figures("fedlpfm_changes", f"{split}: {name}") for name in ("Fed-LPFM", "FedAvg"))
         gap = compare_pairs(*(dict(enumerate(of_seeds)) for of_seeds in values))
-        return interval({"gap": gap.mean, "gap_low": gap.low, "gap_high": gap.high}, "gap", points) if gap else ""
+        return interval_text(gap.mean, gap.low, gap.high, points).replace("-", "−") if gap else ""
 
     rows = [
         *(row(name, name) for name in ("FedAvg", "FedProx", "FML", "Fed-LPFM")),
@@ -207,9 +207,7 @@ def interval(row: Mapping[str, Any], key: str, form: Callable[[float], str]) -> 
     """Return a value of a row with its interval, or nothing where the value is missing."""
     if row[key] is None:
         return ""
-    low, high = row[f"{key}_low"], row[f"{key}_high"]
-    text = form(row[key]) + ("" if low is None else f" [{form(low)}, {form(high)}]")
-    return text.replace("-", "−")
+    return interval_text(row[key], row[f"{key}_low"], row[f"{key}_high"], form).replace("-", "−")
 
 
 def lpfm_inference() -> Lines:

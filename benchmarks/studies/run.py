@@ -24,7 +24,7 @@ from benchmarks import page
 from fedkern.cli import command_parser
 from fedkern.cli.commands import reproduce
 from fedkern.comparison import published
-from fedkern.comparison.found_runs import FoundRun
+from fedkern.comparison.found_runs import FoundRun, Group, main_figures
 from fedkern.comparison.reproduction import REPRODUCTIONS, Reproduction
 
 AFTER, LATE = "after", 5
@@ -52,8 +52,8 @@ def ask(command: str, folder: Path) -> Any:
 
 
 def curve_of(run: FoundRun) -> dict[str, list[Any]]:
-    """Return the main figure (of several test sets, "id"), bytes and simulated seconds so far of evaluated rounds."""
-    main = run.main if run.main in run.metrics else f"id_{run.main}"
+    """Return the first main figure, bytes and simulated seconds so far of evaluated rounds."""
+    main = main_figures([Group("", run.method, {run.seed: run})])[0]
     records = [record for record in run.records if main in record]
     names = ("round", main, "bytes_up", "simulated_seconds")
     return {name: [record[name] for record in records] for name in names if name in records[0]}

@@ -24,9 +24,10 @@ class TrainingSettings(Section):
     lr: float = option(COMMON["lr"], "learning rate of the clients' optimiser", above=0)
     lr_decay: float = option(1.0, "factor by which the learning rate changes after every round", above=0, high=1)
     lr_steps: str | None = option(
-        None, "epochs of the whole run (round x local epochs + epoch), or rounds with --local-steps, at which the "
-        "learning rate drops: 200,400",
-    )  # fmt: skip
+        None,
+        "epochs of the whole run (round x local epochs + epoch), or rounds with --local-steps, at which the learning "
+        "rate drops: 200,400",
+    )
     lr_step_factor: float = option(
         0.1, "factor by which the learning rate changes at each of --lr-steps", above=0, high=1
     )
@@ -38,9 +39,11 @@ class TrainingSettings(Section):
     weight_decay: float = option(COMMON["weight_decay"], "weight decay of the clients' optimiser", low=0)
     clip_norm: float = option(0.0, "largest gradient norm of a step; 0: no clipping", low=0)
     teachers: str | None = option(
-        None, "use networks that the clients have already trained, and skip training: a run folder, or a folder with "
-        "client-0.safetensors, client-1.safetensors, ...", path=absolute,
-    )  # fmt: skip
+        None,
+        "use networks that the clients have already trained, and skip training: a run folder, or a folder with "
+        "client-0.safetensors, client-1.safetensors, ...",
+        path=absolute,
+    )
 
     def resolve(self) -> Values:
         values = super().resolve()
