@@ -47,11 +47,8 @@ class Multilabel(Task):
     def final(self, data: SampleSet, outputs: Sequence[Tensor], names: Sequence[str]) -> Figures:
         labels = data.labels.cpu()
         functions = {"auroc": areas, "average_precision": average_precisions}
-        return Figures(
-            per_class={
-                name: to_dict(mean([of(logits, labels) for logits in outputs]), names) for name, of in functions.items()
-            }
-        )
+        means = {name: mean([of(logits, labels) for logits in outputs]) for name, of in functions.items()}
+        return Figures(per_class={name: to_dict(values, names) for name, values in means.items()})
 
     def resample_figure(
         self, output: Tensor, labels: Tensor, cases: Tensor | None, rows: Rows, units: Rows, counts: Floats

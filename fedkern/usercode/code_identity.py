@@ -562,9 +562,9 @@ def _package(module: str, kind: type | None = None) -> str | None:
     top = module.partition(".")[0]
     if top == "builtins" and kind is not None:
         return None if kind.__flags__ & _HEAP else ""
-    file = getattr(sys.modules.get(top), "__file__", None)
+    package = sys.modules.get(top)
+    file = getattr(package, "__file__", None)
     if file is None:
-        package = sys.modules.get(top)
         file = next(iter(getattr(package, "__path__", ())), "") or ("" if package else _origin(top))
     return _package_at(top, str(file))
 
@@ -596,12 +596,14 @@ def _module_text(module: types.ModuleType) -> str:
 
 
 def _origin(name: str) -> str:
+    importlib.invalidate_caches()
     spec = _spec(name) if name else None
     return (spec.origin or "") if spec is not None and spec.has_location else ""
 
 
 def module_identity(name: str) -> str:
     """Return version, hash and path of the file of a module, without importing it."""
+    importlib.invalidate_caches()
     spec = _spec(name)
     if spec is None:
         raise ModuleNotFoundError(f"No module named {name!r}")
@@ -613,7 +615,6 @@ def module_identity(name: str) -> str:
 
 def _spec(name: str) -> ModuleSpec | None:
     # importlib.util.find_spec would import, and so execute, the packages above the module.
-    importlib.invalidate_caches()
     package = name.rpartition(".")[0]
     within = getattr(_spec(package), "submodule_search_locations", None) if package else None
     if package and within is None:

@@ -26,9 +26,8 @@ class Loop:
         for entry in self._run.plan[self._run.progress.planned :]:
             check()
             self._run.progress.begin(entry)
-            assigned = self._run.participation.assign(
-                entry, self._run.progress.index, partial(self._declared_bytes, entry)
-            )
+            traffic = partial(self._declared_bytes, entry)
+            assigned = self._run.participation.assign(entry, self._run.progress.index, traffic)
             record = self._record(entry, assigned)
             for part in self._parts:
                 if (stop := part.before_round(record)) is not None:

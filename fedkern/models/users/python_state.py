@@ -47,8 +47,8 @@ def hash_attributes(network: nn.Module) -> dict[str, int]:
         for name in HOOKS if counts else ():
             hooks = getattr(module, name).values()
             of_user = [hook for hook in hooks if getattr(hook, "__module__", "").partition(".")[0] not in _SHIPPED]
-            table = identity_table({"hooks": of_user}, weights=False, local=True) if of_user else {}
-            of_module[name] = hash((len(hooks), digest(table)))
+            of_code = digest(identity_table({"hooks": of_user}, weights=False, local=True)) if of_user else ""
+            of_module[name] = hash((len(hooks), of_code))
         hashes |= {f"{path}.{name}".removeprefix("module.").removeprefix("."): x for name, x in of_module.items()}
     return hashes
 
