@@ -128,6 +128,18 @@ def _wrap(text: str, width: int = 112) -> str:
     return " \\\n".join(lines)
 
 
+def tables_side_by_side(study: str, *tables: str, forms: Sequence[Callable[[float], str]] = (percent, points)) -> Lines:
+    """Return methods with their means and intervals, and differences to the first, of several tables of a study."""
+    rows_by_name: dict[str, list[str]] = {}
+    shown = [row for row in read_rows(study).values() if row["table"] in tables]
+    for row in shown:
+        cells = rows_by_name.setdefault(row["name"].removeprefix(f"{row['table']}: "), [])
+        cells += [interval(row, "ours", forms[0]) or "not played", interval(row, "gap", forms[1])]
+    heads = [text for name in tables for text in (name, "difference, paired by seed")]
+    text = table(["method", *heads], [[name, *cells] for name, cells in rows_by_name.items()])
+    return [*text.split("\n"), *commits_of(study, shown)]
+
+
 # -- FedGID ------------------------------------------------------------------------------------------------------------
 
 GID_GAPS = {"strongly tied colours": "ColorMNIST 0.8", "weakly tied colours": "ColorMNIST 0.5", "slides": "slides 0.8"}
@@ -187,20 +199,6 @@ def lpfm_table() -> Lines:
         row("centralised, one seed", "centralised"),
     ]
     return table(["method", *SPLITS], rows).split("\n")
-
-
-def lpfm_foundation() -> Lines:
-    results = read_rows("fedlpfm")
-    splits = dict.fromkeys(row["table"] for row in results.values())
-    methods = dict.fromkeys(name.partition(": ")[2] for name in results)
-    rows = [[method, *(mean_and_gap(results[f"{split}: {method}"]) for split in splits)] for method in methods]
-    return [*table(["method", *splits], rows).split("\n"), *commits_of("fedlpfm", [*results.values()])]
-
-
-def mean_and_gap(row: Mapping[str, Any]) -> str:
-    """Return a cell's mean in per cent and its difference to the baseline with its interval, in points."""
-    mean_text = "not played" if row["ours"] is None else percent(row["ours"])
-    return "; ".join(filter(None, (mean_text, interval(row, "gap", points))))
 
 
 def interval(row: Mapping[str, Any], key: str, form: Callable[[float], str]) -> str:
@@ -276,22 +274,6 @@ def iod_options() -> Lines:
     terms = ((text, load("fediod_mnist_terms")[name]) for text, name in IOD_CHANGES.items())
     rows = [[text, percent(term["accuracy"]), percent(term["ensemble_weighted"])] for text, term in terms]
     return table(["changed", "student", "its ensemble"], rows).split("\n")
-
-
-# -- FedDRA ------------------------------------------------------------------------------------------------------------
-
-
-def dra_tables(study: str, *tables: str, forms: Sequence[Callable[[float], str]] = (nats, nats)) -> Lines:
-    """Return methods with their means and intervals, and differences to the first, of several tables of a study."""
-
-    rows_by_name: dict[str, list[str]] = {}
-    shown = [row for row in read_rows(study).values() if row["table"] in tables]
-    for row in shown:
-        cells = rows_by_name.setdefault(row["name"].removeprefix(f"{row['table']}: "), [])
-        cells += [interval(row, "ours", forms[0]) or "not played", interval(row, "gap", forms[1])]
-    heads = [text for name in tables for text in (name, "difference, paired by seed")]
-    text = table(["method", *heads], [[name, *cells] for name, cells in rows_by_name.items()])
-    return [*text.split("\n"), *commits_of(study, shown)]
 
 
 # -- operators ---------------------------------------------------------------------------------------------------------
@@ -638,10 +620,11 @@ PAGES: tuple[Page, ...] = (
         "fusefl as published and calibrated": partial(mark_undated, fuse_table),
         "fusefl command": partial(command, "fusefl")}),
     Page("docs/fedlpfm.md", {
-        "fedlpfm teacher from elsewhere": lpfm_foundation, "fedlpfm cost at inference": lpfm_inference,
+        "fedlpfm teacher from elsewhere": partial(tables_side_by_side, "fedlpfm", *SPLITS, "IID"),
+        "fedlpfm cost at inference": lpfm_inference,
         "fedlpfm stored teachers": lpfm_stored,
-        "fedlpfm drawings by artist": partial(dra_tables, "openclipart_classes", "own artists", "balanced accuracy",
-                                              forms=(percent, points)),
+        "fedlpfm drawings by artist": partial(
+            tables_side_by_side, "openclipart_classes", "own artists", "balanced accuracy"),
         "fedlpfm teacher of public images": partial(mark_undated, lpfm_table),
         "fedlpfm command": partial(command, "fedlpfm")}),
     Page("docs/fediod.md", {
@@ -654,8 +637,10 @@ PAGES: tuple[Page, ...] = (
         "accuracies on FCUBE": partial(verdicts, "fcube"),
         "accuracies of pFedMe": partial(verdicts, "pfedme")}, "Tables run here"),
     Page("docs/feddra.md", {
-        "feddra minority of a tenth": partial(dra_tables, "feddra", "10 %: worst loss", "10 %: mean loss"),
-        "feddra minority of a fifth": partial(dra_tables, "feddra", "20 %: worst loss", "20 %: mean loss"),
+        "feddra minority of a tenth": partial(
+            tables_side_by_side, "feddra", "10 %: worst loss", "10 %: mean loss", forms=(nats, nats)),
+        "feddra minority of a fifth": partial(
+            tables_side_by_side, "feddra", "20 %: worst loss", "20 %: mean loss", forms=(nats, nats)),
         "feddra command": partial(command, "feddra", 2, 1.0, "nats")}),
     Page("docs/flower-reference.md", {
         "aggregation beside Flower": over_flower, "messages over Flower": message_seconds}, "Speed"),

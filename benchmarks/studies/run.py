@@ -26,6 +26,7 @@ from fedkern.cli.commands import reproduce
 from fedkern.comparison import published
 from fedkern.comparison.found_runs import FoundRun, Group, main_figures
 from fedkern.comparison.reproduction import REPRODUCTIONS, Reproduction
+from fedkern.errors import UserError
 
 AFTER, LATE = "after", 5
 """The key of the programs' answers; the evaluated rounds at the end whose mean is stored beside the last figure."""
@@ -100,4 +101,8 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    try:
+        raise SystemExit(main(sys.argv[1:]))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(error.exit_code) from None

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from fedkern.errors import UserError
 from fedkern.models.networks.conv_norm_layers import ConvSequential
 from fedkern.models.networks.resnet import ResNet
-from fedkern.models.networks.staged import StagedNetwork
+from fedkern.models.networks.staged import Classifier, StagedNetwork
 from fedkern.models.precision import autocasts, to_fp32
 from fedkern.models.users.user_models import OwnNetwork
 from fedkern.ops._core.layout import plain_strides
@@ -36,13 +36,11 @@ class OwnBlock(nn.Sequential):
         return y
 
 
-class BlockNetwork(nn.Module):
+class BlockNetwork(Classifier):
     """Blocks one after another, and a linear classifier on the last block's features ``[B, d]``.
 
     The first block takes images, the others a map ``[B, C, H, W]``, tokens ``[B, N, C]`` or features ``[B, d]``.
     """
-
-    head: nn.Linear
 
     def __init__(self, blocks: Sequence[nn.Module], head: nn.Linear) -> None:
         super().__init__()
@@ -56,10 +54,6 @@ class BlockNetwork(nn.Module):
         for block in self.blocks:
             x = block(x)
         return to_fp32(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.features(x))
-        return logits
 
     @torch.no_grad()
     def interfaces(self, image_shape: Sequence[int]) -> list[tuple[int, ...]]:

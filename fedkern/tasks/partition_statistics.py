@@ -63,8 +63,7 @@ class PartitionStatistics:
         values: dict[str, Any] = {name: tuple(cell) if isinstance(cell, list) else cell for name, cell in table.items()}
         counts = np.array(table["counts"], dtype=np.int64).reshape(len(table["counts"]), len(table["classes"]))
         colours = None if table["colours"] is None else np.array(table["colours"], dtype=np.uint8)
-        values |= {"counts": counts, "colours": colours}
-        return PartitionStatistics(**values)
+        return PartitionStatistics(**values | {"counts": counts, "colours": colours})
 
     def recounted(self, splits: Sequence[Any], own_tests: Sequence[int] | None = None) -> PartitionStatistics:
         """Return the same partition with new sample counts, after some samples were set aside.

@@ -47,7 +47,7 @@ from fractions import Fraction
 from importlib import metadata
 from importlib.machinery import ModuleSpec
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NamedTuple
+from typing import Any
 from uuid import UUID
 
 from fedkern.files.filesystem import open_regular, report_unreadable
@@ -393,13 +393,11 @@ class _Walk:
         defaults = function.__defaults__ or ()
         self._rows(zip(names[len(names) - len(defaults) :], defaults, strict=True), path, deep)
         self._rows((function.__kwdefaults__ or {}).items(), path, deep)
-        code_names = _names(code)
-        for name, value in cells:
-            self._visit_named(value, f"{path}.{name}", code_names.attributes, deep)
-        for name in code_names.globals:
-            if name in function.__globals__:
-                self._visit_named(function.__globals__[name], f"{path}.{name}", code_names.attributes, deep)
-        for name in code_names.imports:
+        read, all_names, imports = _names(code)
+        values = [(name, function.__globals__[name]) for name in read if name in function.__globals__]
+        for name, value in [*cells, *values]:
+            self._visit_named(value, f"{path}.{name}", all_names, deep)
+        for name in imports:
             if _package(name) is None:
                 file = Path(_origin(name))
                 self.write(f"{path}.{name}", content_hash(file.read_bytes()) if file.is_file() else "no file")
@@ -520,17 +518,12 @@ def _class_text(kind: type) -> str:
 # -- code --------------------------------------------------------------------------------------------------------------
 
 
-class _Named(NamedTuple):
-    globals: list[str]
-    attributes: frozenset[str]
-    imports: list[str]
-
-
-def _names(code: types.CodeType) -> _Named:
+def _names(code: types.CodeType) -> tuple[list[str], frozenset[str], list[str]]:
+    """Return the names that code reads, all names in code, and the modules that code imports."""
     steps = [step for part in _pieces(code) for step in dis.get_instructions(part)]
     read = {step.argval for step in steps if step.opname.startswith("LOAD_") and step.opname.endswith(_READS)}
     imports = {step.argval for step in steps if step.opname == "IMPORT_NAME" and step.argval}
-    return _Named(sorted(read), frozenset(name for part in _pieces(code) for name in part.co_names), sorted(imports))
+    return sorted(read), frozenset(name for part in _pieces(code) for name in part.co_names), sorted(imports)
 
 
 _READS = ("_GLOBAL", "_NAME", "_GLOBALS")  # LOAD_GLOBAL, LOAD_NAME, LOAD_FROM_DICT_OR_GLOBALS

@@ -63,11 +63,9 @@ class ViT(StagedNetwork):
         patch = patch_size(image_size)
         layers: list[nn.Module] = [Encoder(width, last=i + 1 == DEPTH) for i in range(DEPTH)]
         per_stage = DEPTH // STAGES
-        stages: list[nn.Module] = []
-        for i in range(STAGES):
-            front = [PatchEmbedding(channels, width, patch, image_size // patch)] if i == 0 else []
-            stages.append(nn.Sequential(*front, *layers[i * per_stage : (i + 1) * per_stage]))
-        super().__init__(stages, width=width, classes=classes)
+        stages = [nn.Sequential(*layers[start : start + per_stage]) for start in range(0, DEPTH, per_stage)]
+        stages[0].insert(0, PatchEmbedding(channels, width, patch, image_size // patch))
+        super().__init__([*stages], width=width, classes=classes)
 
 
 def patch_size(image_size: int) -> int:
