@@ -36,16 +36,8 @@ def test_median(node: str, count: int, size: int, threads: int) -> None:
         "torch": lambda: eager_median(vectors),
         "compile": lambda: compiled(vectors),
     }
-    compare(
-        node,
-        "median",
-        f"M={count} P={size:,}",
-        runs,
-        model_bytes=(count + 1) * size * 4,
-        copy=True,
-        threads=threads,
-        pairs=15,
-    )
+    case, bytes_ = f"M={count} P={size:,}", (count + 1) * size * 4
+    compare(node, "median", case, runs, model_bytes=bytes_, copy=True, threads=threads, pairs=15)
 
 
 @pytest.mark.parametrize(("count", "size"), [(10, 1_000_000), (50, 1_000_000), (10, 10_000)])
@@ -58,16 +50,8 @@ def test_trimmed_mean(node: str, count: int, size: int, threads: int) -> None:
         "torch": lambda: eager_trimmed(vectors, trim),
         "compile": lambda: compiled(vectors, trim),
     }
-    compare(
-        node,
-        "trimmed_mean",
-        f"M={count} P={size:,} trim={trim}",
-        runs,
-        model_bytes=(count + 1) * size * 4,
-        copy=True,
-        threads=threads,
-        pairs=15,
-    )
+    case, bytes_ = f"M={count} P={size:,} trim={trim}", (count + 1) * size * 4
+    compare(node, "trimmed_mean", case, runs, model_bytes=bytes_, copy=True, threads=threads, pairs=15)
 
 
 def squared_distances(vectors: Tensor) -> Tensor:
@@ -95,18 +79,8 @@ def test_pairwise_distances(node: str, count: int, size: int, threads: int) -> N
         "compile": lambda: compiled(vectors),
     }
     note = "differences in fp64; the others sum in fp32, and by a matrix product they lose near-equal vectors"
-    case = f"M={count} P={size:,}"
-    compare(
-        node,
-        "pairwise_distances",
-        case,
-        runs,
-        model_bytes=count * size * 4,
-        copy=True,
-        threads=threads,
-        pairs=15,
-        note=note,
-    )
+    name, case, bytes_ = "pairwise_distances", f"M={count} P={size:,}", count * size * 4
+    compare(node, name, case, runs, model_bytes=bytes_, copy=True, threads=threads, pairs=15, note=note)
 
 
 def eager_geometric_median(vectors: Tensor, iterations: int) -> Tensor:
@@ -150,16 +124,8 @@ def test_krum(node: str, count: int, size: int, threads: int) -> None:
         "compile": lambda: compiled(vectors),
     }
     case, bytes_ = f"M={count} P={size:,} f={byzantine}", (count + 1) * size * 4
-    compare(
-        node,
-        "krum",
-        case,
-        runs,
-        model_bytes=bytes_,
-        copy=True,
-        threads=threads,
-        pairs=15 if count * size <= 10_000_000 else 5,
-    )
+    pairs = 15 if count * size <= 10_000_000 else 5
+    compare(node, "krum", case, runs, model_bytes=bytes_, copy=True, threads=threads, pairs=pairs)
 
 
 def eager_clip(vectors: Tensor) -> Tensor:

@@ -92,13 +92,5 @@ class Case:
 def test_adam(node: str, count: int, size: int, threads: int) -> None:
     case = Case(count, size)
     runs = {"fedkern": case.fedkern(), "eager": case.eager(), "compile in place": case.compile_step()}
-    compare(
-        node,
-        "server_step",
-        f"adam M={count} P={size:,} into out=",
-        runs,
-        model_bytes=(count + 6) * size * 4,
-        copy=True,
-        threads=threads,
-        pairs=15,
-    )
+    text, bytes_ = f"adam M={count} P={size:,} into out=", (count + 6) * size * 4
+    compare(node, "server_step", text, runs, model_bytes=bytes_, copy=True, threads=threads, pairs=15)

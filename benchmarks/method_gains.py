@@ -116,8 +116,10 @@ def _fedgid() -> Tool:
                 (("ColorMNIST", "0.8"), ("ColorMNIST", "0.5"), ("slides", "0.8"))}  # fmt: skip
     forms = {PUBLISHED: "both: as published", "`intervene=image`": "image with GD"}
     rivals = {"FedAvg": "FedAvg", "jitter": "FedAvg with jitter"}
+    drawn = {PUBLISHED: "FedGID as published", "`intervene=image`": "FedGID: intervene=image"}
+    drawings = contests("openclipart_scenes", {"drawings on photographs, tie 0.95": ""}, drawn, rivals)
     return Tool(
-        "FedGID", "fedgid.md", "points of accuracy", contests("fedgid", settings, forms, rivals),
+        "FedGID", "fedgid.md", "points of accuracy", [*contests("fedgid", settings, forms, rivals), *drawings],
         "backgrounds mislead, and masks tell the object from the background",
         "the same bytes; every batch also passes the received network, and the last stages of its own, or with "
         "`intervene=image` all of them, a second time",
@@ -145,10 +147,12 @@ def _fusefl() -> Tool:
 
 def _fedlpfm() -> Tool:
     settings = {f"CIFAR-10, {split}": f"{split}: " for split in ("two classes a client", "Dirichlet 0.1", "IID")}
-    rivals = {name: name for name in ("FedAvg", "FedProx", "FML", "FedCGS")}
+    forms, rivals = {PUBLISHED: "Fed-LPFM"}, {name: name for name in ("FedAvg", "FedProx", "FML", "FedCGS")}
+    drawings = {"drawings by artist, balanced accuracy": "balanced accuracy: "}
+    there = {"FedAvg": "FedAvg", "FedCGS, random filters": "FedCGS on 32 random filters"}
     return Tool(
         "Fed-LPFM", "fedlpfm.md", "points of accuracy",
-        contests("fedlpfm", settings, {PUBLISHED: "Fed-LPFM"}, rivals),
+        [*contests("fedlpfm", settings, forms, rivals), *contests("openclipart_classes", drawings, forms, there)],
         "clients see few classes, and a teacher was trained on images like theirs",
         "the same bytes; every client runs the teacher once over its images",
         "the teacher's own features, where clients can run the teacher at inference; public labelled images, where "
@@ -176,9 +180,12 @@ def _feddra() -> Tool:
                 for share in ("10 %", "20 %") for figure in ("worst", "mean")}  # fmt: skip
     forms = {"two stages": "FedDRA: two stages", "weights": "robust weights",
              "weights, anchors": "robust weights and anchors"}  # fmt: skip
+    rivals = {"uniform FedAvg": "FedAvg uniform", "FedProx": "FedProx"}
+    artists = {f"{figure} loss, drawings by artist": f"{figure} loss: " for figure in ("worst", "mean")}
+    forms_there = {"two stages": "FedDRA", "weights": "robust weights"}
     return Tool(
         "FedDRA", "feddra.md", "nats less",
-        contests("feddra", settings, forms, {"uniform FedAvg": "FedAvg uniform", "FedProx": "FedProx"}),
+        [*contests("feddra", settings, forms, rivals), *contests("openclipart", artists, forms_there, rivals)],
         "images have texts, and the worst client counts more than the mean",
         "with both stages the alignment modules travel twice a round; clients judge the model on held samples",
         "FedAvg with `weighting=uniform`, which has not been told from it",
