@@ -160,7 +160,7 @@ class Model:
         """The entries that are not floating, by key."""
         keys = set(record)
         if FLAT in keys:
-            keys = self._read_flat(record, keys)
+            self._read_flat(record, keys)
         else:
             _check_keys(keys, {entry.key for entry in layout.entries})
         for entry in layout.entries:
@@ -181,7 +181,7 @@ class Model:
                 expected = "a floating dtype" if entry.floating else entry.dtype
                 raise Misfit("dtypes", f"has {_name(entry.key)} of {form.dtype} where {expected} is expected")
 
-    def _read_flat(self, record: Mapping[str, FlowerArray], keys: set[str]) -> set[str]:
+    def _read_flat(self, record: Mapping[str, FlowerArray], keys: set[str]) -> None:
         layout = self._layout
         if LISTING not in keys or record[LISTING].data != layout.listing:
             listed = {key: (shape, dtype in FLOATS, dtype) for key, shape, dtype in _read_listing(record)}
@@ -204,7 +204,6 @@ class Model:
         self._vector = array_bytes.as_tensor(record[FLAT], form)
         self._dtypes = {(form.dtype, entry.dtype) for entry in layout.floating}
         self.nbytes = self._vector.nbytes
-        return keys
 
     def entry(self, entry: Entry) -> Tensor:
         if self._vector is not None:
@@ -227,8 +226,8 @@ class Model:
         parts = list(self.segments())
         return torch.cat(parts).to(self._layout.dtype) if parts else torch.empty(0, dtype=self._layout.dtype)
 
-    def check_numbers(self) -> None:
-        self.check_finite()
+    def check_numbers(self, *, but_for_sums: bool = False) -> None:
+        self.check_finite(but_for_sums)
         self.check_variances()
 
     def check_finite(self, but_for_sums: bool = False) -> None:

@@ -29,7 +29,13 @@ def introduce(message: Message, context: Context) -> Message:
     header, _ = unpack_message(message)
     request = parse_json(header)
     if isinstance(request, dict) and isinstance(request.get("end"), str):
-        return make_reply(message, _end_run(request["end"], context))
+        if not for_one_message():
+            from fedkern.flower.runs import node_process
+
+            node_process.drop_clients(request["end"])
+        elif client_daemon.is_possible():
+            client_daemon.end_daemon(request["end"], context.node_config)
+        return make_reply(message, b"")
     from fedkern.flower.array_bytes import pack_value
     from fedkern.flower.runs.node_client import PROTOCOL
 
@@ -53,17 +59,6 @@ def answer(message: Message, context: Context) -> Message:
 
         reply = node_process.answer_message(header, packed, context.run_config, context.node_config, _notice)
     return make_reply(message, reply)
-
-
-def _end_run(run: str, context: Context) -> bytes:
-    if for_one_message():
-        if client_daemon.is_possible():
-            client_daemon.end_daemon(run, context.node_config)
-    else:
-        from fedkern.flower.runs import node_process
-
-        node_process.drop_clients(run)
-    return b""
 
 
 def _idle_seconds(value: bool | float | int | str) -> float:

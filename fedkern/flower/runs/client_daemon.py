@@ -71,9 +71,7 @@ def ask_daemon(
     for _ in range(_TRIES):
         try:
             link = _connect_daemon(_name(_run(header), node), stays)
-        except OSError:  # a system that hides processes, or forbids what a client daemon needs
-            return None
-        if link is None:
+        except OSError:  # also of a system that hides processes, or forbids what a client daemon needs
             return None
         with suppress(_Gone), link, link.makefile("rb") as replies:
             return _exchange(link, replies, request, packed, notice)
@@ -105,25 +103,23 @@ def _name(run: str, node: UserConfig) -> bytes:
     return b"\0fedkern-" + hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest().encode()
 
 
-def _connect_daemon(name: bytes, stays: float) -> socket.socket | None:
-    """Connect to the client daemon, None if the name is another user's or nobody answers."""
+def _connect_daemon(name: bytes, stays: float) -> socket.socket:
+    """Connect to the client daemon, or raise OSError, also if the name is another user's or nobody answers."""
     for _ in range(_LOOKS):
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             link.connect(name)
+            if user_of(link) != os.geteuid():
+                raise PermissionError
+            return link
         except ConnectionRefusedError:
             link.close()
             if not _start(name, stays):
                 time.sleep(_PAUSE)  # another process has the name and may be about to listen
-            continue
         except BaseException:
             link.close()
             raise
-        if user_of(link) != os.geteuid():
-            link.close()
-            return None
-        return link
-    return None
+    raise TimeoutError
 
 
 def _start(name: bytes, stays: float) -> bool:

@@ -138,7 +138,6 @@ MOST_NAMES, LONGEST_NAME = 256, 200
 """Largest number of a reply's figures and warnings, and longest name of one, in characters."""
 LARGEST_FIGURE = 1e100
 """Largest finite figure of a report, because the server adds figures up."""
-_NAME = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ class ClientRequest:
         table = {name: value for name, value in table.items() if name != "protocol"}
         if not all(1 <= table[name] <= 1024 for name in ("threads", "client_threads")):
             raise Malformed("has a number out of range")
-        if not _NAME.fullmatch(table["run"]):
+        if not _RUN.fullmatch(table["run"]):
             raise Malformed("names no run")
         if [type(part) for part in table["phase"]] != [int, str, str] or table["callee"] not in CALLEES:
             raise Malformed("asks for nothing that a client does")
@@ -225,7 +224,7 @@ class NodeClients:
 
     config: RunConfig
     base: Path
-    notice: Callable[[str], None] | None = None
+    notice: Callable[[str], None]
     own_data: bool = False
     half: bool = False
     _stack: ExitStack = field(default_factory=ExitStack)
@@ -268,7 +267,8 @@ class NodeClients:
         enter(reproducible())
         enter(compute_in(config.precision))
         enter(available(config.model, None))
-        context = self._context = on_node(config, self._tell, request.client if self.own_data else None)
+        owner = request.client if self.own_data else None
+        context = self._context = on_node(config, lambda text: self.notice(text), owner)
         if request.data is not None and data_fingerprint(context.data) != request.data:
             raise UserError(
                 "The data on this node are other than the server's: give all machines the same files or, where the "
@@ -295,10 +295,6 @@ class NodeClients:
             )
         check_client(self._method, Client(self._context, k, {}))
         self._known.add(k)
-
-    def _tell(self, text: str) -> None:
-        if self.notice is not None:
-            self.notice(text)
 
     # -- one message -----------------------------------------------------------------------------------------------
 

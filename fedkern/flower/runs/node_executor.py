@@ -245,9 +245,11 @@ class Nodes(Ordered):
         if k in self._replies:
             return
         late = self._end is not None and time.monotonic() >= self._end
-        heard = self._collect_replies(k)
-        for name, arrived in heard:
-            client = self._waiting.pop(name)
+        # Replies of this client, the next one in order, then of some others.
+        names = sorted(self._waiting, key=lambda name: self._waiting[name] != k)
+        heard = [reply for reply in self._channel.collect_replies(names[:_AT_ONCE]) if reply.reply_to in self._waiting]
+        for arrived in heard:
+            client = self._waiting.pop(arrived.reply_to)
             self._replies[client] = self._reply(client, arrived)
         if k in self._replies:
             return
@@ -281,12 +283,6 @@ class Nodes(Ordered):
             last=run.progress.last_exchange, threads=run.context.config.threads,
             client_threads=run.context.config.client_threads, plan=run.context.config.plan or "", data=self._data,
         )  # fmt: skip
-
-    def _collect_replies(self, next_client: ClientId) -> list[tuple[str, NodeReply]]:
-        """Return the replies that have arrived: of the next client in order, then of some others."""
-        names = sorted(self._waiting, key=lambda name: self._waiting[name] != next_client)
-        replies = [(reply.reply_to, reply) for reply in self._channel.collect_replies(names[:_AT_ONCE])]
-        return [(name, reply) for name, reply in replies if name in self._waiting]
 
     def _reply(self, k: ClientId, arrived: NodeReply) -> Done:
         if arrived.lost:

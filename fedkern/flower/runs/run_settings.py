@@ -100,24 +100,18 @@ def read_run_config(run_config: UserConfig, data_root: str | None = None) -> Run
     data_options = {key.removeprefix(DATA_OPTION).replace("-", "_"): word for key, word in _under(values, DATA_OPTION)}
     config = RunConfig.make(method, options=words, data_options=data_options, plugins=loaded, **settings)
     config = config.replace(asked=frozenset(settings))
-    # The ClientApp reads flower.resident itself, before it imports all this.
     switches: dict[str, Any] = {
-        key: option.named(key, key).convert(values[key]) if key in values else option.default
+        key.removeprefix("flower.").replace("-", "_"): (
+            option.named(key, key).convert(values[key]) if key in values else option.default
+        )
         for key, option in {**SWITCHES, **FLOWER}.items()
     }
-    if switches["flower.own-data"]:
+    del switches["resident"]  # the ClientApp reads it itself, before it imports all this
+    if switches["own_data"]:
         check_own_data(config)
         shares = {name: share for name, share in JUDGING.items() if name in lookup(config.data).options}
         config = config.replace(data_options={**shares, **config.data_options})
-    return RunSettings(
-        config=config,
-        out=Path(values["out"]).expanduser() if "out" in values else None,
-        **{
-            key.removeprefix("flower.").replace("-", "_"): value
-            for key, value in switches.items()
-            if key != "flower.resident"
-        },
-    )
+    return RunSettings(config, Path(values["out"]).expanduser() if "out" in values else None, **switches)
 
 
 def check_portable(config: RunConfig) -> None:

@@ -408,11 +408,8 @@ class FedAvg(flower.FedAvg):
         weight = self._weight(content)
         assert self._layout is not None
         model = Model(arrays, self._layout, self._start)
-        if weight and not self.max_update_norm and isinstance(gathered, AllModels) and self._averages:
-            model.check_finite(but_for_sums=True)
-            model.check_variances()
-        else:
-            model.check_numbers()
+        is_summed = weight > 0 and isinstance(gathered, AllModels) and self._averages
+        model.check_numbers(but_for_sums=is_summed and not self.max_update_norm)
         if self.max_update_norm and self._start is not None:
             norm = model.distance(self._start)
             if not norm <= self.max_update_norm:

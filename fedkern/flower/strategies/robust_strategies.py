@@ -83,13 +83,7 @@ class MultiKrum(_Robust, flower.MultiKrum):
     """
 
     def _apply_rule(self, models: AllModels) -> Combined | None:
-        chosen = self._closest(models)
-        weights = [models.weights[i] for i in chosen]
-        vector = models.by_coordinate(lambda rows: ops.weighted_mean(rows, weights), chosen)
-        return Combined(vector, models.integers(chosen), frozenset(models.nodes[i] for i in chosen))
-
-    def _closest(self, models: AllModels) -> list[int]:
-        """Return the positions of the models of the smallest scores, the first of equal ones."""
+        # The models of the smallest scores, the first of equal ones.
         count = len(models.nodes)
         squares = torch.zeros(count, count, dtype=torch.float64)
         for run in models.layout.segments:
@@ -97,7 +91,10 @@ class MultiKrum(_Robust, flower.MultiKrum):
         other_squares = squares[~torch.eye(count, dtype=torch.bool)].view(count, max(count - 1, 0))
         near = max(1, count - self.num_malicious_nodes - 2)
         scores = other_squares.sort(dim=1).values[:, :near].sum(1).tolist()
-        return sorted(sorted(range(count), key=scores.__getitem__)[: self.num_nodes_to_select])
+        chosen = sorted(sorted(range(count), key=scores.__getitem__)[: self.num_nodes_to_select])
+        weights = [models.weights[i] for i in chosen]
+        vector = models.by_coordinate(lambda rows: ops.weighted_mean(rows, weights), chosen)
+        return Combined(vector, models.integers(chosen), frozenset(models.nodes[i] for i in chosen))
 
 
 @constructed_like(flower.Krum)
