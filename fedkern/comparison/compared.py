@@ -134,7 +134,10 @@ class Plan:
         """
         for name in options:
             cells.check_option(name, methods, similar)
-        check_select(select, sweep)
+        if select not in (None, "validation"):
+            raise UserError(f'--select must be validation, not "{select}".')
+        if select is not None and not sweep:
+            raise UserError("--select picks among the settings of a sweep: give --sweep NAME=VALUE,VALUE too.")
         return cls(
             cells.variants(methods, sweep, {*settings, *options}),
             cells.read_seeds(seeds, int(settings.get("seed", 0))), select,
@@ -359,13 +362,6 @@ def _of_objects(
             raise UserError(f"{twice[0]} is given twice, in {short}(...) and beside it: leave one of the two out.")
         result += [replace(variant, options={**made_with, **variant.options}) for variant in swept]
     return result
-
-
-def check_select(select: str | None, sweep: Mapping[str, object] | None) -> None:
-    if select not in (None, "validation"):
-        raise UserError(f'--select must be validation, not "{select}".')
-    if select is not None and not sweep:
-        raise UserError("--select picks among the settings of a sweep: give --sweep NAME=VALUE,VALUE too.")
 
 
 def in_folder(out: Path | None, begin: Callable[[Path], T]) -> T:

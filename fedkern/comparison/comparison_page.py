@@ -73,7 +73,6 @@ def write_report(folder: Path, result: Result, *, commands: Mapping[str, str] | 
 
     ``commands`` has the command that repeats a group's first run, by group name.
     """
-    html_page.check_target(folder)
     return html_page.write_page(page(folder, result, commands or {}), folder)
 
 

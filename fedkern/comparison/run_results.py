@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -200,9 +199,9 @@ class Result:
         figure_tables = [dict.fromkeys(self.figures), first_run.summary["metrics"]]
         return constant_figures(figure_tables, first_run.main, {}, confusion, 0)
 
-    def to_json(self, folder: Path) -> str:
+    def to_json(self, folder: Path) -> object:
         content = {"table": self.table, "notes": self.sentences(), "failures": self.failures, "folder": str(folder)}
-        return json.dumps(record_files.plain(content), indent=2)
+        return record_files.plain(content)
 
 
 def cost_text(text: Callable[[float], str], cost: float | None) -> str:

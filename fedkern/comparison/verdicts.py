@@ -124,15 +124,10 @@ def is_lower_better(figure: str, run: FoundRun) -> bool:
 
 def rate_run(cell: PublishedCell, run: FoundRun) -> tuple[float, ...]:
     """Rate a run for the choice of a sweep's best point: larger is better, and missing the target is worse."""
-    cell = name_figure(cell, run)
-    name, reached = cell.figure, 1.0
+    cell, reached = name_figure(cell, run), 1.0
     if cell.select == "validation":
-        name = f"validation_{run.main}"
-        if name not in run.metrics:
-            raise _missing_figure(name, run, run.metrics)
-        value: float | None = run.metrics[name]
-    else:
-        value = figure_of(cell, run)
+        cell = replace(cell, figure=f"validation_{run.main}", target="")
+    name, value = cell.figure, figure_of(cell, run)
     if value is None:
         assert cell.goal is not None
         name, reached = cell.goal.figure, 0.0

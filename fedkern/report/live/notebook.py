@@ -51,25 +51,12 @@ def rounds_table(
     return Table(header, rows, title, notes=notes).html()
 
 
-class Output:
-    def __init__(self) -> None:
-        self._handle: Any = None
-
-    def update(self, content: str) -> None:
-        from IPython.display import HTML, display
-
-        if self._handle is None:
-            self._handle = display(HTML(content), display_id=True)
-        else:
-            self._handle.update(HTML(content))
-
-
 class Notebook(progress_bar.Lines):
     """Display of a run below a cell: a permanent table of the rounds, and a bar that moves with every client."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self.output = Output()
+        self._output: Any = None
         self.title = self.table = self.doing = self.left = ""
         self.records: list[dict[str, Any]] = []
         self.notes: list[str] = []
@@ -127,11 +114,16 @@ class Notebook(progress_bar.Lines):
         self._show(doing)
 
     def _show(self, doing: str) -> None:
+        from IPython.display import HTML, display
+
         self.doing, self.shown = doing, time.monotonic()
         rounds = len(self.clock.words)
         bar = f'<progress max="{rounds}" value="{self.moved:.2f}"></progress> ' if rounds else ""
         line = f"<p>{bar}{escape(printable_name(doing, LINE))}</p>" if doing else ""
-        self.output.update(self.table + line)
+        if self._output is None:
+            self._output = display(HTML(self.table + line), display_id=True)
+        else:
+            self._output.update(HTML(self.table + line))
 
 
 class Pictures(list[Path]):
