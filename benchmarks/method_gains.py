@@ -141,13 +141,13 @@ def _fusefl() -> Tool:
         [*played, *contests("fusefl", setting, {"width 16": "FuseFL of width 16"}, wide)],
         "there is one round, and uploads must be as small as one narrow network",
         f"the upload of one-shot FedAvg, {parameters[0] / parameters[1]:.1f} times the parameters at inference",
-        "an ensemble, where uploads may have its size; FedAvg, where there are rounds",
+        "an ensemble, where uploads may have its size",
     )  # fmt: skip
 
 
 def _fedlpfm() -> Tool:
     settings = {f"CIFAR-10, {split}": f"{split}: " for split in ("two classes a client", "Dirichlet 0.1", "IID")}
-    forms, rivals = {PUBLISHED: "Fed-LPFM"}, {name: name for name in ("FedAvg", "FedProx", "FML", "FedCGS")}
+    forms, rivals = {"defaults": "Fed-LPFM"}, {name: name for name in ("FedAvg", "FedProx", "FML", "FedCGS")}
     drawings = {"drawings by artist, balanced accuracy": "balanced accuracy: "}
     there = {"FedAvg": "FedAvg", "FedCGS, random filters": "FedCGS on 32 random filters"}
     return Tool(
@@ -167,7 +167,7 @@ def _fediod() -> Tool:
     names = ("FedAvg in ten rounds", "FedDF with counts", "DENSE with counts", "ensemble with counts")
     return Tool(
         "FedIOD", "fediod.md", "points of accuracy",
-        contests("fediod", settings, {PUBLISHED: "FedIOD"}, {name: name for name in names}),
+        contests("fediod", settings, {"defaults": "FedIOD"}, {name: name for name in names}),
         "networks differ or stay private, class counts may be told, and no public images exist",
         f"{sizes[0]} MB a client in both directions, FedAvg's ten rounds {sizes[1]} MB",
         "FedDF with `class_weights=counts`, where there are public images; the weighted ensemble, where its size is no "
@@ -188,5 +188,5 @@ def _feddra() -> Tool:
         [*contests("feddra", settings, forms, rivals), *contests("openclipart", artists, forms_there, rivals)],
         "images have texts, and the worst client counts more than the mean",
         "with both stages the alignment modules travel twice a round; clients judge the model on held samples",
-        "FedAvg with `weighting=uniform`, which has not been told from it",
+        "FedAvg with `weighting=uniform`, at equal steps or for less effort",
     )  # fmt: skip

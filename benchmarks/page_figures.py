@@ -95,10 +95,10 @@ def commits_of(paper: str, rows: Sequence[Mapping[str, Any]]) -> Lines:
     return ["", f"Commit and day: {'; '.join(dict.fromkeys(lines))}."] if lines else []
 
 
-def verdicts(paper: str) -> Lines:
-    """Return the table of published figures, those played here, and the verdicts."""
+def verdicts(paper: str, part: str = "") -> Lines:
+    """Return the table of published figures, ours, and the verdicts, of tables with ``part`` in their names."""
     rows = []
-    for row in read_rows(paper).values():
+    for row in (row for row in read_rows(paper).values() if part in row["table"]):
         as_text = "{:,.0f}".format if row["figure"] == "rounds" else partial(human_metric, row["figure"])
         verdict = ": ".join(filter(None, (row["verdict"], row["detail"])))
         published = "" if row["published"] is None else as_text(row["published"])
@@ -130,13 +130,16 @@ def _wrap(text: str, width: int = 112) -> str:
 
 def tables_side_by_side(study: str, *tables: str, forms: Sequence[Callable[[float], str]] = (percent, points)) -> Lines:
     """Return methods with their means and intervals, and differences to the first, of several tables of a study."""
-    rows_by_name: dict[str, list[str]] = {}
+    rows_by_name: dict[str, dict[str, list[str]]] = {}
     shown = [row for row in read_rows(study).values() if row["table"] in tables]
     for row in shown:
-        cells = rows_by_name.setdefault(row["name"].removeprefix(f"{row['table']}: "), [])
-        cells += [interval(row, "ours", forms[0]) or "not played", interval(row, "gap", forms[1])]
+        cells = rows_by_name.setdefault(row["name"].removeprefix(f"{row['table']}: "), {})
+        cells[row["table"]] = [interval(row, "ours", forms[0]) or "not played", interval(row, "gap", forms[1])]
     heads = [text for name in tables for text in (name, "difference, paired by seed")]
-    text = table(["method", *heads], [[name, *cells] for name, cells in rows_by_name.items()])
+    rows = [
+        [name, *(text for part in tables for text in cells.get(part, ["", ""]))] for name, cells in rows_by_name.items()
+    ]
+    text = table(["method", *heads], rows)
     return [*text.split("\n"), *commits_of(study, shown)]
 
 
@@ -634,6 +637,7 @@ PAGES: tuple[Page, ...] = (
         "fediod command": partial(command, "fediod")}),
     Page("docs/reproducing.md", {
         "FedAvg rounds to an accuracy on MNIST": partial(verdicts, "mcmahan2017"),
+        "FedAvg rounds at one rate": partial(verdicts, "mcmahan_turns", "one rate"),
         "accuracies on FCUBE": partial(verdicts, "fcube"),
         "accuracies of pFedMe": partial(verdicts, "pfedme")}, "Tables run here"),
     Page("docs/feddra.md", {
@@ -641,6 +645,9 @@ PAGES: tuple[Page, ...] = (
             tables_side_by_side, "feddra", "10 %: worst loss", "10 %: mean loss", forms=(nats, nats)),
         "feddra minority of a fifth": partial(
             tables_side_by_side, "feddra", "20 %: worst loss", "20 %: mean loss", forms=(nats, nats)),
+        "feddra loss on drawings": partial(
+            tables_side_by_side, "openclipart", "worst loss", "mean loss", forms=(nats, nats)),
+        "feddra recall on drawings": partial(tables_side_by_side, "openclipart", "worst recall", "mean recall"),
         "feddra command": partial(command, "feddra", 2, 1.0, "nats")}),
     Page("docs/flower-reference.md", {
         "aggregation beside Flower": over_flower, "messages over Flower": message_seconds}, "Speed"),

@@ -511,7 +511,7 @@ def federate(data: Any, about: Mapping[str, object], settings: Mapping[str, obje
     how = {"samples": "train_samples", "seed": "seed"}
     if not isinstance(data, (Mapping, list, tuple)):
         how |= {"count": "clients", "partition": "partition"}
-    beside_classes = settings.get("data") == PAIRS or not settings.get("model")
+    beside_classes = settings.get("data") == PAIRS or settings.get("model") is None
     given_too = RunConfig.read({key: settings[key] for key in how.values() if settings.get(key) is not None})
     options = {name: given_too[key] for name, key in how.items() if key in given_too}
     found = FederatedData.from_datasets(
@@ -691,7 +691,8 @@ def _play(
     try:
         run(config, out=out, resume=resume, listener=heard, data=data, script=script, trusted=trusted, rounds=rounds)
     except KeyboardInterrupt as interrupt:
-        interrupt.add_note(f'fedkern.load("{out}", ...).resume() continues after the last complete round.')
+        if out.exists():
+            interrupt.add_note(f'fedkern.load("{out}", ...).resume() continues after the last complete round.')
         raise
     finally:
         view.close()
