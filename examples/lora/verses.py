@@ -95,9 +95,9 @@ def main() -> None:
     test = torch.utils.data.Subset(others, range(0, len(others), max(1, len(others) // 500)))
     run = fedkern.simulate(
         "fedlora", data={book: pairs[book] for book in books[: given.clients]}, test=test, model=Encoder(given.encoder),
-        loss_fn=contrast, metrics={"found_next": found_next}, main="found_next", optimizer="adamw", lr=1e-3,
+        loss_fn=contrast, metrics={"found_next": found_next}, main="found_next", better="max", lr=1e-3,
         rounds=given.rounds, local_steps=given.steps, batch_size=32, out=given.out, rank=given.rank,
-        alpha=2 * given.rank, layers="bert.encoder.*",
+        alpha=2 * given.rank, layers="bert.encoder.*", optimizer="adamw",
     )  # fmt: skip
     for record in run.history.records:
         print(f"round {record['round']}: {record['found_next']:.1%} found, {record['bytes_up']:,} bytes up so far")

@@ -51,7 +51,7 @@ class OwnTask(Task):
             and a batch, and a function's values are averaged over batches.
         main: name of the main figure. Default: the first metric that has ``higher_is_better``, else ``"loss"``.
         better: whether larger (``"max"``) or smaller (``"min"``) values of the main figure are better. Default: by
-            ``higher_is_better``, else ``"min"`` for the loss and ``"max"`` for a metric.
+            ``higher_is_better``, and ``"min"`` for the loss; without either a metric needs it.
         batch_loss: ``batch_loss(model, batch)`` instead of ``loss_fn``; it calls the network itself. ``batch`` is what
             ``collate_fn`` returned.
 
@@ -99,7 +99,9 @@ class OwnTask(Task):
         if self.main not in names:
             raise UserError(f"main must be one of {', '.join(names)}, not {self.main!r}.")
         up = higher.get(self.main, self.main != "loss")
-        self.better = better or ("max" if up or up is None else "min")  # type: ignore[misc]
+        if up is None and better is None:
+            raise UserError(f'better= is missing: say whether "min" or "max" is the better {self.main}.')
+        self.better = better or ("max" if up else "min")  # type: ignore[misc]
         if self.better not in ("max", "min"):
             raise UserError(f'better must be "max" or "min", not {better!r}.')
 

@@ -109,7 +109,6 @@ def test_outputs_without_a_name_are_missed_aloud(tmp_path):
 @pytest.mark.parametrize(("given", "main", "better"), [
     ({}, "loss", "min"),
     ({"metrics": {"a": max, "share": Counted()}}, "share", "max"),
-    ({"metrics": {"a": max}, "main": "a"}, "a", "max"),
     ({"metrics": {"a": max}, "main": "a", "better": "min"}, "a", "min"),
     ({"metrics": {"share": Counted()}, "main": "loss"}, "loss", "min"),
 ])  # fmt: skip
@@ -131,6 +130,7 @@ def test_another_loss_says_how_to_get_figures_of_classes(tmp_path):
     ({"metrics": {"auroc": max}}, "metrics has one called auroc, which every classification has"),
     ({"metrics": {"a": max}, "better": "min"}, "is of the main figure, the accuracy: name another"),
     ({"method": "moon", "loss_fn": nn.NLLLoss(), "model": LOGARITHMS}, "but the loss takes logarithms of prob"),
+    ({"metrics": {"a": max}, "main": "a"}, 'better= is missing: say whether "min" or "max" is the better a'),
     ({"main": "f1"}, "main must be one of accuracy, loss, confidence, not 'f1'"),
     ({"test": StackDataset(torch.zeros(9, 4), torch.full((9,), -100))}, "The test set has no target that counts"),
 ])  # fmt: skip
