@@ -147,12 +147,13 @@ def _fusefl() -> Tool:
 
 def _fedlpfm() -> Tool:
     settings = {f"CIFAR-10, {split}": f"{split}: " for split in ("two classes a client", "Dirichlet 0.1", "IID")}
-    forms, rivals = {"defaults": "Fed-LPFM"}, {name: name for name in ("FedAvg", "FedProx", "FML", "FedCGS")}
+    forms, rivals = {"`mapping=mean`": "Fed-LPFM"}, {name: name for name in ("FedAvg", "FedProx", "FML", "FedCGS")}
     drawings = {"drawings by artist, balanced accuracy": "balanced accuracy: "}
     there = {"FedAvg": "FedAvg", "FedCGS, random filters": "FedCGS on 32 random filters"}
+    played = contests("openclipart_classes", drawings, {"`prior=counts`": "Fed-LPFM"}, there)
     return Tool(
         "Fed-LPFM", "fedlpfm.md", "points of accuracy",
-        [*contests("fedlpfm", settings, forms, rivals), *contests("openclipart_classes", drawings, forms, there)],
+        [*contests("fedlpfm", settings, forms, rivals), *played],
         "clients see few classes, and a teacher was trained on images like theirs",
         "the same bytes; every client runs the teacher once over its images",
         "the teacher's own features, where clients can run the teacher at inference; public labelled images, where "

@@ -98,7 +98,9 @@ def commits_of(paper: str, rows: Sequence[Mapping[str, Any]]) -> Lines:
 def verdicts(paper: str, part: str = "") -> Lines:
     """Return the table of published figures, ours, and the verdicts, of tables with ``part`` in their names."""
     rows = []
-    for row in (row for row in read_rows(paper).values() if part in row["table"]):
+    for row in read_rows(paper).values():
+        if part not in row["table"]:
+            continue
         as_text = "{:,.0f}".format if row["figure"] == "rounds" else partial(human_metric, row["figure"])
         verdict = ": ".join(filter(None, (row["verdict"], row["detail"])))
         published = "" if row["published"] is None else as_text(row["published"])
@@ -129,7 +131,7 @@ def _wrap(text: str, width: int = 112) -> str:
 
 
 def tables_side_by_side(study: str, *tables: str, forms: Sequence[Callable[[float], str]] = (percent, points)) -> Lines:
-    """Return methods with their means and intervals, and differences to the first, of several tables of a study."""
+    """Return methods with means, differences to their baselines, with intervals, of several tables of a study."""
     rows_by_name: dict[str, dict[str, list[str]]] = {}
     shown = [row for row in read_rows(study).values() if row["table"] in tables]
     for row in shown:
