@@ -58,7 +58,8 @@ def inspect(data: FederatedData, keep_items: str = "off", limit: int = 0) -> Fed
     ``limit``: most bytes of all rows, unless ``keep_items`` is ``memory``.
     """
     judged = [*data.clients, data.validation, *data.tests.values()]
-    samples = items_per_set(len({id(split.dataset) for split in judged if len(split)}))
+    count = len({id(split.dataset) for split in judged if len(split)})
+    samples = max(2, min(HASHED, HASHED_IN_ALL // max(1, count)))
     sets: dict[int, Items] = {}
     for split in data.splits:
         store = _store(split, keep_items, limit)
@@ -103,10 +104,6 @@ def inspect_items(dataset: Items, samples: int = HASHED) -> Sight:
         return inspect_items(dataset, samples)
     piles_threads = len({*threads[:3]}) == 3 and threads[:3] == sorted(threads[:3])
     return Sight(dataset.name, value.digest(), is_steady, piles_threads, tuple(list_uncompared(tables[0])), hashes)
-
-
-def items_per_set(sets: int) -> int:
-    return max(2, min(HASHED, HASHED_IN_ALL // max(1, sets)))
 
 
 def _table(item: object) -> dict[str, str]:

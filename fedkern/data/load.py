@@ -164,9 +164,11 @@ def _share_out(
     labels = source.train.labels[train_rows].numpy()
     statistics = PartitionStatistics.of([labels[part] for part in parts], source.classes, spec.text, source.train.task)
     client_rows = [train_rows[torch.from_numpy(part[: 1 if is_judged else None])] for part in parts]
+    validation, share = source.validation, len(train_rows) / max(len(source.train), 1)
+    count = request.validation_samples or max(1, round(share * len(validation)))
     rows = {
         "public": (source.train, public_rows),
-        "validation": (source.validation, _validation_rows(source, len(train_rows), request.validation_samples)),
+        "validation": (validation, _first_rows(validation, count, "validation", _homes(source, validation))),
     } | {
         f"test {key}": (pool, _first_rows(pool, request.test_samples, f"test/{key}", _homes(source, pool)))
         for key, pool in source.tests.items()
@@ -399,12 +401,6 @@ def _training_rows(name: str, pool: Pool, request: DataRequest) -> tuple[Tensor,
     remaining = np.setdiff1d(np.arange(len(pool)), chosen)
     public_rows = stream(seed, "public-samples").choice(remaining, size=public, replace=False)
     return torch.from_numpy(np.sort(chosen).astype(np.int64)), torch.from_numpy(np.sort(public_rows).astype(np.int64))
-
-
-def _validation_rows(source: Source, trained: int, samples: int) -> Tensor:
-    share = trained / max(len(source.train), 1)
-    count = samples or max(1, round(share * len(source.validation)))
-    return _first_rows(source.validation, count, "validation", _homes(source, source.validation))
 
 
 def _homes(source: Source, pool: Pool) -> npt.NDArray[np.int64] | None:

@@ -29,7 +29,6 @@ class MaskSource(Protocol):
 
         A row without any True means that nothing was detected.
         """
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

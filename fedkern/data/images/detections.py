@@ -149,11 +149,9 @@ class Detector(Protocol):
     @property
     def identity(self) -> Mapping[str, str | float]:
         """Settings that decide the boxes (model, version, thresholds), which name the cache file."""
-        ...
 
     def detect(self, images: Tensor, name: str) -> list[Tensor]:
         """Return boxes xyxy in pixels, float ``[n_i, 4]``, of objects ``name`` in uint8 ``[B, 3, H, W]`` images."""
-        ...
 
 
 class Detections:

@@ -35,12 +35,10 @@ class MaskStore:
     def classes(self, number: int) -> Classes:
         """Return a mask by number, int16 ``[H, W]``."""
         if number not in self.packed:
-            self.pack(number, self.read(number))
+            classes = np.ascontiguousarray(self.read(number), dtype=np.int16)
+            self.packed[number] = zlib.compress(classes.tobytes(), 1), classes.shape
         content, shape = self.packed[number]
         return np.frombuffer(zlib.decompress(content), np.int16).reshape(shape)
-
-    def pack(self, number: int, classes: np.ndarray) -> None:
-        self.packed[number] = zlib.compress(np.ascontiguousarray(classes, dtype=np.int16).tobytes(), 1), classes.shape
 
     def places(self, side: int, longest: int) -> npt.NDArray[np.int64]:
         """Return the resized mask's pixel for each of ``side`` pixels of a mask whose longer side is ``longest``."""
@@ -55,9 +53,6 @@ class FullMasks:
 
     store: MaskStore
     rows: Tensor
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def subset(self, indices: Tensor) -> FullMasks:
         return FullMasks(self.store, self.rows[indices])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fedkern.data.images import transforms
-from fedkern.files.image_rows import FileRows, ImageRows
+from fedkern.files.image_rows import ImageRows
 from fedkern.process.device_copies import send
 
 CACHE_BYTES = 1 << 30
@@ -95,24 +95,3 @@ class Pixels:
 
 def as_index(indices: np.ndarray | Tensor) -> Tensor:
     return indices if isinstance(indices, Tensor) else torch.from_numpy(np.ascontiguousarray(indices))
-
-
-def place_labels(labels: Tensor, device: torch.device) -> Tensor:
-    """Move labels to the device, except pixel classes in a file."""
-    return labels if isinstance(labels, FileRows) else labels.to(device)
-
-
-def pick_images(
-    pixels: Pixels, index: Tensor, labels: Tensor, rng: np.random.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """Return images, augmented if there is an ``rng``, and unchanged ``labels``."""
-    return pixels.take(index, rng), labels
-
-
-def pick_pairs(pixels: Pixels, index: Tensor, labels: Tensor, rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
-    """Return images and pixel classes, augmented together if there is an ``rng``."""
-    return pixels.pairs(index, labels, rng)
-
-
-PICK = {"pixels": pick_pairs}
-"""Functions that pick samples, by `fedkern.tasks.Task.network`; default: :func:`pick_images`."""

@@ -74,23 +74,6 @@ def class_colours(seed: int, client: int, classes: int, palette: Palette) -> Col
     return chosen
 
 
-def tied_colours(
-    labels: npt.NDArray[np.int64], colours: Colours, correlation: float, palette: Palette, rng: np.random.Generator
-) -> Colours:
-    """Return backgrounds, uint8 ``[n, 3]``: the class's colour with probability ``correlation``, else random."""
-    free = random_colours(len(labels), palette, rng)
-    tied = rng.random(len(labels)) < correlation
-    return np.where(tied[:, None], colours[labels], free)
-
-
-def ink_is_white(colours: Colours, palette: Palette) -> npt.NDArray[np.bool_]:
-    """Return whether ink on these backgrounds is white (else black), bool ``[n]``."""
-    if not palette.contrast:
-        return np.ones(len(colours), dtype=np.bool_)
-    luminance: npt.NDArray[np.int64] = colours.astype(np.int64) @ np.array(_LUMINANCE)
-    return luminance <= 127_500
-
-
 def colourise(grey: Tensor, colours: Colours, palette: Palette) -> tuple[Tensor, Tensor]:
     """Blend ink, uint8 ``[n, 1, H, W]`` opacities, over coloured backgrounds, and return images and object masks.
 
@@ -98,7 +81,7 @@ def colourise(grey: Tensor, colours: Colours, palette: Palette) -> tuple[Tensor,
     background colour to the bit, and none inside is pure background.
     """
     mask = grey > INK_THRESHOLD
-    white = ink_is_white(colours, palette)
+    white = (colours.astype(np.int64) @ np.array(_LUMINANCE) <= 127_500) | (not palette.contrast)
     images = torch.empty(len(grey), 3, *grey.shape[2:], dtype=torch.uint8)
     for start in range(0, len(grey), _CHUNK):
         rows = slice(start, start + _CHUNK)
@@ -125,8 +108,11 @@ def paint(data: FederatedData, palette: Palette, correlation: float, mask: str, 
         return Split(images, grey.labels, masks, grey.ids)
 
     def draw_tied(labels: npt.NDArray[np.int64], purpose: str, client: int) -> Colours:
+        # The class's colour with probability ``correlation``, else a random one.
         rng = stream(seed, f"colours/{purpose}", client=client)
-        return tied_colours(labels, maps[client], correlation, palette, rng)
+        free = random_colours(len(labels), palette, rng)
+        tied = rng.random(len(labels)) < correlation
+        return np.where(tied[:, None], maps[client][labels], free)
 
     def in_distribution(grey: Split, purpose: str) -> Split:
         labels = grey.labels.numpy()

@@ -50,14 +50,6 @@ def rows_by_owner(owners: Rows, count: int) -> list[Rows]:
     return [order[begin:end] for begin, end in pairwise(cuts.tolist())]
 
 
-def _owners(parts: Sequence[Rows], count: int) -> Rows:
-    """Invert clients' lists of units to the client of every unit, int64 ``[count]``, or -1."""
-    owners = np.full(count, -1, dtype=np.int64)
-    for k, part in enumerate(parts):
-        owners[part] = k
-    return owners
-
-
 def drawn_rows(rng: np.random.Generator, count: int, units: Rows | None) -> list[Rows]:
     """Return rows 0 to ``count`` - 1 in random order, one array per unit."""
     order = rng.permutation(count if units is None else int(units.max()) + 1)
@@ -74,7 +66,10 @@ def share_units(units: Rows, share: Callable[[Rows, Rows], list[Rows]]) -> list[
     """
     first_rows = np.unique(units, return_index=True)[1].astype(np.int64)
     parts = share(first_rows, np.bincount(units))
-    return rows_by_owner(_owners(parts, len(first_rows))[units], len(parts))
+    owners = np.full(len(first_rows), -1, dtype=np.int64)  # the client of every unit
+    for k, part in enumerate(parts):
+        owners[part] = k
+    return rows_by_owner(owners[units], len(parts))
 
 
 def share_cases(cases: Rows, labels: Rows, share: Callable[[Rows, Rows, Rows], list[Rows]]) -> list[Rows]:
@@ -83,12 +78,11 @@ def share_cases(cases: Rows, labels: Rows, share: Callable[[Rows, Rows, Rows], l
     A case has the class of most of its rows; class 0 counts only without any other.  ``share`` maps each case's class,
     first row and number of rows, int64 ``[m]``, to case positions per client.
     """
-    _, first_rows, position = np.unique(cases, return_index=True, return_inverse=True)
-    counts = np.zeros((len(first_rows), int(labels.max(initial=0)) + 1), dtype=np.int64)
+    names, position = np.unique(cases, return_inverse=True)
+    counts = np.zeros((len(names), int(labels.max(initial=0)) + 1), dtype=np.int64)
     np.add.at(counts, (position, labels), 1)
     counts[:, 0] = counts[:, 1:].sum(1) == 0
-    parts = share(counts.argmax(1), first_rows, np.bincount(position))
-    return rows_by_owner(_owners(parts, len(first_rows))[position], len(parts))
+    return share_units(position, lambda first_rows, sizes: share(counts.argmax(1), first_rows, sizes))
 
 
 def training_cases(

@@ -242,15 +242,13 @@ def partition_like(
     clients, classes = counts.shape
     if len(labels) and int(labels.max()) >= classes:
         raise ValueError(f"labels: expected values below {classes}, got {int(labels.max())}")
-    parts: list[list[Rows]] = [[] for _ in range(clients)]
-    for label in range(classes):
-        rows = rng.permutation(np.flatnonzero(labels == label))
+    dealt = np.zeros((classes, clients), dtype=np.int64)
+    for label, available in enumerate(np.bincount(labels, minlength=classes)):
         weights = counts[:, label].astype(np.float64)
         share = weights / weights.sum() if weights.sum() > 0 else np.full(clients, 1 / clients)
-        cuts = np.rint(np.cumsum(share) * len(rows)).astype(np.int64)[:-1]
-        for part, piece in zip(parts, np.split(rows, cuts), strict=True):
-            part.append(piece)
-    return [np.sort(np.concatenate(part)).astype(np.int64) for part in parts]
+        cuts = np.rint(np.cumsum(share) * available).astype(np.int64)[:-1]
+        dealt[label] = np.diff(cuts, prepend=0, append=available)
+    return [np.sort(part) for part in _take_counts(labels, dealt, rng)]
 
 
 def _by_classes(spec: PartitionSpec, labels: Rows, clients: int, classes: int, rng: np.random.Generator) -> list[Rows]:
@@ -265,17 +263,14 @@ def _by_classes(spec: PartitionSpec, labels: Rows, clients: int, classes: int, r
             f"{math.ceil(classes / per_client)} clients"
         )
     # Every client takes the classes that fewest others hold so far, so that clients overlap as little as possible.
-    holders: list[list[int]] = [[] for _ in range(classes)]
+    holders = np.zeros((classes, clients), dtype=np.int64)
     for client in range(clients):
-        order = np.lexsort((rng.random(classes), np.array([len(members) for members in holders])))
-        for label in order[:per_client]:
-            holders[label].append(client)
-    parts: list[list[Rows]] = [[] for _ in range(clients)]
-    for label, held_by in enumerate(holders):
-        rows = rng.permutation(np.flatnonzero(labels == label))
-        for client, piece in zip(held_by, np.array_split(rows, len(held_by)), strict=True):
-            parts[client].append(piece)
-    return [np.concatenate(part) for part in parts]
+        order = np.lexsort((rng.random(classes), holders.sum(1)))
+        holders[order[:per_client], client] = 1
+    # Equal shares of a class for its clients, the first of which get one more.
+    shares, remainders = np.divmod(np.bincount(labels, minlength=classes), holders.sum(1))
+    counts = holders * (shares[:, None] + (holders.cumsum(1) <= remainders[:, None]))
+    return _take_counts(labels, counts, rng)
 
 
 def _draw_shares(
@@ -300,7 +295,7 @@ def _draw_shares(
             counts = _dirichlet_counts(spec, per_class, clients, rng)
             if counts.sum(axis=0).min() * sizes.max() < spec.min_samples:
                 continue  # before the rows are shuffled: counting makes a retry cheap
-            parts = _take_counts(spec, labels, counts, rng)
+            parts = _take_counts(labels, counts, None if spec.plain else rng)
         if min(sizes[part].sum() for part in parts) >= spec.min_samples:
             return parts
     raise UserError(
@@ -309,14 +304,12 @@ def _draw_shares(
     )
 
 
-def _take_counts(
-    spec: PartitionSpec, labels: Rows, counts: npt.NDArray[np.int64], rng: np.random.Generator
-) -> list[Rows]:
-    """Return every client's rows, of every class as many as ``counts`` ``[classes, clients]``."""
+def _take_counts(labels: Rows, counts: npt.NDArray[np.int64], rng: np.random.Generator | None) -> list[Rows]:
+    """Return every client's rows, of every class as many as ``counts`` ``[classes, clients]``, shuffled by ``rng``."""
     parts: list[list[Rows]] = [[] for _ in range(counts.shape[1])]
     for label, of_clients in enumerate(counts):
         rows = np.flatnonzero(labels == label)
-        rows = rows if spec.plain else rng.permutation(rows)
+        rows = rows if rng is None else rng.permutation(rows)
         for part, piece in zip(parts, np.split(rows, np.cumsum(of_clients)[:-1]), strict=True):
             part.append(piece)
     return [np.concatenate(part) for part in parts]

@@ -244,18 +244,15 @@ def _mixture(size: int, rng: np.random.Generator, liked: npt.NDArray[np.float64]
     return shares
 
 
-def _rare_concepts(seed: int) -> tuple[Digits, Digits]:
-    rng = stream(seed, "captions/minority")
-    return rng.permutation(len(CLASSES))[:3], rng.permutation(len(INK))[:2]
-
-
 def _style(seed: int, client: int, *, rare: bool, avoid: bool) -> Style:
     """Return a client's style: of the minority if ``rare``, avoiding its concepts if ``avoid``."""
     rng = stream(seed, "captions/style", client=client)
     first_texture = int(stream(seed, "captions/texture").integers(len(TEXTURES)))
     ground = draw_ground(TEXTURES[(first_texture + client) % len(TEXTURES)], rng)
     liked = np.ones(len(CLASSES)), np.ones(len(INK))
-    for weights, concepts in zip(liked, _rare_concepts(seed), strict=True):
+    concept_rng = stream(seed, "captions/minority")
+    for weights, count in zip(liked, (3, 2), strict=True):
+        concepts = concept_rng.permutation(len(weights))[:count]
         if avoid:
             weights[concepts] = RARE
         if rare:

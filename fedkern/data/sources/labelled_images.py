@@ -6,7 +6,8 @@ Splits and sites of folders are found by `fedkern.data.sources.site_folders`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -69,30 +70,23 @@ def open_segmentation(
     everything = torch.arange(len(files))
     stored = files.stored and PixelClasses.of(files.stored[0], everything, torch.from_numpy(meaning))
     pixels: Masks = class_of[values[:, 0].numpy()] if stored is None else stored
-    full = FullMasks(MaskStore(Meanings(files, class_of, len(classes)), reading.size), everything)
+    full = FullMasks(MaskStore(partial(_read_mask, files, class_of, len(classes)), reading.size), everything)
     labels = _largest(counts, len(classes))
     listing = replace(listing, labels=labels, masks=pixels, full=full, task=SEGMENTATION)
     return to_source("segmentation", listing, classes, reading)
 
 
-@dataclass(frozen=True)
-class Meanings:
-    """Reader of a mask's classes at its own size, from values by ``meaning``."""
-
-    files: MaskFiles
-    meaning: npt.NDArray[np.int16]
-    classes: int
-
-    def __call__(self, row: int) -> npt.NDArray[np.int16]:
-        values = self.files.values(row)
-        classes = self.meaning[values]
-        if classes.max(initial=0) >= self.classes:
-            value = values[classes >= self.classes].max()
-            raise UserError(
-                f'data set "segmentation": the mask {self.files.paths[row]} holds {value}, which is none of the '
-                "classes of the resized masks; name all classes with --data-option names=a|b, or mend the mask"
-            )
-        return classes
+def _read_mask(files: MaskFiles, meaning: npt.NDArray[np.int16], count: int, row: int) -> npt.NDArray[np.int16]:
+    """Return a mask's classes at its own size, from values by ``meaning``, below ``count``."""
+    values = files.values(row)
+    classes = meaning[values]
+    if classes.max(initial=0) >= count:
+        value = values[classes >= count].max()
+        raise UserError(
+            f'data set "segmentation": the mask {files.paths[row]} holds {value}, which is none of the classes of the '
+            "resized masks; name all classes with --data-option names=a|b, or mend the mask"
+        )
+    return classes
 
 
 def _is_part(folder: Path) -> bool:

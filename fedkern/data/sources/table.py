@@ -258,13 +258,23 @@ def open_table(
     ``chosen`` has columns to read instead, by option (``text``, ``patient``, ``client_column``); empty names choose
     nothing, but an empty ``patient`` reads no column.  ``tree`` makes a table of a folder and its layout.
     """
-    path = _csv_file(root, data, columns)
-    if path is not None:
+    if root is None:
+        raise UserError(
+            f'data set "{data}" is read from a CSV file with the columns {",".join(columns)}: name it with --data-root'
+        )
+    path = expand(root)
+    if not path.is_file() and not path.is_dir():
+        raise UserError(f'data set "{data}": the data root {path} is neither a CSV file nor a folder')
+    tables = [path] if path.is_file() else csv_files(path)
+    if len(tables) > 1:
+        names = ", ".join(table.name for table in tables[:4])
+        raise UserError(f'data set "{data}": {path} holds several CSV files ({names}): name one with --data-root')
+    if tables:
         if layout != "auto":
             raise UserError(
-                f'data set "{data}": the option layout is for folders, and {path} lists the images; leave it out'
+                f'data set "{data}": the option layout is for folders, and {tables[0]} lists the images; leave it out'
             )
-        return _read_csv(path, data, chosen)
+        return _read_csv(tables[0], data, chosen)
     if tree is None:
         raise UserError(f'data set "{data}": {root} holds no CSV file')
     for option, column in chosen.items():
@@ -273,25 +283,7 @@ def open_table(
                 f'data set "{data}": the option {option} names the column "{column}" of a CSV file, and {root} holds '
                 "none; leave it out, or name the file with --data-root"
             )
-    return tree(expand(str(root)), layout)
-
-
-def _csv_file(root: str | Path | None, data: str, columns: tuple[str, ...]) -> Path | None:
-    """Return ``root`` or the only CSV file in it, None without any."""
-    if root is None:
-        raise UserError(
-            f'data set "{data}" is read from a CSV file with the columns {",".join(columns)}: name it with --data-root'
-        )
-    path = expand(root)
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise UserError(f'data set "{data}": the data root {path} is neither a CSV file nor a folder')
-    tables = csv_files(path)
-    if len(tables) > 1:
-        names = ", ".join(table.name for table in tables[:4])
-        raise UserError(f'data set "{data}": {path} holds several CSV files ({names}): name one with --data-root')
-    return tables[0] if tables else None
+    return tree(path, layout)
 
 
 def csv_files(folder: Path) -> list[Path]:

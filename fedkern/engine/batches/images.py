@@ -11,10 +11,10 @@ from numpy.random import Generator
 from torch import Tensor
 
 from fedkern.data.forms import ImageForm
-from fedkern.data.images.pixels import PICK, Pixels, as_index, pick_images, pick_pairs, place_labels
+from fedkern.data.images.pixels import Pixels, as_index
 from fedkern.data.images.transforms import window
 from fedkern.engine.batches.reader import BATCH, Plan, Reader
-from fedkern.files.image_rows import in_parts, load_rows
+from fedkern.files.image_rows import FileRows, in_parts, load_rows
 from fedkern.methods.protocol import OUTSIDE, Batch, Phase, batch_slices
 from fedkern.process.device_copies import send
 
@@ -58,9 +58,8 @@ class Images(Reader):
             is_raw=form.is_raw,
         )  # fmt: skip
         self.pixels = self._make_pixels(split.images)
-        self._pick = PICK.get(self.task.network, pick_images)
         self.labels: Tensor = split.labels
-        self._there = place_labels(split.labels, device)
+        self._there = split.labels if isinstance(split.labels, FileRows) else split.labels.to(device)
         self.fresh = augment != "none"
         self.cases: Tensor | None = split.cases
         self.full = None if split.full is None else split.full.load_masks()  # read now, as the files may vanish later
@@ -76,7 +75,10 @@ class Images(Reader):
         """Return images and labels at ``indices``, augmented together when ``rng`` is given."""
         chosen = as_index(indices)
         index = self.pixels.send_index(chosen)
-        return self._pick(self.pixels, index, self._labels(chosen, index), rng)
+        labels = self._labels(chosen, index)
+        if self.task.network == "pixels":
+            return self.pixels.pairs(index, labels, rng)
+        return self.pixels.take(index, rng), labels
 
     def _labels(self, chosen: Tensor, index: Tensor) -> Tensor:
         label_index = index if index.device == self._there.device else send(chosen, self._there.device)
@@ -85,7 +87,7 @@ class Images(Reader):
     def _with_masks(self, chosen: Tensor, rng: Generator | None) -> tuple[Tensor, Tensor, Tensor]:
         index = self.pixels.send_index(chosen)
         masks = self._masks.index_select(0, send(index, self.device)).long()
-        images, moved = pick_pairs(self.pixels, index, masks, rng)
+        images, moved = self.pixels.pairs(index, masks, rng)
         return images, self._labels(chosen, index), moved > 0  # padding is no object
 
     @cached_property
