@@ -244,14 +244,10 @@ def prototypes(network: Classifier, client: Client) -> Message:
     present, counts = client.labels.unique(return_counts=True)
     row = torch.full((int(present.max()) + 1,), -1)
     row[present] = torch.arange(len(present))
-    sums: Tensor | None = None
+    sums = torch.zeros(len(present), network.head.in_features, dtype=torch.float64)
     with torch.no_grad():
         for batch in client.in_order():
-            features = network.features(batch.inputs).double().cpu()
-            if sums is None:
-                sums = torch.zeros(len(present), features.shape[1], dtype=torch.float64)
-            sums.index_add_(0, row[batch.targets.cpu()], features)
-    assert sums is not None  # the engine starts no client without samples
+            sums.index_add_(0, row[batch.targets.cpu()], network.features(batch.inputs).double().cpu())
     return {"classes": present, "means": (sums / counts[:, None]).float(), "counts": counts}
 
 

@@ -44,16 +44,12 @@ def project(point: Weights, rho: float, centre: Weights | None = None) -> Weight
     Around uniform weights in closed form (docs/methods/feddra.md, section 7), around other centres by bisection to
     1e-12.
     """
-    v = np.asarray(point, dtype=np.float64)
-    n = len(v)
+    n, bound = len(point), 2 * rho + 1
+    if (n * float(point @ point) if centre is None else _spread(point, centre)) <= bound:
+        return point.copy()
     if centre is None:
-        if n * float(v @ v) <= 2 * rho + 1:
-            return v.copy()
-        return _around_uniform(v, (2 * rho + 1) / n)
-    c = np.asarray(centre, dtype=np.float64)
-    if _spread(v, c) <= 2 * rho + 1:
-        return v.copy()
-    return c.copy() if rho == 0 else _around(v, c, 2 * rho + 1)
+        return _around_uniform(point, bound / n)
+    return centre.copy() if rho == 0 else _around(point, centre, bound)
 
 
 def distance(weights: Weights, centre: Weights | None = None) -> float:

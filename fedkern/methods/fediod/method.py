@@ -131,11 +131,6 @@ class Held:
     def __len__(self) -> int:
         return len(self._rows)
 
-    @property
-    def can_be_scored(self) -> bool:
-        """True if a sample (segmentation: pixel) has a known class."""
-        return bool((self._client.labels[torch.from_numpy(self._rows)] >= 0).any())
-
     def batches(self) -> Iterator[Batch]:
         for part in batch_slices(len(self), min(self.task.outside, 500)):
             yield self._client.batch(self._rows[part])
@@ -167,7 +162,6 @@ def make_teacher(method: OwnNetworks, client: Client) -> None:
     """
     module = build_network(method, client)
     rows, out = split_holdout(client, method.options.holdout)
-    test_set = Held(client, out)
     load_pretrained = client.load_pretrained(module)
     if not load_pretrained and not private.train_teacher(method, client, TRAIN, module, rows):
         client.fit(method, TRAIN, module, rows=None if len(rows) == client.samples else rows)
@@ -175,9 +169,9 @@ def make_teacher(method: OwnNetworks, client: Client) -> None:
             refresh_statistics(client, module, rows)
     module.eval()
     state = client.state["teacher"] = copy_vectors(flatten(module))
-    if test_set.can_be_scored and not load_pretrained:
+    if not load_pretrained and bool((client.labels[torch.from_numpy(out)] >= 0).any()):
         with torch.no_grad():
-            state["holdout"] = test_set.task.score(method.evaluate(module, test_set))
+            state["holdout"] = client.task.score(method.evaluate(module, Held(client, out)))
 
 
 def build_network(method: OwnNetworks, client: Client) -> nn.Module:

@@ -176,9 +176,7 @@ class Workshop:
         samples = torch.tensor([float(self.server.federation.samples[k]) for k in ids])
         pi = samples / samples.sum()
         disclosed = send(stack_class_counts(self.server, ids, self.options.weight_floor), device)
-        scores = None
-        if self.options.tells_scores:
-            scores = torch.stack([answers[k]["scores"].to(device) for k in ids])
+        scores = torch.stack([answers[k]["scores"].to(device) for k in ids]) if self.options.tells_scores else None
         mask = None if self.options.class_weights == "uniform" else disclosed > 0
         return Ensemble(ids, logits, send(pi, device), pi.tolist(), importance(disclosed, scores), mask)
 
