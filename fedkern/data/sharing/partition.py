@@ -243,7 +243,7 @@ def partition_like(
     if len(labels) and int(labels.max()) >= classes:
         raise ValueError(f"labels: expected values below {classes}, got {int(labels.max())}")
     dealt = np.zeros((classes, clients), dtype=np.int64)
-    for label, available in enumerate(np.bincount(labels, minlength=classes)):
+    for label, available in enumerate([np.count_nonzero(labels == label) for label in range(classes)]):
         weights = counts[:, label].astype(np.float64)
         share = weights / weights.sum() if weights.sum() > 0 else np.full(clients, 1 / clients)
         cuts = np.rint(np.cumsum(share) * available).astype(np.int64)[:-1]
