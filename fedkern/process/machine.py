@@ -12,13 +12,7 @@ GROUPS = Path("/sys/fs/cgroup")
 def usable_cores() -> int:
     """Return the cores of this process's affinity mask, at most the quota of its control group."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _quota()
-    return max(1, min(cores, int(quota))) if quota else cores
-
-
-def _quota() -> float:
-    """Return the smallest CPU quota of the control group and its parents, in CPUs, or 0."""
-    quotas = []
+    quotas: list[float] = []
     for folder in _groups(""):
         with suppress(OSError, ValueError, ZeroDivisionError):
             quota, period = (folder / "cpu.max").read_text().split()[:2]
@@ -27,7 +21,8 @@ def _quota() -> float:
         with suppress(OSError, ValueError, ZeroDivisionError):
             limit = int((folder / "cpu.cfs_quota_us").read_text())
             quotas += [limit / int((folder / "cpu.cfs_period_us").read_text())] if limit > 0 else []
-    return min(quotas, default=0.0)
+    smallest = min(quotas, default=0.0)
+    return max(1, min(cores, int(smallest))) if smallest else cores
 
 
 _MEMORY = {

@@ -14,11 +14,8 @@ class Answers(RunPart):
         run.store.check_lock()
         if run.notices.disclosure.clients and summary.final.confusion:
             confusions.write(run.out, run.context.data.classes, summary.final.confusion)
-        if run.request.predictions:
-            self._write_predictions()
-
-    def _write_predictions(self) -> None:
-        run = self._run
+        if not run.request.predictions:
+            return
         classes = unique_names(run.context.data.classes)
         sets = {
             set_name(prefix): (data.split.ids, data.labels.cpu(), kept_answers(data, len(classes)))

@@ -34,6 +34,10 @@ class Diagnoses(RunPart):
         added |= {metric.name for data in sets.values() for metric in getattr(data, "metrics", ())}
         flat = context.networks.is_flat(summary.network)
         constant = diagnostics.constants(sets, classes) if public else {}
+        missing_statistics = {
+            "no-running-statistics": f"With --buffers {config.buffers} the global model has no batch norm statistics: "
+            "it was evaluated with those of each test batch, and so is what model.safetensors holds."
+        }
         with run.code("diagnose"):
             observed = run.method.diagnose(self._observed.summary()) if public else {}
         for texts in (
@@ -41,7 +45,7 @@ class Diagnoses(RunPart):
             diagnostics.unvaried_labels(sets),
             diagnostics.outlying_drift(self._last, context.data.client_label) if public else {},
             diagnostics.poor_metrics(metrics, summary.best, len(classes), constant, config, names, added),
-            diagnostics.missing_statistics(config.buffers, flat and lacks_statistics(context, config)),
+            missing_statistics if flat and lacks_statistics(context, config) else {},
             diagnostics.missing_metrics(config.method, config.data, sets, summary.latest),
             diagnostics.undefined_figures(sets, summary.of_clients, context.data.client_label),
             observed,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -97,7 +96,12 @@ class Evaluation(RunPart):
         summary.of_tests = {**self.latest, **summary.final.metrics, **self.latest, **self._gradcam(network)}
         summary.latest, summary.best = self.latest, self.best
         summary.metrics.update(summary.of_tests)
-        summary.entries["better"] = self._directions(summary.metrics)
+        known: dict[str, str | None] = {}
+        for reader in self._run.sets.values():
+            known |= {metric.name: better_values(metric.function) for metric in getattr(reader, "metrics", ())}
+            known |= reader.task.directions
+        prefixes = [prefix[:-1] for prefix in self._run.sets]
+        summary.entries["better"] = {name: direction(name, known, prefixes) for name in summary.metrics}
         summary.entries.update(self._of_clients(test_set, own_sets))
         if self._clients:
             data, seed, are_personal = self._context.data, self._run.config.seed, self._networks is not None
@@ -163,13 +167,6 @@ class Evaluation(RunPart):
             value = self.of_clients[k][figure]
             entries["worst_client"] = {"client": k, **name_entry(k), "metric": figure, "value": value}
         return entries
-
-    def _directions(self, figures: Iterable[str]) -> dict[str, str | None]:
-        known: dict[str, str | None] = {}
-        for data in self._run.sets.values():
-            known |= {metric.name: better_values(metric.function) for metric in getattr(data, "metrics", ())}
-            known |= data.task.directions
-        return {name: direction(name, known, [prefix[:-1] for prefix in self._run.sets]) for name in figures}
 
     def _gradcam(self, network: nn.Module) -> dict[str, float]:
         # Grad-CAM takes single images in eval mode, which needs running statistics.

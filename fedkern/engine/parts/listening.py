@@ -2,7 +2,6 @@
 
 from fedkern.engine.executors.choice import worker_bytes
 from fedkern.engine.parts.part import Record, RunPart, register_part
-from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.listeners.events import RunInfo
 from fedkern.messages.states import State
 from fedkern.models.state.freezing import frozen_norms
@@ -13,7 +12,17 @@ class Listening(RunPart):
     """Part that passes events to the listeners, and keeps their states."""
 
     def begin(self, resumed: bool) -> None:
-        self._run.listener.on_start(_info(self._run))
+        run, workers = self._run, self._run.executor.count
+        info = RunInfo(
+            config=run.config, out=run.out, first_round=run.progress.done, samples=run.context.federation.samples,
+            parameters=run.parameters,
+            frozen=sum(parameter.numel() for parameter in run.network.parameters() if not parameter.requires_grad),
+            frozen_norms=len(frozen_norms(run.network)), rounds=tuple(entry for entry in run.plan if not entry.one_off),
+            test_sets={prefix[:-1]: len(data) for prefix, data in run.sets.items()}, data=run.context.data,
+            private=not run.notices.disclosure.clients, guarantee=run.guarantee, model=run.networks.model_name,
+            workers=workers, worker_bytes=worker_bytes(run.context, run.parameters) if workers > 1 else 0,
+        )  # fmt: skip
+        run.listener.on_start(info)
 
     def before_round(self, record: Record) -> None:
         self._run.listener.on_round_start(record.number, record.entry.name, record.participants)
@@ -29,16 +38,3 @@ class Listening(RunPart):
 
     def restore(self, state: State) -> None:
         self._run.listener.restore_all(state)
-
-
-def _info(run: RunObjects) -> RunInfo:
-    workers = run.executor.count
-    return RunInfo(
-        config=run.config, out=run.out, first_round=run.progress.done, samples=run.context.federation.samples,
-        parameters=run.parameters,
-        frozen=sum(parameter.numel() for parameter in run.network.parameters() if not parameter.requires_grad),
-        frozen_norms=len(frozen_norms(run.network)), rounds=tuple(entry for entry in run.plan if not entry.one_off),
-        test_sets={prefix[:-1]: len(data) for prefix, data in run.sets.items()}, data=run.context.data,
-        private=not run.notices.disclosure.clients, guarantee=run.guarantee, model=run.networks.model_name,
-        workers=workers, worker_bytes=worker_bytes(run.context, run.parameters) if workers > 1 else 0,
-    )  # fmt: skip

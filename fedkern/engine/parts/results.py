@@ -14,23 +14,18 @@ class Results(RunPart):
 
     def finish(self, summary: Summary) -> None:
         run, context, config, done = self._run, self._run.context, self._run.config, self._run.progress.done
-        names = context.data.client_names
+        names, held_out = context.data.client_names, context.data.statistics.held_out
+        holdout = {} if held_out is None else {"held_out_client_name": held_out[0]}
+        of_clients = {} if names is None else {"client_names": list(names), **holdout}
         write_evaluation(run.out, rows(summary.of_tests, [*run.sets], summary.of_clients, names, summary.client_set))
         flat = context.networks.is_flat(summary.network)
         write_model(run.out / MODEL, summary.network, about_network(context, config, done, flat))
         head: State = {
             "method": config.method, "data": config.data, "model": context.networks.model_name, "seed": config.seed,
-            "rounds": done, "clients": config.clients, **self._names(), "metrics": summary.metrics,
+            "rounds": done, "clients": config.clients, **of_clients, "metrics": summary.metrics,
         }  # fmt: skip
         tail = {"seconds": run.timing.seconds(), "records": config.records, "versions": versions.versions()}
         if summary.stop is not None:
             tail["stopped"] = {"by": summary.stop.name, "reason": summary.stop.reason}
         summary.entries = {**head, **summary.entries, **tail}
         record_files.write_summary(run.out, summary.entries)
-
-    def _names(self) -> State:
-        data = self._run.context.data
-        if data.client_names is None:
-            return {}
-        holdout = {} if data.statistics.held_out is None else {"held_out_client_name": data.statistics.held_out[0]}
-        return {"client_names": list(data.client_names), **holdout}

@@ -9,20 +9,17 @@ class Traffic(RunPart):
     """Part that reports bytes of rounds and run, and books messages before any round."""
 
     def begin(self, resumed: bool) -> None:
-        if not resumed:
-            self._book_beforehand()
-        self._run.context.uploaded.clear()
-        self._run.server.traffic = self._run.ledger.rounds
-
-    def _book_beforehand(self) -> None:
         ledger, context = self._run.ledger, self._run.context
-        for k, raw in enumerate(context.uploaded):
-            ledger.book(k, "up", raw)
-        shares_words = any(entry.counted for entry in self._run.plan if not entry.one_off)
-        if shares_words and (words := context.words()) is not None:
-            for k, client_words in enumerate(words[0]):
-                ledger.book(k, "up", client_words)
-                ledger.book(k, "down", words[1])
+        if not resumed:
+            for k, raw in enumerate(context.uploaded):
+                ledger.book(k, "up", raw)
+            shares_words = any(entry.counted for entry in self._run.plan if not entry.one_off)
+            if shares_words and (words := context.words()) is not None:
+                for k, client_words in enumerate(words[0]):
+                    ledger.book(k, "up", client_words)
+                    ledger.book(k, "down", words[1])
+        context.uploaded.clear()
+        self._run.server.traffic = ledger.rounds
 
     def before_round(self, record: Record) -> None:
         self._run.ledger.begin_round()

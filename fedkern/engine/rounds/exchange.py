@@ -34,7 +34,7 @@ class Exchange:
         for k, why in absent.items():
             if k in messages:
                 self._tell_sent(k, messages[k])
-            self._log.note_lost(k, self._request.phase.exchange, why)
+            self._log.note_dropped(k, {"exchange": self._request.phase.exchange, "reason": why})
 
     def uploads(self) -> Iterator[Upload]:
         """Yield the uploads in client order, lazily: the server is done with an upload before it gets the next one.

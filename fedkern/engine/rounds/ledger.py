@@ -71,8 +71,8 @@ class Ledger:
     def _row(self, client: int) -> list[int]:
         return [getattr(self, name)[client] for name in _COLUMNS]
 
-    def book(self, client: int, direction: str, message: object, *, phase: Phase | None = None) -> int:
-        """Book a message from (``"up"``) or to (``"down"``) a client, and return its bytes."""
+    def book(self, client: int, direction: str, message: object, *, phase: Phase | None = None) -> None:
+        """Book the bytes of a message from (``"up"``) or to (``"down"``) a client."""
         size = message_bytes(message)
         column = direction if phase is not None else f"one_off_{direction}"
         getattr(self, column)[client] += size
@@ -82,7 +82,6 @@ class Ledger:
             self.exchanges.setdefault(phase.exchange, {"up": 0, "down": 0})[direction] += size
             self.round_sums.setdefault(phase.exchange, {"up": 0, "down": 0})[direction] += size
             self.rounds.setdefault(phase.name, {"up": 0, "down": 0})[direction] += size
-        return size
 
     def begin_round(self) -> None:
         self.round_sums = {}

@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from fedkern.engine.executors.executor import Executor
 from fedkern.engine.participation import Assignment
 from fedkern.engine.parts.part import Part, Record, Stop, Summary
 from fedkern.engine.rounds.exchange import Exchange
@@ -28,7 +27,9 @@ class Loop:
             self._run.progress.begin(entry)
             traffic = partial(self._declared_bytes, entry)
             assigned = self._run.participation.assign(entry, self._run.progress.index, traffic)
-            record = self._record(entry, assigned)
+            number, rounds = self._run.progress.shown_number, self._run.rounds
+            due = not entry.one_off and (number % self._run.config.eval_every == 0 or number == rounds)
+            record = Record(entry, number, rounds, list(assigned.clients), due)
             for part in self._parts:
                 if (stop := part.before_round(record)) is not None:
                     return stop
@@ -48,16 +49,13 @@ class Loop:
             part.finish(summary)
         return summary
 
-    def _record(self, entry: Round, assigned: Assignment) -> Record:
-        number, rounds, interval = self._run.progress.shown_number, self._run.rounds, self._run.config.eval_every
-        due = not entry.one_off and (number % interval == 0 or number == rounds)
-        return Record(entry, number, rounds, list(assigned.clients), due)
-
     def _play_round(self, record: Record, assigned: Assignment) -> None:
         run, progress, log = self._run, self._run.progress, self._run.log
         entry, clients, absent = record.entry, record.participants, assigned.absent
         record.seconds.update({"train": 0.0, "aggregate": 0.0, "evaluate": 0.0})
         present = tuple(k for k in clients if k not in absent)
+        together = (entry.cohort or record.in_server_process) and not run.executor.remote
+        executor = run.executor.here if together else run.executor
         exchanges = run.pooling.exchanges(entry, record.due)
         record.exchanges = tuple(name for name, _ in exchanges)
         log.begin()
@@ -70,7 +68,7 @@ class Loop:
             asked = ExchangeRequest(
                 phase, entry, progress.planned, len(clients), present, hooks, sent, assigned.began, assigned.shares
             )
-            exchange = Exchange(asked, self._filters, self._at_work(record), log, run.context.federation.samples)
+            exchange = Exchange(asked, self._filters, executor, log, run.context.federation.samples)
             exchange.lose(hooks.messages(outgoing, absent), absent)
             absent = {}
             hooks.server_update(phase, exchange.uploads())
@@ -109,8 +107,3 @@ class Loop:
         for filter_ in reversed(self._filters):
             declared = filter_.declare_encoded(asked, declared)
         return message_bytes(sent[k]), message_bytes(declared)
-
-    def _at_work(self, record: Record) -> Executor:
-        executor = self._run.executor
-        together = (record.entry.cohort or record.in_server_process) and not executor.remote
-        return executor.here if together else executor

@@ -159,12 +159,12 @@ class RoundLog:
 
     # -- who is left out -------------------------------------------------------------------------------------------
 
-    def note_lost(self, k: ClientId, exchange: str, why: str) -> None:
-        self._note_dropped(k, {"exchange": exchange, "reason": why})
-
     def note_missing(self, answer: Answer) -> None:
         if answer.absent:
-            self._note_loss(answer.client, answer.absent)
+            k, exchange = answer.client, self._progress.exchange
+            self.exclude(k, {"exchange": exchange, "reason": answer.absent})
+            label, when = self._context.data.client_label(k), self._progress.when(exchange)
+            self._warn(f"missing-client-{k}", f"Client {label} was left out {when}, as {answer.absent}.")
         elif answer.problem is not None:
             self._broke(answer.client, answer.problem)
         else:
@@ -185,7 +185,7 @@ class RoundLog:
         self._states.exclude(k)
         self.excluded.add(k)
         if not self._hides_dropouts:
-            self._note_dropped(k, why)
+            self.note_dropped(k, why)
 
     def none_left(self) -> None:
         """Raise UserError because the round has no client left.
@@ -200,12 +200,6 @@ class RoundLog:
                 f"No client is left {self._progress.when()}, as all diverged, were refused or dropped out{why}: "
                 "lower --lr, set --clip-norm, or lower --dropout-rate where it is given."
             )
-
-    def _note_loss(self, k: ClientId, why: str) -> None:
-        exchange = self._progress.exchange
-        self.exclude(k, {"exchange": exchange, "reason": why})
-        label, when = self._context.data.client_label(k), self._progress.when(exchange)
-        self._warn(f"missing-client-{k}", f"Client {label} was left out {when}, as {why}.")
 
     def _broke(self, k: ClientId, problem: Diverged | ClientFailed) -> None:
         when, config = self._progress.when(), self._context.config
@@ -233,7 +227,7 @@ class RoundLog:
         if not self._hides_dropouts:
             self._context.notices.warn(name, text)
 
-    def _note_dropped(self, k: ClientId, why: State) -> None:
+    def note_dropped(self, k: ClientId, why: State) -> None:
         self.excluded.add(k)
         at = max(self._progress.shown_number, 0)
         self.dropped = [*self.dropped, {"round": at, "client": k, **self._context.name_entry(k), **why}]
