@@ -63,7 +63,14 @@ class ClientPrivacy:
             for number, entry in enumerate(plan):
                 requests.update(participation.clients(entry, number))
                 self._most[number + 1] = max(requests.values())
-        self.allowed_rounds = self._count_allowed(len(plan))
+        self.allowed_rounds, limit = len(plan), config.max_epsilon
+        if limit is not None:
+            self.allowed_rounds = bisect_right(range(1, len(plan) + 1), limit, key=self.epsilon)
+            if not self.allowed_rounds:
+                raise UserError(
+                    f"--max-epsilon {limit:g} is less than the epsilon of the first round, {self.epsilon(1):.3g}: take "
+                    "more --dp-noise, or a larger --max-epsilon."
+                )
         self.planned = self.epsilon(self.allowed_rounds) if self.level.noise else math.inf
 
     def keep(self, secret: str) -> None:
@@ -79,19 +86,6 @@ class ClientPrivacy:
             config = self._config
             return self.level.epsilon(rounds, drawn=config.sampled_clients, of=config.trained_clients)
         return self.level.epsilon(self._most[rounds])
-
-    def _count_allowed(self, rounds: int) -> int:
-        """Return how many of the planned rounds stay within ``--max-epsilon``."""
-        limit = self._config.max_epsilon
-        if limit is None:
-            return rounds
-        count = bisect_right(range(1, rounds + 1), limit, key=self.epsilon)
-        if not count:
-            raise UserError(
-                f"--max-epsilon {limit:g} is less than the epsilon of the first round, {self.epsilon(1):.3g}: take "
-                "more --dp-noise, or a larger --max-epsilon."
-            )
-        return count
 
     def guarantee(self) -> ClientGuarantee | None:
         if not self.level.noise:

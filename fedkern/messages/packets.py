@@ -262,15 +262,12 @@ class Unpacker:
 
     def tensor(self, place: _Place) -> Tensor:
         if place not in self._tensors:
-            self._tensors[place] = self._make(place)
+            if count := math.prod(place.shape):
+                flat = torch.frombuffer(self._maps[place.file], dtype=place.dtype, count=count, offset=place.offset)
+                self._tensors[place] = flat.as_strided(place.shape, place.stride)
+            else:
+                self._tensors[place] = torch.empty(place.shape, dtype=place.dtype)
         return self._tensors[place]
-
-    def _make(self, place: _Place) -> Tensor:
-        count = math.prod(place.shape)
-        if not count:
-            return torch.empty(place.shape, dtype=place.dtype)
-        flat = torch.frombuffer(self._maps[place.file], dtype=place.dtype, count=count, offset=place.offset)
-        return flat.as_strided(place.shape, place.stride)
 
     def clear(self) -> None:
         self._tensors.clear()

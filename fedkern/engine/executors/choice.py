@@ -35,21 +35,15 @@ def executor_of(run: RunObjects) -> Executor:
     if config.own_networks:  # all clients evaluate theirs
         asks += context.federation.clients * -(-len(rounds) // config.eval_every)
     if (ranks := torchrun_group.find_main_group()) is not None:
-        return _on_ranks(run, ranks, asks)
+        if config.workers != "1":
+            _no_workers(config, context, "each rank of torchrun has its clients work one after another")
+        if not asks or config.clients_of_a_round < 2:  # other ranks would be idle
+            return run.here
+        return Ranks(context, run.here, run.handlers, run.store.checkpoints.reader, ranks)
     if (count := workers_for(config, context, asks, run.parameters)) < 2:
         return run.here
     expected = asks if config.workers == "auto" else None
     return Workers(context, run.here, run.handlers, run.store.checkpoints.reader, count, asks=expected)
-
-
-def _on_ranks(run: RunObjects, ranks: torchrun_group.TorchrunGroup, asks: int) -> Executor:
-    """Return the executor of several ranks, or of this process if others would be idle."""
-    config, context = run.config, run.context
-    if config.workers != "1":
-        _no_workers(config, context, "each rank of torchrun has its clients work one after another")
-    if not asks or config.clients_of_a_round < 2:
-        return run.here
-    return Ranks(context, run.here, run.handlers, run.store.checkpoints.reader, ranks)
 
 
 def _no_workers(config: RunConfig, context: RunContext, why: str) -> None:

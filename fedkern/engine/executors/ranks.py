@@ -19,7 +19,6 @@ from dataclasses import replace
 import torch
 
 from fedkern.data.sources.items import Items
-from fedkern.data.types import FederatedData
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.executor import Handler, Setup, States
 from fedkern.engine.executors.ordered import Ordered
@@ -109,8 +108,10 @@ class Ranks(Ordered):
         self._start(handlers)
 
     def _start(self, handlers: Mapping[str, Handler]) -> None:
-        tests = self._context.config.own_networks
-        if self._group.launched.local_size < self._group.size and _in_a_file(self._context.data, tests):
+        data = self._context.data
+        tests = (*data.tests.values(), *data.client_tests) if self._context.config.own_networks else ()
+        parts = (part for split in (*data.clients, data.validation, *tests) for part in (split.images, split.labels))
+        if self._group.launched.local_size < self._group.size and any(isinstance(part, FileRows) for part in parts):
             raise UserError(
                 "The decoded images are in a file on rank 0's machine, which ranks on other machines cannot read: use "
                 "ranks of one machine, or fewer or smaller images, which are kept in memory."
@@ -164,8 +165,3 @@ class Ranks(Ordered):
                 self._work(self._todo[0])
         elif k in self._todo:
             self._work(k)
-
-
-def _in_a_file(data: FederatedData, tests: bool) -> bool:
-    splits = (*data.clients, data.validation, *((*data.tests.values(), *data.client_tests) if tests else ()))
-    return any(isinstance(part, FileRows) for split in splits for part in (split.images, split.labels))

@@ -376,7 +376,11 @@ class Checkpoints:
             if "participation" in named:
                 entry["participation"] = named["participation"]
             self._write_manifest([*self.entries, entry][-KEEP:])
-            self._drop(files)
+            self._sums.clear()  # the table has the clients' sums now
+            self._due.append(files)
+            while len(self._due) >= KEEP:
+                for name in self._due.pop(0):
+                    (self.folder / name).unlink(missing_ok=True)
 
         self._last = self._do(enter)
 
@@ -386,13 +390,6 @@ class Checkpoints:
             atomic.flush(path)
         if loose:
             filesystem.sync_folder(self.folder)
-
-    def _drop(self, files: list[str]) -> None:
-        self._sums.clear()  # the table has the clients' sums now
-        self._due.append(files)
-        while len(self._due) >= KEEP:
-            for name in self._due.pop(0):
-                (self.folder / name).unlink(missing_ok=True)
 
     def amend(self, info: State) -> None:
         """Replace ``info`` of the newest checkpoint at once, and keep its files."""

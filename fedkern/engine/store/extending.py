@@ -89,9 +89,17 @@ def write_extension(checkpoints: Checkpoints, entry: Entry, out: Path) -> bool:
     # From the file, as the run's settings have this machine's device.
     text = toml.dumps({**stored_settings(out), "rounds": entry["info"]["config"]["rounds"]})
     atomic.write_bytes(out / SETTINGS, text.encode())
-    move_former_results(out, entry["round"])
+    folder = former_results_folder(out, entry["round"])
+    names = [name for pattern in OF_A_NETWORK for name in sorted(path.name for path in out.glob(pattern))]
+    for name in [*names, *pictures(out), *(f"{FOLDER}/{name}" for name in ATTACKS.values())]:
+        if describe_file_kind(out / name):
+            continue
+        atomic.make_folder(folder)
+        atomic.make_folder((folder / name).parent)
+        with atomic.report_unwritable(folder / name):
+            (out / name).replace(folder / name)
     checkpoints.amend(entry["info"])
-    return former_results_folder(out, entry["round"]).exists()
+    return folder.exists()
 
 
 def pictures(out: Path) -> list[str]:
@@ -104,19 +112,6 @@ def pictures(out: Path) -> list[str]:
 def former_results_folder(out: Path, round: int) -> Path:
     """Return the folder for results of a run's network after ``round`` rounds, once the run has more."""
     return out / f"round-{round:04d}"
-
-
-def move_former_results(out: Path, round: int) -> None:
-    """Move the results of the network after ``round`` rounds to :func:`former_results_folder`."""
-    names = [name for pattern in OF_A_NETWORK for name in sorted(path.name for path in out.glob(pattern))]
-    for name in [*names, *pictures(out), *(f"{FOLDER}/{name}" for name in ATTACKS.values())]:
-        if describe_file_kind(out / name):
-            continue
-        target = former_results_folder(out, round) / name
-        atomic.make_folder(former_results_folder(out, round))
-        atomic.make_folder(target.parent)
-        with atomic.report_unwritable(target):
-            (out / name).replace(target)
 
 
 def _plan(method: Method, config: RunConfig, rounds: int, done: int) -> list[Round]:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,9 @@ def write(
     for name, (ids, labels, outputs) in sets.items():
         for client, logits in outputs:
             before: list[Any] = [name, "" if client is None else client] if clients else [name]
-            table.writerows([*before, *row] for row in _rows(names, ids, labels, logits))
+            logits = logits.double()
+            predicted = logits.argmax(1).tolist()
+            for i, (label, values) in enumerate(zip(labels.tolist(), logits.softmax(1), strict=True)):
+                row = [str(i) if ids is None else ids[i], names[label], names[predicted[i]]]
+                table.writerow([*before, *row, *(f"{value:.8g}" for value in values.tolist())])
     atomic.write_bytes(out / FILE, text.getvalue().encode("utf-8", "backslashreplace"))
-
-
-def _rows(names: Sequence[str], ids: Sequence[str] | None, labels: Tensor, logits: Tensor) -> Iterator[list[str]]:
-    logits = logits.double()
-    predicted = logits.argmax(1).tolist()
-    for i, (label, values) in enumerate(zip(labels.tolist(), logits.softmax(1), strict=True)):
-        image = str(i) if ids is None else ids[i]
-        yield [image, names[label], names[predicted[i]], *(f"{value:.8g}" for value in values.tolist())]

@@ -165,10 +165,7 @@ class Compressing:
     start: Tensor
     seed: int
     phase: Phase
-
-    @property
-    def on_gpu(self) -> tuple[str, ...]:
-        return ()
+    on_gpu: tuple[str, ...] = ()
 
     def encode(self, leaving: Departure) -> tuple[Any, None]:
         """Compress an upload, or send an unfit upload unchanged, for the server to refuse."""
