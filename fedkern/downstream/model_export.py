@@ -136,6 +136,7 @@ def of_items(module: nn.Module, about: Description) -> Exportable:
     form: Any = form_of(about)
     network, unfit = user_module(module), ""
     description = {"task": about["task"], "classes": about["classes"], "input": about["inputs"]}
+    description["output"] = "what the network gives"
     inputs: Any = Positional()
     if form.inputs is None:
         unfit = "the run's loss calls the network itself, so that its inputs are not known"
@@ -145,9 +146,7 @@ def of_items(module: nn.Module, about: Description) -> Exportable:
         inputs = form.noise(2, np.random.default_rng(0))
     by_name = isinstance(inputs, Keywords)
     args = () if by_name else tuple(inputs) if isinstance(inputs, Positional) else (inputs,)
-    description["output"] = "what the network gives"
-    kwargs = dict(inputs) if by_name else {}
-    raw = description["input"]
+    kwargs, raw = dict(inputs) if by_name else {}, about["inputs"]
     return Exportable(network, network, args, kwargs, Tensor.float, description, raw, unfit=unfit, lengths=True)
 
 

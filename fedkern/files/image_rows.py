@@ -69,7 +69,6 @@ _ABOUT = (
 )
 """Functions that inspect a tensor without reading values."""
 _JOINING = (torch.cat, torch.concat, torch.concatenate)
-_ADDRESSES = (Tensor.data_ptr, Tensor.untyped_storage)
 
 
 class FileRows(Tensor):
@@ -148,7 +147,7 @@ class FileRows(Tensor):
         name = getattr(func, "__name__", "")
         if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
             raise TypeError(f"{name}: these images are in a file and cannot be changed; work on a clone() of them")
-        if func in _ADDRESSES:
+        if func in (Tensor.data_ptr, Tensor.untyped_storage):
             raise TypeError(f"{name}: these images are in a file and have no address; work on a clone() of them")
         return func(*_read(args), **_read(kwargs))
 

@@ -30,7 +30,7 @@ def reproducible() -> Iterator[None]:
         torch.backends.cuda.enable_flash_sdp(True)
         torch.backends.cuda.enable_math_sdp(True)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
-        set_sdp_order(sorted(sdp_order(), key=lambda kernel: kernel != _MATH))
+        set_sdp_order(sorted(sdp_order(), key=lambda kernel: kernel != SDPBackend.MATH.value))
         torch.set_default_dtype(torch.float32)
         torch.set_float32_matmul_precision("highest")
         if torch.get_default_device() != torch.device("cpu"):
@@ -121,7 +121,6 @@ def set_modes(settings: dict[str, Any]) -> None:
 
 _CPU: Any = torch.backends.mkldnn
 _CUDA: Any = torch.backends.cuda
-_MATH = SDPBackend.MATH.value
 _FLAGS: list[tuple[Any, str]] = [
     *((torch.backends.cudnn, name) for name in ("enabled", "deterministic", "benchmark", "allow_tf32")),
     *((where, "fp32_precision") for where in (torch.backends, _CPU, _CPU.matmul, _CPU.conv, _CPU.rnn)),

@@ -299,7 +299,12 @@ def read_settings(text: str, *, source: str = NAME) -> Values:
         if not isinstance(plain.get(name, {}), Mapping):
             raise UserError(f"{source}: [{name}] must be a table of key = value lines.")
     if "plugins" in plain:
-        plain["plugins"] = _plugin_table(plain["plugins"], source)
+        named = plain["plugins"]
+        if isinstance(named, list) and all(isinstance(name, str) for name in named):
+            named = dict.fromkeys(named, "")
+        if not isinstance(named, Mapping) or not all(isinstance(identity, str) for identity in named.values()):
+            raise UserError(f'{source}: plugins must be a list of names, or a table of lines "NAME" = "IDENTITY".')
+        plain["plugins"] = dict(named)
     return plain
 
 
@@ -348,14 +353,6 @@ def load_plugins(folder: str | os.PathLike[str], trusted: Collection[str] = ()) 
         return
     plugins.load_installed()
     plugins.restore(table.get("plugins", {}), folder, trusted)
-
-
-def _plugin_table(value: object, source: str) -> dict[str, str]:
-    if isinstance(value, list) and all(isinstance(name, str) for name in value):
-        return dict.fromkeys(value, "")
-    if not isinstance(value, Mapping) or not all(isinstance(identity, str) for identity in value.values()):
-        raise UserError(f'{source}: plugins must be a list of names, or a table of lines "NAME" = "IDENTITY".')
-    return dict(value)
 
 
 def check_regular(folder: str | os.PathLike[str]) -> None:

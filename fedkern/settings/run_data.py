@@ -295,15 +295,6 @@ def _overlaps(data: FederatedData, marks: Callable[[Split], Collection[object]])
     return " and ".join(overlaps)
 
 
-def _shared_patients(data: FederatedData) -> list[str]:
-    noun = data.form.noun
-    overlaps = _overlaps(data, lambda split: set() if split.patients is None else set(split.patients.tolist()))
-    return [
-        f"Patients whose {noun} are trained on are also in {overlaps}, so that figures there are not those of unknown "
-        f"patients: name one client for all {noun} of a patient, or leave {noun} out."
-    ] * bool(overlaps)
-
-
 def equal_samples(data: FederatedData) -> list[str]:
     overlaps = _overlaps(data, lambda split: sample_hashes(split, data.sights))
     return [
@@ -314,7 +305,12 @@ def equal_samples(data: FederatedData) -> list[str]:
 
 def list_caveats(data: FederatedData) -> list[str]:
     """Return sentences on patients and classes with misleading figures on the test sets."""
-    sentences = _shared_patients(data)
+    noun = data.form.noun
+    overlaps = _overlaps(data, lambda split: set() if split.patients is None else set(split.patients.tolist()))
+    sentences = [
+        f"Patients whose {noun} are trained on are also in {overlaps}, so that figures there are not those of unknown "
+        f"patients: name one client for all {noun} of a patient, or leave {noun} out."
+    ] * bool(overlaps)
     if data.statistics.counts.any() and data.form.offers:  # no counts if clients are on other machines
         classes = set(range(len(data.classes)))
         test_classes = classes - _unseen(classes, (*data.tests.values(), data.validation))

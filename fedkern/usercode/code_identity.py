@@ -213,7 +213,9 @@ class _Walk:
 
     def _thing(self, value: object, path: str, deep: int) -> None:
         if isinstance(value, types.ModuleType):
-            self.write(path, _module_text(value))
+            if (package := _package(value.__name__)) is None:
+                package = str(vars(value).get("__version__", ""))
+            self.write(path, f"module {value.__name__}" + (f" ({package})" if package else ""))
         elif isinstance(value, types.GeneratorType):
             self.write(path, f"{NOT_COMPARED}the place in a generator")
             self._rows(inspect.getgeneratorlocals(value).items(), path, deep)
@@ -579,13 +581,6 @@ def _version(package: str) -> str:
         return version
     versions = {metadata.version(name) for name in metadata.packages_distributions().get(package, ())}  # slow
     return " ".join(sorted(versions)) or "no version"
-
-
-def _module_text(module: types.ModuleType) -> str:
-    package = _package(module.__name__)
-    if package is None:
-        package = str(vars(module).get("__version__", ""))
-    return f"module {module.__name__}" + (f" ({package})" if package else "")
 
 
 def _origin(name: str) -> str:

@@ -92,7 +92,11 @@ def loaded_modules(folder: Path, names: Iterable[str]) -> list[str]:
 
 def imported_modules(file: Path, source: bytes) -> dict[Path, str]:
     """Return modules by file, in the plugin's folder or below, that import statements lead to."""
-    folder, foreign = file.parent, _foreign(file.parent)
+    folder = file.parent
+    # Installed code may stand inside the folder: an environment, or a checkout of fedkern.
+    places = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    folders = [Path(os.path.realpath(place)) for place in (str(Path(__file__).parents[1]), *places) if place]
+    foreign = [path for path in folders if path.is_relative_to(folder)]
     modules: dict[Path, str] = {}
     todo = [(file, source)]
     while todo:
@@ -112,13 +116,6 @@ def _files(stem: Path) -> Iterator[Path]:
     for suffix in all_suffixes():
         yield stem.with_name(f"{stem.name}{suffix}")
         yield stem / f"__init__{suffix}"
-
-
-def _foreign(folder: Path) -> list[Path]:
-    """Return folders of installed code inside a folder: of an environment, or a checkout of fedkern."""
-    places = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    folders = [os.path.realpath(place) for place in (str(Path(__file__).parents[1]), *places) if place]
-    return [Path(path) for path in folders if Path(path).is_relative_to(folder)]
 
 
 def _names(file: Path, source: bytes, folder: Path) -> Iterator[str]:

@@ -83,7 +83,8 @@ class Reader:
         if augment and rng is None:
             raise ValueError("rng: expected a generator to augment with, given none")
         size, order = size or self.size, np.arange(len(self))
-        parts = np.array_split(order, -(-len(self) // size)) if even else map(order.__getitem__, self.slices(size))
+        slices = batch_slices(len(self), size)
+        parts = np.array_split(order, -(-len(self) // size)) if even else map(order.__getitem__, slices)
         for number, rows in enumerate(parts):
             batch = self.batch(rows, rng=rng if augment and self.fresh else None)
             if self._word is not None:
@@ -105,9 +106,6 @@ class Reader:
                 yield
             finally:
                 self._word = None
-
-    def slices(self, size: int) -> list[slice]:
-        return batch_slices(len(self), size)
 
     def record(self, predictions: Tensor) -> None:
         self.predictions = predictions.cpu()

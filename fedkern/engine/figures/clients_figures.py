@@ -5,11 +5,10 @@ from typing import Any
 from torch import Tensor
 
 from fedkern.engine.batches.reader import Reader
-from fedkern.engine.executors.executor import Answer
 from fedkern.engine.figures.own_figures import NAME
 from fedkern.engine.setup.run_objects import RunObjects
 from fedkern.errors import ClientFailed, RunFailed, UserError
-from fedkern.methods.base import ClientId, Message, Phase
+from fedkern.methods.base import ClientId, Phase
 from fedkern.methods.common.personal import average_figures
 
 
@@ -48,7 +47,15 @@ class ClientsFigures:
             asked = dict.fromkeys(clients[start : start + at_once], message)
             for answer in executor.answers(NAME, Phase(progress.index, NAME, NAME), asked):
                 executor.forget(answer.client)
-                evaluated = self._read_answer(answer)
+                run.notices.warn_all(answer.warnings)
+                if (problem := answer.problem) is not None:
+                    label = context.data.client_label(answer.client)
+                    given = isinstance(problem, ClientFailed) and problem.exit_code == UserError.exit_code
+                    where = f"The evaluation of client {label}'s network failed {progress.when()}"
+                    error = (UserError if given else RunFailed)(f"{where}: {problem.what}.")
+                    error.traceback = getattr(problem, "traceback", "")  # type: ignore[attr-defined]
+                    raise error from problem.__cause__
+                evaluated = answer.message
                 figures.append(evaluated["figures"])
                 of_clients.update(evaluated["own"])
                 for place, answers in evaluated["kept"].items():
@@ -57,15 +64,3 @@ class ClientsFigures:
         for place, data in sets.items() if keep else ():
             data.kept = kept[place]
         return average_figures(figures), of_clients
-
-    def _read_answer(self, answer: Answer) -> Message:
-        self._run.notices.warn_all(answer.warnings)
-        if (problem := answer.problem) is None:
-            message: Message = answer.message
-            return message
-        label = self._run.context.data.client_label(answer.client)
-        given = isinstance(problem, ClientFailed) and problem.exit_code == UserError.exit_code
-        where = f"The evaluation of client {label}'s network failed {self._run.progress.when()}"
-        error = (UserError if given else RunFailed)(f"{where}: {problem.what}.")
-        error.traceback = getattr(problem, "traceback", "")  # type: ignore[attr-defined]
-        raise error from problem.__cause__

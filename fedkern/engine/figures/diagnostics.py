@@ -244,12 +244,3 @@ def undefined_figures(
                 + ("; mean and worst client leave them out." if len(lacking) < len(of_clients) else ".")
             )
     return texts
-
-
-def missing_statistics(buffers: str, missing: bool) -> dict[str, str]:
-    if not missing:
-        return {}
-    return {
-        "no-running-statistics": f"With --buffers {buffers} the global model has no batch norm statistics: it "
-        "was evaluated with those of each test batch, and so is what model.safetensors holds."
-    }

@@ -94,9 +94,13 @@ def _interval(data: EvaluatedSet, name: str, outputs: Sequence[Tensor], rows: Ro
         known = int((~task.parts(outputs[0], labels, cases)[rows].isnan()).sum())
         low, high = wilson(round(value * known), known) if known else (None, None)
     elif count >= LEAST and not math.isnan(value):
+        from scipy.special import ndtr, stdtrit
+
         size = max(1, MOST // len(rows))
         sizes = [min(size, DRAWS - begun) for begun in range(0, DRAWS, size)]
-        low, high = _percentiles(np.concatenate([figure(_counts(rng, draws, count)) for draws in sizes]), count)
+        figures = np.concatenate([figure(_counts(rng, draws, count)) for draws in sizes])
+        tail = float(ndtr(math.sqrt(count / (count - 1)) * stdtrit(count - 1, (1 - LEVEL) / 2)))
+        low, high = map(float, np.nanquantile(figures, [tail, 1 - tail]))
         if low == high:
             low, high = wilson(value * count, count) if scale(name)[1] else (None, None)
     unit = "samples" if groups is None else unit_noun(cases, split.patients)
@@ -110,14 +114,6 @@ def _counts(rng: np.random.Generator, draws: int, units: int) -> Floats:
     """Draw units with replacement, and count each in every draw, fp64 ``[draws, units]``."""
     places = rng.integers(0, units, (draws, units)) + units * np.arange(draws)[:, None]
     return np.bincount(places.ravel(), minlength=draws * units).reshape(draws, units).astype(np.float64)
-
-
-def _percentiles(figures: Floats, units: int) -> tuple[float, float]:
-    from scipy.special import ndtr, stdtrit
-
-    tail = float(ndtr(math.sqrt(units / (units - 1)) * stdtrit(units - 1, (1 - LEVEL) / 2)))
-    low, high = np.nanquantile(figures, [tail, 1 - tail])
-    return float(low), float(high)
 
 
 def wilson(count: float, total: int) -> tuple[float, float]:
