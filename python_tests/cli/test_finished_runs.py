@@ -40,6 +40,14 @@ def digits(tmp_path_factory, undrawing):
     return folder, split
 
 
+def expected_logits(folder, split):
+    """Return the logits of the run's network for ``split``, and the network's description."""
+    module, about = read_model(folder / "run")
+    mean, std = (torch.tensor(about[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        return module((split.images.float() / 255 - mean) / std), about
+
+
 def table(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -164,16 +172,13 @@ def test_evaluate_on_other_data(digits, result, tmp_path):
             pixels = image[0].numpy().copy()
             pixels[0, 0] ^= place == "train"  # the sets share no file, and hardly a pixel differs
             Image.fromarray(pixels).save(path)
-    _, about = read_model(folder / "run")
+    logits, about = expected_logits(folder, split)
     size = f"size={about['image_size'][0]}"
     command = ["evaluate", str(folder / "run"), "--data", "folder", "--data-root", "data", "--data-option", size]
     out, _ = result(*command, "--data-option", "colour=grey")
     assert "accuracy" in out
     metrics = json.loads((folder / "run" / "evaluate-folder.json").read_text())["metrics"]
-    module, _ = read_model(folder / "run")
-    mean, std = (torch.tensor(about[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
-    with torch.no_grad():
-        right = module((split.images.float() / 255 - mean) / std).argmax(1) == split.labels
+    right = logits.argmax(1) == split.labels
     assert metrics["accuracy"] == pytest.approx(float(right.double().mean()))
 
 
@@ -187,35 +192,28 @@ def test_evaluate_refuses_data_that_the_network_was_not_made_for(digits, fails):
     assert sorted((folder / "run").iterdir()) == before
 
 
-def test_predictions_are_those_of_the_network(digits, result, tmp_path):
+def test_predictions_are_those_of_the_network_whatever_the_batch_and_some_are_shown(
+    digits, result, tmp_path, monkeypatch
+):
     folder, split = digits
-    out, _ = result("predict", str(folder / "run"), str(folder / "images"))
+    command = ["predict", str(folder / "run"), str(folder / "images")]
+    out, said = result(*command)
+    assert said == ""  # no terminal, no bar
+    shown = out.splitlines()
+    assert shown[-1] == "30 images: predictions.csv"
+    assert len(shown) == 7  # five images, an ellipsis and the file
     rows = table(tmp_path / "predictions.csv")
-    assert out.splitlines()[-1] == "30 images: predictions.csv"
     assert len(rows) == 30
-    module, about = read_model(folder / "run")
-    images = (split.images.float() / 255 - torch.tensor(about["mean"]).view(1, -1, 1, 1)) / torch.tensor(
-        about["std"]
-    ).view(1, -1, 1, 1)
-    with torch.no_grad():
-        expected = module(images).softmax(1)
+    logits, about = expected_logits(folder, split)
+    expected = logits.softmax(1)
     for row in rows:
         number = int(row["path"][-6:-4])
         assert row["predicted"] == about["classes"][int(expected[number].argmax())]
         values = torch.tensor([float(row[name]) for name in about["classes"]])
         torch.testing.assert_close(values, expected[number], rtol=1e-4, atol=1e-6)
-
-
-def test_predictions_do_not_depend_on_the_batch_and_some_are_shown(digits, result, tmp_path, monkeypatch):
-    folder, _ = digits
-    command = ["predict", str(folder / "run"), str(folder / "images")]
-    expected, said = result(*command)
-    assert said == ""  # no terminal, no bar
     monkeypatch.setattr(prediction, "BATCH", 8)
-    again, _ = result(*command, "--out", "again.csv")
-    assert again.splitlines()[:-1] == expected.splitlines()[:-1]
-    assert len(expected.splitlines()) == 7  # five images, an ellipsis and the file
-    for row, before in zip(table(tmp_path / "again.csv"), table(tmp_path / "predictions.csv"), strict=True):
+    assert result(*command, "--out", "again.csv")[0].splitlines()[:-1] == shown[:-1]
+    for row, before in zip(table(tmp_path / "again.csv"), rows, strict=True):
         assert (row["path"], row["predicted"]) == (before["path"], before["predicted"])
     assert result(*command, "--out", "quiet.csv", "--json")[1] == ""
 
@@ -245,12 +243,10 @@ def test_an_exported_program_gives_the_same_logits(digits, result, tmp_path):
     assert out.splitlines() == ["model.pt2", "model.pt2.json"]
     program = torch.export.load(tmp_path / "model.pt2").module()
     about = json.loads((tmp_path / "model.pt2.json").read_text())
-    module, described = read_model(folder / "run")
-    mean, std = (torch.tensor(described[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    expected, described = expected_logits(folder, split)
     for count in (1, 7, 30):
-        images = split.images[:count].float() / 255
-        with torch.no_grad():
-            torch.testing.assert_close(program(images), module((images - mean) / std), rtol=1e-4, atol=1e-4)
+        logits = program(split.images[:count].float() / 255)
+        torch.testing.assert_close(logits, expected[:count], rtol=1e-4, atol=1e-4)
     assert about["classes"] == described["classes"]
     assert about["input"].endswith("in [0, 1]")
 
@@ -271,13 +267,10 @@ def test_an_exported_onnx_file_gives_the_same_logits(digits, result, tmp_path):
     folder, split = digits
     result("export", str(folder / "run"), "--out", "model.onnx")
     session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
-    module, described = read_model(folder / "run")
-    mean, std = (torch.tensor(described[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    expected, _ = expected_logits(folder, split)
     for count in (1, 7):
-        images = split.images[:count].float() / 255
-        (logits,) = session.run(None, {"images": images.numpy()})
-        with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(logits), module((images - mean) / std), rtol=1e-4, atol=1e-4)
+        (logits,) = session.run(None, {"images": (split.images[:count].float() / 255).numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), expected[:count], rtol=1e-4, atol=1e-4)
 
 
 OTHER = SimpleNamespace(graph=SimpleNamespace(nodes=[]), module=lambda: lambda images: images.flatten(1)[:, :10])

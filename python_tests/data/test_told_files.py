@@ -231,20 +231,17 @@ def test_a_mask_of_two_pictures_is_refused(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_prediction_refuses_two_pictures(tmp_path, suffix):
-    write(tmp_path / f"a.{suffix}", FIRST, SECOND)
+def test_one_picture_is_read_and_a_prediction_refuses_two(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    write(path, FIRST)
+    assert (ImageFiles([path], 8, "folder").read()[0] == 10).all()
+    write(path, FIRST, SECOND)
     about = {
         "task": "classification", "classes": ("a", "b"), "image_size": (8, 8), "channels": 1, "grey_bits": 16,
         "window": None, "mean": (0.5,), "std": (0.2,),
     }  # fmt: skip
     with pytest.raises(UserError, match="holds several pictures"):
-        Predictor(torch.nn.Identity(), about).read([tmp_path / f"a.{suffix}"])
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_one_picture_is_read(tmp_path, suffix):
-    write(tmp_path / f"a.{suffix}", FIRST)
-    assert (ImageFiles([tmp_path / f"a.{suffix}"], 8, "folder").read()[0] == 10).all()
+        Predictor(torch.nn.Identity(), about).read([path])
 
 
 def test_the_first_picture_of_a_photograph_counts(tmp_path):

@@ -153,18 +153,6 @@ def test_two_channels_compose_as_one():
     assert figure.channels["a"] == split.epsilon(DELTA, "a") > split.epsilon(DELTA, "b")
 
 
-def test_epsilon_is_monotone():
-    def epsilon(sigma=20.0, shards=1, steps=10, rows=4, delta=DELTA):
-        return discriminator(sigma, shards, rows=rows, steps=steps).epsilon(delta)
-
-    base = epsilon()
-    assert epsilon(steps=20) > base > epsilon(steps=5) > 0
-    assert epsilon(sigma=10) > base > epsilon(sigma=40)
-    assert epsilon(delta=1e-7) > base > epsilon(delta=1e-3)
-    assert epsilon(rows=8) > base
-    assert epsilon(shards=10) < base
-
-
 def test_nothing_costs_nothing_and_no_noise_costs_everything():
     accountant = Accountant()
     assert accountant.epsilon(DELTA) == 0
@@ -174,6 +162,8 @@ def test_nothing_costs_nothing_and_no_noise_costs_everything():
     assert accountant.epsilon(DELTA) == math.inf
     accountant.dp_sgd("t", 0.0, rate=0.1, steps=1)
     assert accountant.epsilon(DELTA, "t") == math.inf
+    accountant.dp_sgd("u", 0.05, rate=0.5, steps=1000)  # far too little noise gives no wrong number
+    assert accountant.epsilon(DELTA, "u") == math.inf
 
 
 def test_by_renyi_a_replacement_costs_more_than_twice():
@@ -186,12 +176,6 @@ def test_by_renyi_a_replacement_costs_more_than_twice():
     inner = found / 2
     d = DELTA / (1 + math.exp(inner))
     assert added_or_removed(entries, d) == pytest.approx(inner, rel=1e-3)
-
-
-def test_far_too_little_noise_is_infinite_and_not_a_wrong_number():
-    accountant = Accountant()
-    accountant.dp_sgd("teacher", 0.05, rate=0.5, steps=1000)
-    assert accountant.epsilon(DELTA) == math.inf
 
 
 @pytest.mark.sampled(1)

@@ -284,18 +284,13 @@ def test_an_image_at_two_clients(source, settings, tmp_path):
     assert sorted(re.findall(r"\w+", text)) == sorted(re.findall(r"\w+", expected))
 
 
+@pytest.mark.parametrize(("split", "where"), [("", ""), ("test", " (in the sets train and test)")])
 @pytest.mark.parametrize("source", SOURCES)
-def test_an_image_in_two_sets(source, tmp_path):
-    original, copy = write_copy(source, tmp_path, split="test")
+def test_a_copy_in_the_same_set_or_in_another(source, split, where, tmp_path):
+    original, copy = write_copy(source, tmp_path, split=split)
     assert get_notices(source, tmp_path) == [
-        f"Equal images under several names count as often: {original} and {copy} (in the sets train and test)."
+        f"Equal images under several names count as often: {original} and {copy}{where}."
     ]
-
-
-@pytest.mark.parametrize("source", SOURCES)
-def test_a_copy_at_the_same_place(source, tmp_path):
-    original, copy = write_copy(source, tmp_path)
-    assert get_notices(source, tmp_path) == [f"Equal images under several names count as often: {original} and {copy}."]
 
 
 @pytest.mark.parametrize("source", SOURCES)

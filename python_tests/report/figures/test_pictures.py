@@ -188,8 +188,8 @@ def accuracy_curves(records, main, *, title="", stacked=False, **more):
     return curves.draw_panels(curves.accuracy_panels(records, main, **more), title=title, stacked=stacked)
 
 
-def clients_picture(records, main, *, title=""):
-    return curves.draw_panels(curves.client_panels(records, main), title=title)
+def clients_picture(records, main):
+    return curves.draw_panels(curves.client_panels(records, main), title="t")
 
 
 def test_rounds_and_samples_are_counted_in_whole_numbers():
@@ -218,32 +218,24 @@ def test_test_sets_that_the_user_named_have_a_curve_each():
     assert len({(line.get_color(), line.get_marker()) for line in lines.values()}) == 3
 
 
-def test_curves_of_an_asynchronous_run_are_over_the_clock():
-    records = [{"round": i, "accuracy": 0.1 * i, "clock": 7.5 * i} for i in (1, 2)]
-    assert list(accuracy_curves(records, "accuracy").axes[0].get_lines()[0].get_xdata()) == [1, 2]
-    stale = [{**record, "staleness": 0.5} for record in records]
-    axes = accuracy_curves(stale, "accuracy").axes[0]
-    assert list(axes.get_lines()[0].get_xdata()) == [7.5, 15.0]
-    assert axes.get_xlabel().startswith("virtual clock")
-
-
 def test_every_picture_of_an_asynchronous_run_is_over_the_clock():
     clients = {"0": {"weight": 0.4, "loss": 1.0}}
-    rounds = [
-        {"round": i, "mean_client_accuracy": 0.1, "clients": clients, "clock": 7.5 * i, "staleness": 0.5}
-        for i in (1, 2)
-    ]
-    records = [{"round": -1, "clients": clients}, *rounds]  # a set-up round takes no time
-    axes = clients_picture(records, "accuracy", title="t").axes[0]
-    assert list(axes.get_lines()[0].get_xdata()) == [7.5, 15.0]
-    assert axes.get_xlabel().startswith("virtual clock")
+    rounds = [{"round": i, "accuracy": 0.1, "mean_client_accuracy": 0.1, "clients": clients, "clock": 7.5 * i}
+              for i in (1, 2)]  # fmt: skip
+    assert list(accuracy_curves(rounds, "accuracy").axes[0].get_lines()[0].get_xdata()) == [1, 2]
+    # A set-up round takes no time.
+    records = [{"round": -1, "clients": clients}, *({**record, "staleness": 0.5} for record in rounds)]
+    for figure in (accuracy_curves(records[1:], "accuracy"), clients_picture(records, "accuracy")):
+        axes = figure.axes[0]
+        assert list(axes.get_lines()[0].get_xdata()) == [7.5, 15.0]
+        assert axes.get_xlabel().startswith("virtual clock")
     (weights,) = curves.weight_panels(records)
     assert weights.curves[0].at == [0.0, 7.5, 15.0]
 
 
 def test_the_mean_and_the_worst_client_have_a_curve_each():
     records = [{"round": i, "mean_client_accuracy": 0.1 * i, "worst_client_accuracy": 0.05 * i} for i in (1, 2)]
-    axes = clients_picture([*records, {"round": 3, "loss": 1.0}], "accuracy", title="t").axes[0]
+    axes = clients_picture([*records, {"round": 3, "loss": 1.0}], "accuracy").axes[0]
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
     assert lines == {"mean client": ([1, 2], [10, 20]), "worst client": ([1, 2], [5, 10])}
     assert axes.get_ylabel() == "accuracy\non the clients' own test sets (%)"
