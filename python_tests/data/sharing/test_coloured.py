@@ -12,7 +12,6 @@ from fedkern.data.sharing.cue import SHAPES, add_cues, draw_shapes, shape_masks
 from fedkern.errors import UserError
 from fedkern.settings.config import RunConfig
 from fedkern.settings.run_data import kept_data, load_data
-from fedkern.streams import stream
 
 WHITE, CONTRAST = PALETTES["white"], PALETTES["contrast"]
 
@@ -45,6 +44,8 @@ def test_defaults(digits: FederatedData) -> None:
     assert digits.client_sizes == (240,) * 5
     assert (len(digits.validation), len(digits.tests["id"]), len(digits.tests["ood"])) == (247, 350, 350)
     assert digits.form.augment == "none"
+    assert digits.tests["id"].ids == digits.tests["ood"].ids
+    assert torch.equal(digits.tests["id"].masks, digits.tests["ood"].masks)
 
 
 def test_the_statistics_have_the_colours_of_the_images(digits: FederatedData) -> None:
@@ -119,11 +120,6 @@ def test_ood_colours_are_uniform_and_tell_nothing() -> None:
     assert np.abs(per_class - WHITE.brightest / 2).max() < 40
 
 
-def test_id_and_ood_show_the_same_digits(digits: FederatedData) -> None:
-    assert digits.tests["id"].ids == digits.tests["ood"].ids
-    assert torch.equal(digits.tests["id"].masks, digits.tests["ood"].masks)
-
-
 def test_a_clients_colours_are_apart() -> None:
     for client in range(50):
         own = class_colours(1, client, 10, WHITE).astype(float)
@@ -179,12 +175,9 @@ def test_idx_sets(tmp_path, write_idx, name: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("correlation", [-0.1, 1.1, float("nan")])
-def test_correlation_outside_its_range(correlation: float) -> None:
+def test_correlation_outside_its_range_or_without_colours(correlation: float) -> None:
     with pytest.raises(UserError, match=r"must lie in \[0, 1\]"):
         load("colordigits", correlation=correlation)
-
-
-def test_correlation_without_colours() -> None:
     with pytest.raises(UserError, match='"digits" has no colours'):
         load("digits", correlation=0.5)
 
@@ -219,12 +212,6 @@ def test_ink_by_contrast_uses_every_colour_and_both_inks() -> None:
     assert 0.3 < float(np.mean(lighter)) < 0.7
 
 
-def test_random_colours_use_their_own_stream() -> None:
-    # The generator handed in is the only source: nothing global.
-    a, b = (random_colours(100, WHITE, stream(1, "x", client=2)) for _ in range(2))
-    np.testing.assert_array_equal(a, b)
-
-
 # -- backdoor ----------------------------------------------------------------------------------------------------------
 
 
@@ -253,13 +240,6 @@ def test_only_the_attackers_clients_and_the_test_change():
     assert bool((attacked.labels == 3).all())
     assert torch.equal(attacked.images[..., :26, :], clean.images[victims][..., :26, :])
     assert bool((attacked.images[..., 26:31, 26:31] == 255).all())
-
-
-def test_the_table_counts_what_is_trained_on():
-    data = load("digits", options={"backdoor_clients": 2}, **CLIENTS)
-    for counts, split in zip(data.statistics.counts, data.clients, strict=True):
-        assert counts.tolist() == torch.bincount(split.labels, minlength=10).tolist()
-    assert (data.statistics.counts[:2, 0] >= 15).all()
 
 
 def test_what_is_held_out_is_clean():
