@@ -189,13 +189,10 @@ def test_toml_text_is_what_the_standard_library_reads():
         toml.dumps({"x": None})
 
 
-def test_threads_and_device_are_resolved():
+def test_threads_and_device_are_resolved_and_a_gpu_has_a_number(monkeypatch):
     config = RunConfig.make("fedavg")
     assert config.threads >= 1
     assert config.device in ("cpu", "cuda")
-
-
-def test_a_gpu_has_a_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert RunConfig.make("fedavg", device="cuda:1").device == "cuda:1"

@@ -224,29 +224,19 @@ def stepwise_precision(scores, own):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_areas_are_shares_of_pairs_in_order(seed):
+def test_areas_are_shares_of_pairs_in_order_and_average_precision_is_a_sum_over_thresholds(seed):
     scores, labels = draw(seed=seed)
-    found = areas(scores, labels)
-    assert found[-1:].isnan().all()
+    found, precisions = areas(scores, labels), of_labels.average_precisions(scores, labels)
     assert found[-2:].isnan().all()
+    assert math.isnan(precisions[-1])
+    assert float(precisions[-2]) == pytest.approx(1.0)
     for column in range(3):
-        assert float(found[column]) == pytest.approx(pairs_area(scores[:, column], labels[:, column].bool()))
+        own = labels[:, column].bool()
+        assert float(found[column]) == pytest.approx(pairs_area(scores[:, column], own))
+        assert float(precisions[column]) == pytest.approx(stepwise_precision(scores[:, column], own))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_average_precision_is_a_sum_over_thresholds(seed):
-    scores, labels = draw(seed=seed)
-    found = of_labels.average_precisions(scores, labels)
-    assert math.isnan(found[-1])
-    assert float(found[-2]) == pytest.approx(1.0)
-    for column in range(3):
-        expected = stepwise_precision(scores[:, column], labels[:, column].bool())
-        assert float(found[column]) == pytest.approx(expected)
-
-
-@pytest.mark.exhaustive  # importing sklearn.metrics takes seconds
 def test_figures_are_those_of_scikit_learn():
-    metrics = pytest.importorskip("sklearn.metrics")
     scores, labels = (part[:, :3].numpy() for part in draw(100))
     found = of_labels.label_figures(torch.as_tensor(scores), torch.as_tensor(labels))
     assert found["macro_auroc"] == pytest.approx(metrics.roc_auc_score(labels, scores, average="macro"))
@@ -289,6 +279,7 @@ def test_a_network_is_asked_batch_by_batch():
     p = scores.double().sigmoid()
     loss = -(labels * p.log() + (1 - labels.double()) * (1 - p).log()).mean()
     assert found == {**of_labels.label_figures(scores, labels), "loss": pytest.approx(float(loss))}
+    assert float(MULTILABEL.loss(torch.nn.Identity(), Batch(scores, labels, NONE))) == pytest.approx(float(loss))
     with pytest.raises(ValueError, match="at least one sample"):
         MULTILABEL.figures(torch.nn.Identity(), SimpleNamespace(batches=lambda: iter(())))
 
@@ -296,14 +287,6 @@ def test_a_network_is_asked_batch_by_batch():
 def test_unvaried_predictions():
     assert of_labels.predicts_alike(torch.tensor([[1.0, -1.0], [2.0, -3.0]]))
     assert not of_labels.predicts_alike(torch.tensor([[1.0, -1.0], [2.0, 3.0]]))
-
-
-def test_the_loss_is_the_mean_binary_cross_entropy():
-    scores, labels = draw()
-    batch = Batch(scores, labels, NONE)
-    p = scores.double().sigmoid()
-    expected = -(labels * p.log() + (1 - labels.double()) * (1 - p).log()).mean()
-    assert float(MULTILABEL.loss(torch.nn.Identity(), batch)) == pytest.approx(float(expected))
 
 
 # -- ordinal -----------------------------------------------------------------------------------------------------------

@@ -378,15 +378,6 @@ def test_a_run_says_who_is_both_held_out_and_trained_on(settings, told, tmp_path
         assert 0 < int(counts[1]) < int(counts[2])
 
 
-def test_an_image_of_two_patients(tmp_path):
-    path = write(tmp_path)
-    path.write_text(path.read_text() + "3.png,3.png,m3.png,more words here,x,17")
-    with pytest.raises(
-        UserError, match=r"the image 3\.png belongs to two patients, 3 \(line 5\) and 17 \(line 152\); name one"
-    ):
-        open_set("pairs", path)
-
-
 def test_too_few_patients_are_named(tmp_path):
     with pytest.raises(UserError, match="1 patients are too few to hold some out as test set"):
         open_set("csv", write(tmp_path, owner=lambda i: 7))

@@ -202,8 +202,6 @@ def test_a_run_that_always_says_the_same_is_warned_of(make_data, make_config, tm
 
 
 def test_observations_keep_count_mean_and_range_through_json():
-    import json
-
     observed = diagnostics.Observations()
     for value in (1.0, 3.0, math.nan, -2.0):
         observed.add({"x": value, "samples": 7})

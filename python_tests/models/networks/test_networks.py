@@ -96,8 +96,8 @@ def draw(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def count(generator):
-    return sum(p.numel() for p in generator.parameters())
+def count(model):
+    return sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("size", [8, 28, 32, 33, 64, (28, 36)])
@@ -167,8 +167,8 @@ def draws(*seeds):
 def test_published_sizes_of_the_discriminators():
     network = PatchDiscriminators(draws(0))
     # two 4x4 convolutions, the first with a bias, batch norm, the 1x1 convolution with its bias
-    assert sum(p.numel() for p in network.parameters()) == 16 * 3 * 128 + 128 + 16 * 128 * 256 + 512 + 256 + 1
-    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 2) == 0.53
+    assert count(network) == 16 * 3 * 128 + 128 + 16 * 128 * 256 + 512 + 256 + 1
+    assert round(count(network) / 1e6, 2) == 0.53
     assert network(torch.randn(2, 3, 32, 32)).shape == (1, 2, 8, 8)
 
 
@@ -241,10 +241,6 @@ def make(name="unet-small", *, classes=3, channels=3, width=None, seed=0):
     return models.build(name, classes=classes, channels=channels, image_size=32, seed=seed, width=width)
 
 
-def parameters(model):
-    return sum(p.numel() for p in model.parameters())
-
-
 def count_parameters(width, depth, channels, classes):
     """Count two convolutions and norms at every size down and up, the up-convolutions, and the head."""
     widths = [width * 2**i for i in range(depth + 1)]
@@ -258,10 +254,10 @@ def count_parameters(width, depth, channels, classes):
 
 def test_it_has_the_published_size():
     """The sizes are those of public implementations, at the paper's width and depth."""
-    assert parameters(make("unet", width=64, classes=2)) == 31_037_698
-    assert parameters(make("unet", classes=11)) == count_parameters(16, 4, 3, 11) == 1_942_747
-    assert parameters(make(classes=11)) == count_parameters(8, 3, 3, 11) == 121_267
-    assert parameters(models.UNet(classes=2, channels=4, width=6, depth=2)) == count_parameters(6, 2, 4, 2)
+    assert count(make("unet", width=64, classes=2)) == 31_037_698
+    assert count(make("unet", classes=11)) == count_parameters(16, 4, 3, 11) == 1_942_747
+    assert count(make(classes=11)) == count_parameters(8, 3, 3, 11) == 121_267
+    assert count(models.UNet(classes=2, channels=4, width=6, depth=2)) == count_parameters(6, 2, 4, 2)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (13, 21), (8, 40), (7, 7)])
