@@ -131,17 +131,11 @@ def test_the_own_folder_wins_over_a_flat_root(tmp_path: Path, write_idx) -> None
     assert len(load("mnist", root=tmp_path, clients=2, partition="iid").tests[""]) == 10
 
 
-def test_no_root() -> None:
+def test_no_root_and_one_without_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'"mnist" is read from files such as train-images.*--data-root'):
         load("mnist", clients=2)
-
-
-def test_root_is_not_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere is not a folder"):
         load("mnist", root=tmp_path / "nowhere", clients=2)
-
-
-def test_empty_root_says_where_it_looked(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"no file {TRAIN_IMAGES}.*DIR/MNIST/raw"):
         load("mnist", root=tmp_path, clients=2)
 
