@@ -67,12 +67,16 @@ def test_a_loss_far_from_zero_fills_its_axis(figures):
     assert from_zero[0] == 0
 
 
-def test_the_ticks_of_times_stand_apart_and_the_axis_has_its_whole_title(figures):
-    bars("a", "A", ["x", "y"], {"time": [201.0, 179.0]}, axis="image to text, recall at 1", unit="s")
-    assert figures[0].axes[0].get_xlabel() == "image to text, recall at 1 (s)"
+def test_the_ticks_of_times_stand_apart(figures):
+    bars("a", "A", ["x", "y"], {"time": [201.0, 179.0]}, axis="time", unit="s")
     figures[0].draw_without_rendering()
     boxes = [text.get_window_extent() for text in figures[0].axes[0].get_xticklabels()]
     assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+
+
+def test_an_axis_has_its_whole_title(figures):
+    bars("a", "A", ["x"], {"r": [20.0]}, axis="image to text, recall at 1", unit="%")
+    assert figures[0].axes[0].get_xlabel() == "image to text, recall at 1 (%)"
 
 
 def test_a_long_curve_is_small_and_its_table_says_what_it_leaves_out():
