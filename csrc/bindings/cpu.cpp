@@ -19,6 +19,7 @@ void bind_aggregate_distance(py::module_&);
 void bind_aggregate_server(py::module_&);
 void bind_aggregate_privacy(py::module_&);
 void bind_fuse(py::module_&);
+void bind_mlp(py::module_&);
 void bind_optimise(py::module_&);
 void bind_sparse(py::module_&);
 void bind_strided(py::module_&);
@@ -71,6 +72,7 @@ PYBIND11_MODULE(_cpu, module) {
   bind_aggregate_server(module);
   bind_aggregate_privacy(module);
   bind_fuse(module);
+  bind_mlp(module);
   bind_optimise(module);
   bind_sparse(module);
   bind_strided(module);

@@ -15,6 +15,7 @@ from fedkern.data.sharing.holdout import number_patients
 from fedkern.data.types import AnySplit
 from fedkern.engine.batches.reader import Reader
 from fedkern.engine.context import Node, RunContext
+from fedkern.engine.local.linear_pass import LINEAR
 from fedkern.engine.local.network import Network, NetworkPart, Trainable
 from fedkern.engine.local.private_training import count_declared, train_privately
 from fedkern.engine.local.training import Diverged, EpochBatches, ReceivedMessage, Schedule, train_async
@@ -158,7 +159,7 @@ class Client(Node):
         trained = network if parts is None else NetworkPart(network, parts)
         read_figures = train_async(
             self, method, phase, trained, self._data, received, schedule, rows, graphs=context.networks.graphs,
-            first_steps=context.networks.first_steps(phase),
+            first_steps=context.networks.first_steps(phase), linear=context.config.plan == LINEAR,
         )  # fmt: skip
         result = self._collect_upload(network, trained, flat)
         self._when_device_done(lambda: self.report.update(read_figures()))
@@ -334,7 +335,7 @@ class Client(Node):
         try:
             read_figures = train_async(
                 self, method, phase, trainable, self._data, received, schedule, rows, self._context.networks.graphs,
-                self._context.networks.first_steps(phase),
+                self._context.networks.first_steps(phase), linear=self._context.config.plan == LINEAR,
             )  # fmt: skip
             wait_for_stream(self.device)
             figures = read_figures()

@@ -51,7 +51,7 @@ class ModelSettings(Section):
         None, "submodules of your own network after which feature maps can be mixed, in order: conv1,conv2"
     )
     accelerate: str = option(
-        "auto", "fuse your own network's convolutions with the next layers: auto (where correct and faster) or off",
+        "auto", "compute your own network by fused layers: auto (where correct and faster) or off",
         choices=("auto", "off"),
     )  # fmt: skip
     image_encoder: str = option(

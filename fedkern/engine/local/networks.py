@@ -18,6 +18,7 @@ from fedkern.acceleration.calls import apply_plan
 from fedkern.data.types import FederatedData
 from fedkern.engine.local.captured import Graphs
 from fedkern.engine.local.first_steps import FirstSteps
+from fedkern.engine.local.linear_pass import LINEAR
 from fedkern.engine.local.network import Network, place
 from fedkern.engine.store import initial_weights
 from fedkern.engine.store.checkpoints import Checkpoints, Entry, checksum
@@ -193,7 +194,7 @@ class Networks:
         if config.features or config.stages:
             kind, *taps = self._taps  # before .module, which only a user's network has
             network = kind(network.module, *taps)
-        if config.plan is not None:
+        if config.plan not in (None, LINEAR):
             apply_plan(user_module(network), config.plan)
         if config.freeze is not None:
             freeze_parameters(user_module(network), config.freeze.split(","), self.model_name)

@@ -7,7 +7,7 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from fedkern.data import FederatedData
 from fedkern.data.sources.items import name_cause
 from fedkern.engine.batches.reader import trial_batch
 from fedkern.engine.context import RunContext
+from fedkern.engine.local.linear_pass import LINEAR, has_default_loss, make_pass, play_step
 from fedkern.engine.store import initial_weights
 from fedkern.errors import RAISED, UserError, describe_error, error_origin
 from fedkern.messages.leaves import leaves
@@ -29,6 +30,7 @@ from fedkern.models import MODELS, Own
 from fedkern.models.network_registry import explain_unknown
 from fedkern.models.state.freezing import train_mode
 from fedkern.models.users.cutting import find_head, find_logits
+from fedkern.models.users.linear_chain import linear_chain
 from fedkern.models.users.user_models import OwnNetwork, check_output
 from fedkern.ops._core import backend
 from fedkern.settings.config import RunConfig
@@ -60,8 +62,9 @@ class _AsWritten(Exception):
 
 
 def _check_served(context: RunContext, network: nn.Module) -> tuple[str, str]:
-    if not any(isinstance(layer, nn.Conv2d) for layer in user_module(network).modules()):
-        raise _AsWritten("it has no convolutions")
+    chain = linear_chain(user_module(network))
+    if not chain and not any(isinstance(layer, nn.Conv2d) for layer in user_module(network).modules()):
+        raise _AsWritten("it has no convolutions, and is more than linear layers with ReLU between them")
     if not backend.active_isa().startswith("avx"):
         raise _AsWritten("the compiled core serves AVX2 and AVX-512")
     largest = max(range(len(context.data.clients)), key=lambda k: len(context.data.clients[k]))
@@ -71,6 +74,8 @@ def _check_served(context: RunContext, network: nn.Module) -> tuple[str, str]:
     plain = _play_batch(network, batch)
     if find_difference(_play_batch(network, batch), plain, 0.0):
         raise _AsWritten("it draws from generators of its own, or changes as it runs")
+    if chain:
+        return _check_linear(context, network, batch, plain)
     plan = _rehearse(network, batch)
     calls.apply_plan(user_module(network), plan.partition(" ")[0])  # nothing waits
     immediate = _play_batch(network, batch)
@@ -89,6 +94,26 @@ def _check_served(context: RunContext, network: nn.Module) -> tuple[str, str]:
     return f"served {len(dict(record[0])) // 2} of {len(record[1]) // 2} convolutions", plan
 
 
+def _check_linear(context: RunContext, network: nn.Module, batch: Batch, plain: Found) -> tuple[str, str]:
+    if not has_default_loss(context.config.method_instance, batch.task):
+        raise _AsWritten("its loss is more than the cross-entropy of a batch")
+    parameters = dict(user_module(network).named_parameters())
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    passing = make_pass(network)
+    if passing is None or backend.forced_backend() not in (None, "cpu"):
+        raise _AsWritten("a layer is frozen" if passing is None else "another backend is forced")
+    loss = play_step(passing, _refuse, batch).loss
+    results = plain | {"the loss": loss} | {f"the gradient of {name}": p.grad for name, p in parameters.items()}
+    if name := find_far_result(results, plain):
+        raise _AsWritten(f"{name} differs when the compiled core computes it")
+    return f"served {len(passing.layers)} of {len(passing.layers)} linear layers", LINEAR
+
+
+def _refuse(batch: Batch, **_: object) -> NoReturn:
+    raise _AsWritten("a sample is not as many fp32 numbers as the first layer takes, or the targets are no classes")
+
+
 def _rehearse(network: nn.Module, batch: Batch) -> str:
     module = copy.deepcopy(network)
     accelerate(user_module(module), check=False)
@@ -101,7 +126,7 @@ def _rehearse(network: nn.Module, batch: Batch) -> str:
 
 def as_in_the_run(module: nn.Module, config: RunConfig) -> nn.Module:
     for part in module.modules():
-        if config.plan is not None and isinstance(part, OwnNetwork):
+        if config.plan not in (None, LINEAR) and isinstance(part, OwnNetwork):
             calls.apply_plan(part.module, config.plan)
     return module
 

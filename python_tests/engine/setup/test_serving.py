@@ -2,16 +2,19 @@
 
 import dataclasses
 import json
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import fedkern
 from fedkern.acceleration import calls
 from fedkern.engine.local.script_objects import ScriptObjects
 from fedkern.engine.run import run
+from fedkern.errors import UserError
 from fedkern.ops._core import backend
 from fedkern.report.live.progress_bar import run_headline
 from fedkern.settings.config import load_settings
@@ -42,6 +45,13 @@ class Rows(nn.Sequential):
             *block(3, 16), nn.ReLU(), nn.MaxPool2d(2), *block(16, 16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
             nn.Linear(16, classes),
         )  # fmt: skip
+
+
+class Rectified(nn.Sequential):
+    """A network of linear layers."""
+
+    def __init__(self, classes=3):
+        super().__init__(nn.Flatten(), nn.Linear(192, 9), nn.ReLU(), nn.Linear(9, classes))
 
 
 class Drawing(Guest):
@@ -94,7 +104,8 @@ def play(make_config, make_data, tmp_path):
         (Drawing, "as written: it draws from generators of its own, or changes as it runs"),
         (Custom, "served 1 of 1 convolutions"),
         (Wide, "as written: operators would save work in"),
-        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), "as written: it has no convolutions"),
+        (Rectified, "served 2 of 2 linear layers"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3), nn.Tanh()), "as written: it has no convolutions, and"),
     ],
 )
 def test_the_record_says_what_is_served_or_why_not(kind, said, play):
@@ -109,8 +120,11 @@ def test_the_header_says_it(make_config, make_data, tmp_path):
 
 
 @pytest.mark.sampled(1)
-@pytest.mark.parametrize("kind", [Guest, Rows])
-@pytest.mark.parametrize("method", ["fedavg", "moon", "scaffold", "fedproto"])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [*product((Guest, Rows), ("fedavg", "moon", "scaffold", "fedproto")),
+     *product((Rectified,), ("fedavg", "scaffold", "fedprox", "ditto", "fedper"))],
+)  # fmt: skip
 def test_a_run_that_is_served_is_near_the_one_as_written(kind, method, play):
     served, written = tensors(play("auto", kind, method)), tensors(play("off", kind, method, accelerate="off"))
     assert any(not torch.equal(served[name], written[name]) for name in served)
@@ -138,7 +152,7 @@ def test_stages_are_served(kind, play, monkeypatch):
 
 
 @pytest.mark.usefixtures("forked_workers")
-@pytest.mark.parametrize(("kind", "way"), [(Guest, "+"), (Custom, "=")])
+@pytest.mark.parametrize(("kind", "way"), [(Guest, "+"), (Custom, "="), (Rectified, "l")])
 def test_the_same_bits_in_workers_and_after_a_kill(kind, way, play, make_config, make_data, tmp_path):
     expected = play("one", kind, workers="1", rounds=3)
     assert load_settings(expected).plan[0] == way
@@ -185,3 +199,36 @@ def test_a_loop_of_one_s_own_gets_the_accelerated_network(make_data, tmp_path):
     how = {"model": guest(Guest), "rounds": 1, "progress": False, "pictures": False, "workers": 1}
     fedkern.simulate("fedavg", data=data, train=train, out=tmp_path / "run", **how)
     assert set(seen) == {True}
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (None, "served 2 of 2 linear layers"),
+        (F.cross_entropy, "served 2 of 2 linear layers"),
+        (nn.CrossEntropyLoss(), "served 2 of 2 linear layers"),
+        (nn.CrossEntropyLoss(label_smoothing=0.1), "as written: its loss is more than the cross-entropy of a batch"),
+        (nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0])), "as written: its loss"),
+        (lambda outputs, targets: F.cross_entropy(2 * outputs, targets.long()), "as written: its loss"),
+    ],
+)
+def test_linear_layers_are_served_behind_the_plain_cross_entropy(loss, said, tmp_path):
+    rows, targets = torch.randn(40, 192), torch.randint(0, 3, (40,), dtype=torch.int32)
+    data = [TensorDataset(rows[:20], targets[:20]), TensorDataset(rows[20:], targets[20:])]
+    how = {"test": data[0], "model": guest(Rectified), "progress": False, "pictures": False, "lr": 0.05}
+    found = [
+        fedkern.simulate("fedavg", data=data, loss_fn=loss, out=tmp_path / way, accelerate=way, rounds=2, **how)
+        for way in ("auto", "off")
+    ]
+    assert found[0].config.served.startswith(said)
+    served, written = (run.model().state_dict() for run in found)
+    for name, value in served.items():
+        torch.testing.assert_close(value, written[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_class_that_the_network_lacks_is_named_as_ever(tmp_path):
+    rows = torch.randn(40, 192)
+    data = [TensorDataset(rows[:20], torch.arange(20) % 3), TensorDataset(rows[20:], torch.arange(20) % 4)]
+    with pytest.raises(UserError, match="3 outputs for 4 classes, as a target is 3"):
+        fedkern.simulate("fedavg", data=data, test=data[0], model=guest(Rectified), rounds=1, out=tmp_path / "run")

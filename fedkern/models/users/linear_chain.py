@@ -1,0 +1,76 @@
+"""Networks that are linear layers with ReLU between them, recognised by their code."""
+
+import dis
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+_NAMES = frozenset({"F", "functional", "nn", "torch", "relu", "flatten", "view", "reshape", "size", "shape"})
+"""Names that the code of such a network may use beside those of its layers."""
+_LAYERS = nn.Linear, nn.ReLU, nn.Flatten, nn.Identity
+_KINDS: dict[Any, str] = {
+    nn.Linear: "linear", nn.ReLU: "relu", nn.Flatten: "flat", nn.Identity: "same", F.relu: "relu", torch.relu: "relu",
+    torch.flatten: "flat", "relu": "relu", "flatten": "flat", "view": "flat", "reshape": "flat",
+}  # fmt: skip
+_BESIDE = getattr, operator.getitem, "size"
+"""What asks for a shape, on the way to a ``view``."""
+
+
+def linear_chain(network: nn.Module) -> list[nn.Linear] | None:
+    """Return the linear layers of a network that is nothing else, in order, or None.
+
+    It flattens its input, if anything, and has ReLU between its layers. Its code has no branch, changes nothing and
+    calls nothing else, so that what one call does, every call does. A ``view`` may still mix samples.
+    """
+    parts = [*network.modules()]
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    if any(getattr(part, name) for part in parts for name in hooks) or not all(map(_is_plain, parts)):
+        return None
+    if type(network) is nn.Linear:
+        return [network]
+    try:
+        graph = fx.Tracer().trace(network)
+    except Exception:  # code may do anything with what stands for a tensor
+        return None
+    layers: list[nn.Linear] = []
+    value, last = None, "start"
+    for node in graph.nodes:
+        if node.op == "placeholder" and value is None:
+            value = node
+        elif node.op == "output":
+            return layers if node.args[0] is value and last == "linear" else None
+        elif node.target not in _BESIDE:
+            layer = network.get_submodule(node.target) if node.op == "call_module" else None
+            kind = _KINDS.get(node.target if layer is None else type(layer), "")
+            if not node.args or node.args[0] is not value or (kind, last) not in _ORDER:
+                return None
+            if isinstance(layer, nn.Linear):
+                if layer in layers:
+                    return None
+                layers.append(layer)
+            value, last = node, last if kind in ("flat", "same") else kind
+    return None
+
+
+_ORDER = {("flat", "start"), ("same", "start"), ("same", "linear"), ("same", "relu"), ("linear", "start"),
+          ("relu", "linear"), ("linear", "relu")}  # fmt: skip
+"""Pairs of a step and what the last one but flattening was."""
+
+
+def _is_plain(part: nn.Module) -> bool:
+    kind = type(part)
+    if kind in _LAYERS or kind in (nn.ModuleList, nn.ModuleDict):
+        return True
+    if "forward" in vars(part) or kind.__call__ is not nn.Module.__call__:
+        return False
+    if kind.forward is nn.Sequential.forward:
+        return True
+    code = getattr(kind.forward, "__code__", None)
+    if code is None or code.co_freevars or not _NAMES.union(part._modules).issuperset(code.co_names):
+        return False
+    return not any(
+        step.opname.startswith(("POP_JUMP", "STORE_ATTR", "MAKE_FUNCTION")) for step in dis.get_instructions(code)
+    )

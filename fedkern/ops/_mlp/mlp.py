@@ -1,0 +1,72 @@
+"""mlp_pass: loss and gradients of linear layers with ReLU between them, an operator for fedkern's training loop."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedkern.ops._core import backend
+
+_threads = torch.get_num_threads
+
+
+class Layer(NamedTuple):
+    """A linear layer: ``weight`` ``[out, in]``, ``bias`` ``[out]`` or None, and memory for their gradients."""
+
+    weight: Tensor
+    bias: Tensor | None
+    weight_gradient: Tensor
+    bias_gradient: Tensor | None
+
+
+class MlpPass:
+    """Forward and backward pass of linear layers with ReLU between them and the mean cross-entropy behind them.
+
+    Args:
+        layers: in order, each with as many inputs as the one before has outputs; all fp32, contiguous and on the CPU.
+
+    Raises:
+        ValueError: a call's tensors do not fit the layers.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers, self._inputs = layers, layers[0].weight.shape[1]
+        self._tensors = tuple(tensor for layer in layers for tensor in layer)
+        self._core = backend.cpu_core()
+
+    def __call__(self, x: Tensor, targets: Tensor) -> Tensor | None:
+        """Return the loss of a batch in nats, fp32 0-d, and write the gradients of all parameters.
+
+        Args:
+            x: fp32 ``[B, ...]`` of as many numbers a sample as the first layer has inputs.
+            targets: int64 ``[B]``, of which -100 does not count.
+
+        Returns:
+            None, with nothing written, if no target counts, one is no class, or ``x`` or ``targets`` have another form.
+            Else the loss and gradients have the same bits for any number of threads and at the levels AVX2 and AVX-512.
+        """
+        if x.dtype != torch.float32 or targets.dtype != torch.int64 or targets.dim() != 1:
+            return None
+        if x.numel() != len(targets) * self._inputs or not len(targets) or x.device.type != "cpu":
+            return None
+        loss = self._core.mlp_pass(self._tensors, x.contiguous(), targets.contiguous(), _threads())
+        return None if loss is None else torch.tensor(loss)
+
+
+def mlp_reference(layers: Sequence[Layer], x: Tensor, targets: Tensor) -> Tensor:
+    """Specify :class:`MlpPass`."""
+    with torch.enable_grad():
+        parameters = [[None if p is None else p.detach().requires_grad_() for p in layer[:2]] for layer in layers]
+        y = x.flatten(1)
+        for place, (weight, bias) in enumerate(parameters):
+            assert weight is not None
+            y = F.linear(y if place == 0 else y.relu(), weight, bias)
+        loss = F.cross_entropy(y, targets)
+        loss.backward()
+    for layer, given in zip(layers, parameters, strict=True):
+        for memory, parameter in zip(layer[2:], given, strict=True):
+            if memory is not None and parameter is not None and parameter.grad is not None:
+                memory.copy_(parameter.grad)
+    return loss.detach()

@@ -1,0 +1,127 @@
+"""Tests of mlp: loss and gradients of linear layers, beside autograd's."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedkern.ops._core import backend
+from fedkern.ops._mlp.mlp import Layer, MlpPass, mlp_reference
+
+pytestmark = pytest.mark.skipif(backend.active_isa() == "none", reason="the compiled core is missing")
+
+
+def make(sizes, *, bias=True, seed=0, scale=1.0):
+    torch.manual_seed(seed)
+    layers = []
+    for inputs, outputs in pairwise(sizes):
+        weight, biases = scale * torch.randn(outputs, inputs) / inputs**0.5, torch.randn(outputs) if bias else None
+        layers.append(Layer(weight, biases, torch.full_like(weight, 7), torch.full((outputs,), 7.0) if bias else None))
+    return layers
+
+
+def batch(sizes, rows):
+    return torch.randn(rows, sizes[0]), torch.randint(0, sizes[-1], (rows,))
+
+
+def gradients(layers):
+    return [tensor.clone() for layer in layers for tensor in layer[2:] if tensor is not None]
+
+
+def check(layers, x, targets):
+    loss = MlpPass(layers)(x, targets)
+    found = gradients(layers)
+    expected = mlp_reference(layers, x, targets)
+    assert isinstance(loss, Tensor)
+    assert (loss.dtype, loss.shape) == (torch.float32, ())
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+    size = max(float(tensor.nan_to_num().abs().max()) for tensor in gradients(layers))  # sums may cancel
+    for mine, wanted in zip(found, gradients(layers), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=4e-6 * size + 1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("isa", backend.ISAS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("sizes", "rows"),
+    [((5, 3), 1), ((60, 10), 10), ((7, 9, 11, 3), 5), ((64, 128, 10), 32), ((300, 33, 2), 70), ((784, 20, 20, 10), 17),
+     ((1, 1, 2), 3), ((600, 13, 10), 129)],
+)  # fmt: skip
+def test_numbers_are_those_of_autograd(sizes, rows, bias, isa):
+    if isa not in backend.cpu_core().available_isas():
+        pytest.skip(f"this processor lacks {isa}")
+    layers = make(sizes, bias=bias)
+    x, targets = batch(sizes, rows)
+    with backend.use_isa(isa):
+        check(layers, x, targets)
+        targets[::3] = -100
+        if (targets >= 0).any():
+            check(layers, x, targets)
+
+
+@pytest.mark.parametrize("scale", [30.0, 1e4])
+def test_far_logits_do_not_overflow(scale):
+    layers = make((20, 16, 5), scale=scale)
+    check(layers, *batch((20, 16, 5), 9))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_shows_in_the_loss(value):
+    layers = make((20, 16, 5))
+    x, targets = batch((20, 16, 5), 9)
+    x[3, 4] = value
+    assert not torch.isfinite(MlpPass(layers)(x, targets))
+
+
+def test_bits_depend_neither_on_threads_nor_on_the_level():
+    sizes = (900, 301, 10)
+    layers, (x, targets) = make(sizes), batch(sizes, 75)
+    found, threads = [], torch.get_num_threads()
+    for isa in {"avx2", "avx512"}.intersection(backend.cpu_core().available_isas()):
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            with backend.use_isa(isa):
+                found.append((MlpPass(layers)(x, targets), *gradients(layers)))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True))
+
+
+def test_images_count_as_flattened():
+    layers, (x, targets) = make((48, 8, 3)), batch((48, 8, 3), 6)
+    loss = MlpPass(layers)(x, targets)
+    images = x.view(6, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(MlpPass(layers)(images, targets), loss)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, y: (x, torch.full_like(y, -100)),
+        lambda x, y: (x, torch.tensor([0, 1, 3])),
+        lambda x, y: (x, torch.tensor([0, 1, -1])),
+        lambda x, y: (x.double(), y),
+        lambda x, y: (x, y.int()),
+        lambda x, y: (x[:2], y),
+        lambda x, y: (x[:0], y[:0]),
+        lambda x, y: (x, y[:, None]),
+    ],
+)
+def test_what_the_kernel_does_not_take_leaves_the_gradients_alone(change):
+    layers = make((4, 3))
+    assert MlpPass(layers)(*change(*batch((4, 3), 3))) is None
+    assert all((tensor == 7).all() for tensor in gradients(layers))
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ([*make((4, 3)), *make((4, 3))], "do not follow each other"),
+        ([make((4, 3))[0]._replace(weight_gradient=torch.zeros(3, 5))], "of its layers' sizes"),
+        ([make((4, 3))[0]._replace(bias=torch.zeros(3).double())], "float32"),
+        ([make((4, 3))[0]._replace(weight=torch.zeros(4, 3).t())], "contiguous"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(layers, words):
+    with pytest.raises(ValueError, match=words):
+        MlpPass(layers)(*batch((4, 3), 3))
