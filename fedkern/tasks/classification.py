@@ -103,7 +103,7 @@ class Classification(Task):
     offers = frozenset({"loss", "criterion", "classes", "images", "features"})
     concurrent = True
     ignored: ClassVar[int] = -100
-    takes_logits = True
+    takes_logits = plain_loss = True
 
     def read_targets(self, targets: object) -> object:
         if isinstance(targets, Tensor) and not (targets.is_floating_point() or targets.dtype == torch.bool):

@@ -78,6 +78,7 @@ class Task:
         outside: most samples of a batch outside of training.
         concurrent: whether several batches of a set may be evaluated at once.
         takes_logits: whether the loss is a cross-entropy.
+        plain_loss: whether the loss is the mean cross-entropy of the network's outputs, without weights or smoothing.
         sampled: name of the figure of :meth:`resample_figure`, if any.
         lacks: words for the lack of a set without the main figure, such as "no mask with an object".
     """
@@ -94,6 +95,7 @@ class Task:
     outside: ClassVar[int] = 512
     concurrent: ClassVar[bool] = False
     takes_logits: bool = False
+    plain_loss: bool = False
     sampled: ClassVar[str] = ""
     lacks: ClassVar[str] = ""
 

@@ -80,6 +80,7 @@ class OwnTask(Task):
         self.loss_code = next(loss for loss in (batch_loss, loss_fn, cross_entropy) if loss is not None)
         functions = cross_entropy, nn.functional.cross_entropy
         self.takes_logits = isinstance(self.loss_code, nn.CrossEntropyLoss) or self.loss_code in functions
+        self.plain_loss = self.loss_code in functions or _is_plain(self.loss_code)
         self.metrics = dict(metrics or {})
         self._copies: dict[torch.device, nn.Module] = {}
         self._takes_gradients = False  # known after the first batch that is evaluated
@@ -346,6 +347,12 @@ def torch_loss(loss: object) -> TorchLoss | None:
     if not any(function is known for known in (cross_entropy, F.cross_entropy, F.nll_loss)):
         return None
     return TorchLoss(function is F.nll_loss, options.get("weight"), options.get("ignore_index", -100))
+
+
+def _is_plain(loss: object) -> bool:
+    if type(loss) is not nn.CrossEntropyLoss or loss.weight is not None or loss._forward_hooks:
+        return False
+    return (loss.ignore_index, loss.reduction, loss.label_smoothing) == (-100, "mean", 0)
 
 
 def sample_form(values: object) -> tuple[tuple[object, ...], ...]:

@@ -35,10 +35,12 @@ class MaskStore:
     def classes(self, number: int) -> Classes:
         """Return a mask by number, int16 ``[H, W]``."""
         if number not in self.packed:
-            classes = np.ascontiguousarray(self.read(number), dtype=np.int16)
-            self.packed[number] = zlib.compress(classes.tobytes(), 1), classes.shape
+            self.pack(number, self.read(number))
         content, shape = self.packed[number]
         return np.frombuffer(zlib.decompress(content), np.int16).reshape(shape)
+
+    def pack(self, number: int, classes: np.ndarray) -> None:
+        self.packed[number] = zlib.compress(np.ascontiguousarray(classes, dtype=np.int16).tobytes(), 1), classes.shape
 
     def places(self, side: int, longest: int) -> npt.NDArray[np.int64]:
         """Return the resized mask's pixel for each of ``side`` pixels of a mask whose longer side is ``longest``."""

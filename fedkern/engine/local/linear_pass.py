@@ -1,10 +1,8 @@
 """Training steps of networks of linear layers, whose forward and backward pass is one call of the compiled core."""
 
 from collections.abc import Callable
-from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedkern.engine.local.captured import Outcome
@@ -12,9 +10,8 @@ from fedkern.methods.protocol import Batch, Received
 from fedkern.methods.roles import Objective
 from fedkern.models.users.linear_chain import linear_chain
 from fedkern.ops._mlp.mlp import Layer, MlpPass
-from fedkern.tasks.classification import Classification
 from fedkern.tasks.task import Task
-from fedkern.tasks.user_tasks import INTEGERS, OwnTask, cross_entropy, user_module
+from fedkern.tasks.user_tasks import INTEGERS, user_module
 
 LINEAR = "linear"
 """The plan (``RunConfig.plan``) of a network whose steps are such calls."""
@@ -23,12 +20,7 @@ _chains: WeakKeyDictionary[nn.Module, list[nn.Linear] | None] = WeakKeyDictionar
 
 def has_default_loss(method: object, task: Task) -> bool:
     """Return whether a step's loss is the mean cross-entropy of the network's outputs alone."""
-    loss = task.loss_code if isinstance(task, OwnTask) else cross_entropy if type(task) is Classification else None
-    if type(loss) is nn.CrossEntropyLoss and loss.weight is None and not loss._forward_hooks:
-        is_mean = (loss.ignore_index, loss.reduction, loss.label_smoothing) == (-100, "mean", 0)
-    else:
-        is_mean = loss is cross_entropy or loss is F.cross_entropy
-    return is_mean and getattr(type(method), "loss", None) is Objective.loss
+    return task.plain_loss and getattr(type(method), "loss", None) is Objective.loss
 
 
 def make_pass(network: nn.Module) -> MlpPass | None:
@@ -36,15 +28,14 @@ def make_pass(network: nn.Module) -> MlpPass | None:
     module = user_module(network)
     if module not in _chains:
         _chains[module] = linear_chain(module)
-    layers = [
-        Layer(layer.weight, layer.bias, *map(_gradient, (layer.weight, layer.bias))) for layer in _chains[module] or ()
-    ]
-    lacking = [layer for layer in layers if layer[2] is None or (layer.bias is not None and layer[3] is None)]
-    return MlpPass(layers) if layers and not lacking else None
-
-
-def _gradient(parameter: Tensor | None) -> Any:
-    return None if parameter is None else parameter.grad
+    layers = []
+    for layer in _chains[module] or ():
+        bias = layer.bias
+        weight_gradient, bias_gradient = layer.weight.grad, None if bias is None else bias.grad
+        if weight_gradient is None or (bias is None) != (bias_gradient is None):
+            return None
+        layers.append(Layer(layer.weight, bias, weight_gradient, bias_gradient))
+    return MlpPass(layers) if layers else None
 
 
 def play_step(

@@ -252,7 +252,7 @@ def test_runs_use_patients_as_those_of_files(shape: tuple[int, ...], tmp_path: P
     model = "cnn" if len(shape) == 3 else nn.Linear(6, 3)
     how = {**HERE, **sets, "groups": "patient", "model": model, "rounds": 1, "clients": 2, "progress": True}
     reads = Reads(*sets.values())
-    run = fedkern.simulate("fedavg", **how, client_test=0.4, listener=reads, out=tmp_path / "run")
+    run = fedkern.simulate("fedavg", **how, accelerate="off", client_test=0.4, listener=reads, out=tmp_path / "run")
     assert len(shape) == 3 or reads.counts[0] <= 100  # no item is read twice for its group
     noun = "images" if len(shape) == 3 else "samples"
     text = capsys.readouterr().err

@@ -131,9 +131,9 @@ def test_the_learning_rate_steps_at_the_epochs_of_the_whole_run(make_data, make_
     seen = []
     real = engine_client.train_async
 
-    def spy(client, method, phase, network, data, received, schedule, *arguments):
+    def spy(client, method, phase, network, data, received, schedule, *arguments, **options):
         seen.append([schedule.lr_at(epoch) for epoch in range(schedule.epochs)])
-        return real(client, method, phase, network, data, received, schedule, *arguments)
+        return real(client, method, phase, network, data, received, schedule, *arguments, **options)
 
     monkeypatch.setattr(engine_client, "train_async", spy)
     config = config_of(make_config, {"blocks": 2, "width": "2"}, local_epochs=5, lr=0.5, lr_steps="2,3")

@@ -81,7 +81,7 @@ class Called(nn.Sequential):
         return super().__call__(2 * x)
 
 
-def hooked():
+def with_a_hook():
     network = Net()
     network.fc1.register_forward_hook(lambda *_: None)
     return network
@@ -113,7 +113,7 @@ def test_chains_are_found_in_order(make, count):
 @pytest.mark.parametrize(
     "make",
     [
-        Skip, Branch, Counting, Printing, Twice, Scaled, hooked, nn.ReLU,
+        Skip, Branch, Counting, Printing, Twice, Scaled, with_a_hook, nn.ReLU,
         lambda: Called(nn.Linear(4, 3)),
         lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)),
         lambda: nn.Sequential(nn.Linear(4, 3), nn.ReLU()),

@@ -84,7 +84,7 @@ def test_bits_depend_neither_on_threads_nor_on_the_level():
             with backend.use_isa(isa):
                 found.append((MlpPass(layers)(x, targets), *gradients(layers)))
     torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for other in found for a, b in zip(found[0], other, strict=True))
+    assert all(torch.equal(a, b) for tensors in found for a, b in zip(found[0], tensors, strict=True))
 
 
 def test_images_count_as_flattened():
