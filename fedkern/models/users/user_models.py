@@ -192,9 +192,8 @@ def _comparable(x: object) -> bool:
     tensors = _tensors(x)
     if not tensors or torch.compiler.is_compiling() or torch.jit.is_tracing() or functorch_active():
         return False
-    if any(type(leaf) is not Tensor or leaf.is_meta or leaf.is_inference() for leaf in tensors):
-        return False
-    return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
+    is_plain = all(type(leaf) is Tensor and not leaf.is_meta and not leaf.is_inference() for leaf in tensors)
+    return is_plain and not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def find_level(network: nn.Module) -> str:
