@@ -17,7 +17,7 @@ float* numbers(PyObject* object, std::int64_t rows, std::int64_t columns) {
 }
 
 // layers: weight, bias or None, and the gradients of both, one layer after another. Returns None, with nothing written, where no
-// target counts or one is no class.
+// target counts, one is no class, or they are not [B].
 py::object mlp_pass(const py::tuple& layers, const py::object& x, const py::object& targets, int threads) {
   const Py_ssize_t count = PyTuple_GET_SIZE(layers.ptr()) / 4;
   require(count > 0 && PyTuple_GET_SIZE(layers.ptr()) == 4 * count, "mlp_pass takes four tensors a layer");
@@ -32,7 +32,8 @@ py::object mlp_pass(const py::tuple& layers, const py::object& x, const py::obje
                    biased ? numbers(part(4 * i + 3), out, 1) : nullptr});
   }
   const TensorView classes = checked_view(targets.ptr());
-  require(classes.dims == 1 && classes.code == 0 && classes.bits == 64 && classes.device_type == TensorView::kCpu && classes.contiguous() && classes.shape[0] > 0,
+  if (classes.dims != 1) return py::none();
+  require(classes.code == 0 && classes.bits == 64 && classes.device_type == TensorView::kCpu && classes.contiguous() && classes.shape[0] > 0,
           "mlp_pass takes int64 targets [B]");
   const std::int64_t rows = classes.shape[0];
   const auto* const wanted = static_cast<const std::int64_t*>(classes.data);

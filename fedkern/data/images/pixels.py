@@ -82,6 +82,10 @@ class Pixels:
         images = images if self._sides is None else transforms.window(images, self._sides, rng)
         return images if rng is None else transforms.augment(images, self.augment, rng)
 
+    def with_labels(self, index: Tensor, labels: Tensor, rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
+        """Return :meth:`take`'s images and unchanged ``labels``."""
+        return self.take(index, rng), labels
+
     def pairs(self, index: Tensor, labels: Tensor, rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
         """Return :meth:`take`'s images and their pixel ``labels`` int64, transformed alike."""
         rng = None if self.augment == "none" else rng

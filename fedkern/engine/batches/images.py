@@ -20,6 +20,8 @@ from fedkern.process.device_copies import send
 
 PICKED_BYTES = {"cuda": 1 << 26}
 """Bytes of images picked at once, which on a GPU takes no longer than picking one batch."""
+_PICK = {"pixels": Pixels.pairs}
+"""Methods that pick samples, by `fedkern.tasks.Task.network`; default: :meth:`Pixels.with_labels`."""
 
 
 class BackgroundBank:
@@ -75,10 +77,7 @@ class Images(Reader):
         """Return images and labels at ``indices``, augmented together when ``rng`` is given."""
         chosen = as_index(indices)
         index = self.pixels.send_index(chosen)
-        labels = self._labels(chosen, index)
-        if self.task.network == "pixels":
-            return self.pixels.pairs(index, labels, rng)
-        return self.pixels.take(index, rng), labels
+        return _PICK.get(self.task.network, Pixels.with_labels)(self.pixels, index, self._labels(chosen, index), rng)
 
     def _labels(self, chosen: Tensor, index: Tensor) -> Tensor:
         label_index = index if index.device == self._there.device else send(chosen, self._there.device)

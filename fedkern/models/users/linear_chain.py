@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fedkern.acceleration.layers import has_hooks
+
 _NAMES = frozenset({"F", "functional", "nn", "torch", "relu", "flatten", "view", "reshape", "size", "shape"})
 """Names that the code of such a network may use beside those of its layers."""
 _LAYERS = nn.Linear, nn.ReLU, nn.Flatten, nn.Identity
@@ -26,8 +28,7 @@ def linear_chain(network: nn.Module) -> list[nn.Linear] | None:
     calls nothing else, so that what one call does, every call does. A ``view`` may still mix samples.
     """
     parts = [*network.modules()]
-    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    if any(getattr(part, name) for part in parts for name in hooks) or not all(map(_is_plain, parts)):
+    if any(map(has_hooks, parts)) or not all(map(_is_plain, parts)):
         return None
     if type(network) is nn.Linear:
         return [network]
@@ -45,11 +46,9 @@ def linear_chain(network: nn.Module) -> list[nn.Linear] | None:
         elif node.target not in _BESIDE:
             layer = network.get_submodule(node.target) if node.op == "call_module" else None
             kind = _KINDS.get(node.target if layer is None else type(layer), "")
-            if not node.args or node.args[0] is not value or (kind, last) not in _ORDER:
+            if not node.args or node.args[0] is not value or (kind, last) not in _ORDER or layer in layers:
                 return None
             if isinstance(layer, nn.Linear):
-                if layer in layers:
-                    return None
                 layers.append(layer)
             value, last = node, last if kind in ("flat", "same") else kind
     return None

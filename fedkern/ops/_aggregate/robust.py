@@ -93,7 +93,7 @@ def _call(name: str, vectors: Vectors, max_norm: float, deviation: float, seed: 
     if isinstance(vectors, Tensor) and vectors.dim() not in (1, 2) and vectors.dtype in backend.FLOATS:
         raise ValueError(f"vectors must have shape [P] or [M, P], or be a list of [P], but has {list(vectors.shape)}")
     stack: Vectors = (vectors,) if single else vectors  # type: ignore[assignment]
-    kernel: AggregateKernels | None = select_ordinary("aggregate", stack, torch.is_grad_enabled())
+    kernel = _select(stack)
     if kernel is not None:
         _check_deviation(deviation, stack[0].dtype)
         return _rows(kernel, vectors, stack, max_norm, deviation, seed, offset)
@@ -150,6 +150,11 @@ _operator = library.register(
 )
 
 
+def _select(vectors: Vectors) -> AggregateKernels | None:
+    kernel: AggregateKernels | None = select_ordinary("aggregate", vectors, torch.is_grad_enabled())
+    return kernel
+
+
 def trimmed_mean(vectors: Vectors, trim: int, weights: Tensor | Sequence[float] | None = None) -> Tensor:
     """Average every coordinate without its ``trim`` largest and ``trim`` smallest values (arXiv 1803.01498).
 
@@ -174,10 +179,7 @@ def trimmed_mean(vectors: Vectors, trim: int, weights: Tensor | Sequence[float] 
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
         RuntimeError: a forced backend does not support the call.
     """
-    kernel: AggregateKernels | None = None
-    if weights is None and trim:
-        kernel = select_ordinary("aggregate", vectors, torch.is_grad_enabled())
-    if kernel is not None:
+    if weights is None and trim and (kernel := _select(vectors)) is not None:
         count = checks.count_of(vectors)
         _check_trim(trim, count)
         return kernel.sorted_mean(vectors, trim, count - trim, None)
@@ -211,10 +213,7 @@ def median(vectors: Vectors, weights: Tensor | Sequence[float] | None = None) ->
         TypeError, ValueError: an argument's type, dtype, device, shape or value is wrong, or a gradient was asked for.
         RuntimeError: a forced backend does not support the call.
     """
-    kernel: AggregateKernels | None = None
-    if weights is None:
-        kernel = select_ordinary("aggregate", vectors, torch.is_grad_enabled())
-    if kernel is not None:
+    if weights is None and (kernel := _select(vectors)) is not None:
         count = checks.count_of(vectors)
         return kernel.sorted_mean(vectors, (count - 1) // 2, count // 2 + 1, None)
     template, count = checks.check_vectors(vectors)

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from fedkern.ops._core import backend
 
-_threads = torch.get_num_threads
-
 
 class Layer(NamedTuple):
     """A linear layer: ``weight`` ``[out, in]``, ``bias`` ``[out]`` or None, and memory for their gradients."""
@@ -47,26 +45,26 @@ class MlpPass:
             None, with nothing written, if no target counts, one is no class, or ``x`` or ``targets`` have another form.
             Else the loss and gradients have the same bits for any number of threads and at the levels AVX2 and AVX-512.
         """
-        if x.dtype != torch.float32 or targets.dtype != torch.int64 or targets.dim() != 1:
+        if x.dtype != torch.float32 or targets.dtype != torch.int64 or x.device.type != "cpu":
             return None
-        if x.numel() != len(targets) * self._inputs or not len(targets) or x.device.type != "cpu":
+        if not x.numel() or x.numel() != targets.numel() * self._inputs:
             return None
-        loss = self._core.mlp_pass(self._tensors, x.contiguous(), targets.contiguous(), _threads())
+        loss = self._core.mlp_pass(self._tensors, x.contiguous(), targets.contiguous(), torch.get_num_threads())
         return None if loss is None else torch.tensor(loss)
 
 
 def mlp_reference(layers: Sequence[Layer], x: Tensor, targets: Tensor) -> Tensor:
     """Specify :class:`MlpPass`."""
+    parameters: list[Tensor] = []
     with torch.enable_grad():
-        parameters = [[None if p is None else p.detach().requires_grad_() for p in layer[:2]] for layer in layers]
         y = x.flatten(1)
-        for place, (weight, bias) in enumerate(parameters):
+        for layer in layers:
+            weight, bias = (None if p is None else p.detach().requires_grad_() for p in layer[:2])
             assert weight is not None
-            y = F.linear(y if place == 0 else y.relu(), weight, bias)
+            y = F.linear(y.relu() if parameters else y, weight, bias)
+            parameters += [weight] if bias is None else [weight, bias]
         loss = F.cross_entropy(y, targets)
-        loss.backward()
-    for layer, given in zip(layers, parameters, strict=True):
-        for memory, parameter in zip(layer[2:], given, strict=True):
-            if memory is not None and parameter is not None and parameter.grad is not None:
-                memory.copy_(parameter.grad)
+    memory = [tensor for layer in layers for tensor in layer[2:] if tensor is not None]
+    for tensor, gradient in zip(memory, torch.autograd.grad(loss, parameters), strict=True):
+        tensor.copy_(gradient)
     return loss.detach()

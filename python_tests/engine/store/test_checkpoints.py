@@ -18,6 +18,12 @@ from fedkern.messages.states import Packed
 from fedkern.settings.config import load_settings
 
 
+def open_store(*arguments):
+    checkpoints = Checkpoints(*arguments)
+    checkpoints.open()
+    return checkpoints
+
+
 def test_checkpoints_keep_two_and_forget_what_was_not_committed(tmp_path, commit):
     store = Checkpoints(tmp_path)
     assert store.open() is None
@@ -41,20 +47,17 @@ def test_checkpoints_keep_two_and_forget_what_was_not_committed(tmp_path, commit
 
 
 def test_a_client_that_empties_its_state_has_none(tmp_path, commit):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.open()
+    checkpoints = open_store(tmp_path)
     commit(checkpoints, 1, clients=(3,))
     assert checkpoints.client_state(3) != {}
     checkpoints.write_client(3, 2, {})
     commit(checkpoints, 2)
-    again = Checkpoints(tmp_path)
-    again.open()
+    again = open_store(tmp_path)
     assert again.client_state(3) == {}
 
 
 def test_all_checkpoints_damaged(tmp_path, commit):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.open()
+    checkpoints = open_store(tmp_path)
     commit(checkpoints, 1, (0,))
     (checkpoints.folder / "client-00000-000001.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="All checkpoints"):
@@ -63,8 +66,7 @@ def test_all_checkpoints_damaged(tmp_path, commit):
 
 @pytest.mark.parametrize("name", ["server-000002", "client-00000-000002", "participation-000002", "messages-000002"])
 def test_a_damaged_file_leads_back_to_the_checkpoint_before(name, tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.open()
+    checkpoints = open_store(tmp_path)
     for number in (1, 2):
         checkpoints.write_client(0, number, {"x": number})
         checkpoints.commit(
@@ -81,8 +83,7 @@ def test_a_damaged_file_leads_back_to_the_checkpoint_before(name, tmp_path):
 
 
 def test_manifest_of_another_format(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.open()
+    checkpoints = open_store(tmp_path)
     (checkpoints.folder / "manifest.json").write_text(json.dumps({"format": 99, "entries": []}))
     sentence = r"manifest.json has format 99, and this version of fedkern reads format \d+: use the version"
     with pytest.raises(UserError, match=sentence):
@@ -95,9 +96,7 @@ def test_manifest_of_another_format(tmp_path):
 
 
 def test_the_oldest_state_that_a_checkpoint_names(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.open(fresh=True)
-    found = []
+    checkpoints, found = open_store(tmp_path), []
     for plan in range(1, 6):
         if plan in (1, 2, 4):
             checkpoints.write_client(7, plan, {"x": plan})
@@ -109,8 +108,7 @@ def test_the_oldest_state_that_a_checkpoint_names(tmp_path):
 
 @pytest.mark.parametrize("beside", [False, True])
 def test_a_state_that_is_taken_back_leaves_nothing(beside, tmp_path, commit):
-    checkpoints = Checkpoints(tmp_path, writer := BackgroundWriter() if beside else None)
-    checkpoints.open(fresh=True)
+    checkpoints = open_store(tmp_path, writer := BackgroundWriter() if beside else None)
     commit(checkpoints, 1, (6, 7))
     for number in range(2, 6):
         before = {k: checkpoints.clients.get(k) for k in (5, 7)}
@@ -133,8 +131,7 @@ def test_a_state_that_is_taken_back_leaves_nothing(beside, tmp_path, commit):
 
 
 def test_a_state_that_no_file_can_hold_is_one_sentence(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.open()
+    checkpoints = open_store(tmp_path)
     with pytest.raises(UserError, match=r"^The server's state\['x'\] is of type set: take tensors, numbers, texts"):
         checkpoints.commit(round=1, plan=1, server={"x": {1}}, info={})
 
@@ -242,8 +239,7 @@ def test_who_gives_too_much_waits(writer, monkeypatch):
 def test_checkpoints_are_those_that_are_written_at_once(tmp_path, writer, commit):
     folders = []
     for name, beside in (("once", None), ("beside", writer)):
-        checkpoints = Checkpoints(tmp_path / name, beside)
-        checkpoints.open()
+        checkpoints = open_store(tmp_path / name, beside)
         for number, clients in ((1, (0, 1)), (2, (0,)), (3, (1,))):
             commit(checkpoints, number, clients)
         checkpoints.write_client(0, 4, {"x": torch.zeros(3)})  # never committed
@@ -253,8 +249,7 @@ def test_checkpoints_are_those_that_are_written_at_once(tmp_path, writer, commit
 
 
 def test_a_state_that_waits_can_be_read(tmp_path, writer, commit):
-    checkpoints, go = Checkpoints(tmp_path, writer), threading.Event()
-    checkpoints.open()
+    checkpoints, go = open_store(tmp_path, writer), threading.Event()
     writer.give(lambda: go.wait(10), 0)
     state = {"x": torch.arange(3.0)}
     checkpoints.write_client(0, 1, state)
@@ -267,14 +262,12 @@ def test_a_state_that_waits_can_be_read(tmp_path, writer, commit):
     go.set()
     commit(checkpoints, 1)
     checkpoints.settle()
-    again = Checkpoints(tmp_path)
-    again.open()
+    again = open_store(tmp_path)
     assert again.client_state(0)["x"].tolist() == [0, 1, 2]
 
 
 def test_what_could_not_be_written_is_not_committed(tmp_path, writer, monkeypatch, commit):
-    checkpoints = Checkpoints(tmp_path, writer)
-    checkpoints.open()
+    checkpoints = open_store(tmp_path, writer)
     commit(checkpoints, 1, (0,))
     checkpoints.settle()
 
@@ -294,8 +287,7 @@ def test_what_could_not_be_written_is_not_committed(tmp_path, writer, monkeypatc
 
 
 def test_the_entry_comes_after_what_it_speaks_of(tmp_path, writer):
-    checkpoints, seen = Checkpoints(tmp_path, writer), []
-    checkpoints.open()
+    checkpoints, seen = open_store(tmp_path, writer), []
     manifest = checkpoints.folder / "manifest.json"
     checkpoints.commit(
         round=1, plan=1, server={}, info={}, before=lambda: seen.append(json.loads(manifest.read_text())["entries"])
@@ -315,8 +307,7 @@ def test_never_more_than_one_commit_behind(tmp_path, writer, monkeypatch, commit
         written.append(path.name)
 
     monkeypatch.setattr(Packed, "save", slow)
-    checkpoints = Checkpoints(tmp_path, writer)
-    checkpoints.open()
+    checkpoints = open_store(tmp_path, writer)
     for number in range(1, 6):
         commit(checkpoints, number, (0, 1))
         behind = number - 1
@@ -337,14 +328,12 @@ def test_settling_up_to_a_job(writer):
 
 def test_a_state_that_a_round_writes_twice(tmp_path, writer, commit):
     """Two exchanges write one name, and finishing the first file takes nothing from the second."""
-    checkpoints, go = Checkpoints(tmp_path, writer), threading.Event()
-    checkpoints.open()
+    checkpoints, go = open_store(tmp_path, writer), threading.Event()
     writer.give(lambda: go.wait(10), 0)
     for value in (1.0, 2.0):
         checkpoints.write_client(0, 1, {"x": torch.full((3,), value)})
     go.set()
     commit(checkpoints, 1)
     checkpoints.settle()
-    again = Checkpoints(tmp_path)
-    again.open()
+    again = open_store(tmp_path)
     assert again.client_state(0)["x"].tolist() == [2, 2, 2]
