@@ -30,10 +30,10 @@ def linear_chain(network: nn.Module) -> list[nn.Linear] | None:
     parts = [*network.modules()]
     if any(map(has_hooks, parts)) or not all(map(_is_plain, parts)):
         return None
-    if type(network) is nn.Linear:
+    if isinstance(network, nn.Linear):
         return [network]
     try:
-        graph = fx.Tracer().trace(network)
+        graph = _Tracer().trace(network)
     except Exception:  # code may do anything with what stands for a tensor
         return None
     layers: list[nn.Linear] = []
@@ -45,7 +45,7 @@ def linear_chain(network: nn.Module) -> list[nn.Linear] | None:
             return layers if node.args[0] is value and last == "linear" else None
         elif node.target not in _BESIDE:
             layer = network.get_submodule(node.target) if node.op == "call_module" else None
-            kind = _KINDS.get(node.target if layer is None else type(layer), "")
+            kind = _KINDS.get(node.target if layer is None else _kind(layer), "")
             if not node.args or node.args[0] is not value or (kind, last) not in _ORDER or layer in layers:
                 return None
             if isinstance(layer, nn.Linear):
@@ -59,13 +59,23 @@ _ORDER = {("flat", "start"), ("same", "start"), ("same", "linear"), ("same", "re
 """Pairs of a step and what the last one but flattening was."""
 
 
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _LAYERS)
+
+
+def _kind(part: nn.Module) -> type[nn.Module] | None:
+    """Return the class in `_LAYERS` that a layer, perhaps of a subclass, is made of."""
+    return next((kind for kind in _LAYERS if isinstance(part, kind)), None)
+
+
 def _is_plain(part: nn.Module) -> bool:
-    kind = type(part)
-    if kind in _LAYERS or kind in (nn.ModuleList, nn.ModuleDict):
-        return True
+    kind, base = type(part), _kind(part)
     if "forward" in vars(part) or kind.__call__ is not nn.Module.__call__:
         return False
-    if kind.forward is nn.Sequential.forward:
+    if base is not None:  # a parametrised layer has its weights elsewhere
+        return kind.forward is base.forward and (base is not nn.Linear or {"weight", "bias"} <= part._parameters.keys())
+    if kind in (nn.ModuleList, nn.ModuleDict) or kind.forward is nn.Sequential.forward:
         return True
     code = getattr(kind.forward, "__code__", None)
     if code is None or code.co_freevars or not _NAMES.union(part._modules).issuperset(code.co_names):

@@ -49,6 +49,12 @@ class Called(nn.Sequential):
         return super().__call__(2 * x)
 
 
+def with_own_forward():
+    network = Net()
+    network.fc1.forward = lambda x: F.linear(x, network.fc1.weight)
+    return network
+
+
 def with_a_hook():
     network = Net()
     network.fc1.register_forward_hook(lambda *_: None)
@@ -57,8 +63,12 @@ def with_a_hook():
 
 LAYERS = {
     "linear": (lambda: nn.Linear(4, 3), 1),
+    "subclass": (lambda: type("Logistic", (nn.Linear,), {})(4, 3), 1),
     "rows": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)), 2),
-    "nested": (lambda: nn.Sequential(nn.Sequential(nn.Linear(12, 8), nn.ReLU()), nn.Linear(8, 3)), 2),
+    "nested": (
+        lambda: nn.Sequential(nn.Sequential(type("Wide", (nn.Linear,), {})(12, 8), nn.ReLU()), nn.Linear(8, 3)),
+        2,
+    ),
     "view": (Net, 2),
     "flatten": (net(lambda self, x: self.fc2(torch.relu(self.fc1(torch.flatten(x, 1))))), 2),
     "loop": (Deep, 3),
@@ -86,7 +96,8 @@ def test_chains_are_found_in_order(make, count):
         net(lambda self, x: print(x.shape) or self.fc2(F.relu(self.fc1(x)))),
         net(lambda self, x: self.fc2(F.relu(self.fc1(x))).view(-1, 3)),
         net(lambda self, x: self.fc2(F.relu(self.fc2(x)))),
-        Counting, with_a_hook, nn.ReLU,
+        Counting, with_a_hook, with_own_forward, nn.ReLU,
+        lambda: type("Scaled", (nn.Linear,), {"forward": lambda self, x: F.linear(2 * x, self.weight)})(4, 3),
         lambda: Called(nn.Linear(4, 3)),
         lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)),
         lambda: nn.Sequential(nn.Linear(4, 3), nn.ReLU()),
