@@ -30,11 +30,10 @@ def make_pass(network: nn.Module) -> MlpPass | None:
         _chains[module] = linear_chain(module)
     layers = []
     for layer in _chains[module] or ():
-        bias = layer.bias
-        weight_gradient, bias_gradient = layer.weight.grad, None if bias is None else bias.grad
-        if weight_gradient is None or (bias is None) != (bias_gradient is None):
+        weight_gradient, bias_gradient = layer.weight.grad, None if layer.bias is None else layer.bias.grad
+        if weight_gradient is None or (layer.bias is None) != (bias_gradient is None):
             return None
-        layers.append(Layer(layer.weight, bias, weight_gradient, bias_gradient))
+        layers.append(Layer(layer.weight, layer.bias, weight_gradient, bias_gradient))
     return MlpPass(layers) if layers else None
 
 

@@ -13,6 +13,9 @@ from fedkern.acceleration.layers import has_hooks
 _NAMES = frozenset({"F", "functional", "nn", "torch", "relu", "flatten", "view", "reshape", "size", "shape"})
 """Names that the code of such a network may use beside those of its layers."""
 _LAYERS = nn.Linear, nn.ReLU, nn.Flatten, nn.Identity
+_PLAIN = *_LAYERS, nn.Sequential, nn.ModuleList, nn.ModuleDict
+_CHANGES = "POP_JUMP", "STORE_ATTR", "MAKE_FUNCTION"
+"""Begins of names of instructions that such code lacks."""
 _KINDS: dict[Any, str] = {
     nn.Linear: "linear", nn.ReLU: "relu", nn.Flatten: "flat", nn.Identity: "same", F.relu: "relu", torch.relu: "relu",
     torch.flatten: "flat", "relu": "relu", "flatten": "flat", "view": "flat", "reshape": "flat",
@@ -65,8 +68,8 @@ class _Tracer(fx.Tracer):
 
 
 def _kind(part: nn.Module) -> type[nn.Module] | None:
-    """Return the class in `_LAYERS` that a layer, perhaps of a subclass, is made of."""
-    return next((kind for kind in _LAYERS if isinstance(part, kind)), None)
+    """Return the class in `_PLAIN` that a part, perhaps of a subclass, is made of."""
+    return next((kind for kind in _PLAIN if isinstance(part, kind)), None)
 
 
 def _is_plain(part: nn.Module) -> bool:
@@ -75,11 +78,7 @@ def _is_plain(part: nn.Module) -> bool:
         return False
     if base is not None:  # a parametrised layer has its weights elsewhere
         return kind.forward is base.forward and (base is not nn.Linear or {"weight", "bias"} <= part._parameters.keys())
-    if kind in (nn.ModuleList, nn.ModuleDict) or kind.forward is nn.Sequential.forward:
-        return True
     code = getattr(kind.forward, "__code__", None)
     if code is None or code.co_freevars or not _NAMES.union(part._modules).issuperset(code.co_names):
         return False
-    return not any(
-        step.opname.startswith(("POP_JUMP", "STORE_ATTR", "MAKE_FUNCTION")) for step in dis.get_instructions(code)
-    )
+    return not any(step.opname.startswith(_CHANGES) for step in dis.get_instructions(code))

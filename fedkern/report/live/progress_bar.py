@@ -107,12 +107,9 @@ def _resize_lines(data: FederatedData | None) -> list[str]:
     ends = [sizes[0], sizes[-1]][: len(sizes)]
     side = masks[0].store.size
     pixels = " to ".join(f"{width}x{height}" for width, height in ends)
-    factors = " to ".join(dict.fromkeys(_factor(side / max(size)) for size in ends))
+    ratios = [side / max(size) for size in ends]
+    factors = " to ".join(dict.fromkeys(f"1/{1 / x:.3g}" if x < 1 else f"{x:.3g} times" for x in ratios))
     return [f"images of {pixels} pixels are resized to {side}x{side} ({factors}); Dice and IoU are of masks as given"]
-
-
-def _factor(factor: float) -> str:
-    return f"1/{1 / factor:.3g}" if factor < 1 else f"{factor:.3g} times"
 
 
 def _side_by_side(run: RunInfo) -> str:

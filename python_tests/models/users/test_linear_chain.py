@@ -97,6 +97,7 @@ def test_chains_are_found_in_order(make, count):
         net(lambda self, x: self.fc2(F.relu(self.fc1(x))).view(-1, 3)),
         net(lambda self, x: self.fc2(F.relu(self.fc2(x)))),
         Counting, with_a_hook, with_own_forward, nn.ReLU,
+        lambda: nn.Sequential(type("Skipped", (nn.Linear,), {"forward": lambda self, x: x})(4, 3)),
         lambda: type("Scaled", (nn.Linear,), {"forward": lambda self, x: F.linear(2 * x, self.weight)})(4, 3),
         lambda: Called(nn.Linear(4, 3)),
         lambda: nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)),
