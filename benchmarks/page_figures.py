@@ -626,6 +626,8 @@ PAGES: tuple[Page, ...] = (
         "fusefl command": partial(command, "fusefl")}),
     Page("docs/fedlpfm.md", {
         "fedlpfm teacher from elsewhere": partial(tables_side_by_side, "fedlpfm", *SPLITS, "IID"),
+        "fedlpfm corrected teachers": partial(
+            tables_side_by_side, "fedlpfm_teachers", "two classes a client", "Dirichlet 0.1"),
         "fedlpfm cost at inference": lpfm_inference,
         "fedlpfm stored teachers": lpfm_stored,
         "fedlpfm drawings by artist": partial(
@@ -635,6 +637,7 @@ PAGES: tuple[Page, ...] = (
     Page("docs/fediod.md", {
         "fediod MNIST with class counts": partial(list_cells, "fediod", "MNIST"),
         "fediod CIFAR with class counts": partial(list_cells, "fediod", "CIFAR-10"),
+        "fediod ensembles of teachers": partial(tables_side_by_side, "fediod_teachers", "MNIST 0.1 ensembles"),
         "fediod options changed alone": iod_options, "fediod privacy": iod_privacy,
         "fediod command": partial(command, "fediod")}),
     Page("docs/reproducing.md", {

@@ -26,6 +26,7 @@ GROUPS = {
     "conv": ("conv", "guest"),
     "distill": ("consensus", "dual_kl", "ensemble_kl", "entropy", "js_div", "kl_div"),
     "optimise": ("optimise",),
+    "mlp": (),
     "sparse": ("sparse_kl",),
     "strided": (),
     "fuse": ("fuse_concat", "fuse_mean"),
