@@ -7,17 +7,21 @@
 namespace fedkern {
 namespace {
 
+// Whether a tensor is contiguous and on the CPU, of `size` elements. code: 0 for integers, 2 for floating numbers.
+bool fits(const TensorView& seen, int code, int bits, std::int64_t size) {
+  std::int64_t elements = 1;
+  for (int d = 0; d < seen.dims; ++d) elements *= seen.shape[d];
+  return seen.code == code && seen.bits == bits && elements == size && seen.device_type == TensorView::kCpu && seen.contiguous();
+}
+
 float* numbers(PyObject* object, std::int64_t rows, std::int64_t columns) {
   const TensorView seen = checked_view(object);
-  std::int64_t size = 1;
-  for (int d = 0; d < seen.dims; ++d) size *= seen.shape[d];
-  require(seen.code == 2 && seen.bits == 32 && seen.device_type == TensorView::kCpu && seen.contiguous() && size == rows * columns,
-          "mlp_pass takes contiguous float32 tensors on the CPU, of its layers' sizes");
+  require(fits(seen, 2, 32, rows * columns), "mlp_pass takes contiguous float32 tensors on the CPU, of its layers' sizes");
   return static_cast<float*>(seen.data);
 }
 
-// layers: weight, bias or None, and the gradients of both, one layer after another. Returns None, with nothing written, where no
-// target counts, one is no class, or they are not [B].
+// layers: weight, bias or None, and the gradients of both, one layer after another. Returns None, with nothing written, where x is
+// not fp32 [B, in], the targets not int64 [B], one is no class, or none counts.
 py::object mlp_pass(const py::tuple& layers, const py::object& x, const py::object& targets, int threads) {
   const Py_ssize_t count = PyTuple_GET_SIZE(layers.ptr()) / 4;
   require(count > 0 && PyTuple_GET_SIZE(layers.ptr()) == 4 * count, "mlp_pass takes four tensors a layer");
@@ -31,11 +35,9 @@ py::object mlp_pass(const py::tuple& layers, const py::object& x, const py::obje
     all.push_back({in, out, numbers(part(4 * i), out, in), biased ? numbers(part(4 * i + 1), out, 1) : nullptr, numbers(part(4 * i + 2), out, in),
                    biased ? numbers(part(4 * i + 3), out, 1) : nullptr});
   }
-  const TensorView classes = checked_view(targets.ptr());
-  if (classes.dims != 1) return py::none();
-  require(classes.code == 0 && classes.bits == 64 && classes.device_type == TensorView::kCpu && classes.contiguous() && classes.shape[0] > 0,
-          "mlp_pass takes int64 targets [B]");
-  const std::int64_t rows = classes.shape[0];
+  const TensorView classes = checked_view(targets.ptr()), inputs = checked_view(x.ptr());
+  const std::int64_t rows = classes.dims == 1 ? classes.shape[0] : 0;
+  if (rows == 0 || !fits(classes, 0, 64, rows) || !fits(inputs, 2, 32, rows * all.front().in)) return py::none();
   const auto* const wanted = static_cast<const std::int64_t*>(classes.data);
   bool counts = false;
   for (std::int64_t b = 0; b < rows; ++b) {
@@ -44,7 +46,7 @@ py::object mlp_pass(const py::tuple& layers, const py::object& x, const py::obje
     counts = true;
   }
   if (!counts) return py::none();
-  const MlpPass pass{all.data(), count, rows, numbers(x.ptr(), rows, all.front().in), wanted, threads};
+  const MlpPass pass{all.data(), count, rows, static_cast<const float*>(inputs.data), wanted, threads};
   std::int64_t work = 0;
   for (const MlpLayer& layer : all) work += layer.in * layer.out * rows;
   float loss;

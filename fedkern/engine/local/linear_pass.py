@@ -20,7 +20,8 @@ _chains: WeakKeyDictionary[nn.Module, list[nn.Linear] | None] = WeakKeyDictionar
 
 def has_default_loss(method: object, task: Task) -> bool:
     """Return whether a step's loss is the mean cross-entropy of the network's outputs alone."""
-    return task.plain_loss and getattr(type(method), "loss", None) is Objective.loss
+    own = [getattr(getattr(method, name, None), "__func__", None) for name in ("loss", "prepare")]
+    return task.plain_loss and own == [Objective.loss, Objective.prepare]
 
 
 def make_pass(network: nn.Module) -> MlpPass | None:

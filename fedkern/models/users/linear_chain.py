@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fedkern.acceleration.layers import has_hooks
+from fedkern.acceleration.layers import GLOBAL_HOOKS, has_hooks
 
 _NAMES = frozenset({"F", "functional", "nn", "torch", "relu", "flatten", "view", "reshape", "size", "shape"})
 """Names that the code of such a network may use beside those of its layers."""
@@ -31,7 +31,8 @@ def linear_chain(network: nn.Module) -> list[nn.Linear] | None:
     calls nothing else, so that what one call does, every call does. A ``view`` may still mix samples.
     """
     parts = [*network.modules()]
-    if any(map(has_hooks, parts)) or not all(map(_is_plain, parts)):
+    of_parameters = [p._backward_hooks or p._post_accumulate_grad_hooks for p in network.parameters()]
+    if any((*GLOBAL_HOOKS, *of_parameters, *map(has_hooks, parts))) or not all(map(_is_plain, parts)):
         return None
     if isinstance(network, nn.Linear):
         return [network]

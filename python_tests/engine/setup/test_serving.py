@@ -12,12 +12,15 @@ from torch.utils.data import TensorDataset
 
 import fedkern
 from fedkern.acceleration import calls
+from fedkern.engine.local.linear_pass import has_default_loss
 from fedkern.engine.local.script_objects import ScriptObjects
 from fedkern.engine.run import run
 from fedkern.errors import UserError
+from fedkern.methods import FedAvg
 from fedkern.ops._core import backend
 from fedkern.report.live.progress_bar import run_headline
 from fedkern.settings.config import load_settings
+from fedkern.tasks.classification import CLASSIFICATION
 from python_tests.guest_networks import Doubling, Head, block
 from python_tests.hearing import Hearing
 from python_tests.interrupted import KillAt, kill_and_resume, outcome
@@ -232,3 +235,8 @@ def test_a_class_that_the_network_lacks_is_named_as_ever(tmp_path):
     data = [TensorDataset(rows[:20], torch.arange(20) % 3), TensorDataset(rows[20:], torch.arange(20) % 4)]
     with pytest.raises(UserError, match="3 outputs for 4 classes, as a target is 3"):
         fedkern.simulate("fedavg", data=data, test=data[0], model=guest(Rectified), rounds=1, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize(("changes", "plain"), [({}, True), ({"prepare": dict}, False), ({"loss": dict}, False)])
+def test_a_method_with_a_step_of_its_own_is_as_written(changes, plain):
+    assert has_default_loss(object.__new__(type("Other", (FedAvg,), changes)), CLASSIFICATION) == plain

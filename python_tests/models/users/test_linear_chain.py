@@ -55,6 +55,12 @@ def with_own_forward():
     return network
 
 
+def with_a_hook_of_a_parameter():
+    network = Net()
+    network.fc1.weight.register_post_accumulate_grad_hook(lambda _: None)
+    return network
+
+
 def with_a_hook():
     network = Net()
     network.fc1.register_forward_hook(lambda *_: None)
@@ -96,7 +102,7 @@ def test_chains_are_found_in_order(make, count):
         net(lambda self, x: print(x.shape) or self.fc2(F.relu(self.fc1(x)))),
         net(lambda self, x: self.fc2(F.relu(self.fc1(x))).view(-1, 3)),
         net(lambda self, x: self.fc2(F.relu(self.fc2(x)))),
-        Counting, with_a_hook, with_own_forward, nn.ReLU,
+        Counting, with_a_hook, with_own_forward, with_a_hook_of_a_parameter, nn.ReLU,
         lambda: nn.Sequential(type("Skipped", (nn.Linear,), {"forward": lambda self, x: x})(4, 3)),
         lambda: type("Scaled", (nn.Linear,), {"forward": lambda self, x: F.linear(2 * x, self.weight)})(4, 3),
         lambda: Called(nn.Linear(4, 3)),
