@@ -342,6 +342,21 @@ def test_settings_that_do_not_fit_are_refused(method, settings, message):
         RunConfig.make(method, **settings)
 
 
+class Weighing(FedAvg):
+    """FedAvg that weighs clients by their number."""
+
+    def weight(self, server, upload):
+        return 1.0 + upload.client_id
+
+
+class Remembering(FedAvg):
+    """FedAvg whose clients count their rounds."""
+
+    def client_update(self, client, phase, message):
+        client.state["rounds"] = client.state.get("rounds", 0) + 1
+        return super().client_update(client, phase, message)
+
+
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
@@ -349,12 +364,15 @@ def test_settings_that_do_not_fit_are_refused(method, settings, message):
         ("fedproto", {"options": {"networks": "averaged"}}, "whose server does more with uploads than adding them up"),
         ("oneshot-fedavg", {"rounds": None, "options": {"calibrate": True}}, 'whose clients upload "counts", which'),
         ("fedavg", {"buffers": "pool"}, "--buffers pool"),
+        ("moon", {}, "whose server does more with uploads than adding them up"),
+        ("local", {"sample_fraction": 0.5}, r"declared stateless, but client \d keeps state: declare stateless ="),
     ],
 )
 def test_methods_and_options_that_do_not_fit_are_refused(
     method, settings, message, make_data, make_config, refuses, tmp_path, monkeypatch
 ):
-    monkeypatch.setitem(METHODS, "fedgid", WithSetUp)
+    for name, kind in (("fedgid", WithSetUp), ("moon", Weighing), ("local", Remembering)):
+        monkeypatch.setitem(METHODS, name, kind)
     with refuses(message):
         run(make_config(method, **{**settings, **NOISED}), out=tmp_path / "run", data=make_data())
 
@@ -366,19 +384,6 @@ def test_what_image_text_data_cannot_keep_private_is_refused(make_pairs, make_co
     config = make_config("fedavg", **{**NOISED, "buffers": "pool", "width": 4})
     with pytest.raises(UserError, match="--buffers pool has clients upload sums over their samples"):
         run(config, out=tmp_path / "run", data=make_pairs())
-
-
-def test_a_method_whose_server_weighs_clients_is_refused(make_data, make_config, tmp_path, monkeypatch):
-
-    class Weighing(FedAvg):
-        """FedAvg that weighs clients by their number."""
-
-        def weight(self, server, upload):
-            return 1.0 + upload.client_id
-
-    monkeypatch.setitem(METHODS, "fedavg", Weighing)
-    with pytest.raises(UserError, match="whose server does more with uploads than adding them up"):
-        run(make_config("fedavg", **NOISED), out=tmp_path / "run", data=make_data())
 
 
 # -- the same bits -----------------------------------------------------------------------------------------------------
@@ -498,21 +503,6 @@ def test_a_draw_that_is_told_or_remembered_does_not_count(method, settings, make
     assert summary["privacy"][name] == summary["metrics"][name] == ClientLevel(0.5, 2.0, 1e-5).epsilon(taken)
     assert "drawn" not in summary["privacy"]
     assert (summary["privacy"]["leaves_uncovered"] == ["records"]) == ("records" in settings)
-
-
-def test_clients_that_remember_against_the_word_of_their_method(make_data, make_config, refuses, tmp_path, monkeypatch):
-
-    class Remembering(FedAvg):
-        """FedAvg whose clients count their rounds."""
-
-        def client_update(self, client, phase, message):
-            client.state["rounds"] = client.state.get("rounds", 0) + 1
-            return super().client_update(client, phase, message)
-
-    monkeypatch.setitem(METHODS, "fedavg", Remembering)
-    config = make_config("fedavg", clients=4, sample_fraction=0.5, **NOISED)
-    with refuses(r"declared stateless, but client \d keeps state: declare stateless = False"):
-        run(config, out=tmp_path / "run", data=make_data(SIZES))
 
 
 def test_nothing_tells_of_a_client_that_is_left_out(make_data, make_config, tmp_path, monkeypatch):

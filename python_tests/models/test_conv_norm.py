@@ -152,9 +152,9 @@ class Scaled(nn.Module):
         return 2 * weight
 
 
-class OwnReLU(nn.ReLU):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.abs()
+def derive(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return a class derived from a layer's that doubles the layer's results."""
+    return type(f"Own{kind.__name__}", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
 
 
 def add_hook(position: int, kind: str):
@@ -210,7 +210,7 @@ IN_THE_WAY = {
     "groups": group_channels,
     "instance norm": replace_layer(1, nn.InstanceNorm2d(8, affine=True)),
     "another activation": replace_layer(2, nn.ELU()),
-    "a class of one's own": replace_layer(2, OwnReLU()),
+    "a class of one's own": replace_layer(2, derive(nn.ReLU)()),
     "3x3 pooling": replace_layer(3, nn.MaxPool2d(3, 2)),
     "stride of the pooling": set_at(3, stride=1),
     "padding of the pooling": set_at(3, padding=1),
@@ -449,31 +449,16 @@ def test_conv_norm(relu, pool, calls):
     assert len(calls) == (0 if pool == 3 else 2)
 
 
-class OwnConv(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-class OwnNorm(nn.BatchNorm2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-class OwnPool(nn.MaxPool2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return -super().forward(-x)
-
-
 @pytest.mark.parametrize(
     ("name", "layer"),
     [
-        ("conv", OwnConv(3, 8, 3, padding=1, bias=False)),
+        ("conv", derive(nn.Conv2d)(3, 8, 3, padding=1, bias=False)),
         ("conv", nn.Conv2d(3, 8, 1, padding=1, bias=False)),
-        ("norm", OwnNorm(8)),
+        ("norm", derive(nn.BatchNorm2d)(8)),
         ("norm", nn.InstanceNorm2d(8)),
-        ("relu", OwnReLU()),
+        ("relu", derive(nn.ReLU)()),
         ("relu", nn.Sigmoid()),
-        ("pool", OwnPool(2)),
+        ("pool", derive(nn.MaxPool2d)(2)),
         ("pool", nn.AvgPool2d(2)),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,

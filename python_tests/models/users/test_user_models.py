@@ -85,10 +85,27 @@ class Derived(nn.Linear):
         return super().train(mode)
 
 
+class Declared(Plain):
+    """A network that cannot be cut."""
+
+    stages = {"layer1": "conv"}  # noqa: RUF012
+
+
 @pytest.fixture
 def register(registries):
     """Return the function that registers networks, for one test."""
     return fedkern.register_model
+
+
+@pytest.fixture
+def make_own(register):
+    """Return a function that registers a network and builds it."""
+
+    def make_own(kind, **settings):
+        register("own")(kind)
+        return build("own", **{**SIZE, "seed": 0, **settings})
+
+    return make_own
 
 
 def test_a_network_keeps_its_own_initial_weights_and_draws_from_the_seed(register):
@@ -118,7 +135,7 @@ def test_a_function_gets_the_arguments_that_it_takes(register):
 
 
 @pytest.mark.parametrize(("make", "width", "said"), [
-    (make_sequence, 4, "--width 4 is not for bad, which takes no argument width"),
+    (make_sequence, 4, "--width 4 is not for own, which takes no argument width"),
     (lambda width: nn.Linear(width, 2), None, "needs a width: give one with --width"),
     (lambda: 3, None, "gives int, not an nn.Module"),
     (lambda: 1 / 0, None, "cannot be made: ZeroDivisionError"),
@@ -134,13 +151,13 @@ def test_a_function_gets_the_arguments_that_it_takes(register):
         None,
         "has mask, an expanded tensor",
     ),
-    (lambda: Derived(), None, r"eval\(\) of the model bad changes sum,"),
-    (lambda: Merging(), None, r"eval\(\) of the model bad changes weight.*merge_weights=False"),
+    (lambda: Derived(), None, r"eval\(\) of the model own changes sum,"),
+    (Declared, None, "the model own has an attribute stages, but cannot be cut there"),
+    (lambda: Merging(), None, r"eval\(\) of the model own changes weight.*merge_weights=False"),
 ])  # fmt: skip
-def test_what_cannot_be_made_or_trained(register, make, width, said):
-    register("bad")(make)
+def test_what_cannot_be_made_or_trained(make_own, make, width, said):
     with pytest.raises(UserError, match=said):
-        build("bad", **SIZE, seed=0, width=width)
+        make_own(make, width=width)
 
 
 class Compiled(nn.Module):
@@ -200,11 +217,10 @@ def test_weights_of_another_program_are_named_by_their_prefix():
 
 
 @pytest.mark.exhaustive
-def test_a_network_that_compiles_in_place_keeps_its_names(register):
+def test_a_network_that_compiles_in_place_keeps_its_names(make_own):
     network = Plain()
     network.compile(backend="eager")
-    register("mine")(lambda: network)
-    assert [*build("mine", **SIZE, seed=0).state_dict()] == [*Plain().state_dict()]
+    assert [*make_own(lambda: network).state_dict()] == [*Plain().state_dict()]
 
 
 def test_names_are_taken_once(register):
@@ -222,10 +238,8 @@ def test_names_are_taken_once(register):
     assert "deep" not in MODELS
 
 
-def test_the_state_dict_has_the_modules_own_names(register):
-    register("plain")(Plain)
-    network = build("plain", **SIZE, seed=0)
-    own = Plain()
+def test_the_state_dict_has_the_modules_own_names(make_own):
+    network, own = make_own(Plain), Plain()
     assert list(network.state_dict()) == list(own.state_dict())
     network.load_state_dict(own.state_dict())
     assert torch.equal(network(IMAGES), own(IMAGES))
@@ -240,9 +254,8 @@ def test_the_state_dict_has_the_modules_own_names(register):
         network.load_state_dict({"conv.weight": own.conv.weight})
 
 
-def test_images_arrive_contiguous_for_code_that_calls_view(register):
-    register("plain")(Plain)
-    network = build("plain", **SIZE, seed=0)
+def test_images_arrive_contiguous_for_code_that_calls_view(make_own):
+    network = make_own(Plain)
     images = IMAGES.contiguous(memory_format=torch.channels_last)
     assert torch.equal(network(images), network(IMAGES))
     flat = ops.FlatParameters(network)
@@ -262,10 +275,9 @@ def laid_out(x):
 @pytest.mark.parametrize(
     "shape", [(4, 1, 16, 16), (4, 3, 16, 16), (1, 1, 16, 16), (1, 3, 12, 16), (3, 3, 1, 1)], ids=str
 )
-def test_images_and_maps_have_the_strides_of_a_data_loader(register, make, shape):
+def test_images_and_maps_have_the_strides_of_a_data_loader(make_own, make, shape):
     """These networks raise on other strides: called whole, by stages, for features and in blocks."""
-    register("own")(make)
-    network = build("own", classes=3, channels=shape[1], image_size=16, seed=0).eval()
+    network = make_own(make, channels=shape[1]).eval()
     images = torch.randn(shape)
     expected = network(images)
     for x in laid_out(images):
@@ -297,9 +309,8 @@ class Scaling(Plain):
 @pytest.mark.parametrize(
     "make", [Scaling, lambda: Scaling(hidden=True), lambda: nn.Sequential(nn.ReLU(inplace=True), *make_sequence(3, 3))]
 )
-def test_a_forward_pass_in_place_does_not_reach_other_networks(register, make):
-    register("own")(make)
-    network = build("own", **SIZE, seed=0)
+def test_a_forward_pass_in_place_does_not_reach_other_networks(make_own, make):
+    network = make_own(make)
     for training in (True, False):
         network.train(training)
         expected = network.module(IMAGES.clone())
@@ -325,7 +336,7 @@ def test_a_batch_of_several_inputs_stays_as_it_is():
         assert (batch[0].tolist(), batch[1]["b"].tolist()) == ([-1, -1], [1, 1])
 
 
-def test_a_network_that_changes_nothing_gets_the_batch_itself(register):
+def test_a_network_that_changes_nothing_gets_the_batch_itself(make_own):
     seen = []
 
     class Watched(Plain):
@@ -333,18 +344,16 @@ def test_a_network_that_changes_nothing_gets_the_batch_itself(register):
             seen.append(x.data_ptr())
             return super().forward(x)
 
-    register("own")(Watched)
-    network = build("own", **SIZE, seed=0)
+    network = make_own(Watched)
     seen.clear()
     for _ in range(3):
         network(IMAGES)
     assert [pointer == IMAGES.data_ptr() for pointer in seen] == [False, True, True]
 
 
-def test_every_block_of_a_network_gets_such_maps(register):
+def test_every_block_of_a_network_gets_such_maps(make_own):
     """Adaptors before the blocks give other strides, and so would fedkern's convolutions instead."""
-    register("own")(Looking)
-    made = cut_network(build("own", **SIZE, seed=0), 3)
+    made = cut_network(make_own(Looking), 3)
     assert not channels_last(made)
     shapes = [(3, 16, 16), *made.interfaces((3, 16, 16))]
     for block, shape in zip(made.blocks, shapes, strict=False):
@@ -353,9 +362,8 @@ def test_every_block_of_a_network_gets_such_maps(register):
 
 
 @pytest.mark.parametrize("make", [Plain, make_sequence])
-def test_features_and_classifier_give_the_logits(register, make):
-    register("own")(make)
-    network = build("own", **SIZE, seed=0)
+def test_features_and_classifier_give_the_logits(make_own, make):
+    network = make_own(make)
     features = network.features(IMAGES)
     assert features.dim() == 2
     assert torch.equal(network.head(features), network(IMAGES))
@@ -368,9 +376,8 @@ def test_features_and_classifier_give_the_logits(register, make):
         assert cast_frozen(network) is network
 
 
-def test_a_cut_network_is_a_staged_network(register):
-    register("own")(make_sequence)
-    network = build("own", **SIZE, seed=0).eval()
+def test_a_cut_network_is_a_staged_network(make_own):
+    network = make_own(make_sequence).eval()
     assert isinstance(network, StagedNetwork)
     assert find_level(network) == "stages"
     assert network.stage_names == ("layer1", "layer2", "feature")
@@ -432,10 +439,9 @@ def pooled_network(classes, channels):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("make", "maps"), [(no_convolution, 0), (one_axis, 0), (functional, 2), (pooled_network, 1)])
-def test_grad_cam_of_networks_with_other_layers_than_convolutions(make, maps, channels, register):
+def test_grad_cam_of_networks_with_other_layers_than_convolutions(make, maps, channels, make_own):
     """Grad-CAM needs maps, from any kind of layer."""
-    register("own")(make)
-    network = build("own", classes=3, channels=channels, image_size=16, seed=0).eval()
+    network = make_own(make, channels=channels).eval()
     assert len(network.maps) == maps
     if maps:
         found, _ = grad_cam(network, torch.randn(2, channels, 16, 16))
@@ -449,7 +455,7 @@ def test_an_ensemble_runs_users_networks_whole(register):
     torch.testing.assert_close(Ensemble(members)(IMAGES), expected)
 
 
-def test_outputs_with_logits(register):
+def test_outputs_with_logits(make_own):
     class Output(nn.Module):
         """A network that answers as transformers' classifiers do."""
 
@@ -460,32 +466,19 @@ def test_outputs_with_logits(register):
         def forward(self, x):
             return {"logits": self.inner(x), "loss": None}
 
-    register("output")(Output)
-    network = build("output", **SIZE, seed=0)
+    network = make_own(Output)
     assert network(IMAGES).shape == (4, 3)
     assert network.head is network.module.inner.head
 
 
-def test_a_wrong_attribute_stages_is_said(register):
-    class Declared(Plain):
-        """Cannot be cut."""
-
-        stages = {"layer1": "conv"}  # noqa: RUF012
-
-    register("declared")(Declared)
-    with pytest.raises(UserError, match="the model declared has an attribute stages, but cannot be cut there"):
-        build("declared", **SIZE, seed=0)
-
-
-def test_a_subclass_of_fedkerns_networks_is_taken_as_it_is(register):
+def test_a_subclass_of_fedkerns_networks_is_taken_as_it_is(make_own):
     class Mine(StagedNetwork):
         """Two stages."""
 
         def __init__(self, classes):
             super().__init__([nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)], width=4, classes=classes)
 
-    register("mine")(Mine)
-    assert type(build("mine", **SIZE, seed=0)) is Mine
+    assert type(make_own(Mine)) is Mine
 
 
 def test_a_given_module_is_copied(register):
@@ -570,12 +563,9 @@ def test_a_pickled_maker_is_the_name_of_its_code(file):
     packer = Packer()
     packet = packer.pack(make)
     again = Unpacker().unpack(packet)
-    packer.clear()
     assert isinstance(again, Own)
     assert again.source is make.source
     assert again._cuts == make._cuts
-    packer = Packer()
-    packet = packer.pack(make)
     file.write_text(FILE + "\n")
     with pytest.raises(UserError, match="has changed since the run began"):
         Unpacker().unpack(packet)
