@@ -90,6 +90,21 @@ def same(found, expected, method):
     assert found[2]["metrics"].items() <= expected[2]["metrics"].items()
 
 
+def check_bits(run_config, tmp_path, clients=range(3), **options):
+    """Play a run over Flower and in one process, and return the grid and the outcome."""
+    expected = in_one_process(run_config, tmp_path / "here")
+    grid = over_flower(run_config, tmp_path / "flower", clients, **options)
+    same(outcome(tmp_path / "flower"), expected, run_config["method"])
+    return grid, expected
+
+
+def kill_and_resume(run_config, out, at):
+    """Kill the server when client 1 is asked for the time with number ``at``, and finish the run."""
+    with pytest.raises(Killed):
+        over_flower(run_config, out, faults={(1, at): killing})
+    over_flower({**run_config, "resume": True}, out)
+
+
 def dropped_clients(out):
     return [entry for record in read_metrics(out) for entry in record.get("dropped", [])]
 
@@ -122,10 +137,7 @@ def test_every_method(method, tmp_path):
 def test_images_of_a_data_set_of_ones_own(method, tmp_path):
     flags = words_of(method, write_images(tmp_path / "x.npz"))
     batched = {"method-option.batched": False} if method == "fediod" else {}
-    run_config = {"method": method, **flags, **batched, "flower.wait": 0.0}
-    expected = in_one_process(run_config, tmp_path / "here")
-    over_flower(run_config, tmp_path / "flower", lives=True)
-    same(outcome(tmp_path / "flower"), expected, method)
+    check_bits({"method": method, **flags, **batched, "flower.wait": 0.0}, tmp_path, lives=True)
 
 
 @pytest.mark.parametrize("name", ["rows", "local_rows"])
@@ -133,10 +145,7 @@ def test_rows_of_a_data_set_of_ones_own(name, tmp_path):
     (tmp_path / "own.py").write_text(OF_ROWS)
     code = {"data": f"{tmp_path / 'own.py'}:{name}", "model": f"{tmp_path / 'own.py'}:Linear"}
     chosen = {"sample-fraction": 0.7, "choose": "loss"}
-    run_config = {**TINY, "method": "scaffold", **code, **chosen, "train-samples": "", "width": ""}
-    expected = in_one_process(run_config, tmp_path / "here")
-    over_flower(run_config, tmp_path / "flower")
-    same(outcome(tmp_path / "flower"), expected, "scaffold")
+    check_bits({**TINY, "method": "scaffold", **code, **chosen, "train-samples": "", "width": ""}, tmp_path)
 
 
 def test_nodes_accelerate_a_user_s_network_as_the_server_decided(tmp_path):
@@ -146,20 +155,14 @@ def test_nodes_accelerate_a_user_s_network_as_the_server_decided(tmp_path):
         "    def stage(one): return nn.Conv2d(one, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)\n"
         "    return nn.Sequential(*stage(1), *stage(16), nn.Flatten(), nn.Linear(16 * 64, classes))\n"
     )
-    run_config = settings("fedavg", model=f"{tmp_path / 'net.py'}:net", width="")
-    expected = in_one_process(run_config, tmp_path / "here")
+    check_bits(settings("fedavg", model=f"{tmp_path / 'net.py'}:net", width=""), tmp_path)
     record = tomllib.loads((tmp_path / "here/config.toml").read_text())["served"]
     assert record == "served 2 of 2 convolutions" or not active_isa().startswith("avx")
-    over_flower(run_config, tmp_path / "flower")
-    same(outcome(tmp_path / "flower"), expected, "fedavg")
 
 
 @pytest.mark.parametrize("method", [pytest.param("fediod", marks=pytest.mark.exhaustive), "scaffold"])
 def test_nodes_that_stay_in_memory(method, tmp_path):
-    run_config = settings(method)
-    expected = in_one_process(run_config, tmp_path / "here")
-    over_flower(run_config, tmp_path / "flower", lives=True)
-    same(outcome(tmp_path / "flower"), expected, method)
+    check_bits(settings(method), tmp_path, lives=True)
 
 
 @pytest.mark.parametrize("ends", [True, False])
@@ -193,9 +196,7 @@ def test_a_private_run_tells_no_more_than_in_one_process(tmp_path):
     options = {"method-option.epsilon": 8.0, "method-option.teacher_dp": True}
     run_config = settings("fediod", model="resnet8-gn", **options)
     expected = in_one_process(run_config, tmp_path / "here")
-    with pytest.raises(Killed):
-        over_flower(run_config, tmp_path / "run", faults={(1, 10): killing})
-    over_flower({**run_config, "resume": True}, tmp_path / "run")
+    kill_and_resume(run_config, tmp_path / "run", 10)
     found = outcome(tmp_path / "run")
     assert found[2]["privacy"] == expected[2]["privacy"]
     assert "wire" not in json.loads((tmp_path / "run/summary.json").read_text())
@@ -265,9 +266,7 @@ def test_pictures_and_a_report(tmp_path, monkeypatch):
 def test_a_killed_server_goes_on_with_the_same_bits(method, at, tmp_path):
     run_config = settings(method, rounds=3)
     expected = in_one_process(run_config, tmp_path / "here")
-    with pytest.raises(Killed):
-        over_flower(run_config, tmp_path / "run", faults={(1, at): killing})
-    over_flower({**run_config, "resume": True}, tmp_path / "run")
+    kill_and_resume(run_config, tmp_path / "run", at)
     same(outcome(tmp_path / "run"), expected, method)
 
 
@@ -554,15 +553,22 @@ def test_a_failing_client(tmp_path, monkeypatch, caplog):
 
 
 @pytest.mark.exhaustive
-def test_data_that_are_not_on_the_node(tmp_path):
+def test_messages_to_the_wrong_client_and_data_that_are_not_on_the_node(tmp_path):
+    """A node answers only for its own client."""
+
+    def elsewhere(message, context):
+        context.node_config["partition-id"] = 0
+        return client_app.app(message, context)
+
     def without_data(message, context):
         context.node_config["data-root"] = str(tmp_path / "nowhere")
         context.run_config["data"] = "cifar10"
         return client_app.app(message, context)
 
-    over_flower(settings("fedavg"), tmp_path / "run", faults={(2, 0): without_data})
-    (entry,) = dropped_clients(tmp_path / "run")
-    assert "nowhere" in entry["reason"]
+    over_flower(settings("fedavg"), tmp_path / "run", faults={(1, 0): elsewhere, (2, 0): without_data})
+    wrong, empty = dropped_clients(tmp_path / "run")
+    assert "is for client 1, and this node is client 0" in wrong["reason"]
+    assert "nowhere" in empty["reason"]
 
 
 @pytest.mark.parametrize(
@@ -592,19 +598,6 @@ def test_a_setting_that_no_node_uses_is_refused(refuses, tmp_path, monkeypatch):
 
 
 @pytest.mark.exhaustive
-def test_messages_to_the_wrong_client(tmp_path):
-    """A node answers only for its own client, and refuses messages of another form."""
-
-    def elsewhere(message, context):
-        context.node_config["partition-id"] = 0
-        return client_app.app(message, context)
-
-    over_flower(settings("fedavg"), tmp_path / "run", faults={(1, 0): elsewhere})
-    (entry,) = dropped_clients(tmp_path / "run")
-    assert "is for client 1, and this node is client 0" in entry["reason"]
-
-
-@pytest.mark.exhaustive
 def test_the_bytes_on_the_wire(tmp_path):
     """Above a megabyte, Flower's messages hold little more than the tensors in the ledger."""
     grid = over_flower(settings("fedavg", rounds=1, width=64), tmp_path / "run")
@@ -630,9 +623,7 @@ def test_half_the_bytes(tmp_path):
     half, exact = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "whole"))
     assert any(not torch.equal(half[name], exact[name]) for name in exact)
     assert all(torch.allclose(half[name].float(), exact[name].float(), rtol=0.05, atol=0.05) for name in exact)
-    with pytest.raises(Killed):
-        over_flower(run_config, tmp_path / "run", faults={(1, 1): killing})
-    over_flower({**run_config, "resume": True}, tmp_path / "run")
+    kill_and_resume(run_config, tmp_path / "run", 1)
     assert outcome(tmp_path / "run") == outcome(tmp_path / "half")
     resumed, halved = (json.loads((tmp_path / name / "summary.json").read_text())["wire"] for name in ("run", "half"))
     for direction in ("up", "down"):  # the rounds before the kill count; nodes were asked twice who they are
