@@ -277,15 +277,9 @@ def test_other_workers_after_an_interruption(make_data, make_config, tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_workers_compute_in_the_same_precision(make_data, make_config, tmp_path):
-    serial, side_by_side = compare_workers(make_config("fedgid", precision="bf16"), make_data(), tmp_path)
-    assert side_by_side == serial
-
-
-@pytest.mark.exhaustive
-def test_forced_kernels_are_the_workers_too(make_data, make_config, tmp_path):
+def test_workers_compute_in_the_same_precision_with_the_same_forced_kernels(make_data, make_config, tmp_path):
     with ops.use_backend("reference"):
-        serial, side_by_side = compare_workers(make_config("fedgid"), make_data(), tmp_path)
+        serial, side_by_side = compare_workers(make_config("fedgid", precision="bf16"), make_data(), tmp_path)
     assert side_by_side == serial
 
 

@@ -1,6 +1,5 @@
 """Asynchronous rounds: clients at work, weights of stale uploads, and equal bits on every machine."""
 
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -277,12 +276,10 @@ def with_row(index, value):
     with_row(0, 99), with_row(0, -1), with_row(0, True), with_row(1, "x"), with_row(1, -1.0), with_row(1, float("inf")),
     with_row(2, 7), with_row(2, None),
 ])  # fmt: skip
-def test_forged_states_are_refused_in_one_sentence(change, make_data, make_config, tmp_path, cut_run):
-    out = shutil.copytree(cut_run, tmp_path / "forged")
-    entry = Checkpoints(out).peek()
-    forge_state(out, entry["participation"], change)
+def test_forged_states_are_refused_in_one_sentence(change, make_data, make_config, cut_run):
+    forge_state(cut_run, Checkpoints(cut_run).peek()["participation"], change)
     with pytest.raises(UserError, match=r"^The checkpoint is damaged: what it says of the clients at work"):
-        run(make_config("fedavg", **KILLED), out=out, data=make_data(SIZES), resume=True)
+        run(make_config("fedavg", **KILLED), out=cut_run, data=make_data(SIZES), resume=True)
 
 
 @pytest.mark.parametrize("change", [
@@ -291,16 +288,15 @@ def test_forged_states_are_refused_in_one_sentence(change, make_data, make_confi
     lambda message: message.update(parameters=message["parameters"].double()),
     lambda message: message.update(buffers=torch.zeros(0)),
 ])  # fmt: skip
-def test_forged_messages_are_refused_in_one_sentence(change, make_data, make_config, tmp_path, cut_run):
-    out = shutil.copytree(cut_run, tmp_path / "forged")
-    names = [name for name in Checkpoints(out).peek()["files"] if name.startswith("messages-")]
-    forge_state(out, names[-1], lambda content: [change(message) for message in content.values()])
+def test_forged_messages_are_refused_in_one_sentence(change, make_data, make_config, cut_run):
+    names = [name for name in Checkpoints(cut_run).peek()["files"] if name.startswith("messages-")]
+    forge_state(cut_run, names[-1], lambda content: [change(message) for message in content.values()])
     with pytest.raises(UserError, match=r"^The checkpoint is damaged: what it says of the clients at work"):
-        run(make_config("fedavg", **KILLED), out=out, data=make_data(SIZES), resume=True)
+        run(make_config("fedavg", **KILLED), out=cut_run, data=make_data(SIZES), resume=True)
     for damage in (lambda path: path.write_bytes(b"x"), lambda path: path.unlink()):
-        damage(out / "checkpoints" / names[-1])
+        damage(cut_run / "checkpoints" / names[-1])
         with pytest.raises(UserError, match=r"All checkpoints in .* are damaged|messages-0"):
-            run(make_config("fedavg", **KILLED), out=out, data=make_data(SIZES), resume=True)
+            run(make_config("fedavg", **KILLED), out=cut_run, data=make_data(SIZES), resume=True)
 
 
 @pytest.fixture
