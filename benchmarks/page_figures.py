@@ -95,11 +95,11 @@ def commits_of(paper: str, rows: Sequence[Mapping[str, Any]]) -> Lines:
     return ["", f"Commit and day: {'; '.join(dict.fromkeys(lines))}."] if lines else []
 
 
-def verdicts(paper: str, part: str = "") -> Lines:
-    """Return the table of published figures, ours, and the verdicts, of tables with ``part`` in their names."""
+def verdicts(paper: str, *tables: str) -> Lines:
+    """Return the table of published figures, ours, and the verdicts, of these tables or all."""
     rows = []
     for row in read_rows(paper).values():
-        if part not in row["table"]:
+        if tables and row["table"] not in tables:
             continue
         as_text = "{:,.0f}".format if row["figure"] == "rounds" else partial(human_metric, row["figure"])
         verdict = ": ".join(filter(None, (row["verdict"], row["detail"])))
@@ -598,6 +598,7 @@ def options_of(method: str) -> Lines:
     return table(["option", "default", "values", "meaning"], rows).split("\n")
 
 
+FIRST_TABLE = ("IID, B = 10", "IID, one batch", "non-IID, B = 10", "non-IID, one batch")
 WATCH = ("own persons", "worst person", "held-out person")
 
 PAGES: tuple[Page, ...] = (
@@ -642,7 +643,8 @@ PAGES: tuple[Page, ...] = (
         "fediod command": partial(command, "fediod")}),
     Page("docs/reproducing.md", {
         "FedAvg rounds to an accuracy on MNIST": partial(verdicts, "mcmahan2017"),
-        "FedAvg rounds at one rate": partial(verdicts, "mcmahan_turns", "one rate"),
+        "FedAvg rounds with one change": partial(verdicts, "mcmahan_turns", "IID, B = 10", "pixels in -0.5 to 0.5"),
+        "FedAvg rounds at one rate": partial(verdicts, "mcmahan_turns", *(f"{cell}, one rate" for cell in FIRST_TABLE)),
         "accuracies on FCUBE": partial(verdicts, "fcube"),
         "accuracies of pFedMe": partial(verdicts, "pfedme")}, "Tables run here"),
     Page("docs/feddra.md", {
