@@ -263,12 +263,13 @@ def _by_classes(spec: PartitionSpec, labels: Rows, clients: int, classes: int, r
             f"{math.ceil(classes / per_client)} clients"
         )
     # Every client takes the classes that fewest others hold so far, so that clients overlap as little as possible.
-    holders = np.zeros((classes, clients), dtype=np.int64)
+    holders, held = np.zeros((classes, clients), dtype=np.int64), np.zeros(classes, dtype=np.int64)
     for client in range(clients):
-        order = np.lexsort((rng.random(classes), holders.sum(1)))
-        holders[order[:per_client], client] = 1
+        chosen = np.lexsort((rng.random(classes), held))[:per_client]
+        holders[chosen, client] = 1
+        held[chosen] += 1
     # Equal shares of a class for its clients, the first of which get one more.
-    shares, remainders = np.divmod(np.bincount(labels, minlength=classes), holders.sum(1))
+    shares, remainders = np.divmod(np.bincount(labels, minlength=classes), held)
     counts = holders * (shares[:, None] + (holders.cumsum(1) <= remainders[:, None]))
     return _take_counts(labels, counts, rng)
 
@@ -306,13 +307,10 @@ def _draw_shares(
 
 def _take_counts(labels: Rows, counts: npt.NDArray[np.int64], rng: np.random.Generator | None) -> list[Rows]:
     """Return every client's rows, of every class as many as ``counts`` ``[classes, clients]``, shuffled by ``rng``."""
-    parts: list[list[Rows]] = [[] for _ in range(counts.shape[1])]
-    for label, of_clients in enumerate(counts):
-        rows = np.flatnonzero(labels == label)
-        rows = rows if rng is None else rng.permutation(rows)
-        for part, piece in zip(parts, np.split(rows, np.cumsum(of_clients)[:-1]), strict=True):
-            part.append(piece)
-    return [np.concatenate(part) for part in parts]
+    of_classes = [np.flatnonzero(labels == label) for label in range(len(counts))]
+    rows = np.concatenate(of_classes if rng is None else [rng.permutation(part) for part in of_classes])
+    owners = np.repeat(np.tile(np.arange(counts.shape[1]), len(counts)), counts.ravel())
+    return [rows[places] for places in rows_by_owner(owners, counts.shape[1])]
 
 
 def _dirichlet_counts(
