@@ -53,8 +53,9 @@ def added_in_any_order(logits: Tensor) -> bool:
 
 def repeatable(loss: Callable[..., object], outputs: object) -> Callable[..., object]:
     """Replace PyTorch's module by :func:`cross_entropy` if its bits change from call to call."""
-    changes = isinstance(outputs, Tensor) and added_in_any_order(outputs)
-    if not changes or type(loss) is not nn.CrossEntropyLoss or loss.reduction != "mean":
+    if type(loss) is not nn.CrossEntropyLoss or loss.reduction != "mean":
+        return loss
+    if not (isinstance(outputs, Tensor) and added_in_any_order(outputs)):
         return loss
     return partial(
         cross_entropy, weight=loss.weight, ignore_index=loss.ignore_index, label_smoothing=loss.label_smoothing

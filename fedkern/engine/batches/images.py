@@ -60,6 +60,7 @@ class Images(Reader):
             is_raw=form.is_raw,
         )  # fmt: skip
         self.pixels = self._make_pixels(split.images)
+        self._pick = _PICK.get(self.task.network, Pixels.with_labels)
         self.labels: Tensor = split.labels
         self._there = split.labels if isinstance(split.labels, FileRows) else split.labels.to(device)
         self.fresh = augment != "none"
@@ -77,7 +78,7 @@ class Images(Reader):
         """Return images and labels at ``indices``, augmented together when ``rng`` is given."""
         chosen = as_index(indices)
         index = self.pixels.send_index(chosen)
-        return _PICK.get(self.task.network, Pixels.with_labels)(self.pixels, index, self._labels(chosen, index), rng)
+        return self._pick(self.pixels, index, self._labels(chosen, index), rng)
 
     def _labels(self, chosen: Tensor, index: Tensor) -> Tensor:
         label_index = index if index.device == self._there.device else send(chosen, self._there.device)

@@ -82,9 +82,9 @@ class Reader:
         """Yield the samples in order, in batches of more than one (see ``batch_slices``), or of ``even`` sizes."""
         if augment and rng is None:
             raise ValueError("rng: expected a generator to augment with, given none")
-        size, order = size or self.size, np.arange(len(self))
-        slices = batch_slices(len(self), size)
-        parts = np.array_split(order, -(-len(self) // size)) if even else map(order.__getitem__, slices)
+        size, total = size or self.size, len(self)
+        order = np.arange(total)
+        parts = np.array_split(order, -(-total // size)) if even else map(order.__getitem__, batch_slices(total, size))
         for number, rows in enumerate(parts):
             batch = self.batch(rows, rng=rng if augment and self.fresh else None)
             if self._word is not None:

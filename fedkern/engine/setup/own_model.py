@@ -75,7 +75,7 @@ def _check_served(context: RunContext, network: nn.Module) -> tuple[str, str]:
     if find_difference(_play_batch(network, batch), plain, 0.0):
         raise _AsWritten("it draws from generators of its own, or changes as it runs")
     if chain:
-        return _check_linear(context, network, batch, plain)
+        return _check_linear(context, network, batch, plain, len(chain))
     plan = _rehearse(network, batch)
     calls.apply_plan(user_module(network), plan.partition(" ")[0])  # nothing waits
     immediate = _play_batch(network, batch)
@@ -94,7 +94,7 @@ def _check_served(context: RunContext, network: nn.Module) -> tuple[str, str]:
     return f"served {len(dict(record[0])) // 2} of {len(record[1]) // 2} convolutions", plan
 
 
-def _check_linear(context: RunContext, network: nn.Module, batch: Batch, plain: Found) -> tuple[str, str]:
+def _check_linear(context: RunContext, network: nn.Module, batch: Batch, plain: Found, count: int) -> tuple[str, str]:
     if not has_default_loss(context.config.method_instance, batch.task):
         raise _AsWritten("its loss is more than the cross-entropy of a batch")
     parameters = dict(user_module(network).named_parameters())
@@ -107,7 +107,7 @@ def _check_linear(context: RunContext, network: nn.Module, batch: Batch, plain: 
     results = plain | {"the loss": loss} | {f"the gradient of {name}": p.grad for name, p in parameters.items()}
     if name := find_far_result(results, plain):
         raise _AsWritten(f"{name} differs when the compiled core computes it")
-    return f"served {len(passing.layers)} of {len(passing.layers)} linear layers", LINEAR
+    return f"served {count} of {count} linear layers", LINEAR
 
 
 def _refuse(batch: Batch, **_: object) -> NoReturn:

@@ -30,7 +30,6 @@ class MlpPass:
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
-        self.layers = layers
         self._tensors = tuple(tensor for layer in layers for tensor in layer)
         self._core = backend.cpu_core()
 
