@@ -132,6 +132,21 @@ def test_masks_of_other_numbers_are_named_for_what_they_are(tmp_path, kind, orde
         assert "colours (mode" not in str(caught.value)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("suffix", ["png", "gif"])
+def test_white_first_masks_have_the_objects_that_they_show(tmp_path, cached, suffix):
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    for i in range(12):
+        Image.fromarray(SHOWN * 200).save(tmp_path / "images" / f"{i}.png")
+        write_palette(tmp_path / "masks" / f"{i}.{suffix}", 1 - SHOWN, [255, 255, 255, 0, 0, 0])
+    data = load(
+        "segmentation", root=tmp_path, clients=2, options={"size": 8}, cache=tmp_path / "cache" if cached else None
+    )
+    for split in (*data.clients, data.validation, *data.tests.values()):
+        assert (split.labels == 0).clone().logical_not().to(int).tolist() == [SHOWN.tolist()] * len(split)
+
+
 def listed_masks(root, masks, table, suffix="png", **options):
     """Write a set of these masks, in folders or listed in a table."""
     names = [f"{i}.{suffix}" for i in range(len(masks))]

@@ -759,3 +759,15 @@ def test_threads_that_would_spin_are_not_used(variable, wanted, name, monkeypatc
         assert (threads, torch.get_num_threads()) == ([wanted], 3)
     finally:
         torch.set_num_threads(before)
+
+
+def test_multikrum_averages_what_it_chose_by_weight():
+    models = [move(START, i, 0.01) for i in range(5)] + [move(START, 9, 5.0)]
+    clients = {i: client(own, WEIGHTS[i]) for i, own in enumerate(models)}
+    settings = {**EVERYBODY, "min_train_nodes": 6, "num_malicious_nodes": 1, "num_nodes_to_select": 5}
+    found, _ = run(strategies.MultiKrum(**settings), clients, rounds=1)
+    expected = {
+        name: np.average([model[name] for model in models[:5]], axis=0, weights=WEIGHTS[:5]).astype(value.dtype)
+        for name, value in START.items()
+    }
+    close(found.arrays, arrays_of(expected), rtol=1e-6)

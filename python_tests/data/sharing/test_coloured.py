@@ -242,6 +242,13 @@ def test_only_the_attackers_clients_and_the_test_change():
     assert bool((attacked.images[..., 26:31, 26:31] == 255).all())
 
 
+def test_the_table_counts_what_is_trained_on():
+    data = load("digits", options={"backdoor_clients": 2}, **CLIENTS)
+    for counts, split in zip(data.statistics.counts, data.clients, strict=True):
+        assert counts.tolist() == torch.bincount(split.labels, minlength=10).tolist()
+    assert (data.statistics.counts[:2, 0] >= 15).all()
+
+
 def test_what_is_held_out_is_clean():
     """Clients' own test sets keep their labels, and the first client that trains is backdoored."""
     wanted = {"seed": 0, "client_test": 0.2, "held_out_client": "0", **CLIENTS}
