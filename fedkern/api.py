@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedkern.data import FederatedData
 from fedkern.data.dataset_registry import open_code
+from fedkern.data.identity import data_fingerprint
 from fedkern.data.sources.dataset_images import read_images
 from fedkern.data.sources.datasets import PAIRS, is_dataset, items_like
 from fedkern.data.sources.items import Items
@@ -23,6 +24,7 @@ from fedkern.downstream.saved_network import read_model
 from fedkern.engine.local.script_objects import ScriptObjects
 from fedkern.engine.run import run
 from fedkern.engine.store import initial_weights
+from fedkern.engine.store.checkpoints import read_newest
 from fedkern.engine.store.record_files import DataFacts, read_metrics, read_summary
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import ADVICE, UserError, format_value, hint_owners, suggest_name
@@ -651,7 +653,7 @@ def load(
         The :class:`Run`, finished or not.
 
     Raises:
-        UserError: there is no run, or ``method`` is not the run's.
+        UserError: there is no run, or ``method`` or ``data`` is not the run's.
     """
     if not (model is None or callable(model)):
         code = isinstance(model, str) and named_code.parse(model)
@@ -666,6 +668,11 @@ def load(
     memory = federate(None if isinstance(data, str) else data, about, vars(run.config))
     if isinstance(memory, FederatedData):
         run._data = memory
+        entry = read_newest(run.out)
+        if entry is not None and entry["info"]["data"] != data_fingerprint(kept_data(run.config, memory)):
+            raise UserError(
+                f"The data are not those of the run in {out}: give those, and others to evaluate(data=...)."
+            )
     return run
 
 

@@ -114,9 +114,8 @@ def test_a_module_of_ones_own_gets_the_floats_of_the_data_set(sets: tuple[Any, A
     assert run.evaluate(test) == run.evaluate()
     assert run.report().exists()
     again = {"data": [train, train], "test": test, "model": convolve(), "normalize": (0.4, 0.25)}
-    loaded = fedkern.load(run.out, **again, trusted=["model"])
     with pytest.raises(UserError, match="The data are not those"):
-        loaded.extend(2, progress=False)
+        fedkern.load(run.out, **again, trusted=["model"])
 
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -19,7 +19,7 @@ from fedkern.comparison.cells import Variant, read_sweep, run_name, spell_value,
 from fedkern.comparison.found_runs import FoundRun, Group, check_provenance, group_runs, read_runs
 from fedkern.comparison.published import NotHere, Paper, PublishedCell
 from fedkern.comparison.reproduction_table import Row, by_reason
-from fedkern.comparison.run_results import label_notes
+from fedkern.comparison.run_results import csv_text, label_notes
 from fedkern.comparison.verdicts import NO_DATA, NOT_PLAYED, Outcome, Verdict, figure_of, figure_text, name_figure
 from fedkern.engine.store.record_files import METRICS, SUMMARY, read_metrics
 from fedkern.errors import UserError, describe_error, first_of
@@ -407,7 +407,7 @@ class Reproduction:
         with atomic.report_unwritable(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
         table = reproduction_table.text_table(self.paper, rows)
-        texts = {MARKDOWN: table.markdown(), CSV: reproduction_table.to_csv(rows)}
+        texts = {MARKDOWN: table.markdown(), CSV: csv_text([row.values() for row in rows])}
         for name, text in texts.items():
             atomic.write_bytes(self.out / name, text.encode())
         page = html_page.write_page(reproduction_table.page(self.paper, rows), self.out)

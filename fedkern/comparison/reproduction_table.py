@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from fedkern.comparison.published import ROUNDS, Paper, PublishedCell
-from fedkern.comparison.run_results import csv_text
 from fedkern.comparison.seed_statistics import Difference, interval_text
 from fedkern.comparison.verdicts import NO_DATA, VERDICTS, Outcome, Verdict, figure_text
 from fedkern.errors import first_of, join_words
@@ -62,10 +61,6 @@ class Row:
             row |= {"bytes": outcome.bytes, "bytes_up": outcome.up, "fedkern": outcome.build, "date": outcome.date}
             row["recorded"] = outcome.recorded
         return {**row, "command": cell.command, "folder": self.folder}
-
-
-def to_csv(rows: Sequence[Row]) -> str:
-    return csv_text([row.values() for row in rows])
 
 
 def text_table(paper: Paper, rows: Sequence[Row]) -> Table:

@@ -33,6 +33,8 @@ _LARGE = threading.Lock()
 """Held while a set gathers more than an eighth of `MOST`."""
 MOST = 1 << 30
 """Most bytes of a set's outputs and targets that are concatenated, for the loss and for metrics."""
+ELEMENTWISE = {"MSELoss", "L1Loss", "SmoothL1Loss", "HuberLoss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"}
+"""PyTorch's losses of outputs and targets of one shape."""
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -137,6 +139,10 @@ class OwnTask(Task):
     def output_bytes(
         self, pair: tuple[object, object], play_last: Callable[[], tuple[object, object]], largest: int
     ) -> int:
+        shapes = [str(["N", *part.shape[1:]]).replace("'", "") for part in pair if isinstance(part, Tensor)]
+        kind = self.loss_code if inspect.isfunction(self.loss_code) else type(self.loss_code)
+        if kind.__name__ in ELEMENTWISE and kind.__module__.startswith("torch.") and len({*shapes}) == 2:
+            raise UserError(f"The loss needs outputs and targets of the same shape, not {shapes[0]} and {shapes[1]}.")
         forms = {sample_form(pair), sample_form(play_last())}
         # Outputs that are leaves with a gradient: the loss takes that gradient itself.
         if len(forms) > 1 or () in forms or any(leaf.is_leaf and leaf.requires_grad for leaf in tensors(pair)):

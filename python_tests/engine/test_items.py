@@ -1339,6 +1339,28 @@ def test_a_registered_function_may_return_it(registries, tmp_path):
     assert fedkern.load(tmp_path / "run", model=nn.Linear(4, 4)).evaluate() == pytest.approx(found.metrics)
 
 
+def test_values_that_are_not_finite_are_named(tmp_path, capsys):
+    bad = table(20)
+    bad.tensors[0][11, 2] = torch.nan
+    with pytest.raises(UserError, match="item 11 of client 1 holds NaN or infinity: mend it, or leave it out"):
+        fedkern.simulate(
+            "fedavg", data=[table(20), bad], test=table(6), model=nn.Linear(4, 4), out=tmp_path / "client", **HERE
+        )
+    fedkern.simulate(
+        "fedavg", data=[table(20)], test=bad, model=nn.Linear(4, 4), rounds=1, out=tmp_path / "test", **HERE
+    )
+    assert "The loss is NaN: the network's outputs, or the samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.functional.l1_loss])
+def test_outputs_are_not_broadcast_against_targets(loss, tmp_path):
+    rows = torch.randn(20, 4)
+    pairs = TensorDataset(rows, rows.sum(1))
+    data = {"data": [pairs], "test": pairs, "model": nn.Linear(4, 1), "loss_fn": loss}
+    with pytest.raises(UserError, match=r"same shape, not \[N, 1\] and \[N\]"):
+        fedkern.simulate("fedavg", **data, out=tmp_path / "run", **HERE)
+
+
 @pytest.mark.parametrize("is_cut", [False, True], ids=["extend", "resume"])
 def test_what_cannot_go_on_moves_nothing(is_cut, tmp_path):
     given = {"data": [table(20), table(9)], "test": table(6, 2), "model": nn.Linear(4, 4), "loss_fn": first_loss}
@@ -1355,10 +1377,10 @@ def test_what_cannot_go_on_moves_nothing(is_cut, tmp_path):
     for known, said in (
         ({"model": given["model"]}, "is given through Python"),
         ({}, "trains a module that a script made"),
-        ({**given, "data": [table(20), table(10)]}, "made with other settings|data are not those"),
+        ({**given, "data": [table(20), table(10)]}, "The data are not those"),
         ({**given, "data": [table(20, 1), table(9)]}, "The data are not those"),
         ({**given, "data": {"a": table(20), "b": table(9)}}, "clients of the data have other names"),
-        ({**given, "data": [table(20)]}, "was made with other settings"),
+        ({**given, "data": [table(20)]}, "The data are not those"),
         ({**given, "model": nn.Sequential(nn.Linear(4, 4))}, "was made with other settings"),
         ({**given, "loss_fn": second_loss}, "the loss, a metric or the collation has changed since the run in"),
         ({**given, "train": lambda model, client: None}, "the training of clients has changed"),

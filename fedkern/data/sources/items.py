@@ -237,6 +237,13 @@ class Items:
         origins = (locate(self.dataset, row) for row in self._rows_at(range(len(self))).tolist())
         return [f"{id(dataset)}/{row}" for dataset, row in origins]
 
+    def infinite_item(self) -> int | None:
+        """Return the first item of the data set, among the split's, that holds NaN or infinity, or None."""
+        for row in self._rows_at(range(len(self))).tolist():
+            if any(not x.isfinite().all() for x in leaves(self.collate(self._read([row], 0))) if isinstance(x, Tensor)):
+                return int(row)
+        return None
+
     def _rows_at(self, indices: Sequence[int] | np.ndarray) -> Tensor:
         index = torch.from_numpy(np.asarray(indices, dtype=np.int64))
         return index if self.rows is None else self.rows.index_select(0, index)

@@ -175,6 +175,9 @@ def poor_metrics(
             no_number = "NaN" if math.isnan(value) else "infinite"
             text = f"{short_title(base)}{where} is {no_number} in every evaluated round and ranks no rounds"
             texts.setdefault(f"undefined-{base}", f"{text}: look at the metric, or name another main figure.")
+        if base == "loss" != config.main and math.isnan(value):
+            text = f"The loss{where} is NaN: the network's outputs, or the samples, hold values that are not finite"
+            texts.setdefault("undefined-loss", f"{text}, or no target counts.")
         if test_set == "validation" or base in added:
             continue
         is_low = f"{short_title(base)}{where} is {_format_figure(base, value)}"

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 
+from fedkern.data.sources.items import Items
 from fedkern.engine.context import RunContext
 from fedkern.engine.executors.executor import Answer, Executor
 from fedkern.engine.local.training import Diverged
@@ -217,7 +218,11 @@ class RoundLog:
                 where += f", batch {problem.batch}: {problem.what}"
                 why = {"batch": problem.batch, "reason": problem.what}
             if config.on_nan == "stop":
-                raise UserError(f"{where}; lower --lr, set --clip-norm, or leave such clients out with --on-nan skip.")
+                way = "lower --lr, set --clip-norm, or leave such clients out with --on-nan skip"
+                split = self._context.data.clients[k]
+                if public and isinstance(split, Items) and (row := split.infinite_item()) is not None:
+                    way = f"item {row} of {split.name} holds NaN or infinity: mend it, or leave it out"
+                raise UserError(f"{where}; {way}.")
         self.exclude(k, why)
         one_off = self._progress.entry is not None and self._progress.entry.one_off
         consequence = "what it would have made is missing from the run" if one_off else "it was left out of that round"

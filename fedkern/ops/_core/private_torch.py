@@ -124,9 +124,6 @@ throw_on_data_ptr: Callable[[Tensor], None] = _find("_C._set_throw_on_mutable_da
 increment_version: Callable[[Sequence[Tensor]], None] = _find("_C._increment_version")
 """Takes several tensors; torch.autograd.graph.increment_version adds a check to each call."""
 
-flatten_dense: Callable[[Sequence[Tensor]], Tensor] = _find("_utils._flatten_dense_tensors")
-"""Joins contiguous tensors into one vector."""
-
 foreach_add: Callable[..., Sequence[Tensor]] = _find("_foreach_add")
 foreach_add_: Callable[..., None] = _find("_foreach_add_")
 

@@ -4,6 +4,8 @@ The forward pass of a ``fused`` kernel also computes the gradients for a grad_ou
 Otherwise, and with reduction "none", whose grad_output is rarely 1, the backward pass computes them.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -113,35 +115,20 @@ class EnsembleFunction(EagerFunction):
         return (None, *kernel.ensemble_backward(results, call, needs, statistics), None)
 
 
-def _divergence(
-    student: Tensor | None,
-    peer: Tensor | None,
-    teacher: Tensor,
-    weight: Tensor | None,
-    temperature: float,
-    reverse: bool,
-    reduction: int,
-) -> Tensor:
+def _divergence(*arguments: Any) -> Tensor:
+    call = Divergence(*arguments)
+    if call.student is None:
+        return entropy_rows_reference(call.teacher, call.reduction)
+    return divergence_reference(call.student, *call[1:])
+
+
+def _ensemble(*arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
+    student, teachers, weights, *_ = call = Ensemble(*arguments)
     if student is None:
-        return entropy_rows_reference(teacher, reduction)
-    return divergence_reference(student, peer, teacher, weight, temperature, reverse, reduction)
-
-
-def _ensemble(
-    student: Tensor,
-    teachers: Tensor,
-    weights: Tensor | None,
-    class_mask: Tensor | None,
-    temperature: float,
-    mix: int,
-    log_probs: bool,
-    reduction: int,
-) -> Tensor | tuple[Tensor, Tensor]:
-    if mix in (JS, CONSENSUS):
-        return (js_reference if mix == JS else consensus_reference)(teachers, weights, reduction)
+        return (js_reference if call.mix == JS else consensus_reference)(teachers, weights, call.reduction)
     if weights is not None and weights.dim() == 1:
         weights = spread_weights(weights, teachers)
-    return ensemble_reference(student, teachers, weights, class_mask, temperature, mix, log_probs, reduction)
+    return ensemble_reference(student, teachers, weights, *call[3:])
 
 
 # Zero grad_outputs for a scalar result that is not used: zeros made by autograd take a microsecond each.

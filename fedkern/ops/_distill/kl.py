@@ -63,11 +63,26 @@ def kl_div(
         ValueError: a shape, a device, the temperature, the reduction or rest is wrong, values require a gradient, or
             (looked for on the CPU alone) indices are no different classes of a row.
     """
-    if isinstance(teacher, tuple):
-        return _compare_stored(student, teacher, weight, temperature, reduction, dim, rest)
-    if rest != "renormalise":
-        raise ValueError(f"rest is for a teacher (values, indices), and this one has all its logits; it is {rest!r}")
-    return _dispatch(student, None, teacher, weight, temperature, False, reduction, dim, ("student", "teacher"))
+    names = ("student", "teacher")
+    if not isinstance(teacher, tuple):
+        if rest != "renormalise":
+            raise ValueError(f"rest is for a teacher (values, indices), and this one has all logits; it is {rest!r}")
+        return _dispatch(student, None, teacher, weight, temperature, False, reduction, dim, names)
+    student, *stored = autocast(student, *teacher)
+    if type(dim) is not int or dim != 1:
+        (student,) = move_classes(("student",), (student,), dim, (0,))
+        stored = [x.movedim(dim, 1) if isinstance(x, Tensor) and 1 < x.dim() == student.dim() else x for x in stored]
+    check_logits(("student",), (student,))
+    values, indices = check_teacher(student, stored, rest)
+    temperature, code = check_temperature(temperature), check_reduction(reduction)
+    if weight is not None:
+        weight = check_weight(weight, student, torch.float32)
+    loss = serve_sparse((student, values, indices, weight), temperature, code, rest)
+    if loss is not None:
+        return loss
+    full = fill_classes(values, indices, student.shape[1], rest)
+    loss = _dispatch(student, None, full, weight, temperature, False, reduction, 1, names)
+    return loss.to(result_dtype(student, None, values))
 
 
 def dual_kl(
@@ -99,32 +114,6 @@ def dual_kl(
     if direction not in ("teacher", "student"):
         raise ValueError(f'direction must be "teacher" or "student", but is {direction!r}')
     return _dispatch(a, b, teacher, weight, temperature, direction == "student", reduction, dim, ("a", "b", "teacher"))
-
-
-def _compare_stored(
-    student: Tensor,
-    teacher: tuple[Tensor, ...],
-    weight: Tensor | None,
-    temperature: float,
-    reduction: str,
-    dim: int,
-    remainder: str,
-) -> Tensor:
-    student, *stored = autocast(student, *teacher)
-    if type(dim) is not int or dim != 1:
-        (student,) = move_classes(("student",), (student,), dim, (0,))
-        stored = [x.movedim(dim, 1) if isinstance(x, Tensor) and 1 < x.dim() == student.dim() else x for x in stored]
-    check_logits(("student",), (student,))
-    values, indices = check_teacher(student, stored, remainder)
-    temperature, code = check_temperature(temperature), check_reduction(reduction)
-    if weight is not None:
-        weight = check_weight(weight, student, torch.float32)
-    loss = serve_sparse((student, values, indices, weight), temperature, code, remainder)
-    if loss is not None:
-        return loss
-    full, names = fill_classes(values, indices, student.shape[1], remainder), ("student", "teacher")
-    loss = _dispatch(student, None, full, weight, temperature, False, reduction, 1, names)
-    return loss.to(result_dtype(student, None, values))
 
 
 def _dispatch(

@@ -29,7 +29,7 @@ NAMES = [
     "_C._functorch.is_dead_tensor_wrapper", "_C._ForceDispatchKeyGuard", "_C._dispatch_tls_local_include_set",
     "_C._dispatch_tls_local_exclude_set", "autograd.forward_ad._current_level",
     "_C._autograd._top_saved_tensors_default_hooks", "_C.DisableTorchFunction",
-    "_C._autograd._get_current_graph_task_keep_graph", "_C._increment_version", "_utils._flatten_dense_tensors",
+    "_C._autograd._get_current_graph_task_keep_graph", "_C._increment_version",
     "_foreach_add", "_foreach_add_", "_fused_adam_", "_fused_adamw_", "autograd.Variable._execution_engine",
 ]  # fmt: skip
 

@@ -199,5 +199,5 @@ def test_teachers_of_another_form_are_refused() -> None:
     student = torch.zeros(3, 7)
     with pytest.raises(TypeError, match=r"teacher must be a tensor of logits, or a tuple \(values, indices\)"):
         ops.kl_div(student, (student,))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"rest is for a teacher \(values, indices\), and this one has all its logits"):
+    with pytest.raises(ValueError, match=r"rest is for a teacher \(values, indices\), and this one has all logits"):
         ops.kl_div(student, student, rest="spread")
