@@ -28,7 +28,7 @@ from fedkern.engine.store.checkpoints import read_newest
 from fedkern.engine.store.record_files import DataFacts, read_metrics, read_summary
 from fedkern.engine.store.run_folder import RUNS, check_free, check_vacant, reserve, run_name
 from fedkern.errors import ADVICE, UserError, format_value, hint_owners, suggest_name
-from fedkern.files.filesystem import check_new, check_text
+from fedkern.files.filesystem import check_new, check_text, expand
 from fedkern.listeners.events import Listener, Listeners, Record, Summary
 from fedkern.methods import Method, method_registry, script_methods
 from fedkern.process.extras import import_extra
@@ -111,7 +111,7 @@ class Run:
         trusted: Collection[str] = (),
         method: Method | type[Method] | None = None,
     ) -> None:
-        self.out = folder_of(out)
+        self.out = out = folder_of(out)
         self._kind: type[Method] | None = None
         options: dict[str, Value] = {}
         if method is not None:
@@ -172,6 +172,8 @@ class Run:
         """Return the network of the finished run, in eval mode on the CPU. Images must be normalised.
 
         A user-defined network is a module of its own class, with the names and frozen parameters of its state dict.
+        Methods without a global network, such as ``local``, return the ensemble of their clients' networks, which are
+        its ``members``.
 
         Args:
             best: return the network of the round with the best validation figure, which a run with ``patience`` keeps,
@@ -208,7 +210,8 @@ class Run:
         Args:
             images: uint8 ``[n, C, H, W]``, a tensor or an array, of the run's image size. Or an image file or a
                 sequence of files, which are read and resized as in the run's training. If the run is of PyTorch data
-                sets: such a data set, or a network's inputs, a tensor, a tuple of them or a dict by argument.
+                sets: such a data set, or a network's inputs, tensors or arrays ``[n, ...]``: one, a tuple or a dict by
+                argument.
 
         Returns:
             fp32 ``[n, classes]``, for segmentation ``[n, classes, H, W]``. In multi-label tasks, every label has its
@@ -595,7 +598,7 @@ def folder_of(out: object) -> Path:
     if not isinstance(out, (str, os.PathLike)) or not os.fspath(out):
         raise UserError(f"out must be the path of a folder, not {format_value(out)}.")
     check_text(str(out), "the folder")
-    return Path(out)
+    return expand(Path(out))
 
 
 def find_method(method: str | Method | type[Method]) -> tuple[str, dict[str, Value]]:
@@ -668,8 +671,7 @@ def load(
     memory = federate(None if isinstance(data, str) else data, about, vars(run.config))
     if isinstance(memory, FederatedData):
         run._data = memory
-        entry = read_newest(run.out)
-        if entry is not None and entry["info"]["data"] != data_fingerprint(kept_data(run.config, memory)):
+        if (entry := read_newest(run.out)) and entry["info"]["data"] != data_fingerprint(kept_data(run.config, memory)):
             raise UserError(
                 f"The data are not those of the run in {out}: give those, and others to evaluate(data=...)."
             )

@@ -34,7 +34,7 @@ class Context:
         self.networks = SimpleNamespace(is_flat=lambda module: False)
         self.samples = SimpleNamespace()
         self.federation = SimpleNamespace(clients=count, samples=[10 * (k + 1) for k in range(count)])
-        self.data = SimpleNamespace(client_names=None, client_label=str, clients=[None] * 9, classes=("cat", "dog"))
+        self.data = SimpleNamespace(client_names=None, client_label=str, clients=[None] * count, classes=("cat", "dog"))
         self.device, self.uploaded = torch.device("cpu"), []
 
     def name_entry(self, k):

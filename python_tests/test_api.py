@@ -214,6 +214,7 @@ def test_predictions_of_files_and_pictures(tmp_path):
 def test_wrong_arguments_of_a_run_are_said():
     run = fedkern.simulate("fedavg", rounds=1, out="run", **TINY)
     for call, said in (
+        (lambda: fedkern.load("~/none"), f"The run folder {Path.home()}/none does not exist"),
         (lambda: fedkern.load(None), "out must be the path of a folder, not None"),
         (lambda: run.evaluate(data=3), "data must be the name of a data set or FederatedData, not int"),
         (lambda: run.evaluate("digits", data_options="x"), "data_options must be a dict"),

@@ -19,7 +19,6 @@ from fedkern.comparison.seed_statistics import Target
 from fedkern.data import FederatedData
 from fedkern.engine.local.script_objects import ScriptObjects
 from fedkern.errors import RunFailed, UserError, first_of, make_printable
-from fedkern.files.filesystem import expand
 from fedkern.methods import METHODS, Method, method_registry
 from fedkern.process.extras import import_extra
 from fedkern.settings.config import RunConfig
@@ -265,7 +264,7 @@ def compare(
     single = isinstance(methods, (str, Path, Method, type)) or not isinstance(methods, Iterable)
     items = [methods] if single else list(methods)
     entries: list[Any] = [str(item) if isinstance(item, Path) else item for item in items]
-    folder = None if out is None else expand(api.folder_of(out))
+    folder = None if out is None else api.folder_of(out)
     folders = [entry for entry in entries if isinstance(entry, str) and entry not in METHODS and Path(entry).is_dir()]
     if folders and len(folders) == len(entries):
         if settings or sweep or select or jobs != 1:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def outputs(module: nn.Module, data: FederatedData, samples: object, size: int) 
     """Return the network's outputs on the CPU: class probabilities, or all outputs of a user-defined task.
 
     Args:
-        samples: a map-style data set, or a network's inputs: a tensor, a tuple of them, or a dict by argument.
+        samples: a map-style data set, or a network's inputs: a tensor or array, a tuple of them, or a dict by argument.
         size: batch size of a data set.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,8 +56,11 @@ def outputs(module: nn.Module, data: FederatedData, samples: object, size: int) 
         pairs = [(answer(inputs), count) for inputs, count in _inputs(reader, data)]
         results = join_batches([answer_part for answer_part, _ in pairs], [count for _, count in pairs])
     else:
+        samples = map_leaves(lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf, samples)
         inputs = Positional(samples) if isinstance(samples, tuple) else samples
         results = answer(move_to_device(Keywords(inputs) if isinstance(inputs, Mapping) else inputs, device))
+    if "classes" in data.offers and results.dim() < 2:
+        raise UserError(f"the network returns {list(results.shape)}: give samples one axis more, of their number.")
     return data.task.probabilities(results) if "classes" in data.offers else results
 
 

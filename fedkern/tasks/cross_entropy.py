@@ -43,7 +43,7 @@ def check_classes(logits: Tensor, targets: Tensor) -> None:
 
 def too_few(logits: Tensor, largest: int, network: str) -> str:
     lack = f"{logits.shape[1]} outputs for {1 + largest} classes, as a target is {largest}"
-    return f"{network} has {lack}: give it as many outputs."
+    return f"{network} has {lack}: give it as many outputs, or number the classes from 0."
 
 
 def added_in_any_order(logits: Tensor) -> bool:

@@ -831,6 +831,9 @@ def test_prediction_needs_no_targets(tmp_path):
     run = fedkern.simulate("fedavg", **given, out=tmp_path / "run", **HERE)
     rows = table(5).tensors[0]
     assert torch.equal(run.predict(TensorDataset(rows)), run.predict(table(5)))
+    assert torch.equal(run.predict(rows.numpy()), run.predict(rows))
+    with pytest.raises(UserError, match=r"the network returns \[4\]: give samples one axis more"):
+        run.predict(rows[0])
     with pytest.raises(UserError, match="the network fails on the samples"):
         run.predict(rows.double())
     two = fedkern.simulate(

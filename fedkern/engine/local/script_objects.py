@@ -70,11 +70,12 @@ class ScriptObjects:
     @classmethod
     def of(cls, network: object, train: Any, settings: dict[str, Any]) -> ScriptObjects:
         """Return the objects among the arguments of a run, and remove an optimiser factory from ``settings``."""
-        optimizer = settings.pop("optimizer") if callable(settings.get("optimizer")) else None
-        if train is not None and not callable(train):
-            raise UserError(f"train must be a function of a model and a client, not {format_value(train)}.")
-        _check_arguments("train", train, "a model and a client", 2)
-        _check_arguments("optimizer", optimizer, "a list of parameters", 1)
+        optimizer = None if isinstance(settings.get("optimizer"), str) else settings.pop("optimizer", None)
+        pairs = (("train", train, "a model and a client", 2), ("optimizer", optimizer, "a list of parameters", 1))
+        for name, function, arguments, count in pairs:
+            if function is not None and not callable(function):
+                raise UserError(f"{name} must be a function of {arguments}, not {format_value(function)}.")
+            _check_arguments(name, function, arguments, count)
         replacing = "train" if train is not None else "optimizer" if optimizer is not None else ""
         for name in _UNREAD.get(replacing, ()):
             if settings.get(name) is not None or (name == "optimizer" and optimizer is not None):

@@ -289,8 +289,8 @@ def _with_classes(network: nn.Module, data: FederatedData) -> FederatedData:
 
 def _classes(outputs: object, targets: Tensor, text: str, ignored: int) -> int:
     if not isinstance(outputs, Tensor) or outputs.dim() != 2 or len(outputs) != len(targets):
-        shape = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise UserError(f"the network {text} must return logits [samples, classes], not {shape}: or give a loss_fn.")
+        shape = f", not {list(outputs.shape)}" if isinstance(outputs, Tensor) else " alone"
+        raise UserError(f"the network {text} must return logits [samples, classes]{shape}: or give a loss_fn.")
     if (largest := int(targets.where(targets != ignored, 0).max())) >= outputs.shape[1]:
         raise UserError(too_few(outputs, largest, f"the network {text}"))
     return outputs.shape[1]

@@ -402,6 +402,7 @@ def factory(found):
         ("fedavg", {"train": lambda model: None}, r"train must be a function of a model and a client: too many "
          r"positional arguments \(test_script_objects.py, line \d+\)"),
         ("fedavg", {"optimizer": lambda: None}, r"optimizer must be a function of a list of parameters: too .*line"),
+        ("fedavg", {"optimizer": torch.optim.SGD([torch.zeros(1)])}, "a function of .*, not an object of type SGD"),
         ("fedavg", {"train": loop, "momentum": 0.5}, "momentum has no effect beside a function train"),
         ("fedavg", {"train": loop, "freeze_bn_after": 1}, "freeze_bn_after has no effect beside a function train"),
         ("fedavg", {"train": loop, "optimizer": sgd}, "optimizer has no effect beside a function train"),
