@@ -164,15 +164,18 @@ def _fedlpfm() -> Tool:
 def _fediod() -> Tool:
     rows = read_rows("fediod")  # of five clients, bytes in both directions
     sizes = [f"{rows[f'MNIST: {name}']['bytes'] / 5e6:,.1f}" for name in ("FedIOD", "FedAvg in ten rounds")]
-    settings = {f"{data}, Dirichlet 0.1": f"{data}: " for data in ("MNIST", "CIFAR-10")}
-    names = ("FedAvg in ten rounds", "FedDF with counts", "DENSE with counts", "ensemble with counts")
+    rivals = {f"{name} with counts": f"{name} cosine with both" for name in ("FedDF", "DENSE", "ensemble")}
+    forms = {"defaults": "FedIOD cosine", "temperature, floor": "FedIOD cosine with both"}
+    calm, few = {"MNIST, Dirichlet 0.1": "MNIST 0.1: "}, {"FedAvg in ten rounds": "FedAvg in ten rounds"}
+    played = contests("fediod_teachers", calm, forms, {**few, **rivals})
+    images = {"CIFAR-10, Dirichlet 0.1, constant rate": "CIFAR-10: "}
+    older = contests("fediod", images, {"defaults": "FedIOD"}, {name: name for name in rivals})
     return Tool(
-        "FedIOD", "fediod.md", "points of accuracy",
-        contests("fediod", settings, {"defaults": "FedIOD"}, {name: name for name in names}),
+        "FedIOD", "fediod.md", "points of accuracy", [*played, *older],
         "networks differ or stay private, class counts may be told, and no public images exist",
         f"{sizes[0]} MB a client in both directions, FedAvg's ten rounds {sizes[1]} MB",
         "FedDF with `class_weights=counts`, where there are public images; the weighted ensemble, where its size is no "
-        "matter; FedAvg, where there are rounds",
+        "matter; FedAvg, where there are many rounds",
     )  # fmt: skip
 
 

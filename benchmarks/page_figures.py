@@ -636,7 +636,7 @@ PAGES: tuple[Page, ...] = (
         "fedlpfm teacher of public images": partial(mark_undated, lpfm_table),
         "fedlpfm command": partial(command, "fedlpfm")}),
     Page("docs/fediod.md", {
-        "fediod MNIST with class counts": partial(list_cells, "fediod", "MNIST"),
+        "fediod MNIST with class counts": partial(list_cells, "fediod_teachers", "MNIST 0.1"),
         "fediod CIFAR with class counts": partial(list_cells, "fediod", "CIFAR-10"),
         "fediod ensembles of teachers": partial(tables_side_by_side, "fediod_teachers", "MNIST 0.1 ensembles"),
         "fediod options changed alone": iod_options, "fediod privacy": iod_privacy,
