@@ -14,6 +14,7 @@ from benchmarks.report import left_out, our_time, present, ratio
 from benchmarks.shown import nodes
 from benchmarks.studies.page_commands import COMMANDS
 from fedkern.comparison.seed_statistics import compare_pairs, interval_text
+from fedkern.comparison.verdicts import NOT_PLAYED
 from fedkern.methods import METHODS
 from fedkern.report.tables import human_metric
 from fedkern.settings.config import RunConfig
@@ -75,7 +76,7 @@ def list_cells(paper: str, *tables: str, goal: str = "", rates: bool = False) ->
         name, baseline = (row[key].removeprefix(f"{row['table']}: ") for key in ("name", "baseline"))
         gap = "" if row["gap"] is None else f"{interval(row, 'gap', points)} to {baseline}"
         share = [gap_share(row, by_name[row["baseline"]], by_name[goal]) if row["baseline"] else ""] if goal else []
-        cells_of_row = [percent(mean(seeds)) if seeds else "not played", ", ".join(map(percent, seeds)), gap, *share]
+        cells_of_row = [percent(mean(seeds)) if seeds else NOT_PLAYED, ", ".join(map(percent, seeds)), gap, *share]
         rows.append([name, *cells_of_row, *([rate(row)] if rates else [])])
     header = [", ".join(tables), "mean", "seeds", "difference, paired by seed", *(["share of the gap"] if goal else []),
               *(["learning rate, chosen"] if rates else [])]  # fmt: skip
@@ -99,7 +100,7 @@ def verdicts(paper: str, *tables: str) -> Lines:
     """Return the table of published figures, ours, and the verdicts, of what was played of these tables or of all."""
     rows = []
     for row in read_rows(paper).values():
-        if row["verdict"] == "not played" or (tables and row["table"] not in tables):
+        if row["verdict"] == NOT_PLAYED or (tables and row["table"] not in tables):
             continue
         as_text = "{:,.0f}".format if row["figure"] == "rounds" else partial(human_metric, row["figure"])
         verdict = ": ".join(filter(None, (row["verdict"], row["detail"])))
@@ -136,7 +137,7 @@ def tables_side_by_side(study: str, *tables: str, forms: Sequence[Callable[[floa
     shown = [row for row in read_rows(study).values() if row["table"] in tables]
     for row in shown:
         cells = rows_by_name.setdefault(row["name"].removeprefix(f"{row['table']}: "), {})
-        cells[row["table"]] = [interval(row, "ours", forms[0]) or "not played", interval(row, "gap", forms[1])]
+        cells[row["table"]] = [interval(row, "ours", forms[0]) or NOT_PLAYED, interval(row, "gap", forms[1])]
     heads = [text for name in tables for text in (name, "difference, paired by seed")]
     rows = [
         [name, *(text for part in tables for text in cells.get(part, ["", ""]))] for name, cells in rows_by_name.items()

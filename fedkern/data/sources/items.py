@@ -239,7 +239,7 @@ class Items:
 
     def infinite_item(self) -> int | None:
         """Return the first item of the data set, among the split's, that holds NaN or infinity, or None."""
-        for row in self._rows_at(range(len(self))).tolist():
+        for row in self._rows_at(range(len(self))).unique().tolist():
             if any(not x.isfinite().all() for x in leaves(self.collate(self._read([row], 0))) if isinstance(x, Tensor)):
                 return int(row)
         return None
