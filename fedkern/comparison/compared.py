@@ -21,6 +21,7 @@ from fedkern.engine.local.script_objects import ScriptObjects
 from fedkern.errors import RunFailed, UserError, first_of, make_printable
 from fedkern.methods import METHODS, Method, method_registry
 from fedkern.process.extras import import_extra
+from fedkern.settings import run_data
 from fedkern.settings.config import RunConfig
 from fedkern.settings.error_wording import python_words
 from fedkern.settings.in_memory import check_in_memory
@@ -150,9 +151,15 @@ def play_comparison(runner: Runner, plan: Plan) -> Comparison:
     texts = [*plan.notes]
     try:
         planned = runner.plan(all_variants, plan.seeds)  # every mistake in the settings shows before the first run
-        if target is not None and (data := runner.data(planned[0].config)) is not None:
+        data = None
+        if not all((runner.folder(cell) / "summary.json").exists() for cell in planned):
+            with suppress(Exception):  # a run names what is wrong with its data
+                data = runner.data(planned[0].config) or run_data.load_data(planned[0].config, masks=False)
+        if data is not None:
+            for cell in planned:
+                run_data.check_kind(cell.config, data)
             known = data.task.directions
-            if split_metric(target.figure, data.tests)[1] in known:
+            if target is not None and split_metric(target.figure, data.tests)[1] in known:
                 target.with_direction([direction(target.figure, known, data.tests)]).check_direction()
         if plan.select is not None:
             winners, sentences = pick_best(runner, plan.variants, plan.seeds[0])

@@ -197,27 +197,7 @@ def check_data(config: RunConfig, data: FederatedData, only_client: int | None =
 
     ``only_client`` is the only client with samples on this machine.
     """
-    # Classes, and the method's tasks and kinds of samples.
-    kind = config.kind
-    if len(data.classes) == 1 and "pairs" not in data.task.offers:
-        raise UserError(
-            f'The data set "{config.data}" has the single class "{data.classes[0]}", expected two or more: name the '
-            "folder or the column that holds the classes."
-        )
-    if not (kind.serves(data.task) and kind.serves(data)):
-        able = ", ".join(sorted(name for name, method in method_registry.METHODS.items() if method.serves(data)))
-        if kind.serves(data.task):
-            raise UserError(
-                f"{config.method} needs images [C, H, W]; samples have {data.form.input_words()}: methods for them are "
-                f"{able}."
-            )
-        tasks = " and ".join(name for name, task in TASKS.items() if kind.serves(task)) or "no task"
-        subject = f'the data set "{config.data}" is for {data.task.name}'
-        if data.task.name == "own":
-            subject = "a loss of your own has no classes (give classes= where outputs are their logits)"
-        elif (usual := TASKS.get(data.task.name)) and kind.serves(usual):
-            subject = "the loss takes logarithms of probabilities (nn.CrossEntropyLoss takes logits)"
-        raise UserError(f"{config.method} is for {tasks}, but {subject}: methods for that are {able}.")
+    check_kind(config, data)
     check_gives(config.model, data.task.network, config.data, "with --model")
     # Settings for some kinds of samples alone.
     if config.augment not in (None, "none") and not data.form.offers:
@@ -248,6 +228,30 @@ def check_data(config: RunConfig, data: FederatedData, only_client: int | None =
                 f"Client {data.client_label(k)} has no training samples: use fewer clients, more samples, or another "
                 f'--partition than "{config.partition}".'
             )
+
+
+def check_kind(config: RunConfig, data: FederatedData) -> None:
+    """Raise UserError unless the data have classes enough, and the method is for their task and kind of samples."""
+    kind, offering = config.kind, data.task if can_be_images(data) else data  # items become images where needed
+    if len(data.classes) == 1 and "pairs" not in data.task.offers:
+        raise UserError(
+            f'The data set "{config.data}" has the single class "{data.classes[0]}", expected two or more: name the '
+            "folder or the column that holds the classes."
+        )
+    if not kind.serves(offering):
+        able = ", ".join(sorted(name for name, method in method_registry.METHODS.items() if method.serves(offering)))
+        if kind.serves(data.task):
+            raise UserError(
+                f"{config.method} needs images [C, H, W]; samples have {data.form.input_words()}: methods for them are "
+                f"{able}."
+            )
+        tasks = " and ".join(name for name, task in TASKS.items() if kind.serves(task)) or "no task"
+        subject = f'the data set "{config.data}" is for {data.task.name}'
+        if data.task.name == "own":
+            subject = "a loss of your own has no classes (give classes= where outputs are their logits)"
+        elif (usual := TASKS.get(data.task.name)) and kind.serves(usual):
+            subject = "the loss takes logarithms of probabilities (nn.CrossEntropyLoss takes logits)"
+        raise UserError(f"{config.method} is for {tasks}, but {subject}: methods for that are {able}.")
 
 
 def _check_varied(data: FederatedData, sets: Mapping[str, Sequence[Split]], *, blank: bool = False) -> None:

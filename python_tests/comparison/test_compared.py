@@ -145,6 +145,7 @@ def test_unfinished_runs_that_are_left_out_are_named(folders, left, monkeypatch,
     [
         ([], {}, "Nothing to compare"),
         (["fedprx"], {}, 'Did you mean "fedprox"'),
+        (["fedavg", "feddra"], {}, '^feddra is for retrieval, but the data set "digits" is for classification'),
         (["fedavg"], {"mu": 1}, r"fedavg. has an option \"mu\". It is a method option of fedprox, moon"),
         (["fedavg"], {"local_epohcs": 1}, 'has an option "local_epohcs". Did you mean "local_epochs"'),
         (["fedavg"], {"train": print}, "train as a function or a module is for one run, fedkern.simulate: leave it"),

@@ -198,17 +198,13 @@ def writing(out: Path, *, fresh: bool) -> Iterator[Callable[[], None]]:
                 with suppress(OSError):  # the folder is not empty
                     folder.rmdir()
         if isinstance(error, atomic.Unwritable):
-            raise UserError(f"{error.problem}: {_way_out(out, error.full, begun)}.") from None
+            way = "free some space" if error.full else "put that right"
+            way += f", then go on with --resume {shlex.quote(str(out))}" if begun else ", then start again"
+            way = way if begun or error.full else "choose another folder with --out"
+            raise UserError(f"{error.problem}: {way}.") from None
         raise
 
 
 def _came_to_something(out: Path) -> bool:
     metrics = out / record_files.METRICS
     return checkpoints.read_newest(out) is not None or (metrics.exists() and metrics.stat().st_size > 0)
-
-
-def _way_out(out: Path, full: bool, begun: bool) -> str:
-    if begun:
-        go_on = f"then go on with --resume {shlex.quote(str(out))}"
-        return f"free some space, {go_on}" if full else f"put that right, {go_on}"
-    return "free some space, then start again" if full else "choose another folder with --out"

@@ -115,14 +115,9 @@ class BlendKernels(_Launcher):
         return out
 
     def backward(
-        self,
-        grad: Tensor,
-        foreground: Tensor | None,
-        background: Tensor | None,
-        call: BlendCall,
-        needs: Sequence[bool],
-        strides: tuple[int, ...] | None = None,
-    ) -> Gradients:
+        self, grad: Tensor, foreground: Tensor | None, background: Tensor | None, call: BlendCall,
+        needs: Sequence[bool], strides: tuple[int, ...] | None = None,
+    ) -> Gradients:  # fmt: skip
         """Return the gradients of foreground, background and alpha where ``needs`` asks for them.
 
         Only alpha's gradient reads the maps. The maps' gradients get the result's ``strides``; None: those of ``grad``.

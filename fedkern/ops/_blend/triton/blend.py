@@ -204,14 +204,9 @@ class TritonBlend:
         return out
 
     def backward(
-        self,
-        grad: Tensor,
-        foreground: Tensor | None,
-        background: Tensor | None,
-        call: BlendCall,
-        needs: Sequence[bool],
-        strides: tuple[int, ...] | None = None,
-    ) -> Gradients:
+        self, grad: Tensor, foreground: Tensor | None, background: Tensor | None, call: BlendCall,
+        needs: Sequence[bool], strides: tuple[int, ...] | None = None,
+    ) -> Gradients:  # fmt: skip
         alpha, _, index, background_rows = call
         shape, device = grad.shape, grad.device
         strides = output_strides(shape, grad.stride() if strides is None else strides)
