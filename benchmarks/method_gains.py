@@ -166,7 +166,8 @@ def _fediod() -> Tool:
     sizes = [f"{rows[f'MNIST: {name}']['bytes'] / 5e6:,.1f}" for name in ("FedIOD", "FedAvg in ten rounds")]
     rivals = {f"{name} with counts": f"{name} cosine with both" for name in ("FedDF", "DENSE", "ensemble")}
     forms = {"defaults": "FedIOD cosine", "temperature, floor": "FedIOD cosine with both"}
-    calm, few = {"MNIST, Dirichlet 0.1": "MNIST 0.1: "}, {"FedAvg in ten rounds": "FedAvg in ten rounds"}
+    calm = {f"MNIST, Dirichlet {alpha}": f"MNIST {alpha}: " for alpha in ("0.1", "1.0")}
+    few = {"FedAvg in ten rounds": "FedAvg in ten rounds"}
     played = contests("fediod_teachers", calm, forms, {**few, **rivals})
     images = {"CIFAR-10, Dirichlet 0.1, constant rate": "CIFAR-10: "}
     older = contests("fediod", images, {"defaults": "FedIOD"}, {name: name for name in rivals})

@@ -136,7 +136,7 @@ def tables_side_by_side(study: str, *tables: str, forms: Sequence[Callable[[floa
     rows_by_name: dict[str, dict[str, list[str]]] = {}
     shown = [row for row in read_rows(study).values() if row["table"] in tables]
     for row in shown:
-        cells = rows_by_name.setdefault(row["name"].removeprefix(f"{row['table']}: "), {})
+        cells = rows_by_name.setdefault(row["name"].removeprefix(f"{row['table'].removesuffix(' ensembles')}: "), {})
         cells[row["table"]] = [interval(row, "ours", forms[0]) or NOT_PLAYED, interval(row, "gap", forms[1])]
     heads = [text for name in tables for text in (name, "difference, paired by seed")]
     rows = [
@@ -638,8 +638,10 @@ PAGES: tuple[Page, ...] = (
         "fedlpfm command": partial(command, "fedlpfm")}),
     Page("docs/fediod.md", {
         "fediod MNIST with class counts": partial(list_cells, "fediod_teachers", "MNIST 0.1"),
+        "fediod MNIST with mixed classes": partial(list_cells, "fediod_teachers", "MNIST 1.0"),
         "fediod CIFAR with class counts": partial(list_cells, "fediod", "CIFAR-10"),
-        "fediod ensembles of teachers": partial(tables_side_by_side, "fediod_teachers", "MNIST 0.1 ensembles"),
+        "fediod ensembles of teachers": partial(
+            tables_side_by_side, "fediod_teachers", "MNIST 0.1 ensembles", "MNIST 1.0 ensembles"),
         "fediod options changed alone": iod_options, "fediod privacy": iod_privacy,
         "fediod command": partial(command, "fediod")}),
     Page("docs/reproducing.md", {
