@@ -166,7 +166,10 @@ class SampleForm:
         by_name = isinstance(x, Keywords)
         args = () if by_name else x if isinstance(x, Positional) else (x,)
         inputs = {"args": _outline_inputs(args), "kwargs": _outline_inputs(x) if by_name else {}}
-        return SampleForm(tuple(map(in_words, leaves(batch))), inputs if called else None, normalize=normalize)
+        form = SampleForm(tuple(map(in_words, leaves(batch))), inputs if called else None, normalize=normalize)
+        if normalize is not None and form.image_shape is None:
+            raise UserError(f"normalize is for images [C, H, W]; samples have {form.input_words()}: leave it out.")
+        return form
 
     @property
     def _single(self) -> tuple[str, list[int]] | None:

@@ -936,6 +936,7 @@ SENTENCES = {
     "ragged": ({"data": [rows_of(9, 2)], "model": Mean()}, "Items 0, 1 of client 0 make no batch .*or collate_fn"),
     "ragged pool": ({"data": rows_of(9, 2), "model": Mean(), "clients": 2}, "Items 0, 1 of data make no batch"),
     "augment": ({"augment": "crop"}, 'augment="crop" is for images .C, H, W.; samples'),
+    "scale": ({"normalize": (0.0, 1.0)}, "^normalize is for images .C, H, W.; samples have one input of shape"),
     "processes": ({"num_workers": 2}, "num_workers is a DataLoader's: workers are the clients' processes"),
     "shuffling": ({"shuffle": True}, "shuffle is a DataLoader's: every epoch takes all samples of a client in random"),
     "partition": ({"partition": "iid"}, "partition has no effect on data in memory"),
