@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,8 +48,8 @@ from fedkern.usercode.registry import check_hooks
 class History:
     """The records of a run's rounds, in order.
 
-    A figure by name, ``history["accuracy"]``, is a list with a value for every round. A notebook shows the history as a
-    table.
+    A figure by name, ``history["accuracy"]``, is a list with a value for every round. A loop gives the rounds' records,
+    which are dicts. A notebook shows the history as a table.
     """
 
     def __init__(self, records: Sequence[Record], main: str, tests: Collection[str] = ()) -> None:
@@ -58,6 +58,9 @@ class History:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.records)
 
     def __repr__(self) -> str:
         return f"<fedkern.History, rounds: {len(self)}>"

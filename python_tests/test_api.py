@@ -55,6 +55,7 @@ def test_a_run_from_python_is_that_of_the_command_line(tmp_path):
     own_state, two = run.model().state_dict(), typed_run.model().state_dict()
     assert all(torch.equal(own_state[name], two[name]) for name in own_state)
     assert run.history["accuracy"] == typed_run.history["accuracy"]
+    assert [record.get("accuracy") for record in run.history] == run.history["accuracy"]
     assert len(run.history) == 2
 
 

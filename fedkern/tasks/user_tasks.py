@@ -24,7 +24,7 @@ from fedkern.tasks.classification import CLASSIFICATION, Classification
 from fedkern.tasks.cross_entropy import cross_entropy as mean_cross_entropy
 from fedkern.tasks.cross_entropy import repeatable
 from fedkern.tasks.protocols import JudgedSet, TaskBatch
-from fedkern.tasks.task import Task
+from fedkern.tasks.task import Task, better_values
 from fedkern.usercode.named_code import explain_errors
 
 _GRAPH = threading.Lock()
@@ -94,17 +94,16 @@ class OwnTask(Task):
             if not callable(metric) and not _stateful(metric):
                 raise UserError(f"the metric {key} must be a function, or an object with update and compute.")
         self.offers = frozenset({"loss"} if self.takes_batches else {"loss", "criterion"})  # type: ignore[misc]
-        higher = {key: getattr(metric, "higher_is_better", None) for key, metric in self.metrics.items()}
-        usual = (*(name for name, up in higher.items() if up is not None), "loss")
+        directions = {key: better_values(metric) for key, metric in self.metrics.items()}
+        usual = (*(name for name, known in directions.items() if known), "loss")
         usual_main = "accuracy" if "accuracy" in self.built_in else usual[0]
         self.main = usual_main if main is None else main  # type: ignore[misc]
         names = (*self.built_in, *self.metrics)
         if self.main not in names:
             raise UserError(f"main must be one of {', '.join(names)}, not {self.main!r}.")
-        up = higher.get(self.main, self.main != "loss")
-        if up is None and better is None:
+        self.better = better or directions.get(self.main, "min" if self.main == "loss" else "max")  # type: ignore[misc,assignment]
+        if self.better is None:
             raise UserError(f'better= is missing: say whether "min" or "max" is the better {self.main}.')
-        self.better = better or ("max" if up else "min")  # type: ignore[misc]
         if self.better not in ("max", "min"):
             raise UserError(f'better must be "max" or "min", not {better!r}.')
 

@@ -185,7 +185,9 @@ def writing(out: Path, *, fresh: bool) -> Iterator[Callable[[], None]]:
             try:
                 yield lock.check
             except Exception as error:
-                begun = begun or (not isinstance(error, NoEffect) and _came_to_something(out))
+                if not begun and not isinstance(error, NoEffect):
+                    file = out / record_files.METRICS
+                    begun = (file.exists() and file.stat().st_size > 0) or checkpoints.read_newest(out) is not None
                 if not begun:
                     with suppress(OSError):  # the folder was vacant before
                         checkpoints.Checkpoints(out).discard()
@@ -203,8 +205,3 @@ def writing(out: Path, *, fresh: bool) -> Iterator[Callable[[], None]]:
             way = way if begun or error.full else "choose another folder with --out"
             raise UserError(f"{error.problem}: {way}.") from None
         raise
-
-
-def _came_to_something(out: Path) -> bool:
-    metrics = out / record_files.METRICS
-    return checkpoints.read_newest(out) is not None or (metrics.exists() and metrics.stat().st_size > 0)
