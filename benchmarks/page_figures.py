@@ -73,7 +73,7 @@ def list_cells(paper: str, *tables: str, goal: str = "", rates: bool = False) ->
     shown, rows = [row for row in by_name.values() if row["table"] in tables or row["name"] == goal], []
     for row in shown:
         seeds = [*by_seed(row).values()]
-        name, baseline = (row[key].removeprefix(f"{row['table']}: ") for key in ("name", "baseline"))
+        name, baseline = without_table(row), without_table(row, "baseline")
         gap = "" if row["gap"] is None else f"{interval(row, 'gap', points)} to {baseline}"
         share = [gap_share(row, by_name[row["baseline"]], by_name[goal]) if row["baseline"] else ""] if goal else []
         cells_of_row = [percent(mean(seeds)) if seeds else NOT_PLAYED, ", ".join(map(percent, seeds)), gap, *share]
@@ -81,6 +81,11 @@ def list_cells(paper: str, *tables: str, goal: str = "", rates: bool = False) ->
     header = [", ".join(tables), "mean", "seeds", "difference, paired by seed", *(["share of the gap"] if goal else []),
               *(["learning rate, chosen"] if rates else [])]  # fmt: skip
     return [*table(header, rows).split("\n"), *commits_of(paper, shown)]
+
+
+def without_table(row: Mapping[str, Any], key: str = "name") -> str:
+    """Return a cell's name without its table's at the beginning. Ensembles have the prefix of their students."""
+    return row[key].removeprefix(f"{row['table'].removesuffix(' ensembles')}: ")
 
 
 def rate(row: Mapping[str, Any]) -> str:
@@ -136,7 +141,7 @@ def tables_side_by_side(study: str, *tables: str, forms: Sequence[Callable[[floa
     rows_by_name: dict[str, dict[str, list[str]]] = {}
     shown = [row for row in read_rows(study).values() if row["table"] in tables]
     for row in shown:
-        cells = rows_by_name.setdefault(row["name"].removeprefix(f"{row['table'].removesuffix(' ensembles')}: "), {})
+        cells = rows_by_name.setdefault(without_table(row), {})
         cells[row["table"]] = [interval(row, "ours", forms[0]) or NOT_PLAYED, interval(row, "gap", forms[1])]
     heads = [text for name in tables for text in (name, "difference, paired by seed")]
     rows = [

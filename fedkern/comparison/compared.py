@@ -151,10 +151,10 @@ def play_comparison(runner: Runner, plan: Plan) -> Comparison:
     texts = [*plan.notes]
     try:
         planned = runner.plan(all_variants, plan.seeds)  # every mistake in the settings shows before the first run
-        data = None
-        if not all((runner.folder(cell) / "summary.json").exists() for cell in planned):
+        data, several = runner.data(planned[0].config), len(plan.variants) > 1
+        if data is None and several and not all((runner.folder(cell) / "summary.json").exists() for cell in planned):
             with suppress(Exception):  # a run names what is wrong with its data
-                data = runner.data(planned[0].config) or run_data.load_data(planned[0].config, masks=False)
+                data = run_data.load_data(planned[0].config, masks=False)
         if data is not None:
             for cell in planned:
                 run_data.check_kind(cell.config, data)

@@ -200,8 +200,8 @@ def writing(out: Path, *, fresh: bool) -> Iterator[Callable[[], None]]:
                 with suppress(OSError):  # the folder is not empty
                     folder.rmdir()
         if isinstance(error, atomic.Unwritable):
-            way = "free some space" if error.full else "put that right"
-            way += f", then go on with --resume {shlex.quote(str(out))}" if begun else ", then start again"
-            way = way if begun or error.full else "choose another folder with --out"
+            remedy = "free some space" if error.full else "put that right"
+            command = f"go on with --resume {shlex.quote(str(out))}" if begun else "start again"
+            way = f"{remedy}, then {command}" if begun or error.full else "choose another folder with --out"
             raise UserError(f"{error.problem}: {way}.") from None
         raise
