@@ -604,6 +604,7 @@ def options_of(method: str) -> Lines:
     return table(["option", "default", "values", "meaning"], rows).split("\n")
 
 
+IOD_DATA = ("MNIST 0.1", "MNIST 1.0", "CIFAR-10 0.1")
 FIRST_TABLE = ("IID, B = 10", "IID, one batch", "non-IID, B = 10", "non-IID, one batch")
 WATCH = ("own persons", "worst person", "held-out person")
 
@@ -644,9 +645,9 @@ PAGES: tuple[Page, ...] = (
     Page("docs/fediod.md", {
         "fediod MNIST with class counts": partial(list_cells, "fediod_teachers", "MNIST 0.1"),
         "fediod MNIST with mixed classes": partial(list_cells, "fediod_teachers", "MNIST 1.0"),
-        "fediod CIFAR with class counts": partial(list_cells, "fediod", "CIFAR-10"),
+        "fediod CIFAR with class counts": partial(list_cells, "fediod_teachers", "CIFAR-10 0.1"),
         "fediod ensembles of teachers": partial(
-            tables_side_by_side, "fediod_teachers", "MNIST 0.1 ensembles", "MNIST 1.0 ensembles"),
+            tables_side_by_side, "fediod_teachers", *(f"{name} ensembles" for name in IOD_DATA)),
         "fediod options changed alone": iod_options, "fediod privacy": iod_privacy,
         "fediod command": partial(command, "fediod")}),
     Page("docs/reproducing.md", {

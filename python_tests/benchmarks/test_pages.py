@@ -10,6 +10,7 @@ import pytest
 from matplotlib.image import imread
 
 from benchmarks import artefact, comparisons, page_figures, pages, recorded
+from benchmarks.gpu import stages
 from benchmarks.page import RESULTS, load
 from benchmarks.pages import Page
 from benchmarks.studies import fusefl_figure, privacy_audit
@@ -168,9 +169,7 @@ def test_the_published_commands_are_the_published_settings():
     assert fuse["width"] == "20"
     paper = found["fediod"]
     assert paper.partition == "dirichlet:1.0:plain"  # neither balanced nor shuffled within a class
-    cells = published.read_paper(str(pages.ROOT / "benchmarks/studies/fediod.toml"))
-    cell = effective_config(parse_run(cells.words(cells.find("FedIOD as published").command)))
-    assert paper.options == cell.options
+    assert paper.options == effective_config(parse_run(["fediod", *stages.FEDIOD.split()])).options
     assert (paper.options["w_real"], paper.options["ndf"], paper.options["holdout"]) == (1, 128, 0)
     assert (found["fedlpfm"].rounds, found["fedlpfm"].lr, found["fedlpfm"].weight_decay) == (600, 0.01, 5e-4)
 

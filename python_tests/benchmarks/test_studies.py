@@ -286,7 +286,7 @@ def test_cells_are_those_of_the_papers(monkeypatch):
     monkeypatch.setattr(method_gains, "read_sample", lambda paper, cell: asked.append((paper, cell)))
     method_gains.tools()
     more_studies = {"openclipart", "openclipart_classes", "openclipart_scenes", "fediod_teachers"}
-    assert {paper for paper, _ in asked} == {"fedgid", "fusefl", "fedlpfm", "fediod", "feddra"} | more_studies
+    assert {paper for paper, _ in asked} == {"fedgid", "fusefl", "fedlpfm", "feddra"} | more_studies
     for paper, cell in asked:
         read_study(paper).find(cell)
 
