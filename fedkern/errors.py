@@ -22,11 +22,15 @@ SYNONYMS = {
     **dict.fromkeys(("epochs", "num_epochs"), ("local_epochs", "rounds")),
     **dict.fromkeys(("gpu", "gpus", "use_cuda", "cuda"), ("device=cuda", "cuda")),
     **dict.fromkeys(("continue", "restart", "checkpoint"), ("resume",)),
-    "resume": ("fedkern.load(DIR).resume()",),
+    **dict.fromkeys(("resume", "resume_from"), ("fedkern.load(DIR).resume()",)),
     "quiet": ("progress=False",),
     **dict.fromkeys(("num_clients", "n_clients", "nodes", "num_nodes", "num_partitions"), ("clients",)),
     **dict.fromkeys(("noniid", "non_iid", "alpha", "dirichlet", "dirichlet_alpha"), ("partition=dirichlet:ALPHA",)),
-    **dict.fromkeys(("loss", "criterion"), ("loss_fn",)),
+    **dict.fromkeys(("loss", "loss_function", "criterion"), ("loss_fn",)),
+    **dict.fromkeys(("net", "network"), ("model",)),
+    **dict.fromkeys(("scheduler", "lr_scheduler"), ("lr_decay", "lr_end", "lr_steps")),
+    **dict.fromkeys(("output_dir", "out_dir", "save_dir", "log_dir", "folder"), ("out",)),
+    **dict.fromkeys(("callback", "callbacks", "logger"), ("listener",)),
     **dict.fromkeys(("clients_per_round", "participation", "fraction", "fraction_fit"), ("sample_fraction",)),
     "iid": ("partition=iid",),
     "bs": ("batch_size",),
@@ -306,7 +310,7 @@ def hint_owners(option: str, owners: Mapping[str, Sequence[str]]) -> str:
     return f" It is a method option of {first_of(owners[option], 3)}." if option in owners else ""
 
 
-def suggest_name(word: str, candidates: Iterable[str], cutoff: float = 0.5) -> str:
+def suggest_name(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str:
     """Return ``' Did you mean "x"?'`` for the candidates that ``word`` means, or else for the most similar one.
 
     Dashes before a word and upper case make no difference. Empty where no similarity reaches ``cutoff``, from 0 to 1.

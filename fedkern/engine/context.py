@@ -153,7 +153,8 @@ class RunContext:
         """Warn, in a client's name, of Python state that has changed since this process began."""
         local, current = self.networks.slots.get(("local", 0)), self.user_objects()
         before, held = ({}, {}) if local is None else (local.attributes, hash_attributes(local.module))
-        names = [name for name in held if held[name] != before.get(name)]
+        changes = {name: (before.get(name), now) for name, now in held.items() if now != before.get(name)}
+        names = [*{change: name for name, change in reversed(changes.items())}.values()][::-1]  # a shared object once
         paths = sorted(path for path in {*objects, *current} if objects.get(path) != current.get(path))
         if names or paths:
             parts = [f"The network changes {', '.join(names)} as it runs"] if names else []

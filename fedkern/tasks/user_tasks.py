@@ -84,6 +84,7 @@ class OwnTask(Task):
         self.takes_logits = isinstance(self.loss_code, nn.CrossEntropyLoss) or self.loss_code in functions
         self.plain_loss = self.loss_code in functions or _is_plain(self.loss_code)
         self.metrics = dict(metrics or {})
+        self.functions = {name: metric for name, metric in self.metrics.items() if not _stateful(metric)}
         self._copies: dict[torch.device, nn.Module] = {}
         self._takes_gradients = False  # known after the first batch that is evaluated
         _check_loss(self.loss_name, self.loss_code)
@@ -95,9 +96,8 @@ class OwnTask(Task):
                 raise UserError(f"the metric {key} must be a function, or an object with update and compute.")
         self.offers = frozenset({"loss"} if self.takes_batches else {"loss", "criterion"})  # type: ignore[misc]
         directions = {key: better_values(metric) for key, metric in self.metrics.items()}
-        usual = (*(name for name, known in directions.items() if known), "loss")
-        usual_main = "accuracy" if "accuracy" in self.built_in else usual[0]
-        self.main = usual_main if main is None else main  # type: ignore[misc]
+        usual = "accuracy" if "accuracy" in self.built_in else next(filter(directions.get, directions), "loss")
+        self.main = usual if main is None else main  # type: ignore[misc]
         names = (*self.built_in, *self.metrics)
         if self.main not in names:
             raise UserError(f"main must be one of {', '.join(names)}, not {self.main!r}.")
@@ -118,8 +118,7 @@ class OwnTask(Task):
         return {"main": self.main, "better": self.better, self.loss_name: self.loss_code, **metrics}
 
     def with_loss_copied(self) -> OwnTask:
-        losses = deepcopy(self.loss_fn), deepcopy(self.batch_loss)
-        return type(self)(losses[0], self.metrics, self.main, self.better, losses[1])
+        return type(self)(deepcopy(self.loss_fn), self.metrics, self.main, self.better, deepcopy(self.batch_loss))
 
     def header(self, output_bytes: int, sizes: Mapping[str, int]) -> list[str]:
         large = [name or "test" for name, size in sizes.items() if output_bytes * size > MOST]
@@ -127,9 +126,8 @@ class OwnTask(Task):
         if large or not output_bytes:
             reason = f" (outputs of {', '.join(large)} take more than 1 GB)" if large else ""
             lines = [f"loss of a set: mean over batches, by their targets{reason}"]
-        functions = [name for name, metric in self.metrics.items() if not _stateful(metric)]
-        if self.takes_batches and functions:
-            lines.append(f"{', '.join(functions)}: mean over batches; an object with update and compute sees a set")
+        if self.takes_batches and self.functions:
+            lines.append(f"{', '.join(self.functions)}: mean over batches; use update and compute for a whole set")
         if self.labelled:
             way = "a loss_fn of (outputs, targets) with " if self.takes_batches else ""
             lines.append(f"accuracy, AUROC and calibration: give {way}classes=, where outputs are logits of classes")
@@ -151,11 +149,10 @@ class OwnTask(Task):
         return size
 
     def check_size(self, size: int) -> None:
-        functions = [name for name, metric in self.metrics.items() if not _stateful(metric)]
-        if size > MOST and functions:
+        if size > MOST and self.functions:
             raise UserError(
-                f"The outputs and targets for {', '.join(functions)} take more than 1 GB: use an object with update "
-                "and compute, which sees a batch at a time."
+                f"The outputs and targets for {', '.join(self.functions)} take more than 1 GB: use an object with "
+                "update and compute, which sees a batch at a time."
             )
 
     def count_known(self, batch: TaskBatch) -> int:
@@ -175,8 +172,7 @@ class OwnTask(Task):
         with explain_errors(name, function):
             value: Any = repeatable(self._place_loss(function, arguments), arguments[0])(*arguments)
         if not isinstance(value, Tensor) or value.dim():
-            result = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise UserError(f"{name} must return one number, a tensor of no axes, and returns {result}: take the mean.")
+            raise _not_one_number(name, value)
         return value
 
     def _place_loss(self, function: Callable[..., object], arguments: tuple[object, ...]) -> Callable[..., object]:
@@ -261,8 +257,8 @@ class SetEvaluation:
         self._task, self._model, self._lossless = task, model, 0 < size <= MOST
         self._data = data
         self.turn: AbstractContextManager[object] = _LARGE if MOST >> 3 < size <= MOST else nullcontext()
+        self._functions = task.functions
         self._objects = {name: deepcopy(metric) for name, metric in task.metrics.items() if _stateful(metric)}
-        self._functions = {name: metric for name, metric in task.metrics.items() if name not in self._objects}
         self._sums = dict.fromkeys(("loss", *(self._functions if task.takes_batches else ())), 0.0)
         self._pairs: list[tuple[object, object]] = []
         self._sizes: list[int] = []
@@ -432,7 +428,15 @@ def _check_loss(name: str, loss: object) -> None:
 
 def _number(name: str, metric: Callable[..., SupportsFloat], *arguments: object) -> float:
     with explain_errors(name, metric):
-        return float(metric(*arguments))
+        value = metric(*arguments)
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise _not_one_number(name, value)
+        return float(value)
+
+
+def _not_one_number(name: str, value: object) -> UserError:
+    result = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    return UserError(f"{name} must return one number, a tensor of no axes, and returns {result}: take the mean.")
 
 
 TAKEN = ("accuracy", "loss", "confidence", "balanced_accuracy", "macro_f1", "auroc", "ece")

@@ -925,6 +925,8 @@ SENTENCES = {
     "no tests": ({"test": {}}, "There is no test set: give test=DATASET"),
     "vector": ({"loss_fn": nn.CrossEntropyLoss(reduction="none")},
                r"loss_fn must return one number, .* returns a tensor \[9\]: take the mean"),
+    "metric": ({"metrics": {"hits": lambda outputs, targets: outputs.argmax(1) == targets}},
+               r"hits must return one number, .* returns a tensor \[6\]: take the mean"),
     "no function": ({"loss_fn": 3}, "loss_fn must be a function or a module"),
     "model first": ({"loss_fn": batch_loss}, "first parameter of this one is called model: give it as batch_loss=, or"),
     "outputs first": ({"batch_loss": first_loss}, r"batch_loss takes \(model, batch\), .*: give it as loss_fn="),

@@ -251,7 +251,7 @@ def test_metrics_beside_a_loss_of_the_batch(tmp_path):
     )  # fmt: skip
     assert (run.metrics["rows"], run.config.main, APART in lines) == (150, "loss", True)
     assert run.metrics["mean"] == pytest.approx(float(site(150, 2).tensors[0].mean()), abs=1e-6)
-    assert "mean: mean over batches; an object with update and compute sees a set" in lines
+    assert "mean: mean over batches; use update and compute for a whole set" in lines
 
 
 # -- registered metrics ------------------------------------------------------------------------------------------------

@@ -139,8 +139,7 @@ def _illustrate(
         from fedkern.report.pages.run_page import write_report
 
         try:
-            report = write_report(out, command=repeat_command(out), trusted=code)
-            tell(f"report:     {report}")
+            tell(f"report:     {write_report(out, command=repeat_command(out), trusted=code)}")
         except UserError as error:
             missing.append(f"report ({str(error).rstrip('.')}): write it with {PROGRAM} report {as_word(out)}")
     if missing:

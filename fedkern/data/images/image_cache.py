@@ -302,8 +302,7 @@ class _Cache:
 def _fingerprint(files: ImageFiles) -> str:
     """Hash the files (path, length, times of content and state), decoding options and Pillow's version."""
     total = hashlib.blake2b(digest_size=12)
-    how = (*files.how, PIL.__version__)
-    total.update(f"{how}\n".encode())
+    total.update(f"{(*files.how, PIL.__version__)}\n".encode())
     for path in files.sources:
         try:
             status = path.stat()

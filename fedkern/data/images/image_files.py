@@ -333,8 +333,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    turn = _turn(image)
-    return image.size if turn in (None, *MIRRORS) else (image.height, image.width)
+    return image.size if _turn(image) in (None, *MIRRORS) else (image.height, image.width)
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -111,8 +111,7 @@ def paint(data: FederatedData, palette: Palette, correlation: float, mask: str, 
         # The class's colour with probability ``correlation``, else a random one.
         rng = stream(seed, f"colours/{purpose}", client=client)
         free = random_colours(len(labels), palette, rng)
-        tied = rng.random(len(labels)) < correlation
-        return np.where(tied[:, None], maps[client][labels], free)
+        return np.where((rng.random(len(labels)) < correlation)[:, None], maps[client][labels], free)
 
     def in_distribution(grey: Split, purpose: str) -> Split:
         labels = grey.labels.numpy()

@@ -62,6 +62,8 @@ class Patience(SettingPart):
         self._best: State = {}  # the best round: figure, value, round, file and its CRC-32, all figures
         self._kept = ""  # the file of the last checkpoint
         self._without = 0  # evaluations since the best
+        if not len(run.context.data.validation):
+            self._main({})  # raises the error now, before a round is played
 
     def before_round(self, record: Record) -> Stop | None:
         return self._stop()

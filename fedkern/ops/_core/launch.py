@@ -25,15 +25,11 @@ class Launcher:
     def __init__(self, core: ModuleType) -> None:
         self.core = core
         self.gpu = hasattr(core, "architectures")
-        self.at: Callable[[Tensor], int] = _stream_of if self.gpu else _threads_of
+        self.at: Callable[[Tensor], int] = _stream_of if self.gpu else lambda tensor: _threads()
 
     def fresh(self, tensor: Tensor) -> Tensor:
         """Move a large new CPU tensor, about to be written, to memory that is kept for such tensors."""
         return tensor if self.gpu else fresh(self.core, tensor)
-
-
-def _threads_of(tensor: Tensor) -> int:
-    return _threads()
 
 
 def _stream_of(tensor: Tensor) -> int:

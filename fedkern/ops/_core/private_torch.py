@@ -144,11 +144,6 @@ def backward(loss: Tensor) -> None:
 
 # Names that are tried at their first use: with another meaning they would compute wrong numbers.
 
-
-def _name_change(name: str) -> str:
-    return f"torch.{name}, which torch {torch.__version__} lacks or has changed"
-
-
 raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 """Number of torch's current stream on a GPU, in a tenth of the time that torch.cuda takes; None without CUDA."""
 
@@ -158,7 +153,7 @@ def check_stream() -> None:
     if raw_stream is not None and torch.version.cuda and torch.cuda.is_available():
         index = torch.cuda.current_device()
         if raw_stream(index) != torch.cuda.current_stream(index).cuda_stream:
-            raise Unsuited(f"kernels need {_name_change('_C._cuda_getCurrentRawStream')}")
+            raise Unsuited(f"torch {torch.__version__} has changed torch._C._cuda_getCurrentRawStream")
 
 
 # The table of functions through which compiled cores read tensors (csrc/bindings/exchange.h).

@@ -143,8 +143,7 @@ def _flowing(texts: Sequence[str], wide: float) -> list[tuple[float, int]]:
 
 def to_rgb(image: npt.NDArray[Pixel]) -> npt.NDArray[Pixel]:
     """Return an image ``[C, H, W]`` as ``[H, W, 3]``, in grey from the first channel unless C is 3."""
-    channels = image if len(image) == 3 else np.repeat(image[:1], 3, axis=0)
-    return np.moveaxis(channels, 0, 2)
+    return np.moveaxis(image if len(image) == 3 else np.repeat(image[:1], 3, axis=0), 0, 2)
 
 
 TABLES = 4  # tables side by side, evenly over the run

@@ -26,6 +26,7 @@ from fedkern.privacy.guarantee import About, Disclosure
 from fedkern.report.pages.run_page import headline
 from fedkern.report.run_contents import read_run_folder
 from fedkern.settings.config import RunConfig, load_settings
+from python_tests.hearing import Hearing
 from python_tests.interrupted import KillAt, kill_and_resume, outcome, play_killed
 from python_tests.saved_network import tensors
 from python_tests.stand_ins import Context, run_objects
@@ -194,7 +195,7 @@ def test_an_interrupted_run_ends_alike(flag, at, data, make_config, tmp_path):
 def test_patience_looks_at_the_validation_set_alone(name, tmp_path):
     told = {f"{name}_accuracy" if name else "accuracy": 0.9, "validation_loss": 0.8, "worst_client_accuracy": 0.7}
     context = Context(main="accuracy", better="max", patience=1)
-    context.data.tests = [name, "a"]
+    context.data.tests, context.data.validation = [name, "a"], "images"
     part = Patience(run_objects(context, out=tmp_path))
     assert part._main({**told, "validation_accuracy": 0.5}) == ("validation_accuracy", 0.5)
     with pytest.raises(UserError, match="--patience looks at the main figure on a validation set"):
@@ -211,8 +212,10 @@ def test_a_lost_network_of_the_best_round_is_named(data, make_config, tmp_path):
 
 def test_nothing_is_left_of_a_run_that_cannot_look(data, make_config, refuses, tmp_path):
     unvalidated = dataclasses.replace(data, validation=data.validation.subset(torch.zeros(0, dtype=torch.int64)))
+    heard = Hearing()
     with pytest.raises(UserError, match="--patience looks at the main figure on a validation set, and this run has"):
-        run(patient(make_config), out=tmp_path / "run", data=unvalidated)
+        run(patient(make_config), out=tmp_path / "run", data=unvalidated, listener=heard)
+    assert heard.drawn == []  # no round is begun
     with refuses('have no figure "acuracy", but id_accuracy, '):
         run(make_config(stop_at="acuracy>=0.5"), out=tmp_path / "run", data=data)
 
