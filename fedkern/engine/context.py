@@ -153,7 +153,7 @@ class RunContext:
         """Warn, in a client's name, of Python state that has changed since this process began."""
         local, current = self.networks.slots.get(("local", 0)), self.user_objects()
         before, held = ({}, {}) if local is None else (local.attributes, hash_attributes(local.module))
-        changes = {name: (before.get(name), now) for name, now in held.items() if now != before.get(name)}
+        changes = {name: (before.get(name), value) for name, value in held.items() if value != before.get(name)}
         names = [*{change: name for name, change in reversed(changes.items())}.values()][::-1]  # a shared object once
         paths = sorted(path for path in {*objects, *current} if objects.get(path) != current.get(path))
         if names or paths:

@@ -258,7 +258,7 @@ def _try_network(network: nn.Module, make: Own, data: FederatedData) -> tuple[Fe
         raise UserError(
             f"the network {make.text} fails on two samples of {split.name}, {', '.join(data.form.shapes)} "
             f"({name_cause(error)}){error_origin(error, type(user_module(network)))}: it gets an item's parts but the "
-            "last, or a dict's keys but its label; a collate_fn that returns (inputs, targets) picks others."
+            "last, or a dict's keys but its label; a collate_fn picks others: (x, targets), or (x, y, targets) for two."
         ) from error
     network.train()
     if "classes" in offers:

@@ -47,7 +47,7 @@ class MlpPass:
         if x.dtype != torch.float32 or targets.dtype != torch.int64:
             return None
         loss = self._core.mlp_pass(self._tensors, x.contiguous(), targets.contiguous(), torch.get_num_threads())
-        return None if loss is None else torch.tensor(loss)
+        return None if loss is None else torch.scalar_tensor(loss, dtype=torch.float32)  # faster than torch.tensor
 
 
 def mlp_reference(layers: Sequence[Layer], x: Tensor, targets: Tensor) -> Tensor:

@@ -87,6 +87,15 @@ def test_bits_depend_neither_on_threads_nor_on_the_level():
     assert all(torch.equal(a, b) for tensors in found for a, b in zip(found[0], tensors, strict=True))
 
 
+def test_the_loss_is_fp32_whatever_torchs_default_is():
+    layers, (x, targets) = make((4, 3)), batch((4, 3), 5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert MlpPass(layers)(x, targets).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_images_count_as_flattened():
     layers, (x, targets) = make((48, 8, 3)), batch((48, 8, 3), 6)
     loss = MlpPass(layers)(x, targets)
