@@ -205,8 +205,7 @@ def _stored_table(folder: Path) -> Table | None:
 
 
 def _curves(result: Result) -> Iterator[Block]:
-    histories = result.histories()
-    panels = comparison_panels(histories, result.figures, chance=result.chance())
+    panels = comparison_panels(result.histories(), result.figures, chance=result.chance())
     for place, figure in enumerate(result.figures):
         if figure in panels:
             title = f"{_figure_label(figure)}, over {describe_axes(panels[figure])}"

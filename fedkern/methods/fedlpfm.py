@@ -423,8 +423,7 @@ class FedLPFM(LocalTraining):
         # Stored logits may lack the test images.
         if all(self._teachers.specs[index].kind != "logits" for index in self._used()):
             shifts = self._shift.expand(len(used), -1)
-            pairs = zip(used, shifts, strict=True)
-            guesses = [(answers(teacher) + shift).double().softmax(1) for teacher, shift in pairs]
+            guesses = [(answers(t) + shift).double().softmax(1) for t, shift in zip(used, shifts, strict=True)]
             if self.options.backbone == "consistent":
                 guesses = [torch.stack(guesses).mean(0)]
             figures["teacher_accuracy"] = sum(map(accuracy, guesses)) / len(guesses)

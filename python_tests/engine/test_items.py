@@ -487,6 +487,16 @@ class Stated(Drawing):
         self.targets = targets
 
 
+class Numbered(nn.Linear):
+    def __init__(self, classes=4):
+        super().__init__(4, classes)
+
+
+def test_a_network_keeps_its_default_where_the_data_name_no_classes(tmp_path):
+    data = {"data": [table(20, 1), table(20, 2)], "test": table(30, 3), "rounds": 1}
+    assert fedkern.simulate("fedavg", **data, model=Numbered, out=tmp_path / "run", **HERE).model().out_features == 4
+
+
 @pytest.mark.parametrize(
     ("dataset", "warned"),
     [
@@ -927,6 +937,7 @@ SENTENCES = {
                r"loss_fn must return one number, .* returns a tensor \[9\]: take the mean"),
     "metric": ({"metrics": {"hits": lambda outputs, targets: outputs.argmax(1) == targets}},
                r"hits must return one number, .* returns a tensor \[6\]: take the mean"),
+    "unnamed classes": ({"model": lambda classes: nn.Linear(4, classes)}, "needs the argument classes: the data name"),
     "no function": ({"loss_fn": 3}, "loss_fn must be a function or a module"),
     "model first": ({"loss_fn": batch_loss}, "first parameter of this one is called model: give it as batch_loss=, or"),
     "outputs first": ({"batch_loss": first_loss}, r"batch_loss takes \(model, batch\), .*: give it as loss_fn="),

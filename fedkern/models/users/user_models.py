@@ -302,10 +302,12 @@ class Own:
             module = self._copy_module(self.source).cpu()
             module.train(True)  # may freeze parts, which then count as frozen from the beginning
             return module
-        default = inspect.signature(self.source).parameters["width"].default if "width" in self.takes else None
-        if width is None and default is inspect.Parameter.empty:
-            raise UserError(f"the model {self.text} needs a width: give one with --width.")
-        values = {"classes": classes, "channels": channels, "image_size": side, "seed": seed, "width": width}
+        values = {"classes": classes or None, "channels": channels, "image_size": side, "seed": seed, "width": width}
+        parameters = inspect.signature(self.source).parameters
+        for name in self.takes:
+            if values[name] is None and parameters[name].default is inspect.Parameter.empty:
+                way = "give one with --width" if name == "width" else "the data name none, so give it a default"
+                raise UserError(f"the model {self.text} needs the argument {name}: {way}.")
         with seeded_generators(word), host_code(self.named.file if self.named else ""):
             try:
                 module = self.source(**{name: values[name] for name in self.takes if values[name] is not None})

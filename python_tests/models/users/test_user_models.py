@@ -136,7 +136,7 @@ def test_a_function_gets_the_arguments_that_it_takes(register):
 
 @pytest.mark.parametrize(("make", "width", "said"), [
     (make_sequence, 4, "--width 4 is not for own, which takes no argument width"),
-    (lambda width: nn.Linear(width, 2), None, "needs a width: give one with --width"),
+    (lambda width: nn.Linear(width, 2), None, "needs the argument width: give one with --width"),
     (lambda: 3, None, "gives int, not an nn.Module"),
     (lambda: 1 / 0, None, "cannot be made: ZeroDivisionError"),
     (lambda: nn.Linear(2, 2).double(), None, "weight in float64: only float32 is trained"),
