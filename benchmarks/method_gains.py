@@ -151,6 +151,13 @@ def _fedlpfm() -> Tool:
     drawings = {"drawings by artist, balanced accuracy": "balanced accuracy: "}
     there = {"FedAvg": "FedAvg", "FedCGS, random filters": "FedCGS on 32 random filters"}
     played = contests("openclipart_classes", drawings, {"`prior=counts`": "Fed-LPFM"}, there)
+    long = {
+        f"CIFAR-10, {split}, 100 rounds": f"{split} for 100 rounds: "
+        for split in ("two classes a client", "Dirichlet 0.1")
+    }
+    played += contests(
+        "fedlpfm_teachers", long, {"`prior=counts`": "Fed-LPFM"}, {name: name for name in ("FedAvg", "FedProx")}
+    )
     return Tool(
         "Fed-LPFM", "fedlpfm.md", "points of accuracy",
         [*contests("fedlpfm", settings, forms, rivals), *played],

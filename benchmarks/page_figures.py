@@ -636,6 +636,8 @@ PAGES: tuple[Page, ...] = (
         "fedlpfm teacher from elsewhere": partial(tables_side_by_side, "fedlpfm", *SPLITS, "IID"),
         "fedlpfm corrected teachers": partial(
             tables_side_by_side, "fedlpfm_teachers", "two classes a client", "Dirichlet 0.1"),
+        "fedlpfm corrected teachers for longer": partial(
+            tables_side_by_side, "fedlpfm_teachers", *(f"{split} for 100 rounds" for split in SPLITS)),
         "fedlpfm cost at inference": lpfm_inference,
         "fedlpfm stored teachers": lpfm_stored,
         "fedlpfm drawings by artist": partial(

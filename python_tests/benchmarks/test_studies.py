@@ -285,7 +285,7 @@ def test_cells_are_those_of_the_papers(monkeypatch):
     asked = []
     monkeypatch.setattr(method_gains, "read_sample", lambda paper, cell: asked.append((paper, cell)))
     method_gains.tools()
-    more_studies = {"openclipart", "openclipart_classes", "openclipart_scenes", "fediod_teachers"}
+    more_studies = {"openclipart", "openclipart_classes", "openclipart_scenes", "fediod_teachers", "fedlpfm_teachers"}
     assert {paper for paper, _ in asked} == {"fedgid", "fusefl", "fedlpfm", "feddra"} | more_studies
     for paper, cell in asked:
         read_study(paper).find(cell)
