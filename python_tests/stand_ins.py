@@ -35,6 +35,7 @@ class Context:
         self.samples = SimpleNamespace()
         self.federation = SimpleNamespace(clients=count, samples=[10 * (k + 1) for k in range(count)])
         self.data = SimpleNamespace(client_names=None, client_label=str, clients=[None] * count, classes=("cat", "dog"))
+        self.data.validation = [None]
         self.device, self.uploaded = torch.device("cpu"), []
 
     def name_entry(self, k):

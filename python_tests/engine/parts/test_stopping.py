@@ -195,7 +195,7 @@ def test_an_interrupted_run_ends_alike(flag, at, data, make_config, tmp_path):
 def test_patience_looks_at_the_validation_set_alone(name, tmp_path):
     told = {f"{name}_accuracy" if name else "accuracy": 0.9, "validation_loss": 0.8, "worst_client_accuracy": 0.7}
     context = Context(main="accuracy", better="max", patience=1)
-    context.data.tests, context.data.validation = [name, "a"], "images"
+    context.data.tests = [name, "a"]
     part = Patience(run_objects(context, out=tmp_path))
     assert part._main({**told, "validation_accuracy": 0.5}) == ("validation_accuracy", 0.5)
     with pytest.raises(UserError, match="--patience looks at the main figure on a validation set"):
