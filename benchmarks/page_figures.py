@@ -604,7 +604,6 @@ def options_of(method: str) -> Lines:
     return table(["option", "default", "values", "meaning"], rows).split("\n")
 
 
-IOD_DATA = ("MNIST 0.1", "MNIST 1.0", "CIFAR-10 0.1")
 FIRST_TABLE = ("IID, B = 10", "IID, one batch", "non-IID, B = 10", "non-IID, one batch")
 WATCH = ("own persons", "worst person", "held-out person")
 
@@ -634,8 +633,7 @@ PAGES: tuple[Page, ...] = (
         "fusefl command": partial(command, "fusefl")}),
     Page("docs/fedlpfm.md", {
         "fedlpfm teacher from elsewhere": partial(tables_side_by_side, "fedlpfm", *SPLITS, "IID"),
-        "fedlpfm corrected teachers": partial(
-            tables_side_by_side, "fedlpfm_teachers", "two classes a client", "Dirichlet 0.1"),
+        "fedlpfm corrected teachers": partial(tables_side_by_side, "fedlpfm_teachers", *SPLITS),
         "fedlpfm corrected teachers for longer": partial(
             tables_side_by_side, "fedlpfm_teachers", *(f"{split} for 100 rounds" for split in SPLITS)),
         "fedlpfm cost at inference": lpfm_inference,
@@ -649,7 +647,7 @@ PAGES: tuple[Page, ...] = (
         "fediod MNIST with mixed classes": partial(list_cells, "fediod_teachers", "MNIST 1.0"),
         "fediod CIFAR with class counts": partial(list_cells, "fediod_teachers", "CIFAR-10 0.1"),
         "fediod ensembles of teachers": partial(
-            tables_side_by_side, "fediod_teachers", *(f"{name} ensembles" for name in IOD_DATA)),
+            tables_side_by_side, "fediod_teachers", *(f"{name} ensembles" for name in method_gains.IOD_TABLES)),
         "fediod options changed alone": iod_options, "fediod privacy": iod_privacy,
         "fediod command": partial(command, "fediod")}),
     Page("docs/reproducing.md", {

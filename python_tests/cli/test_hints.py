@@ -65,7 +65,6 @@ def test_the_command_line_names_the_way_out(line, way, fails, tmp_path):
         ({"mu": 1.0}, "It is a method option of fedprox"),
         ({"resume": True}, 'Did you mean "fedkern.load(DIR).resume()"?'),
         ({"output_dir": "runs"}, 'Did you mean "out"?'),
-        ({"overwrite": True}, 'no setting "overwrite".'),
         ({"quiet": True}, 'Did you mean "progress=False"?'),
         ({"tensorboard": True}, 'Did you mean "listener=fedkern.listeners.TensorBoard()"?'),
         ({"lr": [1e-3, 1e-2]}, 'fedkern.compare(METHOD, sweep={"lr": [0.001, 0.01]})'),
@@ -82,16 +81,8 @@ def test_python_names_the_way_out(given, way, tmp_path):
 
 def test_every_meaning_is_a_setting_an_argument_or_a_call():
     settings = {setting.field for setting in RunConfig.list_options()}
-    arguments = {
-        "out",
-        "resume",
-        "progress",
-        "listener",
-        "cuda",
-        "fedkern.load(DIR).resume()",
-        "loss_fn",
-        *vars(Listener),
-    }
+    words = ("out", "resume", "progress", "listener", "cuda", "fedkern.load(DIR).resume()", "loss_fn")
+    arguments = {*words, *vars(Listener)}
     assert {name.partition("=")[0] for names in SYNONYMS.values() for name in names} <= settings | arguments
     assert not SYNONYMS.keys() & settings
 

@@ -303,9 +303,8 @@ class Own:
             module.train(True)  # may freeze parts, which then count as frozen from the beginning
             return module
         values = {"classes": classes or None, "channels": channels, "image_size": side, "seed": seed, "width": width}
-        parameters = inspect.signature(self.source).parameters
-        for name in self.takes:
-            if values[name] is None and parameters[name].default is inspect.Parameter.empty:
+        for name in [name for name in self.takes if values[name] is None]:
+            if inspect.signature(self.source).parameters[name].default is inspect.Parameter.empty:
                 way = "give one with --width" if name == "width" else "the data name none, so give it a default"
                 raise UserError(f"the model {self.text} needs the argument {name}: {way}.")
         with seeded_generators(word), host_code(self.named.file if self.named else ""):

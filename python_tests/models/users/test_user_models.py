@@ -134,6 +134,18 @@ def test_a_function_gets_the_arguments_that_it_takes(register):
     assert got == [(3, 5, 7, 16, {}), (3, 9, 7, 16, {})]
 
 
+class Unsigned:
+    __signature__ = "none"  # inspect.signature fails, as of some C functions
+
+    def __call__(self):
+        return make_sequence(3, 3)
+
+
+def test_a_function_without_a_signature_gets_no_argument(register):
+    register("unsigned")(Unsigned())
+    assert isinstance(build("unsigned", **SIZE, seed=7), (OwnNetwork, StagedNetwork))
+
+
 @pytest.mark.parametrize(("make", "width", "said"), [
     (make_sequence, 4, "--width 4 is not for own, which takes no argument width"),
     (lambda width: nn.Linear(width, 2), None, "needs the argument width: give one with --width"),
