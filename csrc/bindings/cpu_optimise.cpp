@@ -28,13 +28,28 @@ std::vector<double> rates_of(PyObject* given, const py::object& each, std::int64
   return rates;
 }
 
-// Runs both passes; squared and all_finite: [rows].
-void run(OptimiserStep& a, std::vector<double>& rates, double bias, double weight_decay, double max_norm, double* squared, bool* all_finite) {
+// One step. each: fp64 [rows] of learning rates, or None where the call holds them; finite, squared: the results, [rows]. The
+// workspace is the CUDA core's.
+void optimise_step(const py::tuple& call, const py::object& each, py::handle finite, py::handle squared, py::handle, int threads) {
+  OptimiserStep a{};
+  const OptimiseSettings settings = parse_optimise(call, a);
+  a.rule = settings.adamw ? OptimiserRule::adamw : OptimiserRule::sgd, a.threads = threads;
+  std::vector<double> rates = rates_of(field(call, kRate), each, a.rows);
+  auto* const squares = optimise_memory<double>(squared, a.rows);
+  auto* const all_finite = optimise_memory<bool>(finite, a.rows);
+  ReleaseGil release(a.size * a.rows >= kReleaseGilElements);
+  take_step(a, settings, rates, squares, all_finite);
+}
+
+}  // namespace
+
+void take_step(OptimiserStep& a, const OptimiseSettings& settings, std::vector<double>& rates, double* squared, bool* all_finite) {
+  const double max_norm = settings.max_norm;
   const bool adamw = a.rule == OptimiserRule::adamw;
   std::vector<double> decays(adamw ? rates.size() : 0), scales(max_norm > 0 ? rates.size() : 0);
   for (std::size_t m = 0; m < rates.size(); ++m) {
-    if (adamw) decays[m] = 1 - rates[m] * weight_decay;
-    rates[m] = adamw ? -rates[m] / bias : -rates[m];
+    if (adamw) decays[m] = 1 - rates[m] * a.weight_decay;
+    rates[m] = adamw ? -rates[m] / settings.bias : -rates[m];
   }
   a.rates = rates.data(), a.decays = decays.data();
   a.chunk = vector_chunk(a.size);
@@ -73,21 +88,6 @@ void run(OptimiserStep& a, std::vector<double>& rates, double bias, double weigh
     all_finite[m] = finite;
   }
 }
-
-// One step. each: fp64 [rows] of learning rates, or None where the call holds them; finite, squared: the results, [rows]. The
-// workspace is the CUDA core's.
-void optimise_step(const py::tuple& call, const py::object& each, py::handle finite, py::handle squared, py::handle, int threads) {
-  OptimiserStep a{};
-  const OptimiseSettings settings = parse_optimise(call, a);
-  a.rule = settings.adamw ? OptimiserRule::adamw : OptimiserRule::sgd, a.threads = threads;
-  std::vector<double> rates = rates_of(field(call, kRate), each, a.rows);
-  auto* const squares = optimise_memory<double>(squared, a.rows);
-  auto* const all_finite = optimise_memory<bool>(finite, a.rows);
-  ReleaseGil release(a.size * a.rows >= kReleaseGilElements);
-  run(a, rates, settings.bias, a.weight_decay, settings.max_norm, squares, all_finite);
-}
-
-}  // namespace
 
 void bind_optimise(py::module_& module) { module.def("optimise_step", optimise_step); }
 

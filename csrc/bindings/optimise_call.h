@@ -1,6 +1,8 @@
 // A step of optimise as Python makes it: a tuple of the fields of Call (fedkern/ops/_optimise/kernels.py), in their order.
 #pragma once
 
+#include <vector>
+
 #include "exchange.h"
 
 namespace fedkern {
@@ -77,6 +79,10 @@ OptimiseSettings parse_optimise(const py::tuple& call, Step& a) {
   require(a.proximal == 0 || a.anchor.present, "a proximal term takes an anchor");
   return settings;
 }
+
+struct OptimiserStep;
+// Takes a step on the CPU, in one pass or, with clipping, two. rates: [rows], overwritten; squared, all_finite: results, [rows].
+void take_step(OptimiserStep& a, const OptimiseSettings& settings, std::vector<double>& rates, double* squared, bool* all_finite);
 
 // A contiguous tensor of so many T: the results, the workspace, one learning rate per row.
 template <typename T>

@@ -230,9 +230,7 @@ class Pending(Tensor):
             if type(item) is Pending:
                 item.__dict__["node"].run.settle()
                 item.__dict__["node"].taken = True
-        return func(
-            *map(compute_pending, args), **{name: compute_pending(item) for name, item in (kwargs or {}).items()}
-        )
+        return func(*map(compute_pending, args), **{name: compute_pending(x) for name, x in (kwargs or {}).items()})
 
     def dim(self) -> int:
         return 4

@@ -228,9 +228,7 @@ class Runner:
                 found["model_sha256"] = network_hash(maker)
         if reason := describe_difference(stored, config.replace(identity=identity, **found)):
             tables = stored_code(folder)
-            words = [
-                text for group in tables.keys() & code for text in find_changes(tables[group], fold_table(code[group]))
-            ]
+            words = [text for key in tables.keys() & code for text in find_changes(tables[key], fold_table(code[key]))]
             raise UserError(
                 f"{folder} was made with {reason}{f' ({first_of(words, 3)})' if words else ''}: name another --out, or "
                 "put the former code back."

@@ -74,9 +74,7 @@ class ClientChoice:
             return sorted(self._choose(self._sizes, losses, self._count, rng).tolist())
         name = f"--choose {self._config.choose}"
         with named_code.host_code(self._own.file), named_code.explain_errors(name, self._function):
-            chosen = [
-                operator.index(k) for k in self._function(round, self._sizes.copy(), losses.copy(), self._count, rng)
-            ]
+            chosen = [*map(operator.index, self._function(round, self._sizes.copy(), losses.copy(), self._count, rng))]
         clients = {*chosen} & {*range(len(self._sizes))}
         if not len(clients) == len(chosen) == self._count:
             raise UserError(

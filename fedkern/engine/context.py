@@ -205,10 +205,6 @@ class Node:
         return self._images().shape
 
     @property
-    def image_dtype(self) -> torch.dtype:
-        return torch.uint8 if self._images().dtype == "uint8" else torch.float32
-
-    @property
     def mean(self) -> tuple[float, ...]:
         return self._images().scale(self._context.config.method)[0]
 

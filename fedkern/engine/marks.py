@@ -55,10 +55,7 @@ def find_unused(config: RunConfig, names: Collection[str], marks: Collection[str
     subject, own = _code(config)
     factory = {"optimizer"} if config.training and not config.training.startswith("train ") else set()
     for mark, place in PLACES.items():
-        labels = {
-            *config.given_flags(*(name for name in place.settings if name in names)),
-            *factory & {*place.settings},
-        }
+        labels = {*config.given_flags(*(key for key in place.settings if key in names)), *factory & {*place.settings}}
         for label in () if mark in marks else sorted(labels):
             way = f"{place.way}, or leave {label} out" if own else f"leave {label} out"
             yield f"{label} has no effect on {subject}, {place.lacks}: {way}."

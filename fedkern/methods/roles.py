@@ -122,7 +122,6 @@ class Node(Protocol):
 
     Attributes:
         image_shape: channels, height and width of a network's input.
-        image_dtype: of stored images, uint8, or float32 for a Dataset of floats.
         mean, std: per channel, of images in [0, 1].
         public: public labelled images, which no client holds (``--public-samples``), or None.
     """
@@ -133,9 +132,6 @@ class Node(Protocol):
 
     @property
     def image_shape(self) -> tuple[int, int, int]: ...
-
-    @property
-    def image_dtype(self) -> torch.dtype: ...
 
     @property
     def mean(self) -> tuple[float, ...]: ...

@@ -151,9 +151,7 @@ class FlatParameters:
         if unknown := self._personal - {name for _, _, name, _, _ in all_entries}:
             raise ValueError(f"personal must hold names of the module's tensors, which {sorted(unknown)[0]!r} is not")
         floating = [entry for entry in all_entries if _is_inexact(entry[3])]
-        self._integers = [
-            entry for entry in all_entries if not _is_inexact(entry[3]) and entry[2] not in self._personal
-        ]
+        self._integers = [row for row in all_entries if not _is_inexact(row[3]) and row[2] not in self._personal]
         # Frozen as a whole, as a teacher or for evaluation, a module keeps its layout.
         self._mixed = len({tensor.requires_grad for _, _, _, tensor, is_parameter in floating if is_parameter}) == 2
         self._slots: dict[torch.dtype, list[Slot]] = {}

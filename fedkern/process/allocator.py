@@ -31,8 +31,4 @@ def keep_freed_memory() -> bool:
     ):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return (
-        mallopt is not None
-        and bool(mallopt(_M_MMAP_THRESHOLD, OWN_MAPPING))
-        and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
-    )
+    return bool(mallopt and mallopt(_M_MMAP_THRESHOLD, OWN_MAPPING) and mallopt(_M_TRIM_THRESHOLD, _NEVER))

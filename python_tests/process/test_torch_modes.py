@@ -97,10 +97,7 @@ def plain(tmp_path_factory):
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("mode", "method", "model", "workers"),
-    [
-        (mode, ("fedavg", "scaffold")[number % 2], ("mlp", "cnn")[number // 2 % 2], 1)
-        for number, mode in enumerate(MODES)
-    ]
+    [(mode, ("fedavg", "scaffold")[i % 2], ("mlp", "cnn")[i // 2 % 2], 1) for i, mode in enumerate(MODES)]
     + [("float64", "scaffold", "mlp", 2), ("matrix products in bf16", "fedavg", "mlp", 2)],
 )
 def test_the_bits_of_a_plain_run(mode, method, model, workers, plain, tmp_path):

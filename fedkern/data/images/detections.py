@@ -201,11 +201,7 @@ class Detections:
         for row, key in enumerate(keys):
             if key not in cached:
                 missing.setdefault(names[row], []).append(row)
-        batches = [
-            (name, rows[start : start + BATCH])
-            for name, rows in missing.items()
-            for start in range(0, len(rows), BATCH)
-        ]
+        batches = [(name, rows[i : i + BATCH]) for name, rows in missing.items() for i in range(0, len(rows), BATCH)]
         total, done = sum(len(rows) for _, rows in batches), 0
         try:
             for number, (name, rows) in enumerate(batches, start=1):

@@ -327,6 +327,10 @@ class Items:
                 self.watch_items(places, items, batch)
             yield batch
 
+    def is_in_memory(self) -> bool:
+        """Return whether batches are rows of tensors."""
+        return (type(self.dataset) is TensorDataset and self.collate is default_collate) or self._has_rows()
+
     def _has_rows(self) -> bool:
         if self.store is not None and not self.is_kept:
             self.is_kept = self.store.has_rows(slice(None) if self.rows is None else self.rows.numpy())

@@ -62,6 +62,11 @@ class Reader:
         return len(self.split)
 
     @property
+    def joins(self) -> bool:
+        """Return whether training may read batches joined: from memory, and with the same samples."""
+        return not self.fresh
+
+    @property
     def known_count(self) -> Tensor:
         """The number of known targets (samples, or pixels of a segmentation), at least 1."""
         raise NotImplementedError
@@ -148,6 +153,10 @@ class ItemReader(Reader):
         self.fresh = not split.is_deterministic or split.collate is not default_collate
         self._seed, self._client, self.reads = seed, client, 2
         self._targets: torch.Tensor | None = None
+
+    @property
+    def joins(self) -> bool:
+        return bool(self.split.is_in_memory())
 
     @property
     def known_count(self) -> torch.Tensor:

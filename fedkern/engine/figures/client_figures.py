@@ -35,9 +35,7 @@ def over_clients(by_client: Mapping[int, Mapping[str, float]], sets: Mapping[int
 def comparable(by_client: Mapping[int, Mapping[str, float]], sets: Mapping[int, TestSet]) -> list[str]:
     """Return the names of figures that compare clients: ``loss`` and those of the task."""
     compared = {"loss", *_compared_names(sets)}
-    return [
-        name for name in dict.fromkeys(name for figures in by_client.values() for name in figures) if name in compared
-    ]
+    return [name for name in dict.fromkeys(name for row in by_client.values() for name in row) if name in compared]
 
 
 def _compared_names(sets: Mapping[int, TestSet]) -> tuple[str, ...]:
@@ -53,9 +51,7 @@ def with_undefined(
     by_client: Mapping[int, Mapping[str, float]], sets: Mapping[int, EvaluatedSet]
 ) -> dict[int, dict[str, float | None]]:
     lacking = {k: {sets[k].task.main: None} for k in by_client if not sets[k].task.has_main_figure(sets[k])}
-    numbers = {
-        k: {name: None if math.isnan(value) else value for name, value in by_client[k].items()} for k in by_client
-    }
+    numbers = {k: {name: None if math.isnan(x) else x for name, x in by_client[k].items()} for k in by_client}
     return {k: {**lacking.get(k, {}), **figures} for k, figures in numbers.items()}
 
 

@@ -96,12 +96,7 @@ def collapsed_classes(
     for prefix, data in sets.items():
         if data.predictions is None or prefix == "validation_":
             continue
-        present = {
-            label
-            for part in in_parts(data.labels)
-            for label in torch.unique(part).tolist()
-            if 0 <= label < len(classes)
-        }
+        present = {k for part in in_parts(data.labels) for k in part.unique().tolist() if 0 <= k < len(classes)}
         if missing := sorted(present - set(torch.unique(data.predictions).tolist())):
             area = telling_area(metrics, prefix[:-1], config)
             names = ", ".join(f'"{classes[c]}"' for c in missing[:5]) + (" ..." if len(missing) > 5 else "")

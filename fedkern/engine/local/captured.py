@@ -54,9 +54,7 @@ class Snapshot:
         return next((name for name, state in self._host.items() if state != current[name]), "")
 
     def holds(self) -> bool:
-        return all(
-            has_same_bits(tensor.detach(), value) for tensor, value in zip(self._tensors, self._values, strict=True)
-        )
+        return all(has_same_bits(x.detach(), value) for x, value in zip(self._tensors, self._values, strict=True))
 
     def restore(self) -> None:
         for tensor, value in zip(self._tensors, self._values, strict=True):

@@ -20,7 +20,7 @@ from fedkern import ops
 from fedkern.engine.batches.reader import Reader, batch_plan
 from fedkern.engine.local.captured import Graphs, Outcome, Play, is_replayable
 from fedkern.engine.local.first_steps import FirstSteps
-from fedkern.engine.local.linear_pass import has_default_loss, make_pass, play_step
+from fedkern.engine.local.linear_pass import group_batches, has_default_loss, make_pass, play_step, play_steps
 from fedkern.engine.local.network import Network, Trained
 from fedkern.engine.local.own_optimizer import OwnStepper, clip
 from fedkern.errors import UserError
@@ -31,6 +31,7 @@ from fedkern.methods.roles import Client, Objective
 from fedkern.methods.terms import Terms
 from fedkern.models.optimisers import cosine
 from fedkern.ops._core.private_torch import backward
+from fedkern.ops._optimise.kernels import Call
 from fedkern.process.device_copies import fetch, to_host_async
 from fedkern.process.interrupts import check
 
@@ -121,11 +122,13 @@ class Stepper(NamedTuple):
         step: takes the learning rate, applies a batch's gradients and zeroes them.
         read_state: returns the state to keep.
         switch: puts the optimiser in train mode (True) or eval mode.
+        call: a step of SGD on all parameters, but for its rate; None for any other.
     """
 
     step: Callable[[Rate], ops.StepResult]
     read_state: Callable[[], State]
     switch: Callable[[bool], None] = lambda training: None
+    call: Call | None = None
 
 
 def stepper(
@@ -146,12 +149,10 @@ def stepper(
         return OwnStepper(network, schedule, terms, previous)
     theta, gradients = network.parameters.detach(), network.gradients
     if not (isinstance(network, Network) and len(network.personal)):
-        return Stepper(*_steps(theta, gradients, schedule, terms, previous, hold))
+        return _steps(theta, gradients, schedule, terms, previous, hold)
     plain, vectors = replace(schedule, clip_norm=0.0), network.gradient_vectors
-    step_shared, shared_state = _steps(theta, gradients, plain, None, previous.get("shared", {}))
-    step_personal, personal_state = _steps(
-        network.personal.detach(), vectors[1], plain, None, previous.get("personal", {})
-    )
+    shared = _steps(theta, gradients, plain, None, previous.get("shared", {}))
+    personal = _steps(network.personal.detach(), vectors[1], plain, None, previous.get("personal", {}))
 
     @torch.no_grad()
     def both(lr: Rate) -> ops.StepResult:
@@ -159,10 +160,10 @@ def stepper(
             terms.add_to(gradients, theta)
         if schedule.clip_norm:
             clip(vectors, schedule.clip_norm)
-        of_shared, of_personal = step_shared(lr), step_personal(lr)
+        of_shared, of_personal = shared.step(lr), personal.step(lr)
         return ops.StepResult(of_shared.finite & of_personal.finite, of_shared.squared_norm + of_personal.squared_norm)
 
-    return Stepper(both, lambda: {"shared": shared_state(), "personal": personal_state()})
+    return Stepper(both, lambda: {"shared": shared.read_state(), "personal": personal.read_state()})
 
 
 def _steps(
@@ -172,7 +173,7 @@ def _steps(
     terms: Terms | None,
     previous: State,
     hold: Callable[[str, Tensor], Tensor] | None = None,
-) -> tuple[Callable[[Rate], ops.StepResult], Callable[[], State]]:
+) -> Stepper:
     settings: dict[str, Any] = {"weight_decay": schedule.weight_decay, "zero": True}
     if schedule.clip_norm:
         settings["max_norm"] = schedule.clip_norm
@@ -190,7 +191,7 @@ def _steps(
                 theta, gradients, state["first"], state["second"], state["steps"], lr=float(lr), **settings
             )
 
-        return adamw, lambda: state
+        return Stepper(adamw, lambda: state)
     velocity = None
     if schedule.momentum:
         velocity = state.setdefault("velocity", torch.zeros_like(gradients))
@@ -201,7 +202,10 @@ def _steps(
         return ops.sgd_step(theta, gradients, velocity, lr=lr, momentum=schedule.momentum, **settings)
 
     # The next exchange overwrites held tensors, so they are copied.
-    return sgd, lambda: state if hold is None else {name: value.clone() for name, value in state.items()}
+    return Stepper(
+        sgd, lambda: state if hold is None else {name: value.clone() for name, value in state.items()},
+        call=Call(theta, gradients, velocity, momentum=schedule.momentum, **settings),
+    )  # fmt: skip
 
 
 def epochs(count: int, schedule: Schedule, rng: np.random.Generator) -> Iterator[list[np.ndarray]]:
@@ -347,7 +351,9 @@ def train_async(
     # The checks of first steps wrap the loss, inside and outside of recordings.
     objective = method if first_steps is None else first_steps.watch(client, method, network)
     run = partial(one_pass, objective, network.module, partial(step, rate) if as_whole else None)
-    if linear and has_default_loss(method, data.task) and (passing := make_pass(network.module)):
+    passing = make_pass(network.module) if linear and has_default_loss(method, data.task) else None
+    call = None if draws or adjusts or not isinstance(optimiser, Stepper) else optimiser.call
+    if passing is not None:
         run = partial(play_step, passing, run)  # of code that has nothing to check
     passes: AbstractContextManager[Play] = nullcontext(partial(map, partial(run, received=received)))
     if graphs is not None:
@@ -365,11 +371,19 @@ def train_async(
             chosen = plan if rows is None else [rows[part] for part in plan]
             lr = schedule.lr_at(epoch)
             rate.fill_(lr)
+            together = group_batches(passing, chosen) if passing and call and data.joins else []
+            joined = batches(epoch, [np.concatenate(part) for part in together])
             try:
-                for outcome in play(batches(epoch, chosen)):
-                    if adjusts:
-                        method.adjust_gradient(theta.detach(), gradients, received)
-                    records.append(outcome if as_whole else outcome._replace(squared_norm=step(lr).squared_norm))
+                for part in together or [chosen]:
+                    if together and passing and call:
+                        outcome = play_steps(passing, call._replace(lr=lr), part, next(joined), data)
+                        if outcome is not None:
+                            records.append(outcome)
+                            continue
+                    for outcome in play(batches(epoch, part)):
+                        if adjusts:
+                            method.adjust_gradient(theta.detach(), gradients, received)
+                        records.append(outcome if as_whole else outcome._replace(squared_norm=step(lr).squared_norm))
             except ValueError as error:
                 if min(map(len, chosen)) == 1 and "more than 1 value per channel" in str(error):
                     raise UserError(_too_small(client)) from None

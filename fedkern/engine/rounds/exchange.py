@@ -110,9 +110,7 @@ class Exchange:
                     k: convert_figures(own.report, f"client {k}: client.report", TAKEN) for k, own in clients.items()
                 }
                 marks = frozenset().union(*(client.collect_marks() for client in clients.values()))
-                return (
-                    Answer(k, uploads.pop(k), report=reports[k], seconds=share, marks=marks) for k in list(asked.sent)
-                )
+                return (Answer(k, uploads.pop(k), report=reports[k], seconds=share, marks=marks) for k in [*asked.sent])
         begun: dict[int, dict[ClientId, Message]] = {}
         for k, message in asked.sent.items():
             begun.setdefault(asked.phase.round - asked.staleness(k), {})[k] = message

@@ -138,7 +138,7 @@ class RunObjects:
     def out(self) -> Path:
         return self.request.out
 
-    @property
+    @cached_property
     def rounds(self) -> int:
         return sum(not entry.one_off for entry in self.plan)
 

@@ -45,9 +45,7 @@ def _file(path: str) -> Path:
 def of_module(module: nn.Module, folder: Path) -> str:
     """Return the future path of a module's weights in a run folder, readable even before :func:`write_given`."""
     path = str((folder / INIT).absolute())
-    _GIVEN[path] = save(
-        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
-    )
+    _GIVEN[path] = save({name: x.detach().cpu().contiguous().clone() for name, x in module.state_dict().items()})
     return path
 
 

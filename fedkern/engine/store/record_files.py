@@ -165,9 +165,7 @@ class Metrics:
         with filesystem.report_unreadable(self.path):
             self._sum = hashlib.sha256(self.path.read_bytes()[:size] if size else b"")
         if self.digest != digest:
-            way = filesystem.explain_line_ends(
-                self.path, lambda content: hashlib.sha256(content).hexdigest(), digest, size
-            )
+            way = filesystem.explain_line_ends(self.path, lambda data: hashlib.sha256(data).hexdigest(), digest, size)
             way = way or ": put the file back, or start the run again with another --out"
             raise UserError(f"{self.path} is not what the run wrote{way}.")
 

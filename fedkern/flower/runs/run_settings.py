@@ -79,9 +79,7 @@ def read_run_config(run_config: UserConfig, data_root: str | None = None) -> Run
     ``data_root`` is the folder of the data on this machine, instead of the run-config's.
     """
     values = {key: word for key, value in run_config.items() if (word := as_typed(value).strip())}
-    fields = {
-        setting_key(entry.field): entry.field for entry in RunConfig.list_options() if entry.field not in LOCAL_ONLY
-    }
+    fields = {setting_key(flag.field): flag.field for flag in RunConfig.list_options() if flag.field not in LOCAL_ONLY}
     keys = [*fields, *SWITCHES, *FLOWER, "out", "plugins"]
     for key in values:
         if key not in keys and not key.startswith((METHOD_OPTION, DATA_OPTION)):

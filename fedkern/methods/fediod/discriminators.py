@@ -132,10 +132,7 @@ class Discriminators:
             named = dict(module.named_parameters())
             gradients = torch.autograd.grad(losses.sum(), list(named.values()))
         module.requires_grad_(False)
-        cut = {
-            name: gradient.contiguous().tensor_split(module.count)
-            for name, gradient in zip(named, gradients, strict=True)
-        }
+        cut = {name: g.contiguous().tensor_split(module.count) for name, g in zip(named, gradients, strict=True)}
         for slot, part in enumerate(self._parts):
             for name, tensor in part.items():
                 tensor.grad = cut[name][slot] if slot in real else None

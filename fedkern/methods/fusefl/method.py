@@ -354,9 +354,7 @@ class FuseFL(Objective, Method):
             if self.options.frozen_bn == "code":
                 expected["statistics"] = {
                     i: {
-                        j: {
-                            name: x for name, x in networks.of(j).blocks[i - 1].named_buffers() if name in pair["block"]
-                        }
+                        j: {key: x for key, x in networks.of(j).blocks[i - 1].named_buffers() if key in pair["block"]}
                         for j, pair in pairs.items()
                     }
                     for i, pairs in levels.items()

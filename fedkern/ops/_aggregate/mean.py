@@ -184,9 +184,7 @@ def _vmap(
     # Every mapped entry has its own weights: one call each.
     rows_of_weights = weights.movedim(values, 0).unbind()
     parts = [vectors] * len(rows_of_weights) if rows is None else vectors.movedim(rows, 0).unbind()
-    return torch.stack(
-        [_weighted_mean(part, value, dtype) for part, value in zip(parts, rows_of_weights, strict=True)]
-    ), 0
+    return torch.stack([_weighted_mean(part, row, dtype) for part, row in zip(parts, rows_of_weights, strict=True)]), 0
 
 
 _weighted_mean = library.register(

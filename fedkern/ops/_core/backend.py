@@ -167,7 +167,7 @@ def active_isa() -> str:
 
 
 # A function of each core that earlier builds do not have.
-_NEWEST = {"_cpu": "mlp_pass", "_cuda": "take_tensors"}
+_NEWEST = {"_cpu": "mlp_train", "_cuda": "take_tensors"}
 
 
 def _show_tensors(core: ModuleType, name: str) -> None:

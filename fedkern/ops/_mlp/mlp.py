@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedkern.ops._core import backend
+from fedkern.ops._core.checks import mark_written
+from fedkern.ops._optimise.kernels import Call
 
 
 class Layer(NamedTuple):
@@ -25,12 +27,16 @@ class MlpPass:
     Args:
         layers: in order, each with as many inputs as the one before has outputs; all fp32, contiguous and on the CPU.
 
+    Attributes:
+        inputs: numbers of a sample.
+
     Raises:
         ValueError: a call's tensors do not fit the layers.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._tensors = tuple(tensor for layer in layers for tensor in layer)
+        self.inputs = layers[0].weight.shape[1]
         self._core = backend.cpu_core()
 
     def __call__(self, x: Tensor, targets: Tensor) -> Tensor | None:
@@ -48,6 +54,36 @@ class MlpPass:
             return None
         loss = self._core.mlp_pass(self._tensors, x.contiguous(), targets.contiguous(), torch.get_num_threads())
         return None if loss is None else torch.scalar_tensor(loss, dtype=torch.float32)  # faster than torch.tensor
+
+    def train(self, x: Tensor, targets: Tensor, sizes: Tensor, call: Call) -> tuple[Tensor, Tensor] | None:
+        """Train on batches that follow each other in ``x`` and ``targets``, with a step of SGD after every pass.
+
+        Args:
+            sizes: number of samples of each batch, int64 ``[N]``.
+            call: the step, whose vectors of parameters and gradients hold those of the layers.
+
+        Returns:
+            Losses and squared norms of the gradients, fp64 ``[N]``, of the same bits as those of single calls.  None,
+            with nothing written, if one of the batches is not taken.
+        """
+        losses, squares = torch.empty(2, len(sizes), dtype=torch.float64)
+        if (
+            x.dtype != torch.float32
+            or targets.dtype != torch.int64
+            or not self._core.mlp_train(
+                self._tensors,
+                x.contiguous(),
+                targets.contiguous(),
+                sizes,
+                call,
+                losses,
+                squares,
+                torch.get_num_threads(),
+            )
+        ):
+            return None
+        mark_written(call.parameters, call.gradients, call.first, call.gradient_sum)
+        return losses, squares
 
 
 def mlp_reference(layers: Sequence[Layer], x: Tensor, targets: Tensor) -> Tensor:

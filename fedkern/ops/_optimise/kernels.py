@@ -39,18 +39,18 @@ class Call(NamedTuple):
 
     parameters: Tensor
     gradients: Tensor
-    first: Tensor | None
-    second: Tensor | None
-    anchor: Tensor | None
-    correction: Tensor | None
-    gradient_sum: Tensor | None
-    lr: float | Sequence[float] | Tensor
-    momentum: float
-    weight_decay: float
-    proximal: float
-    max_norm: float | None
-    zero: bool
-    adamw: AdamW | None
+    first: Tensor | None = None
+    second: Tensor | None = None
+    anchor: Tensor | None = None
+    correction: Tensor | None = None
+    gradient_sum: Tensor | None = None
+    lr: float | Sequence[float] | Tensor = 0.0
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    proximal: float = 0.0
+    max_norm: float | None = None
+    zero: bool = False
+    adamw: AdamW | None = None
 
     def outputs(self) -> dict[str, Tensor]:
         named = {name: getattr(self, name) for name in ("parameters", "first", "second", "gradient_sum")}

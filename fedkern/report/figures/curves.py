@@ -198,11 +198,7 @@ def weight_panels(records: Sequence[Record], *, by_samples: bool = False) -> lis
     clients = sorted(weights, key=int)
     heaviest = max(clients, key=lambda client: weights[client][1][-1])
     has_few_clients = len(clients) <= CLIENTS
-    looks = (
-        {k: look(number) for number, k in enumerate(clients)}
-        if has_few_clients
-        else {heaviest: (plots.ORANGE, "-", "o")}
-    )
+    looks = {k: look(i) for i, k in enumerate(clients)} if has_few_clients else {heaviest: (plots.ORANGE, "-", "o")}
     names, panels = _names(records), []
     for key, axis in WEIGHTS.items():
         points = _points(records, key)

@@ -12,7 +12,8 @@ from torch.utils.data import TensorDataset
 
 import fedkern
 from fedkern.acceleration import calls
-from fedkern.engine.local.linear_pass import has_default_loss
+from fedkern.engine.local import training
+from fedkern.engine.local.linear_pass import has_default_loss, play_steps
 from fedkern.engine.local.script_objects import ScriptObjects
 from fedkern.engine.run import run
 from fedkern.errors import UserError
@@ -228,6 +229,28 @@ def test_linear_layers_are_served_behind_the_plain_cross_entropy(loss, said, tmp
     served, written = (run.model().state_dict() for run in found)
     for name, value in served.items():
         torch.testing.assert_close(value, written[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "scaffold", "fedprox", "fedper"])
+@pytest.mark.parametrize("kind", [TensorDataset, type("Items", (TensorDataset,), {})])
+def test_batches_of_one_call_give_the_bits_of_single_ones(kind, method, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    rows, targets = torch.randn(200, 192), torch.randint(0, 3, (200,))
+    targets[3] = -100
+    found, joined = [], []
+
+    def spy(*given):
+        joined.append(play_steps(*given))
+        return joined[-1]
+
+    for joins in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "play_steps", spy if joins else lambda *_: None)
+            data = [kind(rows[:90], targets[:90]), kind(rows[90:], targets[90:])]
+            how = {"model": guest(Rectified), "lr": 0.05, "momentum": 0.5, "batch_size": 4, "pictures": False}
+            found.append(fedkern.simulate(method, data=data, test=data[1], rounds=6, out=tmp_path / str(joins), **how))
+    assert any(outcome is not None for outcome in joined) == (method != "fedper")
+    assert same_network(*(run.out for run in found))
 
 
 def test_a_class_that_the_network_lacks_is_named_as_ever(tmp_path):

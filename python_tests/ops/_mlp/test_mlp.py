@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedkern.ops import sgd_step
 from fedkern.ops._core import backend
 from fedkern.ops._mlp.mlp import Layer, MlpPass, mlp_reference
+from fedkern.ops._optimise.kernels import Call
 
 pytestmark = pytest.mark.skipif(backend.active_isa() == "none", reason="the compiled core is missing")
 
@@ -120,6 +122,50 @@ def test_what_the_kernel_does_not_take_leaves_the_gradients_alone(change):
     layers = make((4, 3))
     assert MlpPass(layers)(*change(*batch((4, 3), 3))) is None
     assert all((tensor == 7).all() for tensor in gradients(layers))
+
+
+def one_vector(sizes):
+    """Layers whose parameters, and gradients, lie in one vector."""
+    torch.manual_seed(1)
+    memory, layers = torch.randn(2, sum((inputs + 1) * outputs for inputs, outputs in pairwise(sizes))), []
+    left = memory
+    for inputs, outputs in pairwise(sizes):
+        weight, bias, left = left.tensor_split([inputs * outputs, (inputs + 1) * outputs], dim=1)
+        weight = weight.view(2, outputs, inputs)
+        layers.append(Layer(weight[0], bias[0], weight[1], bias[1]))
+    return layers, memory[0], memory[1].zero_()
+
+
+@pytest.mark.parametrize("terms", [(), ("first",), ("anchor", "correction", "gradient_sum"), ("max_norm",)])
+def test_training_on_joined_batches_has_the_bits_of_single_steps(terms):
+    parts, found = [12, 7, 1, 12], []
+    x, targets = batch((20, 16, 5), sum(parts))
+    targets[3] = -100
+    for joined in (True, False):
+        layers, theta, gradients = one_vector((20, 16, 5))
+        given = {name: 0.1 if name == "max_norm" else 0.01 + torch.zeros_like(theta) for name in terms}
+        given |= {"momentum": 0.9 * ("first" in given), "proximal": 0.1 * ("anchor" in given), "weight_decay": 1e-3}
+        call, passing = Call(theta, gradients, lr=0.1, zero=True, **given), MlpPass(layers)
+        given["velocity"] = given.pop("first", None)
+        if joined:
+            losses, squares = passing.train(x, targets, torch.tensor(parts), call)
+        else:
+            losses, squares = torch.zeros(2, 4, dtype=torch.float64)
+            for i, pair in enumerate(zip(x.split(parts), targets.split(parts), strict=True)):
+                losses[i] = passing(*pair)
+                squares[i] = sgd_step(theta, gradients, lr=0.1, zero=True, **given).squared_norm
+        found.append((losses, squares, theta, *(value for value in call[2:7] if value is not None)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("parts", "wrong"), [([4, 4], 5), ([4, 4], -100), ([4, 5], 0), ([4, 0, 4], 0)])
+def test_batches_that_do_not_fit_are_not_trained_on(parts, wrong):
+    layers, theta, gradients = one_vector((20, 5))
+    x, targets = batch((20, 5), 8)
+    targets[4:] = wrong
+    before = theta.clone()
+    assert MlpPass(layers).train(x, targets, torch.tensor(parts), Call(theta, gradients, lr=0.1)) is None
+    assert torch.equal(theta, before)
 
 
 @pytest.mark.parametrize(
