@@ -656,7 +656,8 @@ PAGES: tuple[Page, ...] = (
         "FedAvg rounds at one rate": partial(verdicts, "mcmahan_turns", *(f"{cell}, one rate" for cell in FIRST_TABLE)),
         "accuracies on FCUBE": partial(verdicts, "fcube"),
         "accuracies on MNIST of two digits": partial(verdicts, "niidbench2022"),
-        "accuracies of pFedMe": partial(verdicts, "pfedme")}, "Tables run here"),
+        "accuracies of pFedMe": partial(verdicts, "pfedme"),
+        "accuracies of qFFL": partial(verdicts, "qffl", "1")}, "Tables run here"),
     Page("docs/feddra.md", {
         "feddra minority of a tenth": partial(
             tables_side_by_side, "feddra", "10 %: worst loss", "10 %: mean loss", forms=(nats, nats)),
