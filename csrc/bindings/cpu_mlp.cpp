@@ -39,8 +39,8 @@ std::vector<MlpLayer> read_layers(const py::tuple& layers) {
   return all;
 }
 
-// Whether some of a batch's targets count, and all of those are classes.
-bool count_targets(const std::int64_t* targets, std::int64_t rows, std::int64_t classes) {
+// Whether all of a batch's targets that count are classes, and some count.
+bool targets_fit(const std::int64_t* targets, std::int64_t rows, std::int64_t classes) {
   bool counts = false;
   for (std::int64_t b = 0; b < rows; ++b) {
     if (targets[b] == kMlpIgnored) continue;
@@ -62,7 +62,7 @@ MlpPass read_batch(const std::vector<MlpLayer>& layers, const py::object& x, con
 py::object mlp_pass(const py::tuple& layers, const py::object& x, const py::object& targets, int threads) {
   const std::vector<MlpLayer> all = read_layers(layers);
   const MlpPass pass = read_batch(all, x, targets, threads);
-  if (!count_targets(pass.targets, pass.rows, all.back().out)) return py::none();
+  if (!targets_fit(pass.targets, pass.rows, all.back().out)) return py::none();
   std::int64_t work = 0;
   for (const MlpLayer& layer : all) work += layer.in * layer.out * pass.rows;
   float loss;
@@ -86,7 +86,7 @@ bool mlp_train(const py::tuple& layers, const py::object& x, const py::object& t
   const auto* const rows = static_cast<const std::int64_t*>(parts.data);
   std::int64_t total = 0;
   for (std::int64_t i = 0; i < count; total += rows[i++])
-    if (rows[i] < 1 || rows[i] > pass.rows - total || !count_targets(pass.targets + total, rows[i], all.back().out)) return false;
+    if (rows[i] < 1 || rows[i] > pass.rows - total || !targets_fit(pass.targets + total, rows[i], all.back().out)) return false;
   OptimiserStep step{};
   const OptimiseSettings settings = parse_optimise(call, step);
   require(step.rows == 1 && !settings.adamw, "mlp_train takes steps of SGD on one vector");
@@ -94,12 +94,12 @@ bool mlp_train(const py::tuple& layers, const py::object& x, const py::object& t
   const double rate = PyFloat_AsDouble(field(call, kRate));
   if (PyErr_Occurred()) throw py::error_already_set();
   auto *const loss = optimise_memory<double>(losses, count), *const squared = optimise_memory<double>(squares, count);
+  std::vector<double> rates(1);
+  bool finite;  // the loop looks at losses and norms
   ReleaseGil release(true);
   for (std::int64_t i = 0; i < count; ++i) {
-    pass.rows = rows[i];
+    pass.rows = rows[i], rates[0] = rate;
     loss[i] = static_cast<double>(mlp_kernels().pass(pass));
-    std::vector<double> rates{rate};
-    bool finite;
     take_step(step, settings, rates, squared + i, &finite);
     pass.x += rows[i] * all.front().in, pass.targets += rows[i];
   }

@@ -74,7 +74,9 @@ def _write(code: str) -> None:
     with suppress(Exception):  # the command itself has no need of the file
         parsers = {name: command_parser.make_parser(name) for name in COMMANDS} | {"run": flags.make_parser([])}
         tables = {
-            "parsers": {name: (_entries(x), x.rest, x.format_help()) for name, x in parsers.items()},
+            "parsers": {
+                name: (_entries(parser), parser.rest, parser.format_help()) for name, parser in parsers.items()
+            },
             "methods": {method: flags.make_parser([method]).format_help() for method in METHODS},
             "owners": method_registry.option_owners(),
             "list": {"json": listing.catalogue(), "text": listing.describe()},

@@ -185,7 +185,8 @@ def test_csv_without_split(tmp_path):
     ("path,label", ['"files/0.png,a'], "line 2, begins a row that is not CSV"),
     ("path,note,label,Note", ["files/0.png,,a,"], 'has 2 columns "note", expected one'),
     ("path,label", ["files/0.png,a", "files/1.png,b, c"], "line 3, has 3 values for 2 columns; quote .* commas"),
-    ("path;label", ["files/0.png;a;c", "files/1.png;b"], "line 2, has 3 values .*; quote texts that hold semi"),
+    ("path;label", ["files/0.png;a;c", "files/1.png;b"],
+     "line 2, has 3 values .*; quote texts that hold semicolons"),
 ])  # fmt: skip
 def test_bad_csv_files_are_one_sentence(tmp_path, header, lines, words):
     path = write_csv(tmp_path, lines, header, count=3)
@@ -363,7 +364,8 @@ def test_what_is_not_known_is_ignored(tmp_path):
 
 @pytest.mark.parametrize(("method", "settings", "words"), [
     ("fedgid", {}, r"fedgid is for classification, but .* is for segmentation"),
-    ("fedavg", {"model": "cnn"}, r"network cnn gives classes of images, .* choose one of unet, .* with"),
+    ("fedavg", {"model": "cnn"},
+     r"network cnn gives classes of images, .* choose one of unet, unet-small, .* with"),
     ("oneshot-fedavg", {"options": {"calibrate": True}}, "calibrate draws .* this run is for segmentation"),
     ("feddf", {"options": {"source": "generator"}}, "segmentation needs --public-samples"),
 ])  # fmt: skip

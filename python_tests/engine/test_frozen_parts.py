@@ -289,11 +289,8 @@ def test_the_same_with_workers(root, on_disk, tmp_path):
     run(settings(root, workers="2"), out=tmp_path / "disk")
     assert outcome(tmp_path / "disk") == outcome(tmp_path / "memory")
     masks(tmp_path / "pairs")
-    pairs = {
-        "data": "segmentation",
-        "data_root": str(tmp_path / "pairs"),
-        "data_options": {"ignore": 255, "size": WIDE},
-    }
+    folder, options = str(tmp_path / "pairs"), {"ignore": 255, "size": WIDE}
+    pairs = {"data": "segmentation", "data_root": folder, "data_options": options}
     small = {"width": 2, "rounds": 2, "batch_size": 4, "clients": 3, "partition": "iid", "threads": 1}
     run(RunConfig.make("fedavg", **pairs, **small, workers="2"), out=tmp_path / "two")
     on_disk(False)

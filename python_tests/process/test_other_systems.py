@@ -25,12 +25,8 @@ SMALL = ("--workers", "2", "--rounds", "1", "--train-samples", "60", "--clients"
 
 
 def test_a_run_needs_nothing_that_windows_lacks(tmp_path: Path) -> None:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "PYTHONUTF8": "0",
-        "PYTHONIOENCODING": "cp1252",
-    }
+    given = {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUTF8": "0", "PYTHONIOENCODING": "cp1252"}
+    environment = os.environ | given
     done = subprocess.run([sys.executable, __file__], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "one" / "summary.json").read_text())["rounds"] == 2

@@ -288,7 +288,9 @@ class _Cache:
         try:
             for rows, dimensions, pixels in _decode_rows(self._files, missing, images, str(self._folder), self._notice):
                 sizes[rows, :2] = dimensions
-                sizes[rows, 2] = [_checksum(sizes[row, :2], part.data) for row, part in zip(rows, pixels, strict=True)]
+                sizes[rows, 2] = [
+                    _checksum(sizes[row, :2], image.data) for row, image in zip(rows, pixels, strict=True)
+                ]
                 self._checked[rows] = True
                 waiting.append(rows)
                 if time.monotonic() - last > COMMIT_SECONDS:

@@ -329,7 +329,10 @@ class Items:
 
     def is_in_memory(self) -> bool:
         """Return whether batches are rows of tensors."""
-        return (type(self.dataset) is TensorDataset and self.collate is default_collate) or self._has_rows()
+        return self._is_plain() or self._has_rows()
+
+    def _is_plain(self) -> bool:
+        return type(self.dataset) is TensorDataset and self.collate is default_collate
 
     def _has_rows(self) -> bool:
         if self.store is not None and not self.is_kept:
@@ -338,7 +341,7 @@ class Items:
 
     def _take(self, rows: Tensor, reads: int) -> object:
         """Return a batch of rows from memory, or None if items must be read."""
-        if type(self.dataset) is TensorDataset and self.collate is default_collate:  # the same result, faster
+        if self._is_plain():  # the same result, faster
             return [tensor.index_select(0, rows) for tensor in self.dataset.tensors]
         if self.store is None or not (self._has_rows() or (reads == 1 and self.store.has_rows(rows.numpy(), 1))):
             return None

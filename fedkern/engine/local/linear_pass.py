@@ -53,12 +53,14 @@ def play_step(
     return otherwise(batch, received=received) if loss is None else Outcome(loss, None, (), ())
 
 
-def play_steps(passing: MlpPass, call: Call, plan: Sequence[np.ndarray], batch: Batch, data: Reader) -> Outcome | None:
+def play_steps(
+    passing: MlpPass, call: Call, lr: float, plan: Sequence[np.ndarray], batch: Batch, data: Reader
+) -> Outcome | None:
     """Train in one call on the batches of ``plan``, joined in ``batch``, or return None if it is not possible."""
     tensors = _tensors(batch)
     if tensors is None or not data.joins:  # items have changed
         return None
-    results = passing.train(*tensors, torch.tensor([len(rows) for rows in plan]), call)
+    results = passing.train(*tensors, torch.tensor([len(rows) for rows in plan]), call._replace(lr=lr))
     return None if results is None else Outcome(*results, (), ())
 
 

@@ -31,6 +31,7 @@ from fedkern.methods.roles import Client, Objective
 from fedkern.methods.terms import Terms
 from fedkern.models.optimisers import cosine
 from fedkern.ops._core.private_torch import backward
+from fedkern.ops._mlp.mlp import MlpPass
 from fedkern.ops._optimise.kernels import Call
 from fedkern.process.device_copies import fetch, to_host_async
 from fedkern.process.interrupts import check
@@ -352,9 +353,11 @@ def train_async(
     objective = method if first_steps is None else first_steps.watch(client, method, network)
     run = partial(one_pass, objective, network.module, partial(step, rate) if as_whole else None)
     passing = make_pass(network.module) if linear and has_default_loss(method, data.task) else None
-    call = None if draws or adjusts or not isinstance(optimiser, Stepper) else optimiser.call
+    core: tuple[MlpPass, Call] | None = None  # takes the steps of many batches, as nothing happens between them
     if passing is not None:
         run = partial(play_step, passing, run)  # of code that has nothing to check
+        if isinstance(optimiser, Stepper) and optimiser.call and not (draws or adjusts):
+            core = passing, optimiser.call
     passes: AbstractContextManager[Play] = nullcontext(partial(map, partial(run, received=received)))
     if graphs is not None:
         passes = graphs.replaying(
@@ -371,19 +374,16 @@ def train_async(
             chosen = plan if rows is None else [rows[part] for part in plan]
             lr = schedule.lr_at(epoch)
             rate.fill_(lr)
-            together = group_batches(passing, chosen) if passing and call and data.joins else []
+            together = group_batches(core[0], chosen) if core and data.joins else []
             joined = batches(epoch, [np.concatenate(part) for part in together])
             try:
                 for part in together or [chosen]:
-                    if together and passing and call:
-                        outcome = play_steps(passing, call._replace(lr=lr), part, next(joined), data)
-                        if outcome is not None:
-                            records.append(outcome)
-                            continue
-                    for outcome in play(batches(epoch, part)):
+                    result = play_steps(*core, lr, part, next(joined), data) if core and together else None
+                    for outcome in play(batches(epoch, part)) if result is None else [result]:
                         if adjusts:
                             method.adjust_gradient(theta.detach(), gradients, received)
-                        records.append(outcome if as_whole else outcome._replace(squared_norm=step(lr).squared_norm))
+                        stepped = as_whole or result is not None
+                        records.append(outcome if stepped else outcome._replace(squared_norm=step(lr).squared_norm))
             except ValueError as error:
                 if min(map(len, chosen)) == 1 and "more than 1 value per channel" in str(error):
                     raise UserError(_too_small(client)) from None

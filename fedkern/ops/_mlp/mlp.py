@@ -67,20 +67,8 @@ class MlpPass:
             with nothing written, if one of the batches is not taken.
         """
         losses, squares = torch.empty(2, len(sizes), dtype=torch.float64)
-        if (
-            x.dtype != torch.float32
-            or targets.dtype != torch.int64
-            or not self._core.mlp_train(
-                self._tensors,
-                x.contiguous(),
-                targets.contiguous(),
-                sizes,
-                call,
-                losses,
-                squares,
-                torch.get_num_threads(),
-            )
-        ):
+        given = x.contiguous(), targets.contiguous(), sizes, call, losses, squares
+        if not self._core.mlp_train(self._tensors, *given, torch.get_num_threads()):
             return None
         mark_written(call.parameters, call.gradients, call.first, call.gradient_sum)
         return losses, squares

@@ -488,12 +488,8 @@ def test_a_wrapped_or_accelerated_module_is_the_run_s_network(make_data, make_co
     torch.manual_seed(5)
     plain, network = Staged(), fedkern.accelerate(Staged())
     network.load_state_dict(plain.state_dict())
-    runs = {
-        "plain": (plain, "1"),
-        "one": (network, "1"),
-        "two": (network, "2"),
-        "wrapped": (nn.DataParallel(plain), "1"),
-    }
+    wrapped = nn.DataParallel(plain)
+    runs = {"plain": (plain, "1"), "one": (network, "1"), "two": (network, "2"), "wrapped": (wrapped, "1")}
     for name, (model, workers) in runs.items():
         script = ScriptObjects.of(model, None, {})
         run(make_config(width=None, workers=workers), out=tmp_path / name, data=make_data(), script=script)

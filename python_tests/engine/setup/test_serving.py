@@ -243,12 +243,11 @@ def test_batches_of_one_call_give_the_bits_of_single_ones(kind, method, tmp_path
         joined.append(play_steps(*given))
         return joined[-1]
 
-    for joins in (True, False):
-        with monkeypatch.context() as patch:
-            patch.setattr(training, "play_steps", spy if joins else lambda *_: None)
-            data = [kind(rows[:90], targets[:90]), kind(rows[90:], targets[90:])]
-            how = {"model": guest(Rectified), "lr": 0.05, "momentum": 0.5, "batch_size": 4, "pictures": False}
-            found.append(fedkern.simulate(method, data=data, test=data[1], rounds=6, out=tmp_path / str(joins), **how))
+    for name, play_many in (("joined", spy), ("single", lambda *_: None)):
+        monkeypatch.setattr(training, "play_steps", play_many)
+        data = [kind(rows[:90], targets[:90]), kind(rows[90:], targets[90:])]
+        how = {"model": guest(Rectified), "lr": 0.05, "momentum": 0.5, "batch_size": 4, "pictures": False}
+        found.append(fedkern.simulate(method, data=data, test=data[1], rounds=6, out=tmp_path / name, **how))
     assert any(outcome is not None for outcome in joined) == (method != "fedper")
     assert same_network(*(run.out for run in found))
 

@@ -64,7 +64,10 @@ def test_who_is_at_work(text, fraction):
         assert len(at_work) in range(min(count, 10 - buffer + 1) - 1, count)  # the last place is taken in the next step
         assert asked.clock >= before
         assert all(done >= asked.clock for _, done in asked._at_work.values())
-        assert asked.figures() == {"clock": asked.clock, "staleness": sum(number - k for k in began.values()) / buffer}
+        assert asked.figures() == {
+            "clock": asked.clock,
+            "staleness": sum(number - at for at in began.values()) / buffer,
+        }
         seen += given.clients
     assert {*seen} == {*range(10)}
 
@@ -347,7 +350,11 @@ class Twice(FedAvg):
         ("fedavg", {"straggler_rate": 0.1, "deadline": 2.0}, "--deadline is about rounds"),
         ("fedavg", {"straggler_rate": 0.1, "stragglers": "drop"}, "--stragglers is about rounds"),
         ("fedavg", {"dp_clip": 1.0, "dp_noise": 0.0}, "--dp-clip is about rounds"),
-        ("fedavg", {"asynchronous": "fedbuf"}, '--asynchronous must be one of fedbuff, fedasync, not "fedbuf".*Did'),
+        (
+            "fedavg",
+            {"asynchronous": "fedbuf"},
+            '--asynchronous must be one of fedbuff, fedasync, not "fedbuf".*Did you',
+        ),
         ("fedavg", {"asynchronous": "fedasync:buffer=2"}, '--asynchronous fedasync has no option "buffer=2"'),
         ("fedavg", {"asynchronous": "fedbuff:buffer=0"}, '"buffer" of --asynchronous fedbuff must be at least 1'),
         ("fedavg", {"asynchronous": "fedbuff:buffer=5"}, "steps after the uploads of 5 clients, and the run has 4"),

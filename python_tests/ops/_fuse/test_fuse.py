@@ -123,7 +123,11 @@ X = torch.zeros(2, 3, 4)
 WRONG = [
     ((X,), TypeError, "features must be a list of tensors, but got Tensor"),
     (([X.int()],), TypeError, r"features\[0\] must have dtype float32.*but has torch.int32"),
-    (([X, X.double()],), TypeError, r"features\[1\] must have dtype torch.float32 like features\[0\]"),
+    (
+        ([X, X.double()],),
+        TypeError,
+        r"features\[1\] must have dtype torch.float32 like features\[0\], but has torch.fl",
+    ),
     (([torch.zeros(3)],), ValueError, r"features\[0\] must have shape \[B, C, \*S\], but has \[3\]"),
     (([X, X[:1]],), ValueError, r"features\[1\] must have shape \[2, .*, 4\] like features\[0\], but has \[1, 3, 4\]"),
     (([X, X[..., :2]],), ValueError, r"features\[1\] must have shape .* but has \[2, 3, 2\]"),

@@ -4,9 +4,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedkern.ops import sgd_step
+from fedkern.ops import FlatParameters, sgd_step
 from fedkern.ops._core import backend
 from fedkern.ops._mlp.mlp import Layer, MlpPass, mlp_reference
 from fedkern.ops._optimise.kernels import Call
@@ -127,13 +127,11 @@ def test_what_the_kernel_does_not_take_leaves_the_gradients_alone(change):
 def one_vector(sizes):
     """Layers whose parameters, and gradients, lie in one vector."""
     torch.manual_seed(1)
-    memory, layers = torch.randn(2, sum((inputs + 1) * outputs for inputs, outputs in pairwise(sizes))), []
-    left = memory
-    for inputs, outputs in pairwise(sizes):
-        weight, bias, left = left.tensor_split([inputs * outputs, (inputs + 1) * outputs], dim=1)
-        weight = weight.view(2, outputs, inputs)
-        layers.append(Layer(weight[0], bias[0], weight[1], bias[1]))
-    return layers, memory[0], memory[1].zero_()
+    network = nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(sizes)))
+    flat = FlatParameters(network)
+    gradients = flat.gradients()
+    layers = [Layer(part.weight, part.bias, part.weight.grad, part.bias.grad) for part in network]
+    return layers, flat.parameters.detach(), gradients
 
 
 @pytest.mark.parametrize("terms", [(), ("first",), ("anchor", "correction", "gradient_sum"), ("max_norm",)])
