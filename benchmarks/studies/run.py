@@ -79,7 +79,7 @@ def write_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def main(words: Sequence[str]) -> int:
     """Run the command line and return the exit code."""
-    if not words or words[0].startswith("-"):
+    if not words or words[0].startswith("-") or {"-h", "--help"} & set(words):
         sys.exit(__doc__)
     paper, flags = read_study(words[0]), words[1:]
     shipped = paper.folder == published.PAPERS
