@@ -169,7 +169,7 @@ class OwnTask(Task):
 
     def _call_loss(self, *arguments: object) -> Tensor:
         name, function = self.loss_name, self.loss_code
-        with explain_errors(name, function):
+        with explain_errors(name, function, arguments):
             value: Any = repeatable(self._place_loss(function, arguments), arguments[0])(*arguments)
         if not isinstance(value, Tensor) or value.dim():
             raise _not_one_number(name, value)
@@ -280,7 +280,7 @@ class SetEvaluation:
             with autocast_on(next(self._model.parameters()).device) if takes_batches else nullcontext():
                 values = {name: _number(name, self._functions[name], *pair) for name in self._sums if name != "loss"}
                 for name, metric in self._objects.items():
-                    with explain_errors(name, metric):
+                    with explain_errors(name, metric, pair):
                         metric.update(*(pair if takes_batches else _copies(pair)))
             for name, value in {"loss": loss, **values}.items() if share else ():  # the mean of no targets is NaN
                 self._sums[name] += share * value
@@ -427,7 +427,7 @@ def _check_loss(name: str, loss: object) -> None:
 
 
 def _number(name: str, metric: Callable[..., SupportsFloat], *arguments: object) -> float:
-    with explain_errors(name, metric):
+    with explain_errors(name, metric, arguments):
         value = metric(*arguments)
         if isinstance(value, Tensor) and value.numel() != 1:
             raise _not_one_number(name, value)

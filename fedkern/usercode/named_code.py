@@ -158,8 +158,8 @@ def host_code(file: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def explain_errors(name: str, code: object) -> Iterator[None]:
-    """Name an exception in the user's function, class or object with file and line."""
+def explain_errors(name: str, code: object, tensors: Sequence[object] = ()) -> Iterator[None]:
+    """Name an exception in the user's function, class or object, with file, line and what tensors it was given."""
     try:
         yield
     except MemoryError:
@@ -168,7 +168,10 @@ def explain_errors(name: str, code: object) -> Iterator[None]:
         if user_message(error) is not None:  # a sentence for the user
             raise
         owner = code if inspect.isroutine(code) else type(code)
-        raise UserError(f"{name} fails ({describe_error(error)}){error_origin(error, owner)}.") from error
+        forms = ((getattr(part, "dtype", ""), [*getattr(part, "shape", ())]) for part in tensors)
+        given = [f"{dtype} {shape}".removeprefix("torch.") for dtype, shape in forms if dtype]
+        on = " on " * bool(given) + " and ".join(given)
+        raise UserError(f"{name} fails{on} ({describe_error(error)}){error_origin(error, owner)}.") from error
 
 
 def module_name(file: str, source: bytes) -> str:
